@@ -1,0 +1,115 @@
+"""Typed configuration: what a user may set, checked where it enters."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16", "float16")
+IMPLS = ("auto", "reference", "xla", "tpu", "gpu")
+MAX_PAGE_SIZE = 256
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine is told to hold and how.
+
+    Attributes:
+        model: checkpoint directory in the Hugging Face layout; None is the small Llama that ships with the package.
+        dtype: of weights and activations; "auto" is float32 on CPU and bfloat16 on accelerators.
+        kv_cache_dtype: of the pool; "auto" is ``dtype``.
+        page_size: tokens a page, 1 to 256.
+        max_total_tokens: usable token slots in the pool; None sizes it by ``mem_fraction_static`` where the device
+            reports its memory, else as ``max_running_requests * context_length``; never more than the latter.
+        mem_fraction_static: share of the device's memory for weights and pool together, in (0, 1).
+        max_running_requests: slots of the continuous batch.
+        chunked_prefill_size: most new tokens in a step; longer prompts are prefilled in chunks.
+        context_length: most tokens of prompt and answer together; None is the model's own limit.
+        attention_impl: one of ``IMPLS``.
+    """
+
+    model: str | None = None
+    dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
+    page_size: int = 16
+    max_total_tokens: int | None = None
+    mem_fraction_static: float = 0.85
+    max_running_requests: int = 8
+    chunked_prefill_size: int = 256
+    context_length: int | None = None
+    attention_impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Checks every value; raises ConfigError."""
+        _check_choice("dtype", self.dtype, ("auto", *DTYPES))
+        _check_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", *DTYPES))
+        _check_choice("attention_impl", self.attention_impl, IMPLS)
+        _check_count("page_size", self.page_size, most=MAX_PAGE_SIZE)
+        _check_count("max_running_requests", self.max_running_requests)
+        _check_count("chunked_prefill_size", self.chunked_prefill_size)
+        for name in ("max_total_tokens", "context_length"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
+        if self.max_total_tokens is not None and self.max_total_tokens % self.page_size:
+            below = self.max_total_tokens // self.page_size * self.page_size
+            raise ConfigError(
+                f"max_total_tokens={self.max_total_tokens} is not a multiple of page_size={self.page_size}; "
+                f"use {f'{below} or ' if below else ''}{below + self.page_size}"
+            )
+        if not isinstance(self.mem_fraction_static, int | float) or not 0 < self.mem_fraction_static < 1:
+            raise ConfigError(
+                f"mem_fraction_static={self.mem_fraction_static!r} must lie between 0 and 1, both excluded"
+            )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> EngineConfig:
+        """Makes a configuration from a mapping; an unknown key raises ConfigError naming the nearest known one."""
+        refuse_unknown_keys(values, (field.name for field in dataclasses.fields(cls)), "engine configuration")
+        return cls(**values)
+
+
+def refuse_unknown_keys(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raises ConfigError where ``given`` holds a key that is not ``known``, with the nearest known one."""
+    names = sorted(known)
+    for key in given:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
+            raise ConfigError(f"unknown key {key!r} in the {what}; {hint}")
+
+
+def read_toml(path: str | Path) -> dict[str, dict[str, Any]]:
+    """Reads a configuration file with the tables ``[model]`` (geometry, optional) and ``[engine]``.
+
+    Raises:
+        ConfigError: the file is absent, is not TOML, or has another table.
+    """
+    try:
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}; check the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the configuration {path} is not valid TOML: {error}") from error
+    refuse_unknown_keys(content, ("model", "engine"), f"configuration {path}")
+    for table, values in content.items():
+        if not isinstance(values, dict):
+            raise ConfigError(f"{table!r} in the configuration {path} must be a table, [{table}]; got {values!r}")
+    return content
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}")
+
+
+def _check_count(name: str, value: object, most: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most is not None and value > most):
+        bound = "at least 1" if most is None else f"from 1 to {most}"
+        raise ConfigError(f"{name}={value!r} must be a whole number {bound}")

@@ -1,0 +1,70 @@
+"""The exception family.
+
+    EngineError
+    ├── ConfigError            (ValueError)           a configuration or option is wrong
+    │   └── CheckpointError                           a checkpoint is missing, incomplete or corrupt
+    ├── ShapeError             (ValueError)           an array has the wrong shape, dtype or contents
+    ├── RequestError           (ValueError)           a request can never be served as it was asked
+    │   └── RequestTooLarge                           … because the whole pool is too small for it
+    ├── KVPoolExhausted        (RuntimeError)         the pool has too few free tokens; retry after a free
+    │   └── RequestTooLarge                           … and no free will ever help
+    ├── DoubleFreeError        (RuntimeError)         what is being freed is not held
+    ├── IntegrityError         (RuntimeError)         the books do not balance: a bug, never the caller's fault
+    └── BackendUnsupported     (NotImplementedError)  this backend cannot, another might
+
+A ``ValueError`` says that the caller is wrong; only ``BackendUnsupported`` makes ``impl="auto"`` fall back.
+A message states what failed, the names, values and units, the rule, and the remedy. Whatever raises one of
+these (but ``IntegrityError``) has changed nothing.
+"""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Base class of everything this package raises on purpose."""
+
+
+class ConfigError(EngineError, ValueError):
+    """A configuration value or option is wrong."""
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint is missing, incomplete or corrupt."""
+
+
+class ShapeError(EngineError, ValueError):
+    """An array argument has the wrong shape, dtype or contents."""
+
+
+class RequestError(EngineError, ValueError):
+    """A request can never be served as it was asked."""
+
+
+class KVPoolExhausted(EngineError, RuntimeError):
+    """The pool has fewer free tokens than were asked for.
+
+    Attributes:
+        requested: tokens asked for, rounded up to whole pages.
+        available: tokens that could have been had.
+    """
+
+    def __init__(self, message: str, *, requested: int, available: int) -> None:
+        super().__init__(message)
+        self.requested = requested
+        self.available = available
+
+
+class RequestTooLarge(RequestError, KVPoolExhausted):
+    """A request needs more tokens than the whole pool has: refused at the door."""
+
+
+class DoubleFreeError(EngineError, RuntimeError):
+    """Slots were freed that their caller does not hold."""
+
+
+class IntegrityError(EngineError, RuntimeError):
+    """An invariant of the bookkeeping does not hold."""
+
+
+class BackendUnsupported(EngineError, NotImplementedError):
+    """This attention backend cannot do what was asked; another might."""

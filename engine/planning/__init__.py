@@ -1,0 +1,1 @@
+"""Sizing: bytes to pages and back."""

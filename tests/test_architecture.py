@@ -1,0 +1,82 @@
+"""The rooms of the design: who may import whom, which room is free of jax, how long a file may grow."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ENGINE = Path(__file__).parents[1] / "engine"
+FILES = sorted(ENGINE.rglob("*.py"))
+
+# A room may import rooms with a smaller number. memory and kv share a number: neither may import the other.
+LEVEL = {
+    "errors": 0,
+    "config": 1,
+    "batch": 1,
+    "native": 2,
+    "planning": 2,
+    "kv": 3,
+    "memory": 3,
+    "attention": 4,
+    "models": 5,
+    "serving": 6,
+    "cli": 7,
+    "bench": 7,
+    "__main__": 8,
+    "__init__": 8,
+}
+CONTROL_PLANE = ["memory", "planning", "serving/scheduler.py", "serving/request.py", "serving/batcher.py"]
+LONGEST_FILE = 400
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ENGINE).parts[0].removesuffix(".py")
+
+
+def imported_modules(path: Path, *, top_level_only: bool = False) -> list[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    names = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ENGINE)))
+def test_imports_run_downward(path):
+    room = room_of(path)
+    for name in imported_modules(path):
+        parts = name.split(".")
+        if parts[0] == "engine" and parts[1] != room:
+            assert LEVEL[parts[1]] < LEVEL[room], f"{room} may not import {parts[1]}"
+
+
+@pytest.mark.parametrize("place", CONTROL_PLANE)
+def test_the_control_plane_is_free_of_jax(place):
+    path = ENGINE / place
+    for file in [path] if path.suffix else sorted(path.rglob("*.py")):
+        for name in imported_modules(file):
+            assert name.split(".")[0] not in ("jax", "jaxlib", "flax"), f"{file} imports {name}"
+
+
+def test_the_memory_room_runs_without_loading_jax():
+    code = "import sys, engine.memory.cache_manager; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ENGINE)))
+def test_a_file_holds_one_idea(path):
+    assert len(path.read_text().splitlines()) <= LONGEST_FILE
+
+
+def test_only_the_layout_slices_heads_by_hand():
+    for path in FILES:
+        if room_of(path) != "bench" and path.name != "layout.py":
+            source = path.read_text().replace(" ", "")
+            assert "::2,:]" not in source, f"{path} repeats the rule of the layout"
