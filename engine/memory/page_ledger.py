@@ -1,0 +1,207 @@
+"""The page ledger: how many holders each page has, and since when."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import DoubleFreeError, IntegrityError, ShapeError
+from engine.memory.free_pages import FreePages, FreePagesState
+from engine.memory.integers import Bool, Int32, Int64, integer_vector
+
+
+@dataclass(frozen=True, eq=False)
+class LedgerState:
+    """A snapshot: holders and births of every page, and the order of the free pages. Immutable."""
+
+    ref_count: Int32
+    births: Int64
+    clock: int
+    free: FreePagesState
+
+
+class PageLedger:
+    """Reference counts over pages 1 to ``num_pages``.
+
+    A count of 0 is a free page; taking makes it 1. ``clock`` counts the takings, and a page's birth is the clock of
+    its last taking, so that slots from before it can be told to be stale.
+
+    Args:
+        num_pages: pages, the null page 0 not counted.
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self.clock = 0
+        self._scratch = np.zeros(num_pages + 1, np.int64)
+        self.clear()
+
+    def clear(self) -> None:
+        """Frees every page, whoever holds it."""
+        self._free = FreePages(self.num_pages)
+        self._ref_count = np.zeros(self.num_pages + 1, np.int32)
+        self._births = np.zeros(self.num_pages + 1, np.int64)
+
+    @property
+    def available(self) -> int:
+        """Free pages."""
+        return self._free.count
+
+    def take_runs(self, lengths: Int64) -> Int32:
+        """Takes ``sum(lengths) <= available`` pages, each length as one run where there is one; int32."""
+        return self._born(self._free.take_runs(lengths))
+
+    def take_singles(self, count: int) -> Int32:
+        """Takes ``count <= available`` pages that need not be neighbours; int32 ``[count]``."""
+        return self._born(self._free.take_singles(count))
+
+    def holders(self, pages: Int64) -> Int32:
+        """Holders of each page, 0 for what is no page of the pool; int32 ``[n]``."""
+        if pages.size and (int(pages.min()) < 0 or int(pages.max()) > self.num_pages):
+            pages = np.where((pages < 0) | (pages > self.num_pages), 0, pages)
+        return self._ref_count[pages]
+
+    def ref_count(self, pages: npt.ArrayLike) -> Int32:
+        """Holders of each page; int32 ``[n]``.
+
+        Args:
+            pages: page ids from 0 to ``num_pages``, ``[n]``.
+
+        Raises:
+            ShapeError: not an integer vector, or a page outside of the pool.
+        """
+        return self._ref_count[self._known_pages(pages)]
+
+    def retain(self, pages: npt.ArrayLike) -> None:
+        """Adds a holder to each page; a page that is listed n times gets n.
+
+        Args:
+            pages: page ids that are held, ``[n]``.
+
+        Raises:
+            ShapeError: not an integer vector, or a page that nobody holds: it may be handed out at any time.
+        """
+        wanted = integer_vector("pages", pages)
+        held = self.holders(wanted) > 0
+        if not held.all():
+            page = int(wanted[held.argmin()])
+            raise ShapeError(f"cannot retain page {page}: nobody holds it; retain a page before its holder releases it")
+        np.add.at(self._ref_count, wanted, 1)
+
+    def release(self, pages: npt.ArrayLike) -> None:
+        """Takes a holder from each page; a page that is listed n times loses n. At no holder the page is free.
+
+        Args:
+            pages: page ids, ``[n]``.
+
+        Raises:
+            ShapeError: not an integer vector.
+            DoubleFreeError: a page has fewer holders, is the null page or is outside of the pool.
+        """
+        wanted = integer_vector("pages", pages)
+        if wanted.size:
+            self._check_range(wanted)
+            distinct, times = np.unique(wanted, return_counts=True)
+            self._remove_holders(distinct, times)
+
+    def release_once(self, pages: Int64, *, known_since: int | None) -> None:
+        """Takes one holder from each page, however often it is listed.
+
+        Args:
+            pages: page ids, ``[n]``, at least one.
+            known_since: the clock when the caller was given these pages; None if not known.
+
+        Raises:
+            DoubleFreeError: as for ``release``; or a page was taken anew after ``known_since``.
+        """
+        self._check_range(pages)
+        distinct = pages[self.one_mention(pages)]
+        if known_since is not None and (stale := self._births[distinct] > known_since).any():
+            raise DoubleFreeError(
+                f"cannot free page {distinct[stale.argmax()]} through these slots: they are stale, the page was freed "
+                "and handed out again since; nothing was freed; forget slots once they are freed"
+            )
+        self._remove_holders(distinct, 1)
+
+    def one_mention(self, pages: Int64) -> Bool:
+        """True at one mention of each page, ``[n]``; without a sort: only the last to write a table entry is in it."""
+        index = np.arange(pages.size)
+        self._scratch[pages] = index
+        return np.equal(self._scratch[pages], index)
+
+    def snapshot(self) -> LedgerState:
+        """The present state."""
+        ref_count, births = self._ref_count.copy(), self._births.copy()
+        ref_count.flags.writeable = births.flags.writeable = False
+        return LedgerState(ref_count, births, self.clock, self._free.snapshot())
+
+    def restore(self, state: LedgerState) -> None:
+        """Returns to a snapshot of a ledger of as many pages; the clock never runs back."""
+        self._ref_count, self._births = state.ref_count.copy(), state.births.copy()
+        self._free.restore(state.free)
+        self.clock = max(self.clock, state.clock)
+
+    def check_integrity(self, holders: npt.ArrayLike | None = None) -> None:
+        """Proves that every page but page 0 is either free, once, or held.
+
+        Args:
+            holders: page ids, ``[n]``, each listed once per holder; if given, the counts must be just these.
+
+        Raises:
+            IntegrityError: names the first wrong page.
+        """
+        times_free = np.bincount(self._free.all(), minlength=self.num_pages + 1)
+        right = times_free + (self._ref_count > 0) == 1
+        right[0] = times_free[0] == 0 and self._ref_count[0] == 0
+        right &= self._ref_count >= 0
+        if not right.all():
+            page = int(right.argmin())
+            raise IntegrityError(
+                f"page {page} is {times_free[page]} times in the free set and has {self._ref_count[page]} holders; "
+                "the null page 0 is neither free nor held, any other is free once or held; this is a bug, report it"
+            )
+        if holders is None:
+            return
+        listed = np.bincount(self._known_pages(holders), minlength=self.num_pages + 1)
+        if not (self._ref_count == listed).all():
+            page = int((self._ref_count != listed).argmax())
+            raise IntegrityError(
+                f"page {page} has a count of {self._ref_count[page]} holders and {listed[page]} list it; the count "
+                "must equal the list; a holder leaked it or released it twice"
+            )
+
+    def _known_pages(self, pages: npt.ArrayLike) -> Int64:
+        wanted = integer_vector("pages", pages)
+        if wanted.size and (wanted.min() < 0 or wanted.max() > self.num_pages):
+            raise ShapeError(f"pages go from {wanted.min()} to {wanted.max()}; the pool has 0 to {self.num_pages}")
+        return wanted
+
+    def _born(self, pages: Int32) -> Int32:
+        """Enters freshly taken pages: one holder each, born now."""
+        if pages.size:
+            self.clock += 1
+            self._ref_count[pages] = 1
+            self._births[pages] = self.clock
+        return pages
+
+    def _check_range(self, pages: Int64) -> None:
+        low, high = int(pages.min()), int(pages.max())
+        if low < 1 or high > self.num_pages:
+            raise DoubleFreeError(
+                f"cannot free page {low if low < 1 else high}: the pool hands out pages 1 to {self.num_pages}, page 0 "
+                "is the null page that nobody owns; nothing was freed; free only what was allocated"
+            )
+
+    def _remove_holders(self, pages: Int64, times: Int64 | int) -> None:
+        """Takes ``times`` holders from each of distinct pages, or from none of them."""
+        left = self._ref_count[pages] - times
+        if left.min() < 0:
+            page = int(pages[left.argmin()])
+            raise DoubleFreeError(
+                f"cannot free page {page}: it has {self._ref_count[page]} holders, {left.min()} would be left; "
+                "nothing was freed; free each page once per allocation or retain"
+            )
+        self._ref_count[pages] = left
+        self._free.put(pages[left == 0].astype(np.int32))

@@ -1,0 +1,200 @@
+"""What each call of the page table returns and refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from engine.errors import ConfigError, DoubleFreeError, IntegrityError, KVPoolExhausted, ShapeError
+from engine.memory.page_table import ReqToTokenPool
+
+PAGE = 4
+
+
+@pytest.fixture
+def table() -> ReqToTokenPool:
+    return ReqToTokenPool(max_requests=3, max_context_tokens=18, page_size=PAGE)
+
+
+def contents(table: ReqToTokenPool) -> tuple[object, ...]:
+    return table._table.tolist(), table._kv_lens.tolist(), table._in_use.tolist(), list(table._free_rows)
+
+
+def refuses(table, error, call, match=None):
+    before = contents(table)
+    with pytest.raises(error, match=match) as caught:
+        call()
+    assert contents(table) == before, "a refused call changed something"
+    return caught.value
+
+
+def slots_in(pages: list[int], start: int, stop: int) -> np.ndarray:
+    positions = np.arange(start, stop)
+    return np.array(pages)[positions // PAGE] * PAGE + positions % PAGE
+
+
+def grow(table, row, pages, start, stop):
+    table.write_slots([row], [start], [stop - start], slots_in(pages, start, stop))
+
+
+def test_a_row_grows_token_by_token_across_pages(table):
+    row, pages = table.alloc_row(), [7, 3, 9]
+    for position in range(10):
+        grow(table, row, pages, position, position + 1)
+        table.check_integrity()
+        assert table.kv_lens([row]).tolist() == [position + 1]
+        assert table.row_pages(row).tolist() == pages[: position // PAGE + 1]
+    assert table.slots(row, 0, 10).tolist() == slots_in(pages, 0, 10).tolist()
+    assert table.slots(row, 3, 6).tolist() == [31, 12, 13]
+    assert table.rows([row]).tolist() == [[7, 3, 9, 0, 0]]
+
+
+def test_many_rows_grow_in_one_call(table):
+    a, b, c = table.alloc_rows(3)
+    grow(table, b, [5], 0, 3)
+    slots = np.concatenate([slots_in([2, 8], 0, 5), slots_in([5, 6], 3, 5)])
+    table.write_slots([a, c, b], [0, 0, 3], [5, 0, 2], slots)
+    assert table.rows([a, b, c]).tolist() == [[2, 8, 0, 0, 0], [5, 6, 0, 0, 0], [0] * 5]
+    assert table.kv_lens([a, b, c]).tolist() == [5, 5, 0]
+    assert table.last_loc([a, b, c], [5, 4, 0]).tolist() == [32, 23, -1]
+    assert table.last_loc([a, b, c], [5, 4, 0]).dtype == np.int32
+
+
+def test_a_prefix_hit_comes_as_full_pages(table):
+    row = table.alloc_row()
+    table.append_pages(row, [6, 2])
+    assert table.kv_lens([row]).tolist() == [8]
+    grow(table, row, [6, 2, 1], 8, 9)
+    assert table.row_pages(row).tolist() == [6, 2, 1]
+    refuses(table, ShapeError, lambda: table.append_pages(row, [9]), "partial page")
+
+
+def test_release_gives_the_pages_back_and_clears_the_row(table):
+    row = table.alloc_row()
+    grow(table, row, [7, 3], 0, 6)
+    pages = table.release(row)
+    assert pages.tolist() == [7, 3]
+    assert pages.dtype == np.int32
+    assert not table._table.any()
+    table.check_integrity()
+    rows = table.alloc_rows(3)
+    assert rows[-1] == row
+    assert table.row_pages(row).size == 0
+
+
+@pytest.mark.parametrize("row", [0, -1, 3, 10**9])
+def test_a_row_that_no_request_has_is_not_released(table, row):
+    table.release(table.alloc_row())
+    refuses(table, DoubleFreeError, lambda: table.release(row), "no request has it")
+
+
+def test_what_is_returned_shares_no_memory_with_the_table(table):
+    row = table.alloc_row()
+    grow(table, row, [7, 3], 0, 8)
+    for array in (table.rows([row]), table.row_pages(row), table.kv_lens([row]), table.held_pages()):
+        array[...] = 99
+    assert table.rows([row]).tolist() == [[7, 3, 0, 0, 0]]
+    assert table.kv_lens([row]).tolist() == [8]
+
+
+def test_too_many_requests_are_refused(table):
+    table.alloc_row()
+    error = refuses(table, KVPoolExhausted, lambda: table.alloc_rows(3), "3 page-table rows: 2 of 3")
+    assert (error.requested, error.available) == (54, 36)
+    refuses(table, ShapeError, lambda: table.alloc_rows(-1))
+    assert table.alloc_rows(0).tolist() == []
+    assert table.available_rows == 2
+
+
+def test_a_row_does_not_outgrow_the_context(table):
+    row = table.alloc_row()
+    refuses(table, ShapeError, lambda: grow(table, row, [1, 2, 3, 4, 5], 0, 19), "max_context_tokens is 18")
+    refuses(table, ShapeError, lambda: table.append_pages(row, [1, 2, 3, 4, 5]), "max_context_tokens is 18")
+    refuses(table, ShapeError, lambda: table.write_slots([row], [0], [2**62], []), "max_context_tokens is 18")
+    grow(table, row, [1, 2, 3, 4, 5], 0, 18)
+    refuses(table, ShapeError, lambda: grow(table, row, [1, 2, 3, 4, 5], 18, 19), "max_context_tokens is 18")
+
+
+@pytest.mark.parametrize(
+    ("starts", "lens", "slots"),
+    [
+        ([5], [1], [25]),
+        ([7], [1], [28]),
+        ([-1], [1], [28]),
+        ([6], [-1], []),
+        ([6], [2], [14]),
+        ([6], [1], [15]),
+        ([6], [1], [18]),
+        ([6], [1], [-2]),
+        ([6], [3], [14, 15, 3]),
+        ([6], [3], [14, 15, 0]),
+        ([6], [4], [14, 15, 20, 25]),
+        ([6], [3], [14, 15, -4]),
+        ([6], [3], [14, 15, 2**33]),
+        ([6, 6], [1, 1], [14, 14]),
+        ([6], [1], [14.0]),
+        ([6], [1], [[14]]),
+    ],
+)
+def test_slots_that_do_not_continue_the_row_are_refused(table, starts, lens, slots):
+    row = table.alloc_row()
+    grow(table, row, [7, 3], 0, 6)
+    refuses(table, ShapeError, lambda: table.write_slots([row] * len(starts), starts, lens, slots))
+    grow(table, row, [7, 3, 5], 6, 9)
+
+
+def test_one_new_page_is_not_given_to_two_rows(table):
+    rows = table.alloc_rows(2)
+    refuses(table, ShapeError, lambda: table.write_slots(rows, [0, 0], [1, 1], [8, 8]), "begins twice")
+    refuses(table, ShapeError, lambda: table.append_pages(rows[0], [2, 2]), "begins twice")
+
+
+@pytest.mark.parametrize("pages", [[0], [-1], [4, 7], [2**31], [1.5], [[1]], [7, 3]])
+def test_pages_that_cannot_be_appended_are_refused(table, pages):
+    row = table.alloc_row()
+    table.append_pages(row, [7])
+    refuses(table, ShapeError, lambda: table.append_pages(row, pages))
+
+
+@pytest.mark.parametrize("row", [-1, 1, 3])
+def test_rows_out_of_use_are_refused_everywhere(table, row):
+    table.alloc_row()
+    for call in (lambda: table.rows([0, row]), lambda: table.kv_lens([row]), lambda: table.row_pages(row),
+                 lambda: table.slots(row, 0, 0), lambda: table.last_loc([row], [0]),
+                 lambda: table.append_pages(row, [1]), lambda: table.write_slots([row], [0], [1], [4])):  # fmt: skip
+        refuses(table, ShapeError, call)
+
+
+def test_tokens_that_a_row_lacks_are_refused(table):
+    row = table.alloc_row()
+    grow(table, row, [7, 3], 0, 6)
+    for start, stop in ((0, 7), (-1, 2), (4, 3)):
+        refuses(table, ShapeError, lambda start=start, stop=stop: table.slots(row, start, stop), "counted from 0")
+    for length in (7, -1):
+        refuses(table, ShapeError, lambda length=length: table.last_loc([row], [length]), "no token")
+
+
+@pytest.mark.parametrize("sizes", [(0, 18, 4), (3, 0, 4), (3, 18, 0), (3, 18.0, 4), (-1, 18, 4)])
+def test_a_table_that_cannot_be_is_refused(sizes):
+    with pytest.raises(ConfigError):
+        ReqToTokenPool(*sizes)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda table: table._table.__setitem__((1, 1), 0),
+        lambda table: table._table.__setitem__((1, 2), 5),
+        lambda table: table._table.__setitem__((1, 0), -7),
+        lambda table: table._kv_lens.__setitem__(1, 9),
+        lambda table: table._in_use.__setitem__(1, False),
+        lambda table: table._free_rows.append(1),
+    ],
+)
+def test_check_integrity_names_the_wrong_row(table, harm):
+    rows = table.alloc_rows(2)
+    grow(table, rows[1], [7, 3], 0, 6)
+    table.check_integrity()
+    harm(table)
+    with pytest.raises(IntegrityError, match="row 1 "):
+        table.check_integrity()
