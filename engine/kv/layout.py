@@ -1,0 +1,273 @@
+"""The fused KV layout: for every KV head ``h``, row ``2h`` is K and row ``2h + 1`` is V.
+
+The rule is that of the TPU ragged paged attention kernel v3 (tpu_commons): concatenate K and V on the last axis, then
+reshape, which interleaves the heads: ``[K0, V0, K1, V1, …]``. It is stated here and nowhere else; so are the padding of
+the stored buffers and the packed view that a TPU kernel takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from engine.errors import ConfigError, ShapeError
+
+LAYOUT_VERSION = 1
+ORDER = "interleaved"
+LANES = 128  # a TPU vector register is 8 sublanes of 128 lanes of 32 bits
+SUBLANES = 8
+
+
+def merge_kv(k: jax.Array, v: jax.Array) -> jax.Array:
+    """Interleaves K and V by head.
+
+    Args:
+        k: ``[..., H, D]``, any dtype.
+        v: as ``k``.
+
+    Returns:
+        ``[..., 2H, D]``, rows ``K0, V0, K1, V1, …``.
+
+    Raises:
+        ShapeError: k and v differ in shape or dtype, or have fewer than two axes.
+    """
+    if k.shape != v.shape or k.dtype != v.dtype or k.ndim < 2:
+        raise ShapeError(
+            f"cannot merge k {k.dtype}{list(k.shape)} with v {v.dtype}{list(v.shape)}: both must be [..., heads, "
+            "head_dim] of one shape and dtype; cast or reshape one of them"
+        )
+    *leading, heads, head_dim = k.shape
+    return jnp.concatenate([k, v], axis=-1).reshape(*leading, 2 * heads, head_dim)
+
+
+def extract_k_from_fused_kv(fused: jax.Array) -> jax.Array:
+    """Takes the keys out of the fused layout: ``[..., 2H, D] -> [..., H, D]``; ShapeError where 2H is odd."""
+    _check_fused(fused)
+    return fused[..., 0::2, :]
+
+
+def extract_v_from_fused_kv(fused: jax.Array) -> jax.Array:
+    """Takes the values out of the fused layout: ``[..., 2H, D] -> [..., H, D]``; ShapeError where 2H is odd."""
+    _check_fused(fused)
+    return fused[..., 1::2, :]
+
+
+def _check_fused(fused: jax.Array) -> None:
+    if fused.ndim < 2 or fused.shape[-2] % 2:
+        raise ShapeError(
+            f"cannot extract from {list(fused.shape)}: the fused layout is [..., 2 * heads, head_dim], K and V in turn "
+            "on the axis before the last"
+        )
+
+
+def packing(dtype: DTypeLike) -> int:
+    """Rows of ``dtype`` that share one 32-bit lane of a TPU register: f32 1, bf16 2, fp8 4; at least 1."""
+    return max(1, 4 // jnp.dtype(dtype).itemsize)
+
+
+def padded_rows(head_num: int, dtype: DTypeLike) -> int:
+    """Rows that a TPU stores for ``2 * head_num``: whole words, in a count that XLA tiles without a copy.
+
+    Up to 8 words the sublane tiles are powers of two, above that multiples of 8.
+    """
+    pack = packing(dtype)
+    words = -(-2 * head_num // pack)
+    words = 1 << (words - 1).bit_length() if words <= SUBLANES else _round_up(words, SUBLANES)
+    return words * pack
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """``head_dim`` in whole lanes of a TPU."""
+    return _round_up(head_dim, LANES)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def pad_fused(fused: jax.Array, rows: int, head_dim: int) -> jax.Array:
+    """Pads ``[..., 2H, D]`` with zeros to the stored ``[..., rows, head_dim]``."""
+    extra = (rows - fused.shape[-2], head_dim - fused.shape[-1])
+    if extra == (0, 0):
+        return fused
+    if min(extra) < 0:
+        raise ShapeError(
+            f"cannot pad {list(fused.shape)} to {rows} rows of {head_dim}: padding only adds; ask for more"
+        )
+    return jnp.pad(fused, [(0, 0)] * (fused.ndim - 2) + [(0, extra[0]), (0, extra[1])])
+
+
+def unpad_fused(stored: jax.Array, head_num: int, head_dim: int) -> jax.Array:
+    """Drops the padding: ``[..., 2H', D'] -> [..., 2H, D]``."""
+    return stored[..., : 2 * head_num, :head_dim]
+
+
+def pack_pages(stored: jax.Array, page_size: int) -> jax.Array:
+    """The packed view of tpu_commons' kernel v3, where p rows share one 32-bit lane.
+
+    Free of copies (one reshape) where p divides 2H and 128 divides D, as in storage laid out for a TPU; else it pads.
+
+    Args:
+        stored: ``[S, 2H, D]``, S a multiple of ``page_size``.
+        page_size: tokens a page.
+
+    Returns:
+        ``[S / page_size, page_size, ceil(2H / p), p, D rounded up to 128]``.
+
+    Raises:
+        ShapeError: S is not a whole number of pages.
+    """
+    slots, rows, head_dim = stored.shape
+    if slots % page_size:
+        raise ShapeError(
+            f"cannot view {slots} slots as pages of {page_size}: the last would not be whole; pad the slots"
+        )
+    pack = packing(stored.dtype)
+    padded = pad_fused(stored, _round_up(rows, pack), padded_head_dim(head_dim))
+    return padded.reshape(slots // page_size, page_size, -1, pack, padded.shape[-1])
+
+
+def unpack_pages(packed: jax.Array, rows: int, head_dim: int) -> jax.Array:
+    """Inverse of ``pack_pages``: ``[pages, page_size, words, p, D'] -> [pages * page_size, rows, head_dim]``."""
+    pages, page_size, words, pack, lanes = packed.shape
+    return packed.reshape(pages * page_size, words * pack, lanes)[:, :rows, :head_dim]
+
+
+def check_storage(fused: jax.Array, head_num: int, head_dim: int) -> None:
+    """Checks that a stored buffer can hold ``head_num`` heads of ``head_dim``, as they are or padded for a TPU.
+
+    Args:
+        fused: ``[S, 2H', D']``; only shape and dtype are read.
+        head_num: KV heads H.
+        head_dim: D.
+
+    Raises:
+        ShapeError: the buffer is not 3-D, or its rows are neither 2H of D nor a padding of them.
+    """
+    if fused.ndim != 3:
+        raise ShapeError(f"the fused buffer must be [slots, 2 * heads, head_dim]; got {fused.dtype}{list(fused.shape)}")
+    rows, lanes = fused.shape[1:]
+    if (rows, lanes) == (2 * head_num, head_dim):
+        return
+    most_rows, most_lanes = padded_rows(head_num, fused.dtype), padded_head_dim(head_dim)
+    if lanes != most_lanes or rows % 2 or not 2 * head_num <= rows <= most_rows:
+        raise ShapeError(
+            f"a fused buffer {fused.dtype}{list(fused.shape)} does not hold {head_num} KV heads of {head_dim}: a slot "
+            f"must be [{2 * head_num}, {head_dim}], or up to [{most_rows}, {most_lanes}] where it is padded for a TPU; "
+            "pass the buffer of a pool made for these heads"
+        )
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """What the bytes of a pool mean; two sides that exchange pages compare theirs first.
+
+    Attributes:
+        head_num: KV heads H.
+        head_dim: D.
+        rows: stored rows a slot, 2H or more.
+        lanes: stored elements a row, D or more.
+        dtype: of the elements.
+        page_size: tokens a page.
+        order: how K and V lie among the rows.
+        version: of this descriptor.
+    """
+
+    head_num: int
+    head_dim: int
+    rows: int
+    lanes: int
+    dtype: np.dtype[Any]
+    page_size: int
+    order: str = ORDER
+    version: int = LAYOUT_VERSION
+
+    @classmethod
+    def create(
+        cls, *, head_num: int, head_dim: int, dtype: DTypeLike, page_size: int, platform: str = "cpu"
+    ) -> KVLayout:
+        """Chooses the stored sizes for a platform: padded for "tpu", as they are on any other.
+
+        Args:
+            head_num: KV heads, at least 1.
+            head_dim: elements a head, at least 1.
+            dtype: of the elements, a floating or integer type.
+            page_size: tokens a page, at least 1.
+            platform: as in ``jax.Device.platform``.
+
+        Raises:
+            ConfigError: a count is below 1, or the dtype is not numeric.
+        """
+        for name, value in (("head_num", head_num), ("head_dim", head_dim), ("page_size", page_size)):
+            if value < 1:
+                raise ConfigError(f"{name}={value} in a KV layout must be at least 1")
+        dtype = jnp.dtype(dtype)
+        if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+            raise ConfigError(f"a KV layout cannot hold dtype {dtype}; use a floating or integer type, e.g. bfloat16")
+        if platform == "tpu":
+            rows, lanes = padded_rows(head_num, dtype), padded_head_dim(head_dim)
+        else:
+            rows, lanes = 2 * head_num, head_dim
+        return cls(head_num, head_dim, rows, lanes, dtype, page_size)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one slot in one layer, padding included: the formula that everything that reports bytes uses."""
+        return self.rows * self.lanes * self.dtype.itemsize
+
+    @property
+    def padding_overhead(self) -> float:
+        """Padding bytes as a share of the bytes that hold data, e.g. 0.6 for head_dim 80 on a TPU."""
+        return self.rows * self.lanes / (2 * self.head_num * self.head_dim) - 1
+
+    def buffer_shape(self, slots: int) -> tuple[int, int, int]:
+        """Shape of one layer's buffer of ``slots`` slots: ``[slots, 2H', D']``."""
+        return slots, self.rows, self.lanes
+
+    def require_same(self, other: KVLayout, what: str) -> None:
+        """Refuses bytes laid out otherwise.
+
+        Args:
+            other: the layout of the bytes that come in.
+            what: what they are, for the message.
+
+        Raises:
+            ConfigError: the layouts differ; the message lists each field that does.
+        """
+        ours, theirs = self.to_dict(), other.to_dict()
+        if ours != theirs:
+            differing = ", ".join(f"{key} {theirs[key]} (here {ours[key]})" for key in ours if ours[key] != theirs[key])
+            raise ConfigError(
+                f"the KV layout of {what} is not this pool's: {differing}; make both with the same settings"
+            )
+
+    def to_dict(self) -> dict[str, int | str]:
+        """A form for JSON, every field by its name."""
+        return dataclasses.asdict(self) | {"dtype": self.dtype.name}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> KVLayout:
+        """Reads what ``to_dict`` wrote.
+
+        Raises:
+            ConfigError: a field is missing or unknown, or the version or order is not one this code knows.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if values.keys() != names:
+            raise ConfigError(
+                f"not a KV layout: missing {sorted(names - values.keys())}, unknown {sorted(values.keys() - names)}; "
+                f"write it with to_dict of version {LAYOUT_VERSION}"
+            )
+        if (values["version"], values["order"]) != (LAYOUT_VERSION, ORDER):
+            raise ConfigError(
+                f"KV layout version {values['version']}, order {values['order']!r} cannot be read; this code knows "
+                f"version {LAYOUT_VERSION}, order {ORDER!r} only; write it again with this version"
+            )
+        return cls(**{**values, "dtype": jnp.dtype(values["dtype"])})

@@ -1,0 +1,232 @@
+"""The pool: one fused buffer a layer on the device, addressed by slot."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from engine.errors import ConfigError, ShapeError
+from engine.kv.layout import KVLayout, extract_k_from_fused_kv, extract_v_from_fused_kv, unpad_fused
+from engine.kv.scatter import set_kv_buffer
+
+TENSOR_AXIS = "tensor"
+_HEADS = PartitionSpec(None, TENSOR_AXIS, None)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class TokenToKVPool:
+    """Keys and values of all tokens, ``[size + page_size, 2H, D]`` a layer, heads interleaved.
+
+    A pytree of its buffers: pass it through jit, donated, and what comes back is the pool with the same memory. The
+    methods that write rebind its buffers, so that arrays taken from it before are deleted by the donation.
+
+    Attributes:
+        buffers: one array a layer, ``layout.buffer_shape(size + page_size)``; page 0 is the null page.
+        size: usable token slots.
+        layout: what the bytes mean; page size, heads, dtype and padding are its fields.
+        mesh: the mesh over whose "tensor" axis the heads are split, or None.
+    """
+
+    buffers: tuple[jax.Array, ...]
+    size: int
+    layout: KVLayout
+    mesh: Mesh | None
+
+    def __init__(
+        self,
+        size: int,
+        page_size: int,
+        dtype: DTypeLike,
+        head_num: int,
+        head_dim: int,
+        layer_num: int,
+        mesh: Mesh | None = None,
+        *,
+        platform: str | None = None,
+    ) -> None:
+        """Makes a pool of zeros on the device.
+
+        Args:
+            size: usable token slots, a positive multiple of ``page_size``.
+            page_size: tokens a page.
+            dtype: of keys and values as stored.
+            head_num: KV heads H.
+            head_dim: D.
+            layer_num: layers, at least 1.
+            mesh: splits the heads over its axis "tensor"; None keeps all on the default device.
+            platform: whose padding to store with, as in ``jax.Device.platform``; None is that of the devices.
+
+        Raises:
+            ConfigError: a value is out of range, or the heads do not split evenly.
+        """
+        if platform is None:
+            platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        layout = KVLayout.create(
+            head_num=head_num, head_dim=head_dim, dtype=dtype, page_size=page_size, platform=platform
+        )
+        _check_size(size, page_size, layer_num)
+        if mesh is not None:
+            layout = _split_layout(layout, mesh, platform)
+        self.size, self.layout, self.mesh = size, layout, mesh
+        sharding = None if mesh is None else NamedSharding(mesh, _HEADS)
+        shape = layout.buffer_shape(size + page_size)
+        self.buffers = tuple(_zeros(shape, layout.dtype, sharding) for _ in range(layer_num))
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page."""
+        return self.layout.page_size
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of keys and values as stored."""
+        return self.layout.dtype
+
+    @property
+    def layer_num(self) -> int:
+        """Layers."""
+        return len(self.buffers)
+
+    @property
+    def kv_size_bytes(self) -> int:
+        """Bytes of all buffers, the null page and padding included."""
+        return self.layer_num * (self.size + self.page_size) * self.layout.bytes_per_token
+
+    def get_fused_kv_buffer(self, layer_id: int) -> jax.Array:
+        """The buffer of a layer as it is stored, ``[size + page_size, 2H', D']``."""
+        self._check_layer(layer_id)
+        return self.buffers[layer_id]
+
+    def get_kv_buffer(self, layer_id: int) -> tuple[jax.Array, jax.Array]:
+        """Copies of a layer's keys and values, ``[size + page_size, H, D]`` each, without padding."""
+        fused = unpad_fused(self.get_fused_kv_buffer(layer_id), self.layout.head_num, self.layout.head_dim)
+        return extract_k_from_fused_kv(fused), extract_v_from_fused_kv(fused)
+
+    def set_kv_buffer(self, layer_id: int, loc: jax.Array, k: jax.Array, v: jax.Array) -> None:
+        """Writes tokens into a layer in place; as ``engine.kv.scatter.set_kv_buffer``.
+
+        Args:
+            layer_id: from 0.
+            loc: ``[T]`` slots; what is negative or out of range is dropped, of equal ones the last wins.
+            k: ``[T, H, D]``, cast to the pool's dtype.
+            v: as ``k``.
+
+        Raises:
+            ConfigError: there is no such layer.
+            ShapeError: the arrays do not fit the pool.
+        """
+        self._check_layer(layer_id)
+        heads = (self.layout.head_num, self.layout.head_dim)
+        if k.shape[1:] != heads:
+            raise ShapeError(f"k {list(k.shape)} must be [tokens, {heads[0]}, {heads[1]}], as this pool was made")
+        written = _write(self.buffers[layer_id], loc, k, v, self.mesh)
+        self.buffers = (*self.buffers[:layer_id], written, *self.buffers[layer_id + 1 :])
+
+    def replace_buffers(self, buffers: Sequence[jax.Array]) -> Self:
+        """Takes over the buffers that a step has written.
+
+        Args:
+            buffers: one a layer, of the pool's shape and dtype.
+
+        Returns:
+            The pool itself.
+
+        Raises:
+            ShapeError: their number, a shape or a dtype is not the pool's.
+        """
+        shape = self.layout.buffer_shape(self.size + self.page_size)
+        if len(buffers) != self.layer_num:
+            raise ShapeError(f"{len(buffers)} buffers for a pool of {self.layer_num} layers: give one for each layer")
+        for layer_id, buffer in enumerate(buffers):
+            if buffer.shape != shape or buffer.dtype != self.dtype:
+                raise ShapeError(
+                    f"buffer {layer_id} is {buffer.dtype}{list(buffer.shape)}, the pool's are "
+                    f"{self.dtype}{list(shape)}; give what the step returned for this pool"
+                )
+        self.buffers = tuple(buffers)
+        return self
+
+    def _check_layer(self, layer_id: int) -> None:
+        if not 0 <= layer_id < self.layer_num:
+            raise ConfigError(f"layer_id={layer_id} is not in a pool of {self.layer_num} layers; count from 0")
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], tuple[int, KVLayout, Mesh | None]]:
+        """The buffers as children; all else is static."""
+        return ((jax.tree_util.GetAttrKey("buffers"), self.buffers),), (self.size, self.layout, self.mesh)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[int, KVLayout, Mesh | None], children: tuple[Any]) -> Self:
+        """A pool around whatever jax has put in place of the buffers."""
+        pool = cls.__new__(cls)
+        pool.size, pool.layout, pool.mesh = static
+        (pool.buffers,) = children
+        return pool
+
+
+def _check_size(size: int, page_size: int, layer_num: int) -> None:
+    if size < page_size or size % page_size:
+        below = size // page_size * page_size
+        usable = f"{below} or {below + page_size}" if below > 0 else f"{page_size} or more"
+        raise ConfigError(f"size={size} tokens must be a positive multiple of page_size={page_size}; use {usable}")
+    if layer_num < 1:
+        raise ConfigError(f"layer_num={layer_num} must be at least 1")
+
+
+def _split_layout(layout: KVLayout, mesh: Mesh, platform: str) -> KVLayout:
+    """The layout whose rows split evenly; refuses a mesh that would part a K from its V, or pad within the buffer."""
+    if TENSOR_AXIS not in mesh.shape:
+        raise ConfigError(f"the mesh has the axes {tuple(mesh.shape)}; the heads need one called {TENSOR_AXIS!r}")
+    parts = mesh.shape[TENSOR_AXIS]
+    if layout.head_num % parts:
+        raise ConfigError(
+            f"{layout.head_num} KV heads do not split over {parts} devices: each must hold whole K and V pairs; use a "
+            f"{TENSOR_AXIS!r} axis that divides {layout.head_num}"
+        )
+    share = KVLayout.create(
+        head_num=layout.head_num // parts,
+        head_dim=layout.head_dim,
+        dtype=layout.dtype,
+        page_size=layout.page_size,
+        platform=platform,
+    )
+    if parts > 1 and share.rows != 2 * share.head_num:
+        raise ConfigError(
+            f"{share.head_num} KV heads of {layout.dtype} a device are {2 * share.head_num} rows, stored as "
+            f"{share.rows} on {platform}, and padding inside a split buffer is not supported; use a smaller "
+            f"{TENSOR_AXIS!r} axis"
+        )
+    return dataclasses.replace(layout, rows=parts * share.rows)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any], sharding: NamedSharding | None) -> jax.Array:
+    zeros = jnp.zeros(shape, dtype)
+    return zeros if sharding is None else jax.lax.with_sharding_constraint(zeros, sharding)
+
+
+def _write(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array, mesh: Mesh | None) -> jax.Array:
+    # A trace donates by its outermost jit; only a call from outside any trace needs one of its own.
+    write = _scatter_over if isinstance(fused, jax.core.Tracer) else _scatter_donated
+    written: jax.Array = write(fused, loc, k, v, mesh)
+    return written
+
+
+def _scatter_over(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array, mesh: Mesh | None) -> jax.Array:
+    if mesh is None:
+        return set_kv_buffer(fused, loc, k, v)
+    # Each device writes its own heads: left to itself, XLA would gather the buffer for a kernel it cannot split.
+    heads, slots = _HEADS, PartitionSpec()
+    split = jax.shard_map(set_kv_buffer, mesh=mesh, in_specs=(heads, slots, heads, heads), out_specs=heads)
+    written: jax.Array = split(fused, loc, k, v)
+    return written
+
+
+_scatter_donated = jax.jit(_scatter_over, static_argnums=4, donate_argnums=0)

@@ -1,0 +1,100 @@
+"""Writing new keys and values into their slots of a fused buffer, in place where the buffer is donated.
+
+Two programs do it, and they agree bit for bit: XLA's scatter, and on the CPU a native kernel, because around its own
+scatter XLA's CPU compiler may convert a whole 8- or 16-bit buffer to a wider type and back (docs/adr/0001).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from engine.errors import ShapeError
+from engine.kv.layout import check_storage, merge_kv, pad_fused
+from engine.native import library
+
+
+def set_kv_buffer(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Writes token ``t``'s keys and values into slot ``loc[t]``; pure, and in place where ``fused`` is donated.
+
+    Args:
+        fused: ``[S, 2H, D]``, or padded storage ``[S, 2H', D']``, whose padding is written as zeros.
+        loc: ``[T]``, any integer type: slots. What is negative or not below S is dropped; of equal ones the last wins.
+        k: ``[T, H, D]``, cast to the buffer's dtype.
+        v: as ``k``.
+
+    Returns:
+        The buffer, written.
+
+    Raises:
+        ShapeError: the arrays do not fit together, or k and v are floating and the buffer is not.
+    """
+    fused, loc, k, v = (jnp.asarray(array) for array in (fused, loc, k, v))
+    _check(fused, loc, k, v)
+    written: jax.Array = _scatter(fused, _clean(loc, fused.shape[0]), k.astype(fused.dtype), v.astype(fused.dtype))
+    return written
+
+
+def _check(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> None:
+    if k.ndim != 3 or k.shape != v.shape or k.dtype != v.dtype:
+        raise ShapeError(
+            f"k {k.dtype}{list(k.shape)} and v {v.dtype}{list(v.shape)} must both be [tokens, heads, head_dim], of one "
+            "dtype; reshape or cast one of them"
+        )
+    if loc.shape != k.shape[:1] or not jnp.issubdtype(loc.dtype, jnp.integer):
+        raise ShapeError(
+            f"loc {loc.dtype}{list(loc.shape)} must hold one integer slot for each of the {k.shape[0]} tokens of k; "
+            "use -1 for a token that is not to be written"
+        )
+    if jnp.issubdtype(k.dtype, jnp.floating) and not jnp.issubdtype(fused.dtype, jnp.floating):
+        raise ShapeError(f"k and v of {k.dtype} cannot be cast to a buffer of {fused.dtype}; quantise them first")
+    check_storage(fused, *k.shape[1:])
+
+
+def _clean(loc: jax.Array, slots: int) -> jax.Array:
+    """Slots as int32, with -1 for each that is out of range."""
+    if loc.dtype.itemsize < 4:  # too narrow to compare with `slots`
+        loc = loc.astype(jnp.int32)
+    return jnp.where((loc < 0) | (loc >= slots), -1, loc).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, inline=True)
+def _scatter(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    # Which program runs is settled when the call is lowered, so one traced on this CPU for a TPU gets XLA's scatter.
+    if jax.default_backend() == "cpu" and library.available():
+        written: jax.Array = lax.platform_dependent(fused, loc, k, v, cpu=scatter_native, default=scatter_xla)
+        return written
+    return scatter_xla(fused, loc, k, v)
+
+
+def scatter_native(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Calls the native kernel, which writes in order; arguments as ``scatter_xla``, CPU only."""
+    result = jax.ShapeDtypeStruct(fused.shape, fused.dtype)
+    call = jax.ffi.ffi_call(library.SCATTER, result, input_output_aliases={0: 0})
+    written: jax.Array = call(fused, loc, k, v)
+    # Within shard_map the kernel's result must be said to vary over the mesh axes that its operands vary over.
+    axes = frozenset[str]().union(*(jax.typeof(operand).manual_axis_type.varying for operand in (fused, loc, k, v)))
+    return lax.pcast(written, tuple(axes), to="varying") if axes else written
+
+
+def scatter_xla(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Scatters through XLA: ``loc`` int32 in [-1, S), k and v of the buffer's dtype."""
+    slots, rows, lanes = fused.shape
+    updates = pad_fused(merge_kv(k, v), rows, lanes)
+    return fused.at[_unique(loc, slots)].set(updates, mode="drop", unique_indices=True)
+
+
+def _unique(loc: jax.Array, slots: int) -> jax.Array:
+    """Sends -1 and all but the last of equal slots beyond the buffer, each to a place of its own.
+
+    XLA leaves open which of equal indices wins, so none may be equal.
+    """
+    tokens = loc.shape[0]
+    order = jnp.argsort(loc, stable=True)
+    ranked = loc[order]
+    last = jnp.append(ranked[1:] != ranked[:-1], True)[:tokens]
+    kept = jnp.zeros(tokens, bool).at[order].set(last, unique_indices=True)
+    return jnp.where(kept & (loc >= 0), loc, slots + jnp.arange(tokens, dtype=jnp.int32))

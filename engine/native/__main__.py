@@ -1,0 +1,24 @@
+"""``python -m engine.native``: builds the native CPU kernels ahead of their first use."""
+
+from __future__ import annotations
+
+import sys
+
+from engine.errors import BackendUnsupported
+from engine.native.build import build_library
+from engine.native.library import register
+
+
+def main() -> int:
+    """Builds and loads the library; the exit status is 1 where that fails."""
+    try:
+        register()
+    except BackendUnsupported as error:
+        print(f"native CPU kernels: {error}", file=sys.stderr)
+        return 1
+    print(build_library())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

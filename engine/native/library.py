@@ -1,0 +1,49 @@
+"""Loading the native library and telling XLA of its kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+
+import jax
+
+from engine.errors import BackendUnsupported
+from engine.native.build import build_library
+
+SCATTER = "engine_kv_scatter"
+TARGETS = (SCATTER,)
+
+_logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the native kernels can be called on the CPU; the first call builds, loads and registers them.
+
+    Where they cannot, it says so once, with the reason, and plain XLA does the work.
+    """
+    try:
+        register()
+    except BackendUnsupported as error:
+        _logger.warning("native CPU kernels are off: %s", error)
+        return False
+    return True
+
+
+def register() -> None:
+    """Builds and loads the library and registers each of ``TARGETS`` for the CPU.
+
+    Raises:
+        BackendUnsupported: the library cannot be built or loaded.
+    """
+    path = build_library()
+    try:
+        library = ctypes.CDLL(str(path))
+        handlers = {name: jax.ffi.pycapsule(getattr(library, name)) for name in TARGETS}
+    except (OSError, AttributeError) as error:
+        raise BackendUnsupported(
+            f"cannot load the native library {path}: {error}; delete it to build it anew"
+        ) from error
+    for name, handler in handlers.items():
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")

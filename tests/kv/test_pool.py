@@ -1,0 +1,196 @@
+"""The pool: its bytes, its buffers as a pytree, and writes that stay in place."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from engine.errors import ConfigError, ShapeError
+from engine.kv.layout import KVLayout, merge_kv
+from engine.kv.pool import TokenToKVPool
+from engine.native import library
+
+
+def make_pool(**changes):
+    settings = {"size": 32, "page_size": 8, "dtype": "bfloat16", "head_num": 2, "head_dim": 16, "layer_num": 3}
+    return TokenToKVPool(**(settings | changes))
+
+
+def random_tokens(pool, count):
+    rng = np.random.default_rng()
+    loc = rng.choice(np.arange(pool.page_size, pool.size + pool.page_size), count, replace=False)
+    k, v = rng.standard_normal((2, count, pool.layout.head_num, pool.layout.head_dim))
+    return jnp.asarray(loc), jnp.asarray(k.astype(pool.dtype)), jnp.asarray(v.astype(pool.dtype))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
+def test_bytes_are_those_of_the_buffers(dtype, platform):
+    pool = make_pool(dtype=dtype, head_num=3, head_dim=80, platform=platform)
+    assert pool.layer_num == len(pool.buffers) == 3
+    assert pool.kv_size_bytes == sum(buffer.nbytes for buffer in pool.buffers)
+    assert pool.get_fused_kv_buffer(0).shape == pool.layout.buffer_shape(32 + 8)
+    assert pool.dtype == pool.get_fused_kv_buffer(0).dtype
+
+
+def test_cpu_storage_is_the_contracts_shape():
+    pool = make_pool()
+    assert pool.get_fused_kv_buffer(2).shape == (40, 4, 16)
+    assert (pool.size, pool.page_size, pool.dtype) == (32, 8, jnp.bfloat16)
+    assert not np.asarray(pool.get_fused_kv_buffer(1)).any()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_what_is_set_is_got(platform):
+    pool = make_pool(platform=platform)
+    loc, k, v = random_tokens(pool, 5)
+    pool.set_kv_buffer(1, loc, k, v)
+    keys, values = pool.get_kv_buffer(1)
+    assert keys.shape == values.shape == (40, 2, 16)
+    np.testing.assert_array_equal(np.asarray(keys[loc]), np.asarray(k))
+    np.testing.assert_array_equal(np.asarray(values[loc]), np.asarray(v))
+    others = np.setdiff1d(np.arange(40), np.asarray(loc))
+    assert not np.asarray(keys)[others].any()
+    assert not np.asarray(values)[others].any()
+    assert not np.asarray(pool.get_fused_kv_buffer(0)).any()
+    assert not np.asarray(pool.get_fused_kv_buffer(2)).any()
+
+
+def test_a_write_stays_at_its_address_and_compiles_once():
+    pool = make_pool(size=64, layer_num=2)
+    addresses = [buffer.unsafe_buffer_pointer() for buffer in pool.buffers]
+    pool.set_kv_buffer(0, *random_tokens(pool, 4))
+    batches = [random_tokens(pool, 4) for _ in range(6)]
+    assert count_compiles(lambda: [pool.set_kv_buffer(i % 2, *batch) for i, batch in enumerate(batches)]) == 0
+    assert [buffer.unsafe_buffer_pointer() for buffer in pool.buffers] == addresses
+
+
+def count_compiles(work):
+    """Programs that XLA compiles during ``work``, from the events that jax reports."""
+    seen = []
+
+    def listen(event, duration, **kwargs):
+        if event.endswith("backend_compile_duration"):
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        work()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return len(seen)
+
+
+def test_the_pool_goes_through_a_donating_jit_in_place():
+    pool = make_pool()
+    loc, k, v = random_tokens(pool, 4)
+
+    def step(pool, loc, k, v):
+        for layer_id in range(pool.layer_num):
+            pool.set_kv_buffer(layer_id, loc, k * (layer_id + 1), v)
+        return pool
+
+    addresses = [buffer.unsafe_buffer_pointer() for buffer in pool.buffers]
+    program = jax.jit(step, donate_argnums=0).lower(pool, loc, k, v).compile()
+    assert program.memory_analysis().alias_size_in_bytes == pool.kv_size_bytes
+    if library.available():
+        assert program.memory_analysis().temp_size_in_bytes < pool.kv_size_bytes / 4
+    old = pool.buffers
+    pool = program(pool, loc, k, v)
+    assert all(buffer.is_deleted() for buffer in old)
+    assert [buffer.unsafe_buffer_pointer() for buffer in pool.buffers] == addresses
+    for layer_id in range(3):
+        wanted = np.asarray(merge_kv(k * (layer_id + 1), v))
+        np.testing.assert_array_equal(np.asarray(pool.get_fused_kv_buffer(layer_id)[loc]), wanted)
+
+
+def test_as_a_pytree_it_is_its_buffers():
+    pool = make_pool()
+    leaves, tree = jax.tree.flatten(pool)
+    assert [leaf is buffer for leaf, buffer in zip(leaves, pool.buffers, strict=True)] == [True] * 3
+    again = jax.tree.unflatten(tree, leaves)
+    assert (again.size, again.layout, again.buffers) == (pool.size, pool.layout, pool.buffers)
+    abstract = jax.eval_shape(lambda pool: pool, pool)
+    assert abstract.get_fused_kv_buffer(0).shape == (40, 4, 16)
+    assert jax.tree.structure(make_pool()) == tree
+    assert jax.tree.structure(make_pool(page_size=16)) != tree
+
+
+def test_replaced_buffers_are_checked_before_any_is_taken():
+    pool = make_pool()
+    before = pool.buffers
+    fresh = [jnp.ones_like(buffer) for buffer in before]
+    assert pool.replace_buffers(fresh) is pool
+    assert pool.buffers == tuple(fresh)
+    for wrong in (fresh[:2], [*fresh[:2], fresh[2][:-1]], [*fresh[:2], fresh[2].astype(jnp.float16)]):
+        with pytest.raises(ShapeError):
+            pool.replace_buffers(wrong)
+        assert pool.buffers == tuple(fresh)
+
+
+@pytest.mark.parametrize(
+    ("bad", "hint"),
+    [
+        ({"size": 33}, "use 32 or 40"),
+        ({"size": 0}, "use 8 or more"),
+        ({"size": -8}, "use 8 or more"),
+        ({"size": 7}, "use 8 or more"),
+        ({"page_size": 0}, "page_size=0"),
+        ({"layer_num": 0}, "layer_num=0"),
+        ({"head_num": 0}, "head_num=0"),
+        ({"dtype": "bool"}, "dtype bool"),
+    ],
+)
+def test_an_impossible_pool_is_refused(bad, hint):
+    with pytest.raises(ConfigError, match=hint):
+        make_pool(**bad)
+
+
+@pytest.mark.parametrize("layer_id", [-1, 3])
+def test_an_unknown_layer_is_refused(layer_id):
+    pool = make_pool()
+    for call in (
+        lambda: pool.get_fused_kv_buffer(layer_id),
+        lambda: pool.get_kv_buffer(layer_id),
+        lambda: pool.set_kv_buffer(layer_id, *random_tokens(pool, 2)),
+    ):
+        with pytest.raises(ConfigError, match=f"layer_id={layer_id}"):
+            call()
+
+
+def test_tokens_of_another_model_are_refused_and_nothing_changes():
+    pool = make_pool(head_dim=128, head_num=4)
+    before = pool.buffers
+    loc, k, v = random_tokens(pool, 2)
+    with pytest.raises(ShapeError, match=r"\[tokens, 4, 128\]"):
+        pool.set_kv_buffer(0, loc, k[:, :3], v[:, :3])
+    with pytest.raises(ShapeError):
+        pool.set_kv_buffer(0, loc[:1], k, v)
+    assert pool.buffers is before
+    assert not any(buffer.is_deleted() for buffer in before)
+
+
+def test_padding_is_never_seen():
+    plain, padded = make_pool(platform="cpu"), make_pool(platform="tpu")
+    assert padded.layout == KVLayout.create(head_num=2, head_dim=16, dtype="bfloat16", page_size=8, platform="tpu")
+    assert padded.get_fused_kv_buffer(0).shape == (40, 4, 128)
+    tokens = random_tokens(plain, 6)
+    for pool in (plain, padded):
+        pool.set_kv_buffer(0, *tokens)
+    for ours, theirs in zip(plain.get_kv_buffer(0), padded.get_kv_buffer(0), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+def test_a_mesh_needs_an_axis_for_the_heads():
+    with pytest.raises(ConfigError, match="tensor"):
+        make_pool(mesh=Mesh(np.array(jax.devices()[:1]), ("data",)))
+
+
+def test_a_mesh_of_one_device_is_a_pool_like_any():
+    pool = make_pool(mesh=Mesh(np.array(jax.devices()[:1]), ("tensor",)))
+    loc, k, v = random_tokens(pool, 3)
+    pool.set_kv_buffer(0, loc, k, v)
+    np.testing.assert_array_equal(np.asarray(pool.get_fused_kv_buffer(0)[loc]), np.asarray(merge_kv(k, v)))

@@ -1,0 +1,117 @@
+"""set_kv_buffer: what is written where, what is not, and that nothing but the rows is touched."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scatter_oracle import assert_same_bits, expected, random_case
+
+from engine.errors import ShapeError
+from engine.kv.layout import KVLayout, merge_kv, pad_fused
+from engine.kv.scatter import set_kv_buffer
+from engine.native import library
+
+SLOTS = 24
+DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3fn"]
+
+
+needs_native = pytest.mark.skipif(not library.available(), reason="no C++ compiler on this machine")
+
+
+@pytest.fixture(scope="module", params=[pytest.param("native", marks=needs_native), "xla"], autouse=True)
+def path(request):
+    """Each of the two programs, as the public function chooses them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "available", lambda: request.param == "native")
+        jax.clear_caches()  # the choice is made while tracing
+        yield request.param
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_writes_the_rows_and_nothing_else(dtype):
+    fused, k, v = random_case(SLOTS, 3, 16, 4, dtype)
+    loc = jnp.array([7, -1, 23, 0])
+    assert_same_bits(set_kv_buffer(fused, loc, k, v), expected(fused, loc, k, v))
+
+
+def test_negative_and_out_of_range_slots_are_dropped():
+    fused, k, v = random_case(SLOTS, 2, 8, 6, "bfloat16")
+    loc = jnp.array([-1, -SLOTS, SLOTS, np.iinfo(np.int32).min, np.iinfo(np.int32).max, -2])
+    assert_same_bits(set_kv_buffer(fused, loc, k, v), fused)
+
+
+def test_the_last_of_equal_slots_wins():
+    fused, k, v = random_case(SLOTS, 2, 8, 64, "float32")
+    loc = jnp.asarray(np.random.default_rng().integers(-3, 5, 64))
+    assert_same_bits(set_kv_buffer(fused, loc, k, v), expected(fused, loc, k, v))
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "dtype"), [(1, 64, "float8_e4m3fn"), (3, 80, "bfloat16"), (5, 128, "bfloat16")]
+)
+def test_padded_storage_takes_real_sizes_and_zeros_its_padding(heads, head_dim, dtype):
+    stored = KVLayout.create(head_num=heads, head_dim=head_dim, dtype=dtype, page_size=8, platform="tpu")
+    fused, k, v = random_case(SLOTS, heads, head_dim, 3, dtype, stored.rows, stored.lanes)
+    written = set_kv_buffer(fused, jnp.array([2, 2, 9]), k, v)
+    assert_same_bits(written, expected(fused, [2, 2, 9], k, v))
+    assert_same_bits(written[9], pad_fused(merge_kv(k, v), stored.rows, stored.lanes)[2])
+
+
+def test_k_and_v_are_cast_to_the_buffer():
+    fused, k, v = random_case(SLOTS, 2, 8, 3, "float32")
+    stored = fused.astype(jnp.bfloat16)
+    loc = jnp.array([5, 1, 8])
+    wanted = expected(stored, loc, k.astype(jnp.bfloat16), v.astype(jnp.bfloat16))
+    assert_same_bits(set_kv_buffer(stored, loc, k, v), wanted)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "uint8", "uint32"])
+def test_slots_of_any_integer_type(dtype):
+    slots = 300  # more than int8 and uint8 can say
+    fused, k, v = random_case(slots, 1, 8, 3, "float32")
+    loc = np.array([100, 7, 3]).astype(dtype)
+    assert_same_bits(set_kv_buffer(fused, loc, k, v), expected(fused, loc, k, v))
+
+
+def test_no_tokens_write_nothing():
+    fused, k, v = random_case(SLOTS, 2, 8, 0, "bfloat16")
+    assert_same_bits(set_kv_buffer(fused, jnp.zeros(0, jnp.int32), k, v), fused)
+
+
+def test_the_argument_of_an_undonated_call_stays():
+    fused, k, v = random_case(SLOTS, 2, 8, 2, "bfloat16")
+    before = np.array(fused)
+    set_kv_buffer(fused, jnp.array([1, 2]), k, v)
+    assert_same_bits(fused, before)
+
+
+def make_arguments(**changes):
+    sizes = {"fused": (SLOTS, 4, 8), "loc": (3,), "k": (3, 2, 8), "v": (3, 2, 8)}
+    dtypes = {"fused": "bfloat16", "loc": "int32", "k": "bfloat16", "v": "bfloat16"}
+    for name, (shape, dtype) in changes.items():
+        sizes[name], dtypes[name] = shape, dtype
+    return [jnp.ones(sizes[name], dtypes[name]) for name in ("fused", "loc", "k", "v")]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"k": ((3, 2, 9), "bfloat16")},
+        {"k": ((3, 2, 8), "float32")},
+        {"v": ((2, 2, 8), "bfloat16")},
+        {"loc": ((4,), "int32")},
+        {"loc": ((3, 1), "int32")},
+        {"loc": ((3,), "float32")},
+        {"fused": ((SLOTS, 6, 8), "bfloat16")},
+        {"fused": ((SLOTS, 4, 16), "bfloat16")},
+        {"fused": ((SLOTS, 4), "bfloat16")},
+        {"fused": ((SLOTS, 4, 8), "int8")},
+        {"k": ((3, 8), "bfloat16"), "v": ((3, 8), "bfloat16")},
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(change):
+    with pytest.raises(ShapeError):
+        set_kv_buffer(*make_arguments(**change))
