@@ -1,0 +1,1 @@
+"""Attention that reads and writes the fused, paged cache."""

@@ -1,0 +1,196 @@
+"""The attention call: checks it, chooses a backend, runs it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engine.attention.checks import (
+    check_lengths,
+    check_metadata_shapes,
+    check_options,
+    check_pages,
+    check_tensors,
+    check_token_arrays,
+)
+from engine.attention.metadata import AttentionMetadata, Int32Array, locate_new_tokens
+from engine.attention.reference import attend_reference
+from engine.attention.spec import AttentionSpec
+from engine.attention.xla import attend_xla
+from engine.errors import BackendUnsupported, ConfigError
+
+# (q, k, v, fused_kv, metadata, sinks, spec) -> (out, fused_kv); raises BackendUnsupported where it cannot.
+Attend = Callable[
+    [jax.Array, jax.Array, jax.Array, jax.Array, AttentionMetadata, jax.Array | None, AttentionSpec],
+    tuple[jax.Array, jax.Array],
+]
+
+
+def _unsupported(name: str) -> Attend:
+    def refuse(*_: object) -> tuple[jax.Array, jax.Array]:
+        raise BackendUnsupported(f"attention impl={name!r} has no kernel yet; use impl='xla' or impl='auto'")
+
+    return refuse
+
+
+BACKENDS: dict[str, Attend] = {
+    "tpu": _unsupported("tpu"),
+    "gpu": _unsupported("gpu"),
+    "xla": attend_xla,
+    "reference": attend_reference,
+}
+AUTO_ORDER = ("tpu", "gpu", "xla")  # the first that does not raise BackendUnsupported
+
+
+def ragged_paged_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    fused_kv: jax.Array,
+    *,
+    page_table: jax.Array,
+    cu_q_lens: jax.Array,
+    kv_lens: jax.Array,
+    page_size: int,
+    sm_scale: float | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    impl: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """Writes the new keys and values of a ragged batch into the paged cache, then attends causally.
+
+    Sequence ``b`` brings tokens ``cu_q_lens[b] … cu_q_lens[b + 1] - 1``; they stand at positions
+    ``kv_lens[b] - q_len[b] … kv_lens[b] - 1`` of its context. Prefill, chunks, decode and padding rows (``q_len`` 0)
+    mix freely. The semantics are those of ragged paged attention (arXiv 2604.15464). Pure; the cache is updated in
+    place where it is donated. May be called under ``jit``; contents are checked only when the arrays are concrete.
+
+    Args:
+        q: ``[T, Hq, D]`` queries, float32, bfloat16 or float16.
+        k: ``[T, H, D]`` new keys, in q's dtype; H divides Hq.
+        v: ``[T, H, D]`` new values.
+        fused_kv: ``[S, 2H, D]`` a layer's buffer, or its padded storage ``[S, 2H', D']``; any float dtype.
+        page_table: ``[B, P]`` int32 page ids.
+        cu_q_lens: ``[B + 1]`` int32 running sum of new tokens per sequence, from 0.
+        kv_lens: ``[B]`` int32 cached plus new tokens.
+        page_size: tokens a page; divides S.
+        sm_scale: factor on the logits; None is ``D ** -0.5``.
+        sliding_window: tokens a query sees, itself included; None sees all before it.
+        soft_cap: logits ``s`` become ``soft_cap * tanh(s / soft_cap)``; None leaves them.
+        sinks: ``[Hq]`` an extra logit per query head that joins the softmax denominator only.
+        impl: "auto", "reference", "xla", "tpu" or "gpu".
+
+    Returns:
+        ``out[T, Hq, D]`` in q's dtype, zero past ``cu_q_lens[B]``; and the written buffer. Every new token is
+        written, whatever the window. Softmax and sums are float32.
+
+    Raises:
+        ShapeError: an array has the wrong shape, dtype or (where concrete) contents.
+        ConfigError: an option is out of range or ``impl`` is unknown.
+        BackendUnsupported: the chosen backend cannot.
+    """
+    check_options(page_size=page_size, sm_scale=sm_scale, sliding_window=sliding_window, soft_cap=soft_cap)
+    check_metadata_shapes(page_table, cu_q_lens, kv_lens)
+    check_tensors(q, k, v, fused_kv, sinks, page_size)
+    spec = AttentionSpec(page_size, _scale(sm_scale, q.shape[2]), sliding_window, soft_cap)
+    _check_contents(page_table, cu_q_lens, kv_lens, num_tokens=q.shape[0], num_slots=fused_kv.shape[0], spec=spec)
+    metadata: AttentionMetadata = _locate(page_table, cu_q_lens, kv_lens, num_tokens=q.shape[0], page_size=page_size)
+    result: tuple[jax.Array, jax.Array] = _dispatch(q, k, v, fused_kv, metadata, sinks, spec=spec, impl=_known(impl))
+    return result
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    fused_kv: jax.Array,
+    metadata: AttentionMetadata,
+    *,
+    sinks: jax.Array | None,
+    spec: AttentionSpec,
+    impl: str,
+) -> tuple[jax.Array, jax.Array]:
+    """As ``ragged_paged_attention``, with the step's metadata made beforehand."""
+    check_metadata_shapes(metadata.page_table, metadata.cu_q_lens, metadata.kv_lens)
+    check_tensors(q, k, v, fused_kv, sinks, spec.page_size)
+    check_token_arrays(q.shape[0], out_cache_loc=metadata.out_cache_loc, positions=metadata.positions)
+    _check_contents(
+        metadata.page_table,
+        metadata.cu_q_lens,
+        metadata.kv_lens,
+        num_tokens=q.shape[0],
+        num_slots=fused_kv.shape[0],
+        spec=spec,
+    )
+    result: tuple[jax.Array, jax.Array] = _dispatch(q, k, v, fused_kv, metadata, sinks, spec=spec, impl=_known(impl))
+    return result
+
+
+def _scale(sm_scale: float | None, head_dim: int) -> float:
+    return head_dim**-0.5 if sm_scale is None else float(sm_scale)
+
+
+def _known(impl: str) -> str:
+    if impl != "auto" and impl not in BACKENDS:
+        raise ConfigError(f"impl={impl!r} is not known; choose one of auto, {', '.join(sorted(BACKENDS))}")
+    return impl
+
+
+def _check_contents(
+    page_table: Int32Array,
+    cu_q_lens: Int32Array,
+    kv_lens: Int32Array,
+    *,
+    num_tokens: int,
+    num_slots: int,
+    spec: AttentionSpec,
+) -> None:
+    if any(isinstance(array, jax.core.Tracer) for array in (page_table, cu_q_lens, kv_lens)):
+        return
+    table, bounds, lens = (np.asarray(array) for array in (page_table, cu_q_lens, kv_lens))
+    check_lengths(bounds, lens, num_tokens=num_tokens, row_tokens=table.shape[1] * spec.page_size)
+    check_pages(
+        table,
+        bounds,
+        lens,
+        page_size=spec.page_size,
+        num_pages=num_slots // spec.page_size,
+        sliding_window=spec.sliding_window,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "impl"))
+def _dispatch(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    fused_kv: jax.Array,
+    metadata: AttentionMetadata,
+    sinks: jax.Array | None,
+    *,
+    spec: AttentionSpec,
+    impl: str,
+) -> tuple[jax.Array, jax.Array]:
+    if impl != "auto":
+        return BACKENDS[impl](q, k, v, fused_kv, metadata, sinks, spec)
+    refusals = []
+    for name in AUTO_ORDER:
+        try:
+            return BACKENDS[name](q, k, v, fused_kv, metadata, sinks, spec)
+        except BackendUnsupported as refusal:
+            refusals.append(str(refusal))
+    raise BackendUnsupported("no attention backend can do this: " + "; ".join(refusals))
+
+
+@functools.partial(jax.jit, static_argnames=("num_tokens", "page_size"))
+def _locate(
+    page_table: jax.Array, cu_q_lens: jax.Array, kv_lens: jax.Array, *, num_tokens: int, page_size: int
+) -> AttentionMetadata:
+    positions, out_cache_loc = locate_new_tokens(
+        page_table, cu_q_lens, kv_lens, num_tokens=num_tokens, page_size=page_size, xp=jnp
+    )
+    return AttentionMetadata(page_table, cu_q_lens, kv_lens, out_cache_loc, positions)

@@ -1,0 +1,99 @@
+"""What one step tells attention: built on the host once a step, shared by every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from engine.attention.checks import check_lengths, check_metadata_shapes
+
+Int32Array: TypeAlias = jax.Array | npt.NDArray[np.int32]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """The sequences of one step, as int32 arrays of NumPy or JAX. A pytree.
+
+    Attributes:
+        page_table: ``[B, P]`` page ids, one row a sequence; unused entries are the null page.
+        cu_q_lens: ``[B + 1]`` running sum of new tokens per sequence, from 0.
+        kv_lens: ``[B]`` cached plus new tokens.
+        out_cache_loc: ``[T]`` slot each new token's K and V go to; -1 writes nothing.
+        positions: ``[T]`` position of each new token in its sequence; 0 in padding.
+    """
+
+    page_table: Int32Array
+    cu_q_lens: Int32Array
+    kv_lens: Int32Array
+    out_cache_loc: Int32Array
+    positions: Int32Array
+
+    @classmethod
+    def build(
+        cls,
+        page_table: npt.ArrayLike,
+        cu_q_lens: npt.ArrayLike,
+        kv_lens: npt.ArrayLike,
+        *,
+        num_tokens: int,
+        page_size: int,
+    ) -> AttentionMetadata:
+        """Builds a step's metadata on the host, with NumPy alone.
+
+        Every array is a fresh, read-only copy: the CPU backend may alias a NumPy buffer, so changing the caller's
+        page table in place after dispatch would change the step that is running.
+
+        Args:
+            page_table: ``[B, P]`` page ids.
+            cu_q_lens: ``[B + 1]`` running sum of new tokens per sequence, from 0.
+            kv_lens: ``[B]`` cached plus new tokens; 0 in padding rows.
+            num_tokens: T, the step's static token count, padding included.
+            page_size: tokens a page.
+
+        Raises:
+            ShapeError: shapes disagree, or the lengths contradict each other (see ``check_lengths``).
+        """
+        table, bounds, lens = (np.array(array, np.int32) for array in (page_table, cu_q_lens, kv_lens))
+        check_metadata_shapes(table, bounds, lens)
+        check_lengths(bounds, lens, num_tokens=num_tokens, row_tokens=table.shape[1] * page_size)
+        positions, out_cache_loc = locate_new_tokens(table, bounds, lens, num_tokens=num_tokens, page_size=page_size)
+        for array in (table, bounds, lens, out_cache_loc, positions):
+            array.flags.writeable = False
+        return cls(table, bounds, lens, out_cache_loc, positions)
+
+    def to_device(self) -> AttentionMetadata:
+        """The same metadata as JAX arrays, moved in one transfer."""
+        moved: AttentionMetadata = jax.device_put(self)
+        return moved
+
+
+def locate_new_tokens(
+    page_table: Any, cu_q_lens: Any, kv_lens: Any, *, num_tokens: int, page_size: int, xp: ModuleType = np
+) -> tuple[Any, Any]:
+    """Finds where each new token stands in its sequence and in the pool.
+
+    Args:
+        page_table: ``[B, P]`` int32 page ids.
+        cu_q_lens: ``[B + 1]`` int32 running sum of new tokens per sequence, from 0.
+        kv_lens: ``[B]`` int32 cached plus new tokens.
+        num_tokens: T, padding included.
+        page_size: tokens a page.
+        xp: the array module, ``numpy`` or ``jax.numpy``.
+
+    Returns:
+        ``positions[T]`` (0 in padding) and ``out_cache_loc[T]`` (-1 in padding), int32.
+    """
+    tokens = xp.arange(num_tokens, dtype=xp.int32)
+    # side="right" steps over sequences without new tokens, wherever they stand.
+    rows = xp.searchsorted(cu_q_lens, tokens, side="right") - 1
+    live = tokens < cu_q_lens[-1]
+    rows = xp.where(live, rows, 0)
+    positions = xp.where(live, kv_lens[rows] - cu_q_lens[rows + 1] + tokens, 0)
+    slots = page_table[rows, positions // page_size] * page_size + positions % page_size
+    return positions.astype(xp.int32), xp.where(live, slots, -1).astype(xp.int32)

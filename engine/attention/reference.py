@@ -1,0 +1,57 @@
+"""``impl="reference"``: attention over the fused, paged cache as its definition reads. Slow, and the truth.
+
+One query token at a time gathers its sequence's whole context; softmax is plain, in float32.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from engine.attention.metadata import AttentionMetadata
+from engine.attention.spec import AttentionSpec
+from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv, unpad_fused
+from engine.kv.scatter import set_kv_buffer
+
+
+def attend_reference(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    fused_kv: jax.Array,
+    metadata: AttentionMetadata,
+    sinks: jax.Array | None,
+    spec: AttentionSpec,
+) -> tuple[jax.Array, jax.Array]:
+    """Writes k and v, then attends; arguments and results as in ``ragged_paged_attention``."""
+    fused_kv = set_kv_buffer(fused_kv, jnp.asarray(metadata.out_cache_loc), k, v)
+    num_tokens, num_q_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    page_table, cu_q_lens = jnp.asarray(metadata.page_table), jnp.asarray(metadata.cu_q_lens)
+    tokens = jnp.arange(num_tokens)
+    rows = jnp.searchsorted(cu_q_lens, tokens, side="right") - 1
+    columns = jnp.arange(page_table.shape[1] * spec.page_size)  # a column is a position in the context
+
+    def attend_token(query: jax.Array, row: jax.Array, position: jax.Array) -> jax.Array:
+        slots = page_table[row][columns // spec.page_size] * spec.page_size + columns % spec.page_size
+        context = unpad_fused(fused_kv[slots], num_kv_heads, head_dim).astype(jnp.float32)  # [L, 2H, D]
+        visible = columns <= position
+        if spec.sliding_window is not None:
+            visible &= columns > position - spec.sliding_window
+        # Masked values must not reach the sum even where a dead slot holds NaN, and 0 * NaN is NaN.
+        values = jnp.where(visible[:, None, None], extract_v_from_fused_kv(context), 0.0)
+        grouped = query.astype(jnp.float32).reshape(num_kv_heads, -1, head_dim)
+        logits = jnp.einsum("hgd,lhd->hgl", grouped, extract_k_from_fused_kv(context)) * spec.sm_scale
+        if spec.soft_cap is not None:
+            logits = spec.soft_cap * jnp.tanh(logits / spec.soft_cap)
+        logits = jnp.where(visible, logits, -jnp.inf)
+        if sinks is not None:
+            sink = jnp.asarray(sinks, jnp.float32).reshape(num_kv_heads, -1, 1)
+            logits = jnp.concatenate([logits, sink], axis=-1)
+        weights = jax.nn.softmax(logits, axis=-1)[..., : columns.size]
+        return jnp.einsum("hgl,lhd->hgd", weights, values).reshape(num_q_heads, head_dim)
+
+    out = lax.map(lambda args: attend_token(*args), (q, rows, jnp.asarray(metadata.positions)))
+    out = jnp.where((tokens < cu_q_lens[-1])[:, None, None], out, 0.0)
+    return out.astype(q.dtype), fused_kv

@@ -1,0 +1,214 @@
+"""``impl="xla"``: block-wise attention over pages with online softmax, in plain XLA.
+
+The algorithm is FlashAttention-2's (arXiv 2307.08691) over a paged cache: sequences are taken one after the other, a
+sequence's queries in tiles, and a tile walks the context in blocks of whole pages, from the first block its window
+reaches to the last that causality allows. Loop bounds are data, shapes are not: one program serves every length, and
+its temporary memory is a block's. A sequence that stands alone in the loop gets the same bits in any batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from engine.attention.metadata import AttentionMetadata
+from engine.attention.spec import AttentionSpec
+from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv, unpad_fused
+from engine.kv.scatter import set_kv_buffer
+
+BLOCK_TOKENS = 256  # of context: K and V of 8 heads of 128 in float32 are 2 MiB, a core's L2 cache
+TILE_TOKENS = 64  # queries of one sequence that walk the context together
+
+
+class Softmax(NamedTuple):
+    """Online softmax of ``R`` query rows a KV head, float32.
+
+    Attributes:
+        peak: ``[H, R]`` largest logit so far.
+        total: ``[H, R]`` sum of ``exp(logit - peak)``.
+        acc: ``[H, R, D]`` the same sum, of weighted values.
+    """
+
+    peak: jax.Array
+    total: jax.Array
+    acc: jax.Array
+
+
+class Tile(NamedTuple):
+    """Queries of one sequence: row ``r = token * G + g`` is the ``g``-th query head of its KV head's group.
+
+    Attributes:
+        q: ``[H, R, D]`` float32, scaled.
+        position: ``[R]`` where each row stands in its sequence.
+        first_seen: first context position that any row sees.
+        end: one past the last context position that any row sees.
+    """
+
+    q: jax.Array
+    position: jax.Array
+    first_seen: jax.Array
+    end: jax.Array
+
+
+def attend_xla(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    fused_kv: jax.Array,
+    metadata: AttentionMetadata,
+    sinks: jax.Array | None,
+    spec: AttentionSpec,
+) -> tuple[jax.Array, jax.Array]:
+    """Writes k and v, then attends; arguments and results as in ``ragged_paged_attention``."""
+    fused_kv = set_kv_buffer(fused_kv, jnp.asarray(metadata.out_cache_loc), k, v)
+    num_tokens, num_q_heads, head_dim = q.shape
+    walk = _ContextWalk.over(fused_kv, metadata, k.shape[1], head_dim, sinks, spec)
+    tile_tokens = min(TILE_TOKENS, num_tokens)
+    # The last tile of a sequence may reach past the array; a dynamic slice would then slide back over other tokens.
+    queries = jnp.pad(q, ((0, tile_tokens), (0, 0), (0, 0)))
+    cu_q_lens, kv_lens = jnp.asarray(metadata.cu_q_lens), jnp.asarray(metadata.kv_lens)
+
+    def attend_tile(size: int, row: jax.Array, first: jax.Array, out: jax.Array) -> jax.Array:
+        """Attends queries ``[first, first + size)`` of sequence ``row``; rows past its last query become zero."""
+        start, q_len = cu_q_lens[row], cu_q_lens[row + 1] - cu_q_lens[row]
+        chunk = lax.dynamic_slice(queries, (start + first, 0, 0), (size, num_q_heads, head_dim))
+        result = walk.attend(chunk, row, kv_lens[row] - q_len + first, kv_lens[row])
+        result = jnp.where((first + jnp.arange(size) < q_len)[:, None, None], result, 0.0)
+        # What spills over the sequence's end is overwritten by the sequence that follows.
+        written: jax.Array = lax.dynamic_update_slice(out, result, (start + first, 0, 0))
+        return written
+
+    def attend_sequence(row: jax.Array, out: jax.Array) -> jax.Array:
+        q_len = cu_q_lens[row + 1] - cu_q_lens[row]
+        decodes = jnp.where(q_len == 1, 1, 0)
+        out = lax.fori_loop(0, decodes, lambda i, out: attend_tile(1, row, i, out), out)
+        tiles = jnp.where(q_len > 1, -(-q_len // tile_tokens), 0)
+        extended: jax.Array = lax.fori_loop(
+            0, tiles, lambda i, out: attend_tile(tile_tokens, row, i * tile_tokens, out), out
+        )
+        return extended
+
+    # Float32 until the end: XLA's CPU compiler may convert all of a 16-bit carry to write a part of it.
+    out = jnp.zeros(queries.shape, jnp.float32)
+    out = lax.fori_loop(0, kv_lens.shape[0], attend_sequence, out)
+    return out[:num_tokens].astype(q.dtype), fused_kv
+
+
+@dataclass(frozen=True)
+class _ContextWalk:
+    """Walks the context of one sequence, block by block."""
+
+    fused_kv: jax.Array
+    page_table: jax.Array
+    sink: jax.Array | None
+    num_kv_heads: int
+    head_dim: int
+    spec: AttentionSpec
+    block_pages: int
+
+    @classmethod
+    def over(
+        cls,
+        fused_kv: jax.Array,
+        metadata: AttentionMetadata,
+        num_kv_heads: int,
+        head_dim: int,
+        sinks: jax.Array | None,
+        spec: AttentionSpec,
+    ) -> _ContextWalk:
+        """Prepares a step: the page table gets whole blocks of columns, so that no block's slice slides back."""
+        block_pages = max(1, BLOCK_TOKENS // spec.page_size)
+        page_table = jnp.asarray(metadata.page_table)
+        page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % block_pages)))
+        sink = None if sinks is None else jnp.asarray(sinks, jnp.float32).reshape(num_kv_heads, -1)
+        return cls(fused_kv, page_table, sink, num_kv_heads, head_dim, spec, block_pages)
+
+    def attend(self, chunk: jax.Array, row: jax.Array, position: jax.Array, kv_len: jax.Array) -> jax.Array:
+        """Attends consecutive queries of sequence ``row``.
+
+        Args:
+            chunk: ``[N, Hq, D]`` queries, the first at ``position``.
+            row: of the page table.
+            position: int32.
+            kv_len: the sequence's length, new tokens included.
+
+        Returns:
+            ``[N, Hq, D]`` float32; finite but meaningless past the sequence's end.
+        """
+        tile = self._tile(chunk, position, kv_len)
+        block_tokens = self.block_pages * self.spec.page_size
+        state = self._start(tile)
+        # Blocks stand at fixed positions, so how a prompt is cut into chunks does not change the sums.
+        state = lax.fori_loop(
+            tile.first_seen // block_tokens,
+            -(-tile.end // block_tokens),
+            lambda block, state: self._attend_block(tile, row, block, state),
+            state,
+        )
+        out: jax.Array = state.acc / jnp.where(state.total > 0, state.total, 1.0)[..., None]
+        size, num_q_heads, head_dim = chunk.shape
+        out = out.reshape(self.num_kv_heads, size, -1, head_dim)
+        return out.transpose(1, 0, 2, 3).reshape(size, num_q_heads, head_dim)
+
+    def _tile(self, chunk: jax.Array, position: jax.Array, kv_len: jax.Array) -> Tile:
+        size, num_q_heads, head_dim = chunk.shape
+        group = num_q_heads // self.num_kv_heads
+        q = chunk.astype(jnp.float32) * self.spec.sm_scale
+        q = q.reshape(size, self.num_kv_heads, group, head_dim).transpose(1, 0, 2, 3)
+        q = q.reshape(self.num_kv_heads, size * group, head_dim)
+        window = self.spec.sliding_window
+        first_seen = jnp.zeros_like(position) if window is None else jnp.maximum(0, position - window + 1)
+        rows = position + jnp.arange(size * group) // group
+        return Tile(q, rows, first_seen, jnp.minimum(position + size, kv_len))
+
+    def _start(self, tile: Tile) -> Softmax:
+        heads, rows, _ = tile.q.shape
+        acc = jnp.zeros(tile.q.shape, jnp.float32)
+        if self.sink is None:
+            return Softmax(jnp.full((heads, rows), -jnp.inf), jnp.zeros((heads, rows)), acc)
+        # A sink is a logit that brings no value: as if it had been the first one met.
+        return Softmax(jnp.tile(self.sink, (1, rows // self.sink.shape[1])), jnp.ones((heads, rows)), acc)
+
+    def _attend_block(self, tile: Tile, row: jax.Array, block: jax.Array, state: Softmax) -> Softmax:
+        keys, values, position = self._load(row, block)
+        visible = position <= tile.position[:, None]
+        if self.spec.sliding_window is not None:
+            visible &= position > tile.position[:, None] - self.spec.sliding_window
+        logits = jnp.einsum("hrd,hld->hrl", tile.q, keys)
+        if self.spec.soft_cap is not None:
+            logits = self.spec.soft_cap * jnp.tanh(logits / self.spec.soft_cap)
+        logits = jnp.where(visible & (position < tile.end), logits, -jnp.inf)
+        # A dead slot may hold NaN, and 0 * NaN is NaN.
+        alive = (position >= tile.first_seen) & (position < tile.end)
+        return _fold(state, logits, jnp.where(alive[:, None], values, 0.0))
+
+    def _load(self, row: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Keys and values ``[H, L, D]`` float32 of a block, and the positions ``[L]`` they stand at."""
+        # Tied to the loop's counter, or XLA's CPU compiler hoists a conversion of the whole pool out of the loop.
+        fused_kv, block = lax.optimization_barrier((self.fused_kv, block))
+        rows, lanes = fused_kv.shape[1:]
+        pages = lax.dynamic_slice(self.page_table, (row, block * self.block_pages), (1, self.block_pages))[0]
+        tokens = self.block_pages * self.spec.page_size
+        stored = fused_kv.reshape(-1, self.spec.page_size, rows, lanes).at[pages].get(mode="clip")
+        context = unpad_fused(stored.reshape(tokens, rows, lanes), self.num_kv_heads, self.head_dim)
+        keys, values = extract_k_from_fused_kv(context), extract_v_from_fused_kv(context)
+        keys, values = (half.astype(jnp.float32).swapaxes(0, 1) for half in (keys, values))
+        return keys, values, block * tokens + jnp.arange(tokens)
+
+
+def _fold(state: Softmax, logits: jax.Array, values: jax.Array) -> Softmax:
+    """Takes a block's logits ``[H, R, L]`` and values ``[H, L, D]`` into the state."""
+    peak = jnp.maximum(state.peak, logits.max(-1))
+    # A row that has seen nothing has peak -inf, and -inf - -inf is NaN.
+    base = jnp.where(peak == -jnp.inf, 0.0, peak)
+    weights = jnp.exp(logits - base[..., None])
+    decay = jnp.exp(state.peak - base)
+    return Softmax(
+        peak,
+        state.total * decay + weights.sum(-1),
+        state.acc * decay[..., None] + jnp.einsum("hrl,hld->hrd", weights, values),
+    )
