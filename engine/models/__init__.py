@@ -1,0 +1,1 @@
+"""The Llama that proves the memory in use, its checkpoints and its text."""

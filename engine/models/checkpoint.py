@@ -1,0 +1,161 @@
+"""Hugging Face checkpoints of the Llama family: ``config.json`` and safetensors, read and written.
+
+The model is built abstractly and filled tensor by tensor, so at most one tensor exists twice at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from engine.errors import CheckpointError
+from engine.models.llama import Llama
+from engine.models.llama_config import LlamaConfig
+from engine.models.tensor_files import INDEX_FILE, SINGLE_FILE, StoredTensor, read_json, stored_tensors
+
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+_LEAF_NAMES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+# Old checkpoints store what the config already says; a tied model may store its embedding a second time.
+_REDUNDANT = re.compile(r"rotary_emb\.inv_freq$")
+_TIED_HEAD = "lm_head.weight"
+
+
+def load_config(directory: str | Path) -> LlamaConfig:
+    """Read the geometry of a checkpoint.
+
+    Args:
+        directory: folder with ``config.json``; the end-of-text tokens of a ``generation_config.json`` next to it take
+            precedence, as they do when transformers generates.
+
+    Raises:
+        CheckpointError: the file is missing or is not JSON.
+        ConfigError: the model is not supported.
+    """
+    directory = Path(directory)
+    values = read_json(directory / CONFIG_FILE)
+    generation = directory / GENERATION_CONFIG_FILE
+    if generation.is_file() and (eos := read_json(generation).get("eos_token_id")) is not None:
+        values = values | {"eos_token_id": eos}
+    return LlamaConfig.from_hf(values)
+
+
+def load_llama(directory: str | Path, *, dtype: Any) -> Llama:
+    """Read a checkpoint: one ``model.safetensors``, or shards with an index.
+
+    Names and shapes are all checked before the first tensor is read.
+
+    Args:
+        directory: the checkpoint's folder.
+        dtype: of weights and activations, whatever the dtype they are stored in.
+
+    Returns:
+        The model, on the default device.
+
+    Raises:
+        CheckpointError: a file or tensor is missing, corrupt, unexpected or of the wrong shape.
+        ConfigError: the model is not supported.
+    """
+    directory = Path(directory)
+    config = load_config(directory)
+    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    state = nnx.state(model)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))
+    expected = {_tensor_name(path): _stored_shape(path, leaf.shape) for path, leaf in leaves}
+    stored = stored_tensors(directory)
+    _check_tensors(directory, config, expected, stored)
+    arrays = [_read(stored[_tensor_name(path)], path, leaf.dtype) for path, leaf in leaves]
+    nnx.replace_by_pure_dict(state, jax.tree_util.tree_unflatten(treedef, arrays))
+    nnx.update(model, state)
+    return model
+
+
+def save_llama(model: Llama, directory: str | Path, *, dtype: Any = None) -> None:
+    """Write ``config.json`` and ``model.safetensors``; each file appears whole or not at all.
+
+    Args:
+        model: what to write.
+        directory: the folder, created where it does not exist.
+        dtype: to store the weights in; None is the model's own.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    target = np.dtype(model.dtype if dtype is None else dtype)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.state(model)))
+    tensors = {}
+    for path, leaf in leaves:
+        array = np.asarray(leaf)
+        # The writer takes the buffer as it lies in memory, so a transposed view would be stored untransposed.
+        tensors[_tensor_name(path)] = np.ascontiguousarray(array.T if _is_kernel(path) else array, dtype=target)
+    partial = directory / f"{SINGLE_FILE}.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)  # the writer makes its files private
+    os.replace(partial, directory / SINGLE_FILE)
+    config = model.config.to_hf() | {"dtype": target.name}
+    write_whole(directory / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old content or the new, never a part."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _names(path: Iterable[Any]) -> list[str]:
+    return [str(key.key) for key in path]
+
+
+def _is_kernel(path: Iterable[Any]) -> bool:
+    return _names(path)[-1] == "kernel"
+
+
+def _tensor_name(path: Iterable[Any]) -> str:
+    """Return the checkpoint's name of a parameter: same modules, other leaf names, a prefix on all but the head."""
+    *modules, leaf = _names(path)
+    prefix = [] if modules[0] == "lm_head" else ["model"]
+    return ".".join([*prefix, *modules, _LEAF_NAMES[leaf]])
+
+
+def _stored_shape(path: Iterable[Any], shape: tuple[int, ...]) -> tuple[int, ...]:
+    # nnx keeps kernels as [in, out], checkpoints as [out, in].
+    return shape[::-1] if _is_kernel(path) else shape
+
+
+def _read(tensor: StoredTensor, path: Iterable[Any], dtype: Any) -> jax.Array:
+    array = tensor.read()
+    return jnp.asarray(array.T if _is_kernel(path) else array, dtype=dtype)
+
+
+def _check_tensors(
+    directory: Path, config: LlamaConfig, expected: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor]
+) -> None:
+    ignored = {_TIED_HEAD} if config.tie_word_embeddings else set()
+    unexpected = sorted(name for name in stored.keys() - expected.keys() - ignored if _REDUNDANT.search(name) is None)
+    missing = sorted(expected.keys() - stored.keys())
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{directory} does not hold the model that {CONFIG_FILE} describes: {len(missing)} tensors missing "
+            f"{_first(missing)}, {len(unexpected)} unexpected {_first(unexpected)}; {CONFIG_FILE} and the weights "
+            f"(or {INDEX_FILE}) must belong together"
+        )
+    wrong = sorted(name for name, shape in expected.items() if stored[name].shape != shape)
+    if wrong:
+        raise CheckpointError(
+            f"{directory} has {len(wrong)} tensors of the wrong shape, first {wrong[0]!r}: expected "
+            f"{list(expected[wrong[0]])} by {CONFIG_FILE}, found {list(stored[wrong[0]].shape)}; the two must match"
+        )
+
+
+def _first(names: list[str], limit: int = 4) -> str:
+    return f"[{', '.join(names[:limit])}{', …' if len(names) > limit else ''}]"

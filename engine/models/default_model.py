@@ -1,0 +1,56 @@
+"""The small Llama that ships with the package, so that nothing has to be fetched: geometry and tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from engine.models.llama_config import LlamaConfig
+
+DEFAULT_MODEL_DIR: Final = Path(__file__).parent / "default"
+"""Folder of the shipped checkpoint."""
+
+BOS_TOKEN_ID: Final = 256
+EOS_TOKEN_ID: Final = 257
+_SPECIAL_TOKENS = {"<|begin_of_text|>": BOS_TOKEN_ID, "<|end_of_text|>": EOS_TOKEN_ID}
+
+
+def default_config() -> LlamaConfig:
+    """Return the geometry of the shipped model: 0.8 M parameters, two query heads to a KV head."""
+    return LlamaConfig(
+        vocab_size=256 + len(_SPECIAL_TOKENS),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=BOS_TOKEN_ID,
+        eos_token_id=(EOS_TOKEN_ID,),
+    )
+
+
+def byte_tokenizer() -> tokenizers.Tokenizer:
+    """Return a tokenizer whose ids 0 to 255 are the bytes of the text; 256 begins it and 257 ends it."""
+    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in _SPECIAL_TOKENS])
+    bos = next(iter(_SPECIAL_TOKENS))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=list(_SPECIAL_TOKENS.items())
+    )
+    return tokenizer
+
+
+def _byte_characters() -> list[str]:
+    """Return what stands for each byte in GPT-2's byte-level alphabet: itself if it prints, else one from 256 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    unprintable = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) if byte in printable else chr(256 + unprintable.index(byte)) for byte in range(256)]

@@ -1,0 +1,60 @@
+"""The forward pass without a cache: plain causal attention over unfused K and V.
+
+It shares no code with the paged path below the projections, which is what makes it a check on it; training uses it
+as well.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from engine.models.llama import Llama
+
+
+def causal_attention(q: Array, k: Array, v: Array, *, sliding_window: int | None = None) -> Array:
+    """Attend within one sequence; scores and softmax are float32, scaled by ``D ** -0.5``.
+
+    Args:
+        q: ``[T, Hq, D]``, ``Hq`` a multiple of ``H``.
+        k: ``[T, H, D]``.
+        v: ``[T, H, D]``.
+        sliding_window: tokens that a query sees, itself included; None is all.
+
+    Returns:
+        ``[T, Hq, D]`` in q's dtype.
+    """
+    tokens, heads, dim = k.shape
+    grouped = q.reshape(tokens, heads, -1, dim)
+    highest = jax.lax.Precision.HIGHEST
+    scores = jnp.einsum("qhgd,khd->hgqk", grouped, k, precision=highest, preferred_element_type=jnp.float32)
+    distance = jnp.arange(tokens)[:, None] - jnp.arange(tokens)[None, :]
+    seen = distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
+    weights = jax.nn.softmax(jnp.where(seen, scores * dim**-0.5, -jnp.inf), axis=-1)
+    out = jnp.einsum("hgqk,khd->qhgd", weights, v.astype(jnp.float32), precision=highest)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def dense_logits(model: Llama, token_ids: Array) -> Array:
+    """Return the logits after every token of one sequence or of several equally long ones, apart from each other.
+
+    Args:
+        model: any Llama.
+        token_ids: int32 ``[..., T]``.
+
+    Returns:
+        float32 ``[..., T, vocab_size]``.
+    """
+    length = token_ids.shape[-1]
+    attention = jax.vmap(partial(causal_attention, sliding_window=model.config.sliding_window))
+
+    def attend(layer_id: int, q: Array, k: Array, v: Array) -> Array:
+        # All sequences go through the projections as one run of tokens: one large product instead of many small.
+        return attention(*(x.reshape(-1, length, *x.shape[1:]) for x in (q, k, v))).reshape(q.shape)
+
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), token_ids.shape)
+    logits = model.logits(model(token_ids.reshape(-1), positions.reshape(-1), attend))
+    return logits.reshape(*token_ids.shape, -1)
