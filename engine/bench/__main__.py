@@ -1,0 +1,24 @@
+"""``python -m engine.bench NAME``: each benchmark prints a ratio measured side by side in one run."""
+
+from __future__ import annotations
+
+import argparse
+
+from engine.bench import allocator, attention, scatter
+
+BENCHMARKS = {"allocator": allocator, "attention": attention, "scatter": scatter}
+
+
+def main() -> None:
+    """Parses the command line and runs one benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m engine.bench", description=__doc__)
+    names = parser.add_subparsers(dest="name", required=True)
+    for name, module in BENCHMARKS.items():
+        summary = (module.__doc__ or "").splitlines()[0]
+        module.add_arguments(names.add_parser(name, help=summary, description=module.__doc__))
+    args = parser.parse_args()
+    BENCHMARKS[args.name].run(args)
+
+
+if __name__ == "__main__":
+    main()

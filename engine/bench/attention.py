@@ -1,0 +1,167 @@
+"""Attention over the paged cache, against gathering every page and then taking the softmax.
+
+Share of bandwidth is the bytes of context that the algorithm must read, over the time taken, over what a plain
+reduction of a large buffer reads a second on the same machine, measured in the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
+from engine.bench.timing import median_ratio, print_table, time_in_turn
+from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv
+from engine.kv.scatter import set_kv_buffer
+
+BANDWIDTH_BUFFER_BYTES = 256 << 20  # far beyond any cache
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A step to be timed; every sequence has ``context`` tokens, of which ``q_len`` are new."""
+
+    batch: int
+    context: int
+    q_len: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    dtype: str
+
+    @property
+    def columns(self) -> int:
+        """Page-table entries a row."""
+        return -(-self.context // self.page_size)
+
+    @property
+    def context_bytes(self) -> int:
+        """Bytes of K and V that must be read once."""
+        return self.batch * self.context * 2 * self.kv_heads * self.head_dim * jnp.dtype(self.dtype).itemsize
+
+
+@dataclass
+class Step:
+    """Arrays of a problem on the device."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    fused_kv: jax.Array
+    metadata: AttentionMetadata
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this benchmark's options."""
+    parser.add_argument("--mode", choices=("decode", "prefill"), default="decode", help="1 new token, or all of them")
+    parser.add_argument("--batch", type=int, default=32, help="sequences")
+    parser.add_argument("--context", type=int, default=2048, help="tokens of each, the new ones included")
+    parser.add_argument("--q-heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--page-size", type=int, default=16, help="tokens")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--impl", default="auto", help="ours: auto, xla, tpu or gpu")
+    parser.add_argument("--rounds", type=int, default=9)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints ours against gather-then-softmax, side by side."""
+    q_len = 1 if args.mode == "decode" else args.context
+    sizes = (args.q_heads, args.kv_heads, args.head_dim, args.page_size, args.dtype)
+    problem = Problem(args.batch, args.context, q_len, *sizes)
+    step = make_step(problem)
+    backend = FlashAttentionBackend(
+        page_size=problem.page_size,
+        num_q_heads=problem.q_heads,
+        num_kv_heads=problem.kv_heads,
+        head_dim=problem.head_dim,
+        impl=args.impl,
+    )
+    contenders = {
+        "ours": _in_place(backend, step),
+        "gather, softmax": _in_place(functools.partial(gather_then_softmax, problem), step),
+        "read a buffer": _reader(),
+    }
+    timings = time_in_turn(contenders, rounds=args.rounds)
+    bandwidth = BANDWIDTH_BUFFER_BYTES / timings["read a buffer"].median
+    rows = []
+    for name in ("ours", "gather, softmax"):
+        timing = timings[name]
+        ratio = median_ratio(timings["gather, softmax"], timing)
+        share = problem.context_bytes / timing.median / bandwidth
+        rows.append([name, f"{timing.median * 1e3:.1f}", f"{ratio:.2f}x", f"{share:.1%}"])
+    print(
+        f"{args.mode} {problem.batch} x {problem.context} tokens, {problem.q_heads} q / {problem.kv_heads} KV heads of "
+        f"{problem.head_dim}, {problem.dtype}, page_size {problem.page_size}; jax {jax.__version__} on "
+        f"{jax.default_backend()}; memory reads at {bandwidth / 1e9:.1f} GB/s"
+    )
+    print_table(["", "ms a call", "speed", "of bandwidth"], rows)
+
+
+def make_step(problem: Problem) -> Step:
+    """Random tensors; pages dealt out in random order."""
+    pages = 1 + problem.batch * problem.columns
+    keys = jax.random.split(jax.random.key(0), 4)
+    tokens = problem.batch * problem.q_len
+    shapes = (
+        (tokens, problem.q_heads, problem.head_dim),
+        (tokens, problem.kv_heads, problem.head_dim),
+        (tokens, problem.kv_heads, problem.head_dim),
+        (pages * problem.page_size, 2 * problem.kv_heads, problem.head_dim),
+    )
+    q, k, v, fused_kv = (jax.random.normal(key, shape, problem.dtype) for key, shape in zip(keys, shapes, strict=True))
+    table = 1 + np.random.default_rng(0).permutation(pages - 1).reshape(problem.batch, problem.columns)
+    metadata = AttentionMetadata.build(
+        table,
+        np.arange(problem.batch + 1) * problem.q_len,
+        np.full(problem.batch, problem.context),
+        num_tokens=tokens,
+        page_size=problem.page_size,
+    )
+    return Step(q, k, v, fused_kv, metadata.to_device())
+
+
+def gather_then_softmax(
+    problem: Problem, q: jax.Array, k: jax.Array, v: jax.Array, fused_kv: jax.Array, metadata: AttentionMetadata
+) -> tuple[jax.Array, jax.Array]:
+    """The plain way: gather every page of every sequence, then one softmax over all of it."""
+    fused_kv = set_kv_buffer(fused_kv, jnp.asarray(metadata.out_cache_loc), k, v)
+    pages = fused_kv.reshape(-1, problem.page_size, *fused_kv.shape[1:])
+    context = pages[metadata.page_table].reshape(problem.batch, -1, *fused_kv.shape[1:])
+    group = problem.q_heads // problem.kv_heads
+    grouped = q.reshape(problem.batch, problem.q_len, problem.kv_heads, group, problem.head_dim)
+    keys, values = extract_k_from_fused_kv(context), extract_v_from_fused_kv(context)
+    logits = jnp.einsum("bqhgd,blhd->bhgql", grouped, keys, preferred_element_type=jnp.float32)
+    positions = jnp.asarray(metadata.positions).reshape(problem.batch, 1, 1, problem.q_len, 1)
+    visible = jnp.arange(context.shape[1]) <= positions
+    weights = jax.nn.softmax(jnp.where(visible, logits * problem.head_dim**-0.5, -jnp.inf), axis=-1)
+    out = jnp.einsum("bhgql,blhd->bqhgd", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
+    return out.reshape(q.shape).astype(q.dtype), fused_kv
+
+
+def _in_place(attend: Callable[..., tuple[jax.Array, jax.Array]], step: Step) -> Callable[[], object]:
+    """A call of ``attend`` that donates the cache and keeps the one it gets back, as an engine does."""
+    compiled = jax.jit(attend, donate_argnums=3)
+    cache = step.fused_kv.copy()
+
+    def call() -> None:
+        nonlocal cache
+        out, cache = compiled(step.q, step.k, step.v, cache, step.metadata)
+        out.block_until_ready()
+
+    return call
+
+
+def _reader() -> Callable[[], object]:
+    """Reads a large buffer once, on all cores."""
+    buffer = jnp.ones((BANDWIDTH_BUFFER_BYTES // 4096, 1024), jnp.float32)
+    total = jax.jit(lambda x: x.sum(-1))
+    return lambda: total(buffer).block_until_ready()

@@ -1,0 +1,118 @@
+"""Microseconds a call of writing new tokens into the pool, against XLA's own scatter, with donated buffers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engine.bench.timing import median_ratio, print_table, time_in_turn
+from engine.kv.layout import merge_kv
+from engine.kv.pool import TokenToKVPool
+from engine.kv.scatter import set_kv_buffer
+
+DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
+PAGE_SIZE = 16
+
+Write = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options: the sizes of the pool and of a call."""
+    parser.add_argument(
+        "--slots", type=int, default=65_536, help="token slots, a multiple of 16 (default: %(default)s)"
+    )
+    parser.add_argument("--tokens", type=int, default=32, help="tokens written a call (default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=8, help="KV heads (default: %(default)s)")
+    parser.add_argument("--head-dim", type=int, default=128, help="elements a head (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: %(default)s)")
+    parser.add_argument("--calls", type=int, default=10, help="calls a round (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures each dtype and prints one table."""
+    print(
+        f"jax {jax.__version__} on {jax.default_backend()}: {args.tokens} tokens into {args.slots} + {PAGE_SIZE} slots"
+    )
+    header = [
+        "dtype",
+        "buffer MB",
+        "ours µs",
+        "pool µs",
+        ".at[].set µs",
+        "ratio",
+        "temp bytes",
+        ".at[].set temp",
+        "moved",
+    ]
+    print_table(header, [_measure(dtype, args) for dtype in DTYPES])
+
+
+def write_plainly(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """The scatter that one would write first."""
+    return fused.at[jnp.where(loc < 0, fused.shape[0], loc)].set(merge_kv(k, v), mode="drop")
+
+
+class DonatedWriter:
+    """One compiled write and the buffer that it donates to itself."""
+
+    def __init__(self, write: Write, fused: jax.Array, tokens: tuple[jax.Array, jax.Array, jax.Array]) -> None:
+        self.program = jax.jit(write, donate_argnums=0).lower(fused, *tokens).compile()
+        self.fused, self.tokens = fused, tokens
+        self.address = fused.unsafe_buffer_pointer()
+
+    def __call__(self) -> None:
+        """Writes once and waits."""
+        self.fused = self.program(self.fused, *self.tokens)
+        self.fused.block_until_ready()
+
+    @property
+    def temp_bytes(self) -> int:
+        """Bytes of temporaries in the compiled program."""
+        usage: Any = self.program.memory_analysis()
+        return int(usage.temp_size_in_bytes)
+
+    @property
+    def moved(self) -> bool:
+        """Whether the buffer has left the address it had."""
+        return bool(self.fused.unsafe_buffer_pointer() != self.address)
+
+
+def _measure(dtype: str, args: argparse.Namespace) -> list[str]:
+    pool = TokenToKVPool(args.slots, PAGE_SIZE, dtype, args.heads, args.head_dim, layer_num=1)
+    tokens = _random_tokens(pool, args.tokens)
+    shape = pool.get_fused_kv_buffer(0).shape
+    ours = DonatedWriter(set_kv_buffer, jnp.zeros(shape, dtype), tokens)
+    plain = DonatedWriter(write_plainly, jnp.zeros(shape, dtype), tokens)
+    pool_address = pool.get_fused_kv_buffer(0).unsafe_buffer_pointer()
+    to_pool = partial(_write_to_pool, pool, tokens)
+    contenders: dict[str, Callable[[], object]] = {"ours": ours, "pool": to_pool, "plain": plain}
+    # Several calls a round: the first runs on caches that a plain scatter of the whole buffer has just swept.
+    timings = time_in_turn(contenders, rounds=args.rounds, calls=args.calls)
+    moved = ours.moved or pool.get_fused_kv_buffer(0).unsafe_buffer_pointer() != pool_address
+    return [
+        dtype,
+        f"{pool.kv_size_bytes / 1e6:.0f}",
+        *(f"{timings[name].median * 1e6:,.1f}" for name in ("ours", "pool", "plain")),
+        f"{median_ratio(timings['plain'], timings['ours']):,.1f}",
+        f"{ours.temp_bytes:,}",
+        f"{plain.temp_bytes:,}",
+        "yes" if moved else "no",
+    ]
+
+
+def _write_to_pool(pool: TokenToKVPool, tokens: tuple[jax.Array, jax.Array, jax.Array]) -> None:
+    pool.set_kv_buffer(0, *tokens)
+    pool.get_fused_kv_buffer(0).block_until_ready()
+
+
+def _random_tokens(pool: TokenToKVPool, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    rng = np.random.default_rng()
+    loc = rng.choice(np.arange(pool.page_size, pool.size + pool.page_size), count, replace=False).astype(np.int32)
+    k, v = (rng.standard_normal((count, pool.layout.head_num, pool.layout.head_dim)) for _ in range(2))
+    return jnp.asarray(loc), jnp.asarray(k, pool.dtype), jnp.asarray(v, pool.dtype)

@@ -1,0 +1,1 @@
+"""A compact continuous-batching engine: the proof that the subsystem embeds."""

@@ -1,0 +1,92 @@
+"""Turns what a caller gives into a request, or says why it can never be served."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import RequestError
+from engine.models.llama_config import LlamaConfig
+from engine.models.text import Tokenizer
+from engine.serving.request import Request, SamplingParams
+
+
+class Intake:
+    """Checks prompts and numbers requests.
+
+    Args:
+        model: its vocabulary and end-of-text tokens.
+        tokenizer: None where prompts must be token ids.
+        context_length: most tokens of prompt and answer together.
+    """
+
+    def __init__(self, model: LlamaConfig, tokenizer: Tokenizer | None, context_length: int) -> None:
+        self._vocab_size = model.vocab_size
+        self._eos = frozenset(model.eos_token_id)
+        self._tokenizer = tokenizer
+        self._context_length = context_length
+        self._made = 0
+
+    def requests(
+        self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Request]:
+        """Makes the requests of one call.
+
+        Args:
+            prompts: texts, or lists of token ids.
+            params: for all, or one for each prompt; None is the default.
+
+        Raises:
+            RequestError: a prompt can never be served, or the counts differ.
+        """
+        if isinstance(prompts, str):
+            raise RequestError("prompts is one string; give a list of prompts, [prompt] for a single one")
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise RequestError(f"{len(params)} sampling_params for {len(prompts)} prompts; give one, or one for each")
+        return [self.request(prompt, param) for prompt, param in zip(prompts, params, strict=True)]
+
+    def request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+        """Makes one request; its answer is cut to what the context leaves."""
+        ids = self._token_ids(prompt)
+        room = self._context_length - len(ids)
+        if room < 1:
+            raise RequestError(
+                f"prompt of {len(ids)} tokens leaves no room for an answer in a context of {self._context_length}"
+                f" tokens; shorten it to at most {self._context_length - 1}"
+            )
+        params = dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, room))
+        self._made += 1
+        return Request(
+            request_id=self._made,
+            prompt=ids,
+            params=params,
+            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos),
+        )
+
+    def _token_ids(self, prompt: str | Sequence[int]) -> npt.NDArray[np.int32]:
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise RequestError("the model has no tokenizer.json, so a prompt must be a list of token ids")
+            prompt = self._tokenizer.encode(prompt)
+        ids = _as_array(prompt)
+        if ids.ndim != 1 or not len(ids):
+            raise RequestError(f"the prompt is empty or not a flat list (shape {ids.shape}); give at least one token")
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise RequestError(f"token ids must be whole numbers; got an array of {ids.dtype}")
+        if ids.min() < 0 or ids.max() >= self._vocab_size:
+            wrong = ids[(ids < 0) | (ids >= self._vocab_size)][0]
+            raise RequestError(f"token id {wrong} is outside the vocabulary; ids run from 0 to {self._vocab_size - 1}")
+        return ids.astype(np.int32)
+
+
+def _as_array(prompt: Any) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(prompt)
+    except ValueError as error:
+        raise RequestError(f"the prompt is not a flat list of token ids: {error}") from error

@@ -1,0 +1,169 @@
+"""What a caller asks for, what becomes of it, and what is given back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import RequestError
+
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the tokens of one request are chosen.
+
+    Attributes:
+        max_new_tokens: most tokens to generate, at least 1.
+        temperature: 0 is greedy; else logits are divided by it.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of most likely tokens whose probability reaches this, in (0, 1].
+        seed: of this request's own random stream: the same seed and prompt give the same answer whoever shares
+            the batch.
+        stop_token_ids: tokens that end the answer; they are part of it.
+        ignore_eos: do not stop at the model's end-of-text tokens.
+        logprobs: how many of the most likely tokens to report at each position beside the chosen one, 0 to 20;
+            None reports nothing.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every value; raises RequestError."""
+        rules = (
+            ("max_new_tokens", _is_int(self.max_new_tokens) and self.max_new_tokens >= 1, "a whole number at least 1"),
+            (
+                "temperature",
+                _is_number(self.temperature) and 0 <= self.temperature < float("inf"),
+                "0 (greedy) or positive and finite",
+            ),
+            ("top_k", _is_int(self.top_k) and 0 <= self.top_k < 2**31, "0 (all tokens) or a positive whole number"),
+            ("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("seed", _is_int(self.seed) and 0 <= self.seed < 2**31, "a whole number from 0 to 2**31 - 1"),
+            (
+                "logprobs",
+                self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
+                f"None or from 0 to {MAX_LOGPROBS}",
+            ),
+        )
+        for name, holds, rule in rules:
+            if not holds:
+                raise RequestError(f"{name}={getattr(self, name)!r} is not allowed: it must be {rule}")
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+class FinishReason(StrEnum):
+    """Why an answer ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural-log probabilities at one generated position, of the model's own distribution (before temperature).
+
+    Attributes:
+        chosen: of the token that was generated.
+        top: the most likely token ids and theirs, best first.
+    """
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What a request came to.
+
+    Attributes:
+        prompt_token_ids: the prompt as it was fed.
+        token_ids: the generated tokens.
+        text: the generated tokens as text; empty where the model has no tokenizer.
+        finish_reason: "stop", "length" or "abort".
+        logprobs: one entry a generated token where the request asked for them.
+        logits: float32 ``[len(token_ids), vocab]`` where ``generate`` was asked to return them.
+    """
+
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    logprobs: list[TokenLogprobs] | None = None
+    logits: npt.NDArray[np.float32] | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """One request on its way through the engine; lives on the host only.
+
+    Attributes:
+        prompt: token ids, int32 ``[prompt_len]``.
+        params: how to choose its tokens.
+        stop_ids: every token that ends it.
+        req_pool_idx: its page-table row while it runs, else None.
+        num_computed: tokens whose keys and values are in the pool.
+        output: tokens generated so far.
+    """
+
+    request_id: int
+    prompt: npt.NDArray[np.int32]
+    params: SamplingParams
+    stop_ids: frozenset[int]
+    req_pool_idx: int | None = None
+    num_computed: int = 0
+    output: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logits: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens known so far."""
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens whose keys and values it can ever need: the last generated token is never fed back."""
+        return len(self.prompt) + self.params.max_new_tokens - 1
+
+    @property
+    def num_pending(self) -> int:
+        """Known tokens that the pool does not hold yet: 1 while decoding, more while prefilling."""
+        return self.num_tokens - self.num_computed
+
+    def tokens(self, start: int, stop: int) -> npt.NDArray[np.int32]:
+        """Token ids of positions ``start`` to ``stop - 1``, int32."""
+        split = len(self.prompt)
+        if stop <= split:
+            return self.prompt[start:stop]
+        generated = np.asarray(self.output[max(start - split, 0) : stop - split], np.int32)
+        return generated if start >= split else np.concatenate([self.prompt[start:], generated])
+
+    def append(self, token: int) -> None:
+        """Takes a generated token and notes whether it ends the answer."""
+        self.output.append(token)
+        if token in self.stop_ids:
+            self.finish_reason = FinishReason.STOP
+        elif len(self.output) == self.params.max_new_tokens:
+            self.finish_reason = FinishReason.LENGTH

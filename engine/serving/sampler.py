@@ -1,0 +1,77 @@
+"""Chooses the next token of every row on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from engine.serving.request import MAX_LOGPROBS
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SamplingInputs:
+    """Per row what SamplingParams says; float32 ``temperature`` and ``top_p``, int32 the rest, all ``[B]``."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    seed: jax.Array
+    position: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampled:
+    """The tokens chosen, int32 ``[B]``, and on request their log-probabilities and the most likely tokens'.
+
+    ``logprob`` is float32 ``[B]``; ``top_ids`` and ``top_logprobs`` are ``[B, min(MAX_LOGPROBS, vocab)]``.
+    """
+
+    tokens: jax.Array
+    logprob: jax.Array | None = None
+    top_ids: jax.Array | None = None
+    top_logprobs: jax.Array | None = None
+
+
+def sample(logits: jax.Array, inputs: SamplingInputs, *, random: bool, logprobs: bool) -> Sampled:
+    """Chooses a token a row.
+
+    A row's draw depends on its seed and position alone, never on its place in the batch.
+
+    Args:
+        logits: float32 ``[B, vocab]``.
+        inputs: how each row chooses.
+        random: False if every row is greedy, which saves the sort.
+        logprobs: report log-probabilities too.
+    """
+    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if random:
+        drawn = jax.vmap(_draw)(logits, inputs.temperature, inputs.top_k, inputs.top_p, inputs.seed, inputs.position)
+        tokens = jnp.where(inputs.temperature > 0, drawn, tokens)
+    if not logprobs:
+        return Sampled(tokens)
+    distribution = jax.nn.log_softmax(logits, axis=-1)
+    top_logprobs, top_ids = jax.lax.top_k(distribution, min(MAX_LOGPROBS, logits.shape[-1]))
+    chosen = jnp.take_along_axis(distribution, tokens[:, None], axis=-1)[:, 0]
+    return Sampled(tokens, chosen, top_ids.astype(jnp.int32), top_logprobs)
+
+
+def _draw(
+    logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array, seed: jax.Array, position: jax.Array
+) -> jax.Array:
+    """One row's token: temperature, then top-k, then top-p (the nucleus, arXiv 1904.09751), then Gumbel-max."""
+    order = jnp.argsort(-logits)  # stable: equal logits keep the order of their ids
+    # Distances to the best logit, so that a tiny temperature cannot overflow.
+    scaled = (logits[order] - logits[order[0]]) / jnp.where(temperature > 0, temperature, 1.0)
+    rank = jnp.arange(logits.shape[-1])
+    scaled = jnp.where((top_k == 0) | (rank < top_k), scaled, -jnp.inf)
+    probabilities = jax.nn.softmax(scaled)
+    before = jnp.cumsum(probabilities) - probabilities
+    # Rank 0 always stays, whatever rounding makes of the sum before it.
+    scaled = jnp.where((rank == 0) | (before < top_p), scaled, -jnp.inf)
+    key = jax.random.fold_in(jax.random.key(seed), position)
+    winner = jnp.argmax(scaled + jax.random.gumbel(key, scaled.shape))
+    return order[winner].astype(jnp.int32)

@@ -1,0 +1,128 @@
+import re
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from engine.cli import main
+from engine.models.checkpoint import save_llama
+from engine.models.llama import Llama
+from engine.models.llama_config import LlamaConfig
+from engine.serving.check import CHECK_BOUND
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+        eos_token_id=(),
+    )
+    directory = tmp_path_factory.mktemp("checkpoint")
+    save_llama(Llama(config, dtype=jnp.float32, rngs=nnx.Rngs(1)), directory)
+    return directory
+
+
+# One program for prefill and decode: most tests here are not about speed.
+SMALL = ("--max-running-requests", 1, "--chunked-prefill-size", 1)
+
+
+def run(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_generate_prints_what_the_pool_holds_the_answers_and_the_cost(capsys, checkpoint):
+    code, out, _ = run(
+        capsys, "generate", "--model", checkpoint, "--prompt", "1 2 3", "--prompt", "5", "--max-new-tokens", 6,
+        "--page-size", 8, "--max-running-requests", 2, "--chunked-prefill-size", 4, "--check",
+    )  # fmt: skip
+    assert code == 0
+    # 2 requests of 64 tokens; a token and layer is 2 x 1 head x 8 x 4 bytes; one more page is the null page.
+    assert "KV cache size: 128 tokens in 16 pages of 8, 8.50 KiB a layer, 17.00 KiB in 2 layers" in out
+    assert "maximum concurrency for 64 tokens per request: 2.00x" in out
+    assert "[0] 3 prompt tokens, ended by length:" in out
+    answers = re.findall(r"ended by length:\n([\d ]+)\n", out)
+    assert [len(answer.split()) for answer in answers] == [6, 6]
+    assert re.search(r"prefill +[\d,]+ tokens/s \(4 tokens", out)
+    assert re.search(r"decode +[\d,]+ tokens/s \(10 tokens", out)
+    assert re.search(r"peak pool use +\d+ of 128 tokens", out)
+    assert re.search(r"compiled +\d+ programs ahead, 0 after", out)
+    difference = re.search(r"12 tokens, largest logit difference ([\d.e+-]+).*, 0 with another best token: ok", out)
+    assert 0 <= float(difference[1]) <= 1e-4
+
+
+def test_a_failed_check_is_an_exit_code(capsys, checkpoint, monkeypatch):
+    monkeypatch.setitem(CHECK_BOUND, "float32", -1.0)
+    arguments = ("--model", checkpoint, *SMALL, "--prompt", "1", "--max-new-tokens", 2, "--check")
+    code, out, _ = run(capsys, "generate", *arguments)
+    assert code == 1
+    assert "FAILED" in out
+
+
+def test_options_come_from_the_file_and_the_command_line_wins(capsys, checkpoint, tmp_path):
+    config = tmp_path / "engine.toml"
+    settings = ("page_size = 4", "max_total_tokens = 64", "max_running_requests = 1", "chunked_prefill_size = 1")
+    config.write_text("\n".join(("[engine]", *settings)))
+    common = ("generate", "--model", checkpoint, "--config", config, "--prompt", "1", "--max-new-tokens", 1)
+    assert "64 tokens in 16 pages of 4" in run(capsys, *common)[1]
+    assert "64 tokens in 8 pages of 8" in run(capsys, *common, "--page-size", 8)[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--page-size", "300"], "ConfigError: page_size=300 must be a whole number from 1 to 256"),
+        (["--prompt", "words"], "RequestError: the model has no tokenizer.json"),
+        (["--prompt", ""], "RequestError: the prompt is empty"),
+        (["--prompt", "99"], "RequestError: token id 99 is outside the vocabulary"),
+        (["--temperature", "-1"], "RequestError: temperature=-1.0 is not allowed"),
+        (["--config", "absent.toml"], "ConfigError: cannot read the configuration absent.toml"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(capsys, checkpoint, arguments, message):
+    code, _, err = run(capsys, "generate", "--model", checkpoint, *SMALL, *arguments)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_an_absent_model_is_one_line_and_exit_code_2(capsys, tmp_path):
+    code, _, err = run(capsys, "generate", "--model", tmp_path / "nothing")
+    assert code == 2
+    assert "CheckpointError" in err
+
+
+def test_plan_prints_the_bytes_of_known_geometries(capsys, request):
+    configs = request.config.rootpath / "configs"
+    code, out, _ = run(capsys, "plan", *sorted(configs.glob("*-*.toml")))
+    assert code == 0
+    lines = {line.split(":")[0].rsplit("/", 1)[-1]: line for line in out.splitlines()}
+    # KV heads x 2 x head_dim x 2 bytes x layers
+    assert "128.00 KiB a token (bfloat16)" in lines["llama-3-8b.toml"]
+    assert "320.00 KiB a token (bfloat16)" in lines["llama-3-70b.toml"]
+    assert "56.00 KiB a token (bfloat16)" in lines["qwen2.5-7b.toml"]
+    assert "128.00 KiB a token (bfloat16)" in lines["mistral-7b.toml"]
+
+
+def test_plan_needs_a_geometry(capsys, tmp_path):
+    config = tmp_path / "engine.toml"
+    config.write_text("[engine]\n")
+    code, _, err = run(capsys, "plan", config)
+    assert code == 2
+    assert "no [model] table" in err
+
+
+def test_the_model_that_ships_answers_in_words(capsys):
+    arguments = ("--prompt", "Alice was beginning to", "--max-new-tokens", 60, "--check")
+    code, out, _ = run(capsys, "generate", *SMALL, *arguments)
+    assert code == 0
+    answer = re.search(r"ended by \w+:\n(.*?)\n\n", out, re.DOTALL)[1]
+    assert sum(word in answer.lower().split() for word in ("the", "and", "to", "a", "of", "she", "said", "it")) >= 1

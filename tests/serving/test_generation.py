@@ -1,0 +1,287 @@
+"""Invariants of the whole engine on a small random Llama; every key and value lives in the fused, paged pool."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving_support import VOCAB, make_llama
+
+from engine.errors import ConfigError, RequestError, RequestTooLarge
+from engine.serving.check import check_against_dense
+from engine.serving.llm import LLM
+from engine.serving.request import SamplingParams
+
+CHUNK = 32
+# The logits are sums of float32 products in another order; their size is below 10.
+LOGIT_TOLERANCE = 1e-4
+
+
+def random_prompts(lengths, seed):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, VOCAB, length).tolist() for length in lengths]
+
+
+def small_llm(llama, **options):
+    return LLM(llama, **{"max_running_requests": 4, "chunked_prefill_size": CHUNK, "page_size": 4, **options})
+
+
+@pytest.fixture(scope="module")
+def llm(llama):
+    return small_llm(llama)
+
+
+@pytest.fixture(scope="module")
+def tight(llama):
+    """A pool smaller than what four requests would like."""
+    return small_llm(llama, max_total_tokens=48, context_length=60)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16, 64, 256])
+def test_paged_equals_dense_for_every_page_size(llama, dense_greedy, page_size):
+    llm = small_llm(llama, page_size=page_size)
+    prompts = random_prompts([1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5], seed=page_size)
+    outputs = llm.generate(prompts, SamplingParams(max_new_tokens=7), return_logits=True)
+    assert [output.token_ids for output in outputs] == [dense_greedy(prompt, 7) for prompt in prompts]
+    check = check_against_dense(llama, outputs)
+    assert check.tokens == 7 * len(prompts)
+    assert check.largest_difference <= LOGIT_TOLERANCE
+    llm.cache.check_integrity()
+    assert llm.cache.held_tokens == 0
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_paged_equals_dense_for_any_batch_and_any_order_of_pages(llm, dense_greedy, data):
+    lengths = data.draw(st.lists(st.integers(1, 100), min_size=1, max_size=6), label="prompt lengths")
+    seed = data.draw(st.integers(0, 2**31), label="seed")
+    new = data.draw(st.lists(st.integers(1, 12), min_size=len(lengths), max_size=len(lengths)), label="new tokens")
+    prompts = random_prompts(lengths, seed)
+    shuffle_free_pages(llm, seed)
+    outputs = llm.generate(prompts, [SamplingParams(max_new_tokens=count) for count in new])
+    assert [o.token_ids for o in outputs] == [dense_greedy(p, n) for p, n in zip(prompts, new, strict=True)]
+    assert {o.finish_reason for o in outputs} == {"length"}
+    llm.cache.check_integrity()
+    assert llm.cache.held_tokens == 0
+
+
+def shuffle_free_pages(llm, seed):
+    """Holds every page and gives them back in random order, a few at a time."""
+    allocator, page_size = llm.cache.allocator, llm.config.page_size
+    pages = allocator.alloc(llm.cache.size)[::page_size] // page_size
+    for part in np.array_split(np.random.default_rng(seed).permutation(pages), 7):
+        if len(part):
+            allocator.free(part * page_size)
+
+
+def test_a_sequence_does_not_feel_who_shares_its_batch(llm):
+    prompts = random_prompts([5, 40, 17, 80, 1], seed=3)
+    params = SamplingParams(max_new_tokens=6, temperature=0.9, top_k=40, top_p=0.95, seed=11)
+    together = llm.generate(prompts, params, return_logits=True)
+    for prompt, shared in zip(prompts, together, strict=True):
+        alone = llm.generate([prompt], params, return_logits=True)[0]
+        assert alone.token_ids == shared.token_ids
+        # Not bitwise: another number of rows takes another blocking of the matrix products.
+        np.testing.assert_allclose(alone.logits, shared.logits, atol=LOGIT_TOLERANCE)
+
+
+def test_steady_state_compiles_nothing_and_keeps_the_pool_in_place(llm):
+    compiles, before = llm.compiles_after_warmup, [buffer.unsafe_buffer_pointer() for buffer in llm.pool.buffers]
+    for params in (
+        SamplingParams(max_new_tokens=5),
+        SamplingParams(max_new_tokens=5, temperature=1.0, top_p=0.9, logprobs=3),
+        SamplingParams(max_new_tokens=5, logprobs=0),
+    ):
+        llm.generate(random_prompts([1, 9, 33, 70, 100], seed=5), params)
+    assert llm.compiles_after_warmup == compiles
+    assert [buffer.unsafe_buffer_pointer() for buffer in llm.pool.buffers] == before
+
+
+def test_the_compile_counter_counts(llm):
+    before = llm.compiles_after_warmup
+    jax.jit(lambda x: x * 3 + 1)(jnp.arange(7)).block_until_ready()
+    assert llm.compiles_after_warmup > before
+
+
+def test_what_other_pages_hold_never_reaches_an_answer(llm):
+    prompts, params = random_prompts([3, 37, 64], seed=8), SamplingParams(max_new_tokens=6)
+    expected = llm.generate(prompts, params, return_logits=True)
+    llm.pool.replace_buffers([jnp.full(buffer.shape, jnp.nan, buffer.dtype) for buffer in llm.pool.buffers])
+    for got, want in zip(llm.generate(prompts, params, return_logits=True), expected, strict=True):
+        np.testing.assert_array_equal(got.logits, want.logits)
+
+
+def test_a_small_pool_makes_requests_wait_and_all_finish(tight, dense_greedy):
+    prompts = random_prompts([30, 20, 36, 1, 10], seed=4)
+    outputs = tight.generate(prompts, SamplingParams(max_new_tokens=8))
+    assert [o.token_ids for o in outputs] == [dense_greedy(p, 8) for p in prompts]
+    assert 0 < tight.stats.peak_held_tokens <= 48
+    assert tight.cache.held_tokens == 0
+
+
+def test_requests_enter_as_others_leave(llm):
+    lengths = [2, 9, 9, 2, 2]
+    ids = [llm.add_request([7, 8, 9], SamplingParams(max_new_tokens=length)) for length in lengths]
+    order, finished = [], {}
+    while len(finished) < 5:
+        done = llm.step()
+        order += sorted(done)
+        finished |= done
+        assert len(llm.scheduler.running) <= 4
+    assert order == [ids[0], ids[3], ids[4], ids[1], ids[2]]
+    assert [len(finished[i].token_ids) for i in ids] == lengths
+
+
+def test_stop_tokens_end_an_answer(llm, dense_greedy):
+    prompt = random_prompts([12], seed=2)[0]
+    expected = dense_greedy(prompt, 10)
+    stop = expected[4]
+    output = llm.generate([prompt], SamplingParams(max_new_tokens=10, stop_token_ids=(stop,)))[0]
+    assert output.token_ids == expected[: expected.index(stop) + 1]
+    assert output.finish_reason == "stop"
+
+
+def test_the_models_end_of_text_ends_an_answer_unless_ignored(dense_greedy):
+    prompt = random_prompts([12], seed=2)[0]
+    expected = dense_greedy(prompt, 10)
+    llm = small_llm(make_llama(eos_token_id=(expected[3],)))
+    first = expected.index(expected[3]) + 1
+    stopped, ignored = llm.generate(
+        [prompt, prompt], [SamplingParams(max_new_tokens=10), SamplingParams(max_new_tokens=10, ignore_eos=True)]
+    )
+    assert (stopped.token_ids, stopped.finish_reason) == (expected[:first], "stop")
+    assert (ignored.token_ids, ignored.finish_reason) == (expected, "length")
+
+
+def test_an_answer_is_cut_to_the_context(llm):
+    output = llm.generate(random_prompts([170], 0), SamplingParams(max_new_tokens=1000))[0]
+    assert len(output.token_ids) == 192 - 170
+    assert output.finish_reason == "length"
+
+
+def test_logprobs_are_those_of_the_dense_model(llm, dense):
+    prompt = random_prompts([21], seed=6)[0]
+    output = llm.generate([prompt], SamplingParams(max_new_tokens=4, logprobs=3, temperature=0.7, seed=5))[0]
+    logits = dense(prompt + output.token_ids[:-1])[len(prompt) - 1 :].astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for row, token, got in zip(expected, output.token_ids, output.logprobs, strict=True):
+        best = np.argsort(-row)[:3]
+        assert [token_id for token_id, _ in got.top] == best.tolist()
+        np.testing.assert_allclose([value for _, value in got.top], row[best], atol=LOGIT_TOLERANCE)
+        assert got.chosen == pytest.approx(row[token], abs=LOGIT_TOLERANCE)
+
+
+def test_only_who_asks_for_logprobs_gets_them(llm):
+    params = [SamplingParams(max_new_tokens=2, logprobs=2), SamplingParams(max_new_tokens=2)]
+    asked, silent = llm.generate(random_prompts([3, 3], 1), params)
+    assert len(asked.logprobs) == 2
+    assert silent.logprobs is None
+
+
+def test_an_abort_gives_back_every_page(llm):
+    prompts = random_prompts([70, 70, 5, 5], seed=9)
+    ids = [llm.add_request(prompt, SamplingParams(max_new_tokens=20)) for prompt in prompts]
+    llm.step()
+    for request_id in (ids[1], ids[3]):  # one in the middle of its prompt, one waiting
+        llm.abort(request_id)
+        llm.cache.check_integrity()
+    finished = {}
+    for _ in range(60):
+        finished |= llm.step()
+    assert sorted(finished) == [ids[0], ids[2]]
+    assert llm.cache.held_tokens == 0
+    llm.abort(ids[0])  # has ended: nothing happens
+
+
+def test_an_interrupted_call_leaves_no_page_behind(llm):
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(random_prompts([40, 40, 40, 40], 1), on_progress=interrupt)
+    assert llm.cache.held_tokens == 0
+    assert not llm.scheduler.has_work
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "empty"),
+        ([[1, 2]], "not a flat list"),
+        ([[1], [2, 3]], "not a flat list"),
+        ([1.5], "whole numbers"),
+        ([0, VOCAB], f"token id {VOCAB} is outside the vocabulary; ids run from 0 to {VOCAB - 1}"),
+        ([-1], "token id -1"),
+        ([1] * 192, "192 tokens leaves no room for an answer in a context of 192 tokens; shorten it to at most 191"),
+        ("text", "no tokenizer.json"),
+    ],
+)
+def test_a_bad_prompt_is_refused_and_running_requests_are_unharmed(llm, dense_greedy, prompt, message):
+    good = random_prompts([33], seed=7)[0]
+    request_id = llm.add_request(good, SamplingParams(max_new_tokens=6))
+    llm.step()
+    with pytest.raises(RequestError, match=message):
+        llm.add_request(prompt)
+    finished = {}
+    while not finished:
+        finished = llm.step()
+    assert finished[request_id].token_ids == dense_greedy(good, 6)
+    with pytest.raises(RequestError, match=message):
+        llm.generate([good, prompt])
+    assert not llm.scheduler.has_work
+
+
+def test_a_request_that_can_never_fit_is_refused_with_the_arithmetic(tight, dense_greedy):
+    prompts = random_prompts([20, 39], seed=1)
+    arithmetic = "needs 60 tokens of KV in whole pages, the pool has 48; lower max_new_tokens to 10"
+    with pytest.raises(RequestTooLarge, match=arithmetic) as caught:
+        tight.generate(prompts, SamplingParams(max_new_tokens=20))
+    assert (caught.value.requested, caught.value.available) == (60, 48)
+    assert not tight.scheduler.has_work
+    assert tight.generate(prompts[1:], SamplingParams(max_new_tokens=5))[0].token_ids == dense_greedy(prompts[1], 5)
+
+
+def test_generate_refuses_to_run_beside_added_requests(llm):
+    request_id = llm.add_request([1, 2, 3])
+    with pytest.raises(RequestError, match="1 added requests are unfinished"):
+        llm.generate([[1]])
+    llm.abort(request_id)
+    assert llm.generate([]) == []
+
+
+def test_one_string_is_no_list_of_prompts(llm):
+    with pytest.raises(RequestError, match="prompts is one string"):
+        llm.generate("hello")
+
+
+def test_counts_of_prompts_and_params_must_agree(llm):
+    with pytest.raises(RequestError, match="1 sampling_params for 2 prompts"):
+        llm.generate([[1], [2]], [SamplingParams()])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"page_sise": 4}, "did you mean 'page_size'"), ({"context_length": 193}, "192 positions")]
+)
+def test_a_bad_option_is_refused(llama, options, message):
+    with pytest.raises(ConfigError, match=message):
+        LLM(llama, **options)
+
+
+def test_a_model_with_a_sliding_window_equals_dense():
+    llama = make_llama(model_type="mistral", sliding_window=9)
+    outputs = small_llm(llama).generate(
+        random_prompts([1, 8, 50, 90], 3), SamplingParams(max_new_tokens=5), return_logits=True
+    )
+    check = check_against_dense(llama, outputs)
+    assert check.largest_difference <= LOGIT_TOLERANCE
+    assert check.argmax_differs == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_pool_of_16_bits_stays_near_dense(llama, dtype):
+    outputs = small_llm(llama, kv_cache_dtype=dtype).generate(
+        random_prompts([1, 30, 70], 3), SamplingParams(max_new_tokens=5), return_logits=True
+    )
+    # K and V are rounded to 8 bits of mantissa at the least; logits here are below 3.
+    assert check_against_dense(llama, outputs).largest_difference <= 0.03
