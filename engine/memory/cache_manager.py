@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import KVPoolExhausted
+from engine.errors import KVPoolExhausted, ShapeError
 from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
 from engine.memory.page_table import ReqToTokenPool
 
@@ -63,17 +63,22 @@ class CacheManager:
         self._promised[row] = needed
         return row
 
-    def grow(self, rows: Int32, starts: Int32, ends: Int32) -> Int32:
-        """Gives each row the slots of its positions ``starts`` to ``ends - 1``; int32 ``[sum(ends - starts)]``.
-
-        All rows or none.
+    def grow(self, rows: Int32, counts: Int32) -> Int32:
+        """Gives each row slots for ``counts`` more tokens; int32 ``[sum(counts)]``. All rows or none.
 
         Raises:
+            ShapeError: a row is not in use, or would exceed the context.
             KVPoolExhausted: the pool has too few free pages.
         """
-        last_loc = self.page_table.last_loc(rows, starts)
-        slots = self.allocator.alloc_extend(starts, ends, last_loc)
-        self.page_table.write_slots(rows, starts, ends - starts, slots)
+        starts = self.page_table.kv_lens(rows)
+        ends = starts + counts
+        if ends.size and ends.max() > self.page_table.max_context_tokens:
+            raise ShapeError(
+                f"row {rows[ends.argmax()]} would grow to {ends.max()} tokens; a row holds at most "
+                f"{self.page_table.max_context_tokens}; raise max_context_tokens"
+            )
+        slots = self.allocator.alloc_extend(starts, ends, self.page_table.last_loc(rows, starts))
+        self.page_table.write_slots(rows, starts, counts, slots)
         return slots
 
     def release(self, row: int) -> None:

@@ -126,11 +126,14 @@ class PagedTokenToKVPoolAllocator:
         if (ends < prefix).any():
             at = int((ends < prefix).argmax())
             raise ShapeError(f"sequence {at}: seq_lens {ends[at]} is below prefix_lens {prefix[at]}; both count tokens")
-        offsets, appends = self._check_tails(prefix, ends, last)
+        pages, holders = self._check_last(prefix, last)
+        offsets = prefix % self.page_size
+        appends = (offsets > 0) & (ends > prefix)
+        self._check_appenders(pages[appends], holders[appends])
         fresh_counts = -(-ends // self.page_size) - -(-prefix // self.page_size)
         self._check_available(fresh_counts.tolist())
         fresh = self._ledger.take_runs(fresh_counts)
-        slots = self._slots_of(_join_tails(last[appends] // self.page_size, appends, fresh, fresh_counts))
+        slots = self._slots_of(_join_tails(pages[appends], appends, fresh, fresh_counts))
         if slots.size > (ends - prefix).sum():
             page_counts = fresh_counts + appends
             starts = (page_counts.cumsum() - page_counts) * self.page_size + offsets * appends
@@ -156,7 +159,9 @@ class PagedTokenToKVPoolAllocator:
         if ends.size and ends.min() < 1:
             at = int(ends.argmin())
             raise ShapeError(f"sequence {at}: seq_lens is {ends[at]}; it counts the new token, so it is at least 1")
-        _, appends = self._check_tails(ends - 1, ends, last)
+        pages, holders = self._check_last(ends - 1, last)
+        appends = ends % self.page_size != 1 % self.page_size
+        self._check_appenders(pages[appends], holders[appends])
         slots = (last + 1).astype(np.int32)
         count = ends.size - int(np.count_nonzero(appends))
         if count:
@@ -245,11 +250,11 @@ class PagedTokenToKVPoolAllocator:
                 available=available * self.page_size,
             )
 
-    def _check_tails(self, prefix: Int64, ends: Int64, last: Int64) -> tuple[Int64, Bool]:
-        """Checks that ``last`` ends ``prefix`` and that partial pages may be appended to.
+    def _check_last(self, prefix: Int64, last: Int64) -> tuple[Int64, Int32]:
+        """Checks that ``last`` is the slot of each sequence's last token.
 
         Returns:
-            Tokens in each sequence's partial last page, 0 where it has none; and which sequences append to it.
+            The pages of ``last`` and how many holders each has, ``[B]``.
         """
         pages = last // self.page_size
         holders = self._ledger.holders(pages)
@@ -261,10 +266,7 @@ class PagedTokenToKVPoolAllocator:
                 f"sequence {at}: last_loc {last[at]} cannot be the slot of token {prefix[at] - 1} at page_size "
                 f"{self.page_size}; it must lie in a held page at that token's offset, and be -1 where there is none"
             )
-        offsets = prefix % self.page_size
-        appends = (offsets > 0) & (ends > prefix)
-        self._check_appenders(pages[appends], holders[appends])
-        return offsets, appends
+        return pages, holders
 
     def _check_appenders(self, tails: Int64, holders: Int32) -> None:
         """Checks that each page that is appended to has one holder and one appender."""

@@ -41,7 +41,8 @@ class PageLedger:
     def clear(self) -> None:
         """Frees every page, whoever holds it."""
         self._free = FreePages(self.num_pages)
-        self._ref_count = np.zeros(self.num_pages + 1, np.int32)
+        # One entry a page, the null page's, and a guard entry at the end.
+        self._ref_count = np.zeros(self.num_pages + 2, np.int32)
         self._births = np.zeros(self.num_pages + 1, np.int64)
 
     @property
@@ -59,9 +60,8 @@ class PageLedger:
 
     def holders(self, pages: Int64) -> Int32:
         """Holders of each page, 0 for what is no page of the pool; int32 ``[n]``."""
-        if pages.size and (int(pages.min()) < 0 or int(pages.max()) > self.num_pages):
-            pages = np.where((pages < 0) | (pages > self.num_pages), 0, pages)
-        return self._ref_count[pages]
+        # Clipping sends what is out of range to the null page or to the guard entry, which nobody holds.
+        return self._ref_count.take(pages, mode="clip")
 
     def ref_count(self, pages: npt.ArrayLike) -> Int32:
         """Holders of each page; int32 ``[n]``.
@@ -152,9 +152,10 @@ class PageLedger:
         Raises:
             IntegrityError: names the first wrong page.
         """
-        times_free = np.bincount(self._free.all(), minlength=self.num_pages + 1)
-        right = times_free + (self._ref_count > 0) == 1
-        right[0] = times_free[0] == 0 and self._ref_count[0] == 0
+        times_free = np.bincount(self._free.all(), minlength=self._ref_count.size)
+        expected = np.ones(self._ref_count.size, np.int64)
+        expected[[0, -1]] = 0
+        right = times_free + (self._ref_count > 0) == expected
         right &= self._ref_count >= 0
         if not right.all():
             page = int(right.argmin())
@@ -164,7 +165,7 @@ class PageLedger:
             )
         if holders is None:
             return
-        listed = np.bincount(self._known_pages(holders), minlength=self.num_pages + 1)
+        listed = np.bincount(self._known_pages(holders), minlength=self._ref_count.size)
         if not (self._ref_count == listed).all():
             page = int((self._ref_count != listed).argmax())
             raise IntegrityError(

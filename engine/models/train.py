@@ -1,8 +1,8 @@
 """Trains the Llama that ships with the package, on the public-domain text that ships with it.
 
-Byte-level next-token prediction with Muon (Jordan, 2024) under a warmed-up cosine schedule: at this size it needs
-a third of AdamW's steps. Most steps see short windows, which are cheap; the last ones see the whole context, so that
-long generation stays within positions the model has met.
+Byte-level next-token prediction with Muon (Jordan, 2024) under a warmed-up cosine schedule. Most steps see short
+windows, which are cheap; the last ones see the whole context, so that long generation stays within positions the model
+has met.
 """
 
 from __future__ import annotations

@@ -26,7 +26,11 @@ def available() -> bool:
     try:
         register()
     except BackendUnsupported as error:
-        _logger.warning("native CPU kernels are off: %s", error)
+        _logger.warning(
+            "native CPU kernels are off, and a write to a bfloat16 or 8-bit cache may convert the whole layer's buffer "
+            "there and back, about 1 ms a MB (docs/adr/0001; bfloat16 is spared from jax 0.12 on): %s",
+            error,
+        )
         return False
     return True
 

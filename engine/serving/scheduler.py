@@ -148,9 +148,8 @@ class Scheduler:
 
     def _grow(self, rows: list[ScheduledRow]) -> Int32:
         indices = np.array([row.request.req_pool_idx for row in rows], np.int32)
-        starts = np.array([row.start for row in rows], np.int32)
         counts = np.array([row.count for row in rows], np.int32)
-        return self.cache.grow(indices, starts, starts + counts)
+        return self.cache.grow(indices, counts)
 
     def _release(self, request: Request) -> None:
         self.running.remove(request)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.errors import KVPoolExhausted, RequestTooLarge
+from engine.errors import KVPoolExhausted, RequestTooLarge, ShapeError
 from engine.memory.cache_manager import CacheManager
 from engine.serving.batcher import Batcher, token_buckets
 from engine.serving.request import FinishReason, Request, SamplingParams
@@ -169,3 +169,14 @@ def test_tokens_are_read_across_the_end_of_the_prompt():
     assert r.tokens(2, 6).tolist() == [2, 3, 50, 51]
     assert r.tokens(4, 7).tolist() == [50, 51, 52]
     assert r.tokens(0, 4).tolist() == [0, 1, 2, 3]
+
+
+def test_a_row_that_would_outgrow_the_context_is_refused_and_nothing_changes():
+    cache, _ = make()
+    row = np.array([cache.admit(8)], np.int32)
+    cache.grow(row, np.array([7], np.int32))
+    before = cache.held_tokens, cache.page_table.kv_lens(row).tolist()
+    with pytest.raises(ShapeError, match=f"would grow to {CONTEXT + 1} tokens; a row holds at most {CONTEXT}"):
+        cache.grow(row, np.array([CONTEXT - 6], np.int32))
+    assert (cache.held_tokens, cache.page_table.kv_lens(row).tolist()) == before
+    cache.check_integrity()
