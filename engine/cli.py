@@ -175,7 +175,7 @@ def _rate(tokens: int, seconds: float) -> str:
 
 
 def _print_check(console: Console, llm: LLM, outputs: list[RequestOutput]) -> int:
-    check = check_against_dense(llm.model, outputs)
+    check = check_against_dense(llm.model, outputs, kv_dtype=llm.pool.dtype)
     verdict = "ok" if check.passed else "FAILED"
     console.print(
         f"check against dense attention over unfused K and V: {check.tokens} tokens, largest logit difference "

@@ -48,6 +48,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Checks every value; raises ConfigError."""
+        if self.model is not None and not isinstance(self.model, str):
+            raise ConfigError(f"model={self.model!r} must be the path of a checkpoint directory")
         _check_choice("dtype", self.dtype, ("auto", *DTYPES))
         _check_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", *DTYPES))
         _check_choice("attention_impl", self.attention_impl, IMPLS)

@@ -9,6 +9,7 @@ from engine.errors import ConfigError
     [
         ({"page_sise": 16}, "did you mean 'page_size'"),
         ({"zzz": 1}, "known keys: attention_impl"),
+        ({"model": 5}, "model=5 must be the path"),
         ({"dtype": "float8"}, "choose one of auto, float32"),
         ({"kv_cache_dtype": 3}, "kv_cache_dtype=3"),
         ({"attention_impl": "cuda"}, "choose one of auto, reference, xla, tpu, gpu"),

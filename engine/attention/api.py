@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,9 @@ def ragged_paged_attention(
     mix freely. The semantics are those of ragged paged attention (arXiv 2604.15464). Pure; the cache is updated in
     place where it is donated. May be called under ``jit``; contents are checked only when the arrays are concrete.
 
+    Keys and values of live tokens must be finite: an infinite or NaN value may reach every query of its own sequence
+    (never another sequence's). What dead slots hold is of no account.
+
     Args:
         q: ``[T, Hq, D]`` queries, float32, bfloat16 or float16.
         k: ``[T, H, D]`` new keys, in q's dtype; H divides Hq.
@@ -96,6 +100,9 @@ def ragged_paged_attention(
     check_options(page_size=page_size, sm_scale=sm_scale, sliding_window=sliding_window, soft_cap=soft_cap)
     check_metadata_shapes(page_table, cu_q_lens, kv_lens)
     check_tensors(q, k, v, fused_kv, sinks, page_size)
+    q, k, v, fused_kv, page_table, cu_q_lens, kv_lens = (
+        _owned(array) for array in (q, k, v, fused_kv, page_table, cu_q_lens, kv_lens)
+    )
     spec = AttentionSpec(page_size, _scale(sm_scale, q.shape[2]), sliding_window, soft_cap)
     _check_contents(page_table, cu_q_lens, kv_lens, num_tokens=q.shape[0], num_slots=fused_kv.shape[0], spec=spec)
     metadata: AttentionMetadata = _locate(page_table, cu_q_lens, kv_lens, num_tokens=q.shape[0], page_size=page_size)
@@ -118,6 +125,7 @@ def attend(
     check_metadata_shapes(metadata.page_table, metadata.cu_q_lens, metadata.kv_lens)
     check_tensors(q, k, v, fused_kv, sinks, spec.page_size)
     check_token_arrays(q.shape[0], out_cache_loc=metadata.out_cache_loc, positions=metadata.positions)
+    metadata = jax.tree.map(_owned, metadata)
     _check_contents(
         metadata.page_table,
         metadata.cu_q_lens,
@@ -126,8 +134,14 @@ def attend(
         num_slots=fused_kv.shape[0],
         spec=spec,
     )
+    q, k, v, fused_kv = (_owned(array) for array in (q, k, v, fused_kv))
     result: tuple[jax.Array, jax.Array] = _dispatch(q, k, v, fused_kv, metadata, sinks, spec=spec, impl=_known(impl))
     return result
+
+
+def _owned(array: Any) -> Any:
+    """A NumPy array as a copy of our own: the CPU backend may alias it, and its owner may change it meanwhile."""
+    return jnp.array(array) if isinstance(array, np.ndarray) else array
 
 
 def _scale(sm_scale: float | None, head_dim: int) -> float:

@@ -30,8 +30,8 @@ def check_options(
     for name, count in (("page_size", page_size), ("sliding_window", sliding_window)):
         if count is None and name == "sliding_window":
             continue
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ConfigError(f"{name}={count!r} must be a whole number of tokens, at least 1")
+        if not isinstance(count, int | np.integer) or isinstance(count, bool) or not 1 <= count < 2**31:
+            raise ConfigError(f"{name}={count!r} must be a whole number of tokens, at least 1 and below 2**31")
     if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0):
         raise ConfigError(f"soft_cap={soft_cap!r} must be finite and above 0; pass None for no cap")
     if sm_scale is not None and not math.isfinite(sm_scale):

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.attention.checks import check_lengths, check_metadata_shapes
+from engine.errors import ShapeError
 
 Int32Array: TypeAlias = jax.Array | npt.NDArray[np.int32]
 
@@ -59,7 +60,8 @@ class AttentionMetadata:
         Raises:
             ShapeError: shapes disagree, or the lengths contradict each other (see ``check_lengths``).
         """
-        table, bounds, lens = (np.array(array, np.int32) for array in (page_table, cu_q_lens, kv_lens))
+        named = {"page_table": page_table, "cu_q_lens": cu_q_lens, "kv_lens": kv_lens}
+        table, bounds, lens = (_int32_copy(name, array) for name, array in named.items())
         check_metadata_shapes(table, bounds, lens)
         check_lengths(bounds, lens, num_tokens=num_tokens, row_tokens=table.shape[1] * page_size)
         positions, out_cache_loc = locate_new_tokens(table, bounds, lens, num_tokens=num_tokens, page_size=page_size)
@@ -71,6 +73,14 @@ class AttentionMetadata:
         """The same metadata as JAX arrays, moved in one transfer."""
         moved: AttentionMetadata = jax.device_put(self)
         return moved
+
+
+def _int32_copy(name: str, values: npt.ArrayLike) -> npt.NDArray[np.int32]:
+    array = np.asarray(values)
+    limits = np.iinfo(np.int32)
+    if array.dtype.kind not in "iu" or (array.size and (array.min() < limits.min or array.max() > limits.max)):
+        raise ShapeError(f"{name} is {array.dtype}{list(array.shape)}; it must hold integers within int32")
+    return array.astype(np.int32)  # always a copy
 
 
 def locate_new_tokens(

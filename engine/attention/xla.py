@@ -75,26 +75,26 @@ def attend_xla(
     def attend_tile(size: int, row: jax.Array, first: jax.Array, out: jax.Array) -> jax.Array:
         """Attends queries ``[first, first + size)`` of sequence ``row``; rows past its last query become zero."""
         start, q_len = cu_q_lens[row], cu_q_lens[row + 1] - cu_q_lens[row]
-        chunk = lax.dynamic_slice(queries, (start + first, 0, 0), (size, num_q_heads, head_dim))
+        chunk = lax.dynamic_slice(queries, _index(start + first, 0, 0), (size, num_q_heads, head_dim))
         result = walk.attend(chunk, row, kv_lens[row] - q_len + first, kv_lens[row])
-        result = jnp.where((first + jnp.arange(size) < q_len)[:, None, None], result, 0.0)
+        result = jnp.where((first + jnp.arange(size, dtype=jnp.int32) < q_len)[:, None, None], result, 0.0)
         # What spills over the sequence's end is overwritten by the sequence that follows.
-        written: jax.Array = lax.dynamic_update_slice(out, result, (start + first, 0, 0))
+        written: jax.Array = lax.dynamic_update_slice(out, result, _index(start + first, 0, 0))
         return written
 
     def attend_sequence(row: jax.Array, out: jax.Array) -> jax.Array:
         q_len = cu_q_lens[row + 1] - cu_q_lens[row]
         decodes = jnp.where(q_len == 1, 1, 0)
-        out = lax.fori_loop(0, decodes, lambda i, out: attend_tile(1, row, i, out), out)
+        out = lax.fori_loop(jnp.int32(0), decodes, lambda i, out: attend_tile(1, row, i, out), out)
         tiles = jnp.where(q_len > 1, -(-q_len // tile_tokens), 0)
         extended: jax.Array = lax.fori_loop(
-            0, tiles, lambda i, out: attend_tile(tile_tokens, row, i * tile_tokens, out), out
+            jnp.int32(0), tiles, lambda i, out: attend_tile(tile_tokens, row, i * tile_tokens, out), out
         )
         return extended
 
     # Float32 until the end: XLA's CPU compiler may convert all of a 16-bit carry to write a part of it.
     out = jnp.zeros(queries.shape, jnp.float32)
-    out = lax.fori_loop(0, kv_lens.shape[0], attend_sequence, out)
+    out = lax.fori_loop(jnp.int32(0), jnp.int32(kv_lens.shape[0]), attend_sequence, out)
     return out[:num_tokens].astype(q.dtype), fused_kv
 
 
@@ -162,16 +162,16 @@ class _ContextWalk:
         q = q.reshape(self.num_kv_heads, size * group, head_dim)
         window = self.spec.sliding_window
         first_seen = jnp.zeros_like(position) if window is None else jnp.maximum(0, position - window + 1)
-        rows = position + jnp.arange(size * group) // group
+        rows = position + jnp.arange(size * group, dtype=jnp.int32) // group
         return Tile(q, rows, first_seen, jnp.minimum(position + size, kv_len))
 
     def _start(self, tile: Tile) -> Softmax:
         heads, rows, _ = tile.q.shape
         acc = jnp.zeros(tile.q.shape, jnp.float32)
         if self.sink is None:
-            return Softmax(jnp.full((heads, rows), -jnp.inf), jnp.zeros((heads, rows)), acc)
+            return Softmax(jnp.full((heads, rows), -jnp.inf, jnp.float32), jnp.zeros((heads, rows), jnp.float32), acc)
         # A sink is a logit that brings no value: as if it had been the first one met.
-        return Softmax(jnp.tile(self.sink, (1, rows // self.sink.shape[1])), jnp.ones((heads, rows)), acc)
+        return Softmax(jnp.tile(self.sink, (1, rows // self.sink.shape[1])), jnp.ones((heads, rows), jnp.float32), acc)
 
     def _attend_block(self, tile: Tile, row: jax.Array, block: jax.Array, state: Softmax) -> Softmax:
         keys, values, position = self._load(row, block)
@@ -191,13 +191,18 @@ class _ContextWalk:
         # Tied to the loop's counter, or XLA's CPU compiler hoists a conversion of the whole pool out of the loop.
         fused_kv, block = lax.optimization_barrier((self.fused_kv, block))
         rows, lanes = fused_kv.shape[1:]
-        pages = lax.dynamic_slice(self.page_table, (row, block * self.block_pages), (1, self.block_pages))[0]
+        pages = lax.dynamic_slice(self.page_table, _index(row, block * self.block_pages), (1, self.block_pages))[0]
         tokens = self.block_pages * self.spec.page_size
         stored = fused_kv.reshape(-1, self.spec.page_size, rows, lanes).at[pages].get(mode="clip")
         context = unpad_fused(stored.reshape(tokens, rows, lanes), self.num_kv_heads, self.head_dim)
         keys, values = extract_k_from_fused_kv(context), extract_v_from_fused_kv(context)
         keys, values = (half.astype(jnp.float32).swapaxes(0, 1) for half in (keys, values))
-        return keys, values, block * tokens + jnp.arange(tokens)
+        return keys, values, block * tokens + jnp.arange(tokens, dtype=jnp.int32)
+
+
+def _index(*starts: jax.Array | int) -> tuple[jax.Array, ...]:
+    """Starts of a dynamic slice as int32: under jax_enable_x64 a literal would be int64, and they must be alike."""
+    return tuple(jnp.asarray(start, jnp.int32) for start in starts)
 
 
 def _fold(state: Softmax, logits: jax.Array, values: jax.Array) -> Softmax:

@@ -143,6 +143,8 @@ def unpack_pages(packed: jax.Array, rows: int, head_dim: int) -> jax.Array:
 def check_storage(fused: jax.Array, head_num: int, head_dim: int) -> None:
     """Checks that a stored buffer can hold ``head_num`` heads of ``head_dim``, as they are or padded for a TPU.
 
+    A buffer made for a few more heads of 128 has the shape of a padded one, and passes: only its pool can tell.
+
     Args:
         fused: ``[S, 2H', D']``; only shape and dtype are read.
         head_num: KV heads H.
@@ -163,6 +165,31 @@ def check_storage(fused: jax.Array, head_num: int, head_dim: int) -> None:
             f"must be [{2 * head_num}, {head_dim}], or up to [{most_rows}, {most_lanes}] where it is padded for a TPU; "
             "pass the buffer of a pool made for these heads"
         )
+
+
+def bits_of(dtype: DTypeLike) -> int:
+    """Bits of one element of a floating or integer dtype, e.g. 4 for int4, which numpy counts as a byte."""
+    kind = jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo
+    return int(kind(dtype).bits)
+
+
+def require_count(name: str, value: object) -> int:
+    """Returns ``value`` where it is a whole number of at least 1, else raises ConfigError."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ConfigError(f"{name}={value!r} of a KV pool must be a whole number, at least 1")
+    return int(value)
+
+
+def _storable(dtype: DTypeLike) -> np.dtype[Any]:
+    try:
+        exact = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ConfigError(f"dtype={dtype!r} of a KV pool is not known; use a floating type, e.g. bfloat16") from error
+    if not (jnp.issubdtype(exact, jnp.floating) or jnp.issubdtype(exact, jnp.integer)) or bits_of(exact) < 8:
+        raise ConfigError(f"a KV pool cannot store dtype {exact}: use a floating or integer type of 8 bits or more")
+    if jax.dtypes.canonicalize_dtype(exact) != exact:
+        raise ConfigError(f"a KV pool of {exact} needs jax_enable_x64; enable it or use {exact.kind}4")
+    return exact
 
 
 @dataclass(frozen=True)
@@ -206,11 +233,8 @@ class KVLayout:
             ConfigError: a count is below 1, or the dtype is not numeric.
         """
         for name, value in (("head_num", head_num), ("head_dim", head_dim), ("page_size", page_size)):
-            if value < 1:
-                raise ConfigError(f"{name}={value} in a KV layout must be at least 1")
-        dtype = jnp.dtype(dtype)
-        if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-            raise ConfigError(f"a KV layout cannot hold dtype {dtype}; use a floating or integer type, e.g. bfloat16")
+            require_count(name, value)
+        dtype = _storable(dtype)
         if platform == "tpu":
             rows, lanes = padded_rows(head_num, dtype), padded_head_dim(head_dim)
         else:
@@ -270,4 +294,6 @@ class KVLayout:
                 f"KV layout version {values['version']}, order {values['order']!r} cannot be read; this code knows "
                 f"version {LAYOUT_VERSION}, order {ORDER!r} only; write it again with this version"
             )
-        return cls(**{**values, "dtype": jnp.dtype(values["dtype"])})
+        for name in ("head_num", "head_dim", "rows", "lanes", "page_size"):
+            require_count(name, values[name])
+        return cls(**{**values, "dtype": _storable(values["dtype"])})

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from engine.errors import ConfigError, ShapeError
-from engine.kv.layout import KVLayout, extract_k_from_fused_kv, extract_v_from_fused_kv, unpad_fused
+from engine.kv.layout import KVLayout, extract_k_from_fused_kv, extract_v_from_fused_kv, require_count, unpad_fused
 from engine.kv.scatter import set_kv_buffer
 
 TENSOR_AXIS = "tensor"
@@ -172,12 +172,13 @@ class TokenToKVPool:
 
 
 def _check_size(size: int, page_size: int, layer_num: int) -> None:
+    if isinstance(size, bool) or not isinstance(size, int | np.integer):
+        raise ConfigError(f"size={size!r} must be a whole number of tokens")
+    require_count("layer_num", layer_num)
     if size < page_size or size % page_size:
         below = size // page_size * page_size
         usable = f"{below} or {below + page_size}" if below > 0 else f"{page_size} or more"
         raise ConfigError(f"size={size} tokens must be a positive multiple of page_size={page_size}; use {usable}")
-    if layer_num < 1:
-        raise ConfigError(f"layer_num={layer_num} must be at least 1")
 
 
 def _split_layout(layout: KVLayout, mesh: Mesh, platform: str) -> KVLayout:
@@ -213,6 +214,8 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any], sharding: NamedSharding
 
 
 def _write(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array, mesh: Mesh | None) -> jax.Array:
+    # The CPU backend may alias a NumPy argument: the caller could then change it under the running write.
+    loc, k, v = (jnp.array(array) if isinstance(array, np.ndarray) else array for array in (loc, k, v))
     # A trace donates by its outermost jit; only a call from outside any trace needs one of its own.
     write = _scatter_over if isinstance(fused, jax.core.Tracer) else _scatter_donated
     written: jax.Array = write(fused, loc, k, v, mesh)

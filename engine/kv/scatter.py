@@ -10,10 +10,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from engine.errors import ShapeError
-from engine.kv.layout import check_storage, merge_kv, pad_fused
+from engine.kv.layout import bits_of, check_storage, merge_kv, pad_fused
 from engine.native import library
 
 
@@ -32,6 +33,9 @@ def set_kv_buffer(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) 
     Raises:
         ShapeError: the arrays do not fit together, or k and v are floating and the buffer is not.
     """
+    if isinstance(loc, np.ndarray) and loc.dtype.kind in "iu":
+        # jax would cut 64 bits to 32, and so bring a slot that is out of range back into it.
+        loc = np.where((loc < 0) | (loc >= fused.shape[0]), np.int64(-1), loc).astype(np.int32)
     fused, loc, k, v = (jnp.asarray(array) for array in (fused, loc, k, v))
     _check(fused, loc, k, v)
     written: jax.Array = _scatter(fused, _clean(loc, fused.shape[0]), k.astype(fused.dtype), v.astype(fused.dtype))
@@ -49,6 +53,8 @@ def _check(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> None
             f"loc {loc.dtype}{list(loc.shape)} must hold one integer slot for each of the {k.shape[0]} tokens of k; "
             "use -1 for a token that is not to be written"
         )
+    if bits_of(fused.dtype) < 8:
+        raise ShapeError(f"the buffer's {fused.dtype} is packed below a byte, which no pool stores; use int8 or fp8")
     if jnp.issubdtype(k.dtype, jnp.floating) and not jnp.issubdtype(fused.dtype, jnp.floating):
         raise ShapeError(f"k and v of {k.dtype} cannot be cast to a buffer of {fused.dtype}; quantise them first")
     check_storage(fused, *k.shape[1:])

@@ -49,8 +49,13 @@ class CacheManager:
         """Promises a request its pages and returns its page-table row.
 
         Raises:
+            ShapeError: ``max_tokens`` is not from 1 to the context.
             KVPoolExhausted: the promises would exceed the pool.
         """
+        if not 1 <= max_tokens <= self.page_table.max_context_tokens:
+            raise ShapeError(
+                f"cannot promise {max_tokens} tokens: a request has from 1 to {self.page_table.max_context_tokens}"
+            )
         needed, free = self.round_up(max_tokens), self.size - int(self._promised.sum())
         if needed > free:
             raise KVPoolExhausted(
@@ -70,13 +75,18 @@ class CacheManager:
             ShapeError: a row is not in use, or would exceed the context.
             KVPoolExhausted: the pool has too few free pages.
         """
-        starts = self.page_table.kv_lens(rows)
+        starts = self.page_table.kv_lens(rows).astype(np.int64)
+        if starts.shape != counts.shape or np.unique(rows).size != starts.size or (starts.size and counts.min() < 0):
+            raise ShapeError(
+                f"cannot grow rows {rows.tolist()} by {counts.tolist()} tokens: give distinct rows, a count for each"
+            )
         ends = starts + counts
         if ends.size and ends.max() > self.page_table.max_context_tokens:
             raise ShapeError(
                 f"row {rows[ends.argmax()]} would grow to {ends.max()} tokens; a row holds at most "
                 f"{self.page_table.max_context_tokens}; raise max_context_tokens"
             )
+        # All that the page table could refuse has been checked: nothing stands between taking pages and noting them.
         slots = self.allocator.alloc_extend(starts, ends, self.page_table.last_loc(rows, starts))
         self.page_table.write_slots(rows, starts, counts, slots)
         return slots

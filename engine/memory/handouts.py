@@ -22,6 +22,7 @@ VOID = -1
 class _Handout:
     reference: weakref.ref[npt.NDArray[np.int32]]
     time: int
+    serial: int
     is_void: bool = False
 
 
@@ -30,6 +31,7 @@ class Handouts:
 
     def __init__(self) -> None:
         self._by_id: dict[int, _Handout] = {}
+        self._recorded = 0
 
     def record(self, array: npt.NDArray[np.int32], time: int) -> None:
         """Remembers that ``array`` was handed out at ``time``."""
@@ -38,7 +40,8 @@ class Handouts:
         def forget(_: Any) -> None:
             by_id.pop(key, None)
 
-        by_id[key] = _Handout(weakref.ref(array, forget), time)
+        self._recorded += 1
+        by_id[key] = _Handout(weakref.ref(array, forget), time, self._recorded)
 
     def time_of(self, array: object) -> int | None:
         """When ``array``, or the array that it is a view of, was handed out; ``VOID``, or None if not known."""
@@ -49,7 +52,11 @@ class Handouts:
             array = array.base
         return None
 
-    def rewind(self, time: int) -> None:
-        """Voids what was handed out after ``time`` and revives what was handed out before."""
+    def void_serials(self) -> frozenset[int]:
+        """Names the arrays that are void now, for ``rewind``."""
+        return frozenset(handout.serial for handout in self._by_id.values() if handout.is_void)
+
+    def rewind(self, time: int, void: frozenset[int]) -> None:
+        """Returns to a moment: what was handed out after ``time``, or was ``void`` then, is void; the rest is not."""
         for handout in self._by_id.values():
-            handout.is_void = handout.time > time
+            handout.is_void = handout.time > time or handout.serial in void

@@ -20,7 +20,10 @@ def integer_vector(name: str, values: npt.ArrayLike) -> Int64:
     Raises:
         ShapeError: more or fewer axes than one, or not integers.
     """
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ShapeError(f"{name} is not a flat list of integers: {error}; pass a flat array or list") from error
     if array.ndim != 1:
         raise ShapeError(f"{name} has shape {array.shape}; it must have one axis; pass a flat array or list")
     if array.dtype.kind not in "iu" and array.size:

@@ -32,6 +32,7 @@ class AllocatorState:
     size: int
     page_size: int
     ledger: LedgerState
+    void: frozenset[int]
 
 
 class PagedTokenToKVPoolAllocator:
@@ -123,6 +124,8 @@ class PagedTokenToKVPoolAllocator:
         prefix, ends = integer_vector("prefix_lens", prefix_lens), integer_vector("seq_lens", seq_lens)
         last = integer_vector("last_loc", last_loc)
         equal_lengths(prefix_lens=prefix, seq_lens=ends, last_loc=last)
+        if prefix.size and prefix.min() < 0:
+            raise ShapeError(f"sequence {prefix.argmin()}: prefix_lens is {prefix.min()}; a length is 0 or more")
         if (ends < prefix).any():
             at = int((ends < prefix).argmax())
             raise ShapeError(f"sequence {at}: seq_lens {ends[at]} is below prefix_lens {prefix[at]}; both count tokens")
@@ -202,7 +205,7 @@ class PagedTokenToKVPoolAllocator:
 
     def backup_state(self) -> AllocatorState:
         """A snapshot: what is free, in which order, and how many holders each page has."""
-        return AllocatorState(self.size, self.page_size, self._ledger.snapshot())
+        return AllocatorState(self.size, self.page_size, self._ledger.snapshot(), self._handouts.void_serials())
 
     def restore_state(self, state: AllocatorState) -> None:
         """Returns to a snapshot, whole: exactly the free pages and the counts of that moment.
@@ -221,7 +224,7 @@ class PagedTokenToKVPoolAllocator:
                 f"{self.size} in pages of {self.page_size}; both must be equal"
             )
         self._ledger.restore(state.ledger)
-        self._handouts.rewind(state.ledger.clock)
+        self._handouts.rewind(state.ledger.clock, state.void)
 
     def check_integrity(self, holders: npt.ArrayLike | None = None) -> None:
         """Proves that free and held pages make up the pool, see ``PageLedger.check_integrity``."""

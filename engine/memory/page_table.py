@@ -86,7 +86,7 @@ class ReqToTokenPool:
         Raises:
             DoubleFreeError: no request has this row.
         """
-        if not 0 <= row < self.max_requests or not self._in_use[row]:
+        if not isinstance(row, int | np.integer) or not 0 <= row < self.max_requests or not self._in_use[row]:
             raise DoubleFreeError(
                 f"cannot release page-table row {row}: no request has it, of {self.max_requests} rows; nothing was "
                 "released; release each row once"
@@ -146,6 +146,10 @@ class ReqToTokenPool:
         begins = positions % self.page_size == 0
         self._check_continues(token_rows, positions, new, pages, begins)
         self._check_new_pages(pages[begins])
+        if (self._table[token_rows[begins]] == pages[begins][:, None]).any():
+            raise ShapeError(
+                f"one of the pages {pages[begins][:8].tolist()} is in its row already; a page stands there once"
+            )
         self._table[token_rows[begins], positions[begins] // self.page_size] = pages[begins]
         self._kv_lens[index] = first + counts
 

@@ -60,9 +60,12 @@ def find_compiler() -> tuple[str, ...]:
     Raises:
         BackendUnsupported: there is none.
     """
-    chosen = os.environ.get("CXX")
-    if chosen:
-        return tuple(shlex.split(chosen))
+    chosen = os.environ.get("CXX", "")
+    if chosen.strip():
+        try:
+            return tuple(shlex.split(chosen))
+        except ValueError as error:
+            raise BackendUnsupported(f"CXX={chosen!r} is not a command: {error}; unset it or correct it") from error
     for name in COMPILERS:
         found = shutil.which(name)
         if found:
@@ -100,4 +103,7 @@ def _fingerprint(compiler: tuple[str, ...]) -> str:
 
 def _cache_directory() -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fused-kv-engine"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "fused-kv-engine"
+    except RuntimeError as error:
+        raise BackendUnsupported(f"no place for the native library: {error}; set XDG_CACHE_HOME") from error

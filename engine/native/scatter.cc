@@ -46,6 +46,9 @@ ffi::Error Scatter(ffi::AnyBuffer fused, ffi::Buffer<ffi::S32> loc, ffi::AnyBuff
   }
   const int64_t slots = stored[0], tokens = given[0], heads = given[1];
   const size_t item = ffi::ByteWidth(fused.element_type());
+  if (item == 0 || fused.size_bytes() != fused.element_count() * item) {
+    return ffi::Error::InvalidArgument("engine_kv_scatter: a dtype packed below a byte cannot be written by rows");
+  }
   const Strides bytes{given[2] * item, stored[2] * item, stored[1] * stored[2] * item};
   char* base = static_cast<char*>(result->untyped_data());
   const char* keys = static_cast<const char*>(k.untyped_data());

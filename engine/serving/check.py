@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from engine.errors import ConfigError
 from engine.models.dense import dense_logits
@@ -28,7 +29,7 @@ class DenseCheck:
         tokens: generated tokens compared.
         largest_difference: largest absolute difference of any logit.
         argmax_differs: tokens whose best dense logit is another token's.
-        bound: largest difference that the model's dtype explains.
+        bound: largest difference that the dtypes of model and pool explain.
     """
 
     tokens: int
@@ -42,12 +43,15 @@ class DenseCheck:
         return self.largest_difference <= self.bound
 
 
-def check_against_dense(model: Llama, outputs: Sequence[RequestOutput]) -> DenseCheck:
+def check_against_dense(
+    model: Llama, outputs: Sequence[RequestOutput], *, kv_dtype: DTypeLike | None = None
+) -> DenseCheck:
     """Compares the logits of every generated token with those of a dense forward over the whole sequence.
 
     Args:
         model: the weights that generated.
         outputs: answers generated with ``return_logits=True``.
+        kv_dtype: of the pool that generated; None is the model's.
 
     Raises:
         ConfigError: an answer carries no logits.
@@ -66,5 +70,6 @@ def check_against_dense(model: Llama, outputs: Sequence[RequestOutput]) -> Dense
         differences.append(float(np.abs(got - expected).max()))
         differs += int((got.argmax(-1) != expected.argmax(-1)).sum())
         count += len(got)
+    bound = max(CHECK_BOUND[jnp.dtype(dtype).name] for dtype in (model.dtype, kv_dtype or model.dtype))
     # np.max keeps a NaN, which Python's max may lose
-    return DenseCheck(count, float(np.max(differences)), differs, CHECK_BOUND[jnp.dtype(model.dtype).name])
+    return DenseCheck(count, float(np.max(differences)), differs, bound)

@@ -49,6 +49,9 @@ class Intake:
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
             raise RequestError(f"{len(params)} sampling_params for {len(prompts)} prompts; give one, or one for each")
+        for param in params:
+            if not isinstance(param, SamplingParams):
+                raise RequestError(f"sampling_params holds {param!r}; give a SamplingParams for each prompt")
         return [self.request(prompt, param) for prompt, param in zip(prompts, params, strict=True)]
 
     def request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
@@ -73,6 +76,12 @@ class Intake:
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise RequestError("the model has no tokenizer.json, so a prompt must be a list of token ids")
+            if not prompt:
+                raise RequestError("the prompt is empty; give at least one character")
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise RequestError(f"the prompt is not valid text: {error}; pass it as UTF-8") from error
             prompt = self._tokenizer.encode(prompt)
         ids = _as_array(prompt)
         if ids.ndim != 1 or not len(ids):

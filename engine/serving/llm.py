@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.config import EngineConfig
-from engine.errors import RequestError
+from engine.errors import ConfigError, RequestError
 from engine.kv.pool import TokenToKVPool
 from engine.memory.cache_manager import CacheManager
 from engine.models.checkpoint import load_llama
@@ -53,6 +53,10 @@ class LLM:
         if isinstance(model, Llama):
             self.config = EngineConfig.from_mapping(options)
             self.model = model
+            if self.config.dtype not in ("auto", model.dtype.name):
+                raise ConfigError(
+                    f"dtype={self.config.dtype!r} for a Llama of {model.dtype}; leave it out, or cast the model"
+                )
         else:
             directory = Path(model or DEFAULT_MODEL_DIR)
             self.config = EngineConfig.from_mapping({"model": str(directory), **options})
@@ -128,9 +132,13 @@ class LLM:
             return {}
         start = time.perf_counter()
         step = self.scheduler.next_step()
-        parcel, shape = self._batcher.fill(step)
-        wants_logprobs = any(row.request.params.logprobs is not None for row in step.rows)
-        sampled, logits = self._runner.step(parcel, shape, logprobs=wants_logprobs)
+        try:
+            parcel, shape = self._batcher.fill(step)
+            wants_logprobs = any(row.request.params.logprobs is not None for row in step.rows)
+            sampled, logits = self._runner.step(parcel, shape, logprobs=wants_logprobs)
+        except BaseException:  # an interrupt too: what did not run must not be taken for computed
+            self.scheduler.undo(step)
+            raise
         _keep_logprobs(step, sampled)
         if return_logits:
             _keep_logits(step, np.asarray(logits))

@@ -60,7 +60,10 @@ class SamplingParams:
         for name, holds, rule in rules:
             if not holds:
                 raise RequestError(f"{name}={getattr(self, name)!r} is not allowed: it must be {rule}")
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        stop = self.stop_token_ids
+        if not isinstance(stop, list | tuple | set | frozenset) or not all(map(_is_int, stop)):
+            raise RequestError(f"stop_token_ids={stop!r} is not allowed: it must be a list of whole numbers")
+        object.__setattr__(self, "stop_token_ids", tuple(stop))
 
 
 def _is_int(value: object) -> bool:

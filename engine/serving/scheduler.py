@@ -126,6 +126,16 @@ class Scheduler:
                 finished.append(request)
         return finished
 
+    def undo(self, step: ScheduledStep) -> None:
+        """Takes back a step that did not run: its requests give up their pages and wait again, in their order.
+
+        The rows have grown by slots that hold nothing, and a row grows at its end only.
+        """
+        for row in reversed(step.rows):
+            self._release(row.request)
+            row.request.num_computed = 0
+            self.waiting.appendleft(row.request)
+
     def abort(self, request: Request) -> None:
         """Ends a request wherever it stands and gives back every page it holds; does nothing if it has ended."""
         if request.finish_reason is not None:

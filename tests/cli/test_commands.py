@@ -67,6 +67,20 @@ def test_a_failed_check_is_an_exit_code(capsys, checkpoint, monkeypatch):
     assert "FAILED" in out
 
 
+def test_a_16_bit_pool_is_checked_against_its_own_bound(capsys, checkpoint):
+    arguments = ("--prompt", "1 2", "--max-new-tokens", 3, "--kv-cache-dtype", "bfloat16", "--check")
+    code, out, _ = run(capsys, "generate", "--model", checkpoint, *SMALL, *arguments)
+    assert code == 0
+    assert "bound 8e-01" in out
+
+
+@pytest.mark.parametrize(("prompt", "message"), [("", "prompt is empty"), ("\udcff", "not valid text")])
+def test_a_text_that_is_none_is_refused(capsys, prompt, message):
+    code, _, err = run(capsys, "generate", *SMALL, "--prompt", prompt)
+    assert code == 2
+    assert message in err
+
+
 def test_options_come_from_the_file_and_the_command_line_wins(capsys, checkpoint, tmp_path):
     config = tmp_path / "engine.toml"
     settings = ("page_size = 4", "max_total_tokens = 64", "max_running_requests = 1", "chunked_prefill_size = 1")

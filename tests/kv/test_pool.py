@@ -194,3 +194,33 @@ def test_a_mesh_of_one_device_is_a_pool_like_any():
     loc, k, v = random_tokens(pool, 3)
     pool.set_kv_buffer(0, loc, k, v)
     np.testing.assert_array_equal(np.asarray(pool.get_fused_kv_buffer(0)[loc]), np.asarray(merge_kv(k, v)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"dtype": "foo"}, "dtype='foo' of a KV pool is not known"),
+        ({"dtype": jnp.int4}, "cannot store dtype int4"),
+        ({"dtype": np.float64}, "needs jax_enable_x64"),
+        ({"dtype": np.complex64}, "cannot store dtype complex64"),
+        ({"head_num": 2.5}, "head_num=2.5"),
+        ({"size": 16.0}, "size=16.0"),
+        ({"layer_num": True}, "layer_num=True"),
+    ],
+)
+def test_a_pool_of_nonsense_is_refused(wrong: dict[str, object], message: str) -> None:
+    sizes = {"size": 16, "page_size": 4, "dtype": jnp.float32, "head_num": 2, "head_dim": 4, "layer_num": 1}
+    with pytest.raises(ConfigError, match=message):
+        TokenToKVPool(**{**sizes, **wrong})
+
+
+def test_a_write_keeps_no_hold_of_its_numpy_arguments() -> None:
+    pool = TokenToKVPool(1024, 16, jnp.float32, 4, 64, 1)
+    room = np.empty(512 * 4 * 64 + 16, np.float32)
+    start = -room.ctypes.data % 64 // 4  # an aligned buffer is one that the CPU backend may alias
+    k = room[start : start + 512 * 4 * 64].reshape(512, 4, 64)
+    k[:] = np.random.default_rng(0).normal(size=k.shape)
+    want, loc = k.copy(), np.arange(16, 528, dtype=np.int32)
+    pool.set_kv_buffer(0, loc, k, k)
+    k[:], loc[:] = np.nan, -1
+    np.testing.assert_array_equal(pool.get_kv_buffer(0)[0][16:528], want)

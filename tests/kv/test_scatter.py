@@ -115,3 +115,15 @@ def make_arguments(**changes):
 def test_arrays_that_do_not_fit_are_refused(change):
     with pytest.raises(ShapeError):
         set_kv_buffer(*make_arguments(**change))
+
+
+@pytest.mark.parametrize("slot", [2**32 + 5, -(2**32) + 5, 2**63 - 1])
+def test_a_slot_beyond_32_bits_is_dropped_and_does_not_wrap_into_range(slot: int) -> None:
+    fused, k = jnp.ones((8, 2, 4)), jnp.full((1, 1, 4), 7.0)
+    np.testing.assert_array_equal(set_kv_buffer(fused, np.array([slot]), k, k), fused)
+
+
+def test_a_dtype_packed_below_a_byte_is_refused() -> None:
+    fused, k = jnp.zeros((8, 2, 4), jnp.int4), jnp.zeros((1, 1, 4), jnp.int4)
+    with pytest.raises(ShapeError, match="int4 is packed below a byte"):
+        set_kv_buffer(fused, jnp.zeros(1, jnp.int32), k, k)

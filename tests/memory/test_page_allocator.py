@@ -348,3 +348,25 @@ def test_check_integrity_finds_a_leak_and_a_release_too_many(allocator):
 def test_every_refusal_is_one_of_the_family(allocator):
     for call in (lambda: allocator.alloc(44), lambda: allocator.free([99]), lambda: allocator.alloc(3)):
         refuses(allocator, EngineError, call)
+
+
+def test_an_array_void_at_a_snapshot_stays_void_when_it_is_restored() -> None:
+    allocator = PagedTokenToKVPoolAllocator(16, 4)
+    first = allocator.alloc(4)
+    before = allocator.backup_state()
+    allocator.free(first.copy())
+    void = allocator.alloc(4)
+    allocator.restore_state(before)
+    allocator.restore_state(allocator.backup_state())
+    with pytest.raises(DoubleFreeError):
+        allocator.free(void)
+    allocator.free(first)
+
+
+def test_a_negative_prefix_is_refused() -> None:
+    allocator = PagedTokenToKVPoolAllocator(16, 4)
+    held = allocator.alloc(4)
+    for prefix, end in ((-4, 0), (-(2**63), 2**63 - 1)):
+        with pytest.raises(ShapeError, match="a length is 0 or more"):
+            allocator.alloc_extend([prefix], [end], [held[3]])
+    assert allocator.available_size() == 12

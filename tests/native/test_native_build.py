@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -128,3 +129,23 @@ def test_the_command_reports_failure(tmp_path):
     run = run_python("-m", "engine.native", CXX="no-such-compiler", XDG_CACHE_HOME=str(tmp_path))
     assert run.returncode == 1
     assert "no-such-compiler" in run.stderr
+
+
+@pytest.mark.parametrize("command", ['"', "no-such-compiler-anywhere"])
+def test_a_compiler_that_is_no_command_is_a_reason_not_a_crash(
+    command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CXX", command)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(BackendUnsupported):
+        build.build_library()
+
+
+def test_a_user_without_a_home_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(BackendUnsupported, match="set XDG_CACHE_HOME"):
+        build.build_library()

@@ -285,3 +285,36 @@ def test_a_pool_of_16_bits_stays_near_dense(llama, dtype):
     )
     # K and V are rounded to 8 bits of mantissa at the least; logits here are below 3.
     assert check_against_dense(llama, outputs).largest_difference <= 0.03
+
+
+@pytest.mark.parametrize("steps_before", [0, 1, 4])
+def test_an_interrupted_step_is_run_again_and_changes_no_answer(llm, dense_greedy, monkeypatch, steps_before):
+    prompts = random_prompts([40, 9], seed=31)
+    ids = [llm.add_request(prompt, SamplingParams(max_new_tokens=6)) for prompt in prompts]
+    finished = {}
+    for _ in range(steps_before):
+        finished |= llm.step()
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(llm._runner, "step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llm.step()
+    llm.cache.check_integrity()
+    while len(finished) < len(ids):
+        finished |= llm.step()
+    assert [finished[i].token_ids for i in ids] == [dense_greedy(p, 6) for p in prompts]
+    assert llm.cache.held_tokens == 0
+
+
+@pytest.mark.parametrize("params", [[None], ["greedy"]])
+def test_sampling_params_must_be_sampling_params(llm, params):
+    with pytest.raises(RequestError, match="sampling_params holds"):
+        llm.generate([[1]], params)
+
+
+def test_a_dtype_that_is_not_the_models_is_refused(llama):
+    with pytest.raises(ConfigError, match="dtype='bfloat16' for a Llama of float32"):
+        LLM(llama, dtype="bfloat16")

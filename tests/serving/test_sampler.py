@@ -117,6 +117,9 @@ def test_logprobs_are_of_the_models_own_distribution():
         {"seed": 2**31},
         {"logprobs": 21},
         {"logprobs": -1},
+        {"stop_token_ids": 5},
+        {"stop_token_ids": "ab"},
+        {"stop_token_ids": (1.5,)},
     ],
 )
 def test_a_wrong_sampling_value_is_named_with_its_rule(wrong):

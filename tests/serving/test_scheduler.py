@@ -180,3 +180,36 @@ def test_a_row_that_would_outgrow_the_context_is_refused_and_nothing_changes():
         cache.grow(row, np.array([CONTEXT - 6], np.int32))
     assert (cache.held_tokens, cache.page_table.kv_lens(row).tolist()) == before
     cache.check_integrity()
+
+
+@pytest.mark.parametrize(("twice", "counts"), [(True, [4, 4]), (False, [4]), (False, [4, -1])])
+def test_a_refused_growth_takes_no_page(twice, counts):
+    cache, _ = make()
+    first, second = cache.admit(16), cache.admit(16)
+    rows = np.array([first, first if twice else second], np.int32)
+    with pytest.raises(ShapeError, match="give distinct rows, a count for each"):
+        cache.grow(rows, np.array(counts, np.int32))
+    assert cache.held_tokens == 0
+    cache.check_integrity()
+
+
+@pytest.mark.parametrize("tokens", [0, -100, CONTEXT + 1])
+def test_only_what_a_request_can_have_is_promised(tokens):
+    cache, _ = make(size=128)
+    with pytest.raises(ShapeError, match=f"cannot promise {tokens} tokens"):
+        cache.admit(tokens)
+
+
+def test_a_step_that_did_not_run_is_taken_back():
+    cache, scheduler = make()
+    for number in (1, 2):
+        scheduler.add(request(number, 10))
+    run_step(scheduler)
+    scheduler.undo(scheduler.next_step())
+    assert [r.request_id for r in scheduler.waiting] == [1, 2]
+    assert [r.num_computed for r in scheduler.waiting] == [0, 0]
+    assert cache.held_tokens == 0
+    cache.check_integrity()
+    while scheduler.has_work:
+        run_step(scheduler)
+    cache.check_integrity()
