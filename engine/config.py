@@ -13,7 +13,7 @@ from typing import Any
 from engine.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
-IMPLS = ("auto", "reference", "xla", "tpu", "gpu")
+IMPLS = ("auto", "reference", "xla", "cpu", "tpu", "gpu")
 MAX_PAGE_SIZE = 256
 
 

@@ -12,7 +12,7 @@ from engine.errors import ConfigError
         ({"model": 5}, "model=5 must be the path"),
         ({"dtype": "float8"}, "choose one of auto, float32"),
         ({"kv_cache_dtype": 3}, "kv_cache_dtype=3"),
-        ({"attention_impl": "cuda"}, "choose one of auto, reference, xla, tpu, gpu"),
+        ({"attention_impl": "cuda"}, "choose one of auto, reference, xla, cpu, tpu, gpu"),
         ({"page_size": 0}, "from 1 to 256"),
         ({"page_size": 257}, "from 1 to 256"),
         ({"page_size": 16.0}, "page_size=16.0 must be a whole number"),

@@ -18,6 +18,7 @@ from engine.attention.checks import (
     check_tensors,
     check_token_arrays,
 )
+from engine.attention.cpu import attend_cpu
 from engine.attention.metadata import AttentionMetadata, Int32Array, locate_new_tokens
 from engine.attention.reference import attend_reference
 from engine.attention.spec import AttentionSpec
@@ -41,10 +42,11 @@ def _unsupported(name: str) -> Attend:
 BACKENDS: dict[str, Attend] = {
     "tpu": _unsupported("tpu"),
     "gpu": _unsupported("gpu"),
+    "cpu": attend_cpu,
     "xla": attend_xla,
     "reference": attend_reference,
 }
-AUTO_ORDER = ("tpu", "gpu", "xla")  # the first that does not raise BackendUnsupported
+AUTO_ORDER = ("tpu", "gpu", "cpu", "xla")  # the first that does not raise BackendUnsupported
 
 
 def ragged_paged_attention(
@@ -86,7 +88,7 @@ def ragged_paged_attention(
         sliding_window: tokens a query sees, itself included; None sees all before it.
         soft_cap: logits ``s`` become ``soft_cap * tanh(s / soft_cap)``; None leaves them.
         sinks: ``[Hq]`` an extra logit per query head that joins the softmax denominator only.
-        impl: "auto", "reference", "xla", "tpu" or "gpu".
+        impl: "auto", "reference", "xla", "cpu", "tpu" or "gpu".
 
     Returns:
         ``out[T, Hq, D]`` in q's dtype, zero past ``cu_q_lens[B]``; and the written buffer. Every new token is

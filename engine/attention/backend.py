@@ -29,7 +29,7 @@ class FlashAttentionBackend:
         sm_scale: factor on the logits; None is ``head_dim ** -0.5``.
         sliding_window: tokens a query sees, itself included; None sees all before it.
         soft_cap: logits ``s`` become ``soft_cap * tanh(s / soft_cap)``; None leaves them.
-        impl: "auto", "reference", "xla", "tpu" or "gpu".
+        impl: "auto", "reference", "xla", "cpu", "tpu" or "gpu".
     """
 
     page_size: int

@@ -1,13 +1,15 @@
-"""Attention over the paged cache, against gathering every page and then taking the softmax.
+"""Attention over the paged cache, against gathering every page and then taking the softmax, and against torch.
 
 Share of bandwidth is the bytes of context that the algorithm must read, over the time taken, over what a plain
-reduction of a large buffer reads a second on the same machine, measured in the same rounds.
+reduction of a large buffer reads a second on the same machine, measured in the same rounds. Torch, where it is
+installed (the extra ``hf``), runs its ``scaled_dot_product_attention`` on a contiguous cache, on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -68,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--page-size", type=int, default=16, help="tokens")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--impl", default="auto", help="ours: auto, xla, tpu or gpu")
+    parser.add_argument("--impl", default="auto", help="ours: auto, xla, cpu, tpu or gpu")
     parser.add_argument("--rounds", type=int, default=9)
 
 
@@ -88,12 +90,13 @@ def run(args: argparse.Namespace) -> None:
     contenders = {
         "ours": _in_place(backend, step),
         "gather, softmax": _in_place(functools.partial(gather_then_softmax, problem), step),
+        **_torch(problem),
         "read a buffer": _reader(),
     }
     timings = time_in_turn(contenders, rounds=args.rounds)
     bandwidth = BANDWIDTH_BUFFER_BYTES / timings["read a buffer"].median
     rows = []
-    for name in ("ours", "gather, softmax"):
+    for name in [name for name in contenders if name != "read a buffer"]:
         timing = timings[name]
         ratio = median_ratio(timings["gather, softmax"], timing)
         share = problem.context_bytes / timing.median / bandwidth
@@ -158,6 +161,28 @@ def _in_place(attend: Callable[..., tuple[jax.Array, jax.Array]], step: Step) ->
         out.block_until_ready()
 
     return call
+
+
+def _torch(problem: Problem) -> dict[str, Callable[[], object]]:
+    """Torch's attention over the same sizes with a contiguous cache, where torch is there and we run on a CPU."""
+    if importlib.util.find_spec("torch") is None or jax.default_backend() != "cpu":
+        return {}
+    import torch  # here, because it takes seconds and is not always wanted
+
+    dtype = getattr(torch, problem.dtype)
+    shapes = (
+        (problem.batch, problem.q_heads, problem.q_len, problem.head_dim),
+        (problem.batch, problem.kv_heads, problem.context, problem.head_dim),
+        (problem.batch, problem.kv_heads, problem.context, problem.head_dim),
+    )
+    q, k, v = (torch.randn(shape).to(dtype) for shape in shapes)
+    causal = problem.q_len > 1  # its mask starts from the first token, so queries must be one or all
+
+    def call() -> None:
+        with torch.no_grad():
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+    return {"torch, contiguous": call}
 
 
 def _reader() -> Callable[[], object]:

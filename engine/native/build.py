@@ -19,9 +19,10 @@ import jax
 
 from engine.errors import BackendUnsupported
 
-SOURCES = (Path(__file__).with_name("scatter.cc"),)
+SOURCES = tuple(sorted(Path(__file__).parent.glob("*.cc")))
+HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-Wall", "-Wextra", "-shared", "-fPIC")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-Wall", "-Wextra", "-shared", "-fPIC")
 TIMEOUT_SECONDS = 300
 
 
@@ -93,12 +94,21 @@ def _compile(compiler: tuple[str, ...], output: Path) -> None:
 def _fingerprint(compiler: tuple[str, ...]) -> str:
     """Names a build by its inputs, so that a change of any of them builds anew."""
     digest = hashlib.sha256()
-    inputs = (*compiler, *FLAGS, version("jaxlib"), platform.system(), platform.machine())
+    inputs = (*compiler, *FLAGS, version("jaxlib"), platform.system(), platform.machine(), _processor())
     for part in inputs:
         digest.update(part.encode() + b"\0")
-    for source in SOURCES:
+    for source in (*SOURCES, *HEADERS):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:20]
+
+
+def _processor() -> str:
+    """What the code is compiled for: a home directory may be shared by machines with different processors."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
 def _cache_directory() -> Path:

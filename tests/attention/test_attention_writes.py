@@ -3,11 +3,12 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_impls import ALL
 from attention_oracle import Case, Geometry, make_case, relative_error, same_bits
 
 from engine.attention.api import ragged_paged_attention
 
-IMPLS = pytest.mark.parametrize("impl", ["reference", "xla"])
+IMPLS = pytest.mark.parametrize("impl", ALL)
 
 
 def run(case: Case, impl: str) -> tuple[np.ndarray, np.ndarray]:

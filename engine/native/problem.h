@@ -1,0 +1,128 @@
+// What one call of attention computes, cut into items of work, and where a context's tokens lie.
+
+#ifndef ENGINE_NATIVE_PROBLEM_H_
+#define ENGINE_NATIVE_PROBLEM_H_
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "softmax.h"
+
+namespace engine {
+
+// Arrays and sizes of a call; strides in elements.
+struct Problem {
+  Float token_type;
+  const void* q;  // [tokens, q_heads, head_dim]
+  void* out;      // as q
+  const void* cache;
+  const float* sinks;  // [q_heads], or null
+  int64_t pool_pages, page_size;
+  int q_heads, kv_heads, head_dim;
+  size_t slot_stride, row_stride;
+  float q_scale;  // brings q.k to the base-2 logit, or where there is a cap, to the argument of its tanh
+  float cap;      // of the base-2 logit; 0 is none
+  int window;     // tokens a query sees, itself included
+
+  int group() const { return q_heads / kv_heads; }
+  int padded_dim() const { return RoundUp(head_dim, kLanes); }
+};
+
+// One sequence's new tokens and context. Where its context is split, each split leaves its part of the softmax here.
+struct Sequence {
+  const int32_t* pages;
+  int first_token, q_len, kv_len;
+  int splits = 1;
+  RowState* states = nullptr;  // [splits, q_len * q_heads]
+  float* sums = nullptr;       // [splits, q_len * q_heads, padded_dim]
+
+  int first_position() const { return kv_len - q_len; }
+};
+
+// Some queries of a sequence against a part of its context, for one KV head or (decode) for all.
+struct Item {
+  const Sequence* sequence;
+  int first_query, queries;
+  int head;  // -1: all
+  int begin, end;
+  int split;
+};
+
+// Floats on the calling thread, aligned to vectors; what they hold is lost when the thread makes another.
+class Scratch {
+ public:
+  explicit Scratch(size_t floats) {
+    static thread_local std::vector<float> memory;
+    constexpr size_t kSlack = 16 * kLanes;
+    if (memory.size() < floats + kSlack) memory.resize(floats + kSlack);
+    next_ = memory.data() + kLanes - reinterpret_cast<uintptr_t>(memory.data()) / sizeof(float) % kLanes;
+  }
+
+  float* Take(size_t floats) {
+    float* taken = next_;
+    next_ += (floats + kLanes - 1) / kLanes * kLanes;
+    return taken;
+  }
+
+ private:
+  float* next_;
+};
+
+// Finds the slots of context positions [begin, end): rows[i] points to that of begin + i. K of KV head h is its row 2h
+// and V its row 2h + 1 (engine/kv/layout.py).
+template <class T>
+void FindSlots(const Problem& problem, const int32_t* pages, int begin, int end, const T** slots) {
+  for (int position = begin; position < end;) {
+    const int64_t page = std::clamp<int64_t>(pages[position / problem.page_size], 0, problem.pool_pages - 1);
+    int64_t offset = position % problem.page_size;
+    const T* slot = static_cast<const T*>(problem.cache) + (page * problem.page_size + offset) * problem.slot_stride;
+    for (; offset < problem.page_size && position < end; ++offset, ++position, slot += problem.slot_stride) {
+      *slots++ = slot;
+    }
+  }
+}
+
+// Loads a query, scaled, into a row of padded_dim floats.
+inline void LoadQuery(const Problem& problem, int token, int head, float* row) {
+  WithType(problem.token_type, [&](auto element) {
+    const size_t at = (static_cast<size_t>(token) * problem.q_heads + head) * problem.head_dim;
+    const auto* from = static_cast<const decltype(element)*>(problem.q) + at;
+    for (int d = 0; d < problem.head_dim; d += kLanes) {
+      const int left = problem.head_dim - d;
+      Store(row + d, problem.q_scale * (left < kLanes ? LoadSome(from + d, left) : Load(from + d)));
+    }
+  });
+}
+
+// Divides a row's summed values by its softmax's total, into the output; `parts` of them first become one.
+inline void Finish(const Problem& problem, int token, int head, int parts, size_t rows, RowState* states, float* sums) {
+  const int dim = problem.padded_dim();
+  const float inverse = 1.0f / Merge(parts, rows, dim, problem.sinks ? &problem.sinks[head] : nullptr, states, sums);
+  WithType(problem.token_type, [&](auto element) {
+    const size_t at = (static_cast<size_t>(token) * problem.q_heads + head) * problem.head_dim;
+    auto* out = static_cast<decltype(element)*>(problem.out) + at;
+    for (int d = 0; d < problem.head_dim; d += kLanes) {
+      const int left = problem.head_dim - d;
+      const Vec value = inverse * Load(sums + d);
+      left < kLanes ? StoreSome(out + d, value, left) : Store(out + d, value);
+    }
+  });
+}
+
+// Hands over what an item has made of one query row: the output, or its split's part of it.
+inline void Deliver(const Problem& problem, const Item& item, int query, int head, RowState state, float* sum) {
+  const Sequence& sequence = *item.sequence;
+  if (sequence.splits == 1) {
+    Finish(problem, sequence.first_token + query, head, 1, 0, &state, sum);
+    return;
+  }
+  const size_t row = (static_cast<size_t>(item.split) * sequence.q_len + query) * problem.q_heads + head;
+  sequence.states[row] = state;
+  std::copy_n(sum, problem.padded_dim(), sequence.sums + row * problem.padded_dim());
+}
+
+}  // namespace engine
+
+#endif  // ENGINE_NATIVE_PROBLEM_H_

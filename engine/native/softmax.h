@@ -1,0 +1,76 @@
+// Online softmax of one query row, in base 2: FlashAttention-2 (arXiv 2307.08691), and Flash-Decoding's merge of parts.
+
+#ifndef ENGINE_NATIVE_SOFTMAX_H_
+#define ENGINE_NATIVE_SOFTMAX_H_
+
+#include <cstddef>
+#include <limits>
+
+#include "vectors.h"
+
+namespace engine {
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// The largest logit so far, and the sum of 2 ** (logit - peak).
+struct RowState {
+  float peak = -std::numeric_limits<float>::infinity();
+  float total = 0;
+};
+
+// A row that has seen nothing has peak -inf, and -inf - -inf is NaN.
+inline float Base(float peak) { return peak == -std::numeric_limits<float>::infinity() ? 0.0f : peak; }
+
+inline void Scale(float* row, int dim, float factor) {
+  for (int d = 0; d < dim; d += kLanes) Store(row + d, Load(row + d) * factor);
+}
+
+// Turns `count` (a multiple of kLanes) logits into weights in place, of which [first, last) are seen, and takes them
+// into `state`. Returns the factor that what was summed before must now take.
+inline float Fold(float* logits, int count, int first, int last, float cap, RowState& state) {
+  const Vec unseen = Splat(-std::numeric_limits<float>::infinity());
+  const IntVec lanes = LaneIndices();
+  const bool all_seen = first <= 0 && last >= count;
+  Vec most = Splat(state.peak);
+  for (int i = 0; i < count; i += kLanes) {
+    Vec logit = Load(logits + i);
+    if (cap != 0) logit = cap * Tanh(logit);
+    if (!all_seen) {
+      logit = lanes + i < last ? logit : unseen;
+      logit = lanes + i >= first ? logit : unseen;
+    }
+    most = most < logit ? logit : most;
+    Store(logits + i, logit);
+  }
+  const float peak = MaxLanes(most);
+  Vec sum{};
+  for (int i = 0; i < count; i += kLanes) {
+    const Vec weight = Exp2(Load(logits + i) - Base(peak));
+    Store(logits + i, weight);
+    sum += weight;
+  }
+  const float decay = peak == state.peak ? 1.0f : Exp2(state.peak - Base(peak));
+  state = {peak, state.total * decay + SumLanes(sum)};
+  return decay;
+}
+
+// Merges the first `parts` of states [parts, rows] and sums [parts, rows, dim] of one row into the first of the sums,
+// in order, and returns the total; `sink` is a logit that brings no value.
+inline float Merge(int parts, size_t rows, int dim, const float* sink, const RowState* states, float* sums) {
+  float peak = sink ? *sink * kLog2E : -std::numeric_limits<float>::infinity();
+  for (int part = 0; part < parts; ++part) peak = peak < states[part * rows].peak ? states[part * rows].peak : peak;
+  float total = sink ? Exp2(*sink * kLog2E - Base(peak)) : 0.0f;
+  for (int part = 0; part < parts; ++part) {
+    const float weight = Exp2(states[part * rows].peak - Base(peak));
+    total += weight * states[part * rows].total;
+    float* sum = sums + part * rows * dim;
+    Scale(sum, dim, weight);
+    if (part == 0) continue;
+    for (int d = 0; d < dim; d += kLanes) Store(sums + d, Load(sums + d) + Load(sum + d));
+  }
+  return total;
+}
+
+}  // namespace engine
+
+#endif  // ENGINE_NATIVE_SOFTMAX_H_
