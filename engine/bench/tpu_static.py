@@ -85,7 +85,7 @@ def inside(loops: list[Loop], outer: Loop) -> list[Loop]:
 
 
 def figures(loops: list[Loop], total: dict[str, int], shape: dict[str, int]) -> dict[str, float]:
-    """What the issue's bars are stated in.
+    """Bundles a token and FLOPs a bundle of the hot loops, with what they spill.
 
     The block loops of decode and prefill are those two levels deep that hold matrix work: in each, the first loop
     fetches, the next computes whole chunks and the last the edges.

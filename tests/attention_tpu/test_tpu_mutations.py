@@ -72,6 +72,7 @@ def test_value_tail_unmasked(monkeypatch: pytest.MonkeyPatch) -> None:
     expect_caught()
 
 
+@pytest.mark.slow
 def test_page_order_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         transfer, "page_id", lambda geo, schedule, seq, index: schedule.table[seq * geo.table_pages] + index * 0
