@@ -22,6 +22,7 @@ from engine.attention.cpu import attend_cpu
 from engine.attention.metadata import AttentionMetadata, Int32Array, locate_new_tokens
 from engine.attention.reference import attend_reference
 from engine.attention.spec import AttentionSpec
+from engine.attention.tpu.backend import attend_tpu
 from engine.attention.xla import attend_xla
 from engine.errors import BackendUnsupported, ConfigError
 
@@ -40,7 +41,7 @@ def _unsupported(name: str) -> Attend:
 
 
 BACKENDS: dict[str, Attend] = {
-    "tpu": _unsupported("tpu"),
+    "tpu": attend_tpu,
     "gpu": _unsupported("gpu"),
     "cpu": attend_cpu,
     "xla": attend_xla,

@@ -1,12 +1,12 @@
-"""``python -m engine.bench NAME``: each benchmark prints a ratio measured side by side in one run."""
+"""``python -m engine.bench NAME``: ratios measured side by side in one run, or counts of a compiled program."""
 
 from __future__ import annotations
 
 import argparse
 
-from engine.bench import allocator, attention, scatter
+from engine.bench import allocator, attention, scatter, tpu_static
 
-BENCHMARKS = {"allocator": allocator, "attention": attention, "scatter": scatter}
+BENCHMARKS = {"allocator": allocator, "attention": attention, "scatter": scatter, "tpu-static": tpu_static}
 
 
 def main() -> None:

@@ -1,0 +1,76 @@
+"""Block sizes from a formula over the target's VMEM."""
+
+from __future__ import annotations
+
+from math import gcd
+
+from engine.attention.tpu.geometry import LANES, BlockSizes
+
+# VMEM of one core in bytes, by the generation that pltpu.get_tpu_info names.
+VMEM_BYTES = {"v5e": 128 << 20, "v6e": 128 << 20, "v7x": 64 << 20}
+# The kernel keeps to this share; the rest is the compiler's for spills and for what XLA holds across the call.
+VMEM_SHARE = 0.75
+RUN_TOKENS = 512  # tokens of one coalesced DMA: 2 MiB at 8 heads of 128 in bf16
+LARGE_PAGE = 128  # from here on a DMA a page costs less than looking for runs does
+DECODE_FETCH_TOKENS = 2048
+DECODE_HEAD_TOKENS = 8192  # tokens times unrolled heads of one decode chunk: code size against start-up latency
+PREFILL_ROWS = 1024  # rows of q a matrix operand: 2 x 4 tiles of the matrix unit, measured best
+PREFILL_FETCH_TOKENS = 1024
+PREFILL_CHUNK_TOKENS = 512
+
+
+def run_pages(page_size: int, blocks: BlockSizes) -> int:
+    """Pages of one coalesced DMA: a divisor of both fetch blocks, or 1 where pages are large."""
+    if page_size >= LARGE_PAGE:
+        return 1
+    return gcd(1 << (RUN_TOKENS // page_size).bit_length() - 1, blocks.decode_fetch_pages, blocks.prefill_fetch_pages)
+
+
+def choose_blocks(
+    *, generation: str, heads: int, group: int, lanes: int, bytes_per_token: int, page_size: int, longest: int
+) -> BlockSizes:
+    """Chooses fetch and compute blocks.
+
+    Args:
+        generation: "v5e", "v6e" or "v7x".
+        heads: KV heads on this device.
+        group: query heads a KV head.
+        lanes: stored head_dim.
+        bytes_per_token: VMEM bytes of one cached token, dead rows included.
+        page_size: tokens a page.
+        longest: longest context in tokens that the page table can name.
+
+    Returns:
+        Sizes that fit ``VMEM_SHARE`` of the target's VMEM.
+    """
+    unit = LANES // gcd(LANES, page_size)  # pages of the smallest chunk whose tokens fill whole registers
+    unit_tokens = unit * page_size
+    budget = int(VMEM_BYTES[generation] * VMEM_SHARE)
+
+    def pages(tokens: int) -> int:
+        """Whole units of at most ``tokens`` (at least one), and no more than the longest context needs."""
+        return unit * max(1, min(tokens, -(-longest // unit_tokens) * unit_tokens) // unit_tokens)
+
+    rows = PREFILL_ROWS
+    while rows > 128 and _prefill_bytes(heads, rows, lanes) > budget // 2:
+        rows //= 2
+    decode_chunk = pages(max(256, DECODE_HEAD_TOKENS // heads))
+    decode_chunk = min(decode_chunk, pages(DECODE_FETCH_TOKENS))
+    prefill_chunk = pages(PREFILL_CHUNK_TOKENS)
+    room = max(budget - _prefill_bytes(heads, rows, lanes), budget // 4) // (4 * bytes_per_token)
+    return BlockSizes(
+        decode_fetch_pages=_multiple(pages(min(DECODE_FETCH_TOKENS, room)), decode_chunk),
+        decode_chunk_pages=decode_chunk,
+        prefill_queries=max(8, rows // group // 8 * 8),
+        prefill_fetch_pages=_multiple(pages(min(PREFILL_FETCH_TOKENS, room)), prefill_chunk),
+        prefill_chunk_pages=prefill_chunk,
+    )
+
+
+def _prefill_bytes(heads: int, rows: int, lanes: int) -> int:
+    """Softmax state in float32, and q and out twice each."""
+    return heads * rows * (4 * (2 * LANES + lanes) + 4 * 4 * lanes)
+
+
+def _multiple(value: int, unit: int) -> int:
+    return max(1, value // unit) * unit

@@ -1,0 +1,100 @@
+"""What one compiled kernel knows at trace time: heads, dtypes, tiles and block sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+LANES = 128
+SUBLANES = 8
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """How much is fetched and computed at once; fetch and compute blocks are apart.
+
+    Attributes:
+        decode_fetch_pages: pages of one DMA block for a decode row.
+        decode_chunk_pages: pages of one compute chunk for a decode row; divides the above.
+        prefill_queries: query tokens of one work item.
+        prefill_fetch_pages: pages of one DMA block for a prefill item.
+        prefill_chunk_pages: pages of one compute chunk for a prefill item; divides the above.
+    """
+
+    decode_fetch_pages: int
+    decode_chunk_pages: int
+    prefill_queries: int
+    prefill_fetch_pages: int
+    prefill_chunk_pages: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Static sizes of one kernel.
+
+    Attributes:
+        heads: KV heads H.
+        group: query heads a KV head G.
+        lanes: stored elements a row D', a multiple of 128.
+        words: stored 32-bit rows a token, ``2H' / p``.
+        page_size: tokens a page.
+        run_pages: pages that one DMA moves where they are contiguous.
+        table_pages: page-table entries a sequence, a multiple of ``run_pages``.
+        kv_dtype: of the cache.
+        compute_dtype: of the matrix operands: bfloat16, or float32 where q or the cache is.
+        io_dtype: of q and out in HBM; float32 where an odd group does not fill a word.
+        soft_cap: cap of the logits, or None.
+        window: sliding window in tokens, or None.
+        has_lse: whether log-sum-exp leaves the kernel.
+        interpret: whether the interpreter runs it (see ``registers``).
+        blocks: the block sizes.
+    """
+
+    heads: int
+    group: int
+    lanes: int
+    words: int
+    page_size: int
+    run_pages: int
+    table_pages: int
+    kv_dtype: np.dtype[Any]
+    compute_dtype: np.dtype[Any]
+    io_dtype: np.dtype[Any]
+    soft_cap: float | None
+    window: int | None
+    has_lse: bool
+    interpret: bool
+    blocks: BlockSizes
+
+    @property
+    def pack(self) -> int:
+        """Cache rows that share a 32-bit word."""
+        return 4 // self.kv_dtype.itemsize
+
+    @property
+    def io_pack(self) -> int:
+        """Rows of q that share a 32-bit word."""
+        return 4 // self.io_dtype.itemsize
+
+    @property
+    def stride(self) -> int:
+        """32-bit rows between two tokens in VMEM: odd, so that a strided load meets no bank twice."""
+        return self.words | 1
+
+    @property
+    def decode_rows(self) -> int:
+        """Rows of q a KV head in decode: the group in whole sublanes."""
+        return -(-self.group // SUBLANES) * SUBLANES
+
+    @property
+    def prefill_rows(self) -> int:
+        """Rows of q a KV head in a prefill item, row ``t * G + g``."""
+        return self.blocks.prefill_queries * self.group
+
+    @property
+    def precision(self) -> str:
+        """Matrix precision: what float32 operands promise needs more than one bf16 pass."""
+        return "highest" if self.compute_dtype == jnp.float32 else "default"

@@ -1,0 +1,157 @@
+"""DMA between HBM and VMEM: new rows into the cache, pages out of it, queries in and results out."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from engine.attention.tpu.geometry import Geometry
+from engine.attention.tpu.registers import Ref
+
+Scalar = Any  # an int32 scalar, traced or not
+
+
+class Item(NamedTuple):
+    """Queries ``position … position + queries - 1`` of one sequence, and the keys ``[low, high)`` that they see."""
+
+    seq: Scalar
+    position: Scalar
+    queries: Scalar
+    low: Scalar
+    high: Scalar
+
+
+def make_item(geo: Geometry, seq: Scalar, position: Scalar, queries: Scalar) -> Item:
+    """An item with the keys that any of its queries sees: causal, and within the window of the first."""
+    low = position * 0 if geo.window is None else jnp.maximum(position - geo.window + 1, 0)
+    return Item(seq, position, queries, low, position + queries)
+
+
+def write_new_rows(geo: Geometry, schedule: Any, new: Ref, cache: Ref, sem: Ref) -> None:
+    """Copies every new token's K and V into its page, one DMA a page piece, and waits for all of them.
+
+    Args:
+        geo: the kernel's sizes.
+        schedule: the refs of a ``Schedule``.
+        new: ``[T, words, p, D']`` in HBM.
+        cache: ``[pages, page_size, words, p, D']`` in HBM.
+        sem: one DMA semaphore.
+    """
+
+    def write_sequence(seq: Scalar, _: None) -> None:
+        start, end = schedule.cu_q_lens[seq], schedule.cu_q_lens[seq + 1]
+        kv_len = schedule.kv_lens[seq]
+        first = kv_len - (end - start)
+
+        def write_page(index: Scalar, _: None) -> None:
+            position = jnp.maximum(first, index * geo.page_size)
+            count = jnp.minimum(kv_len, (index + 1) * geo.page_size) - position
+            pltpu.make_async_copy(
+                new.at[pl.ds(start + position - first, count)],
+                cache.at[page_id(geo, schedule, seq, index), pl.ds(position - index * geo.page_size, count)],
+                sem,
+            ).start()
+
+        last = jnp.where(end > start, pl.cdiv(kv_len, geo.page_size), 0)
+        jax.lax.fori_loop(first // geo.page_size, last, write_page, None)
+
+    batch = schedule.kv_lens.shape[0]
+    jax.lax.fori_loop(0, batch, write_sequence, None)
+    wait_new_rows(new, schedule.cu_q_lens[batch] - schedule.cu_q_lens[0], sem)
+
+
+def wait_new_rows(new: Ref, count: Scalar, sem: Ref) -> None:
+    """Waits until ``count`` rows have reached the cache."""
+    rows = new.at[pl.ds(0, count)]
+    pltpu.make_async_copy(rows, rows, sem).wait()
+
+
+def page_id(geo: Geometry, schedule: Any, seq: Scalar, index: Scalar) -> Scalar:
+    """Page that holds tokens ``index * page_size …`` of a sequence."""
+    return schedule.table[seq * geo.table_pages + index]
+
+
+def block_range(geo: Geometry, item: Item, fetch_pages: int) -> tuple[Scalar, Scalar]:
+    """First and last-plus-one fetch block of an item."""
+    tokens = fetch_pages * geo.page_size
+    return item.low // tokens, pl.cdiv(item.high, tokens)
+
+
+def page_range(geo: Geometry, item: Item, block: Scalar, fetch_pages: int) -> tuple[Scalar, Scalar]:
+    """First and last-plus-one page of a block that the item sees: what is fetched, no page more."""
+    first = jnp.maximum(item.low // geo.page_size, block * fetch_pages)
+    last = jnp.minimum(pl.cdiv(item.high, geo.page_size), (block + 1) * fetch_pages)
+    return first, last
+
+
+def start_block(
+    geo: Geometry, schedule: Any, cache: Ref, buffer: Ref, sem: Ref, item: Item, block: Scalar, fetch_pages: int
+) -> None:
+    """Starts the DMAs of one block: one for a contiguous run, else one a page.
+
+    Args:
+        geo: the kernel's sizes.
+        schedule: the refs of a ``Schedule``.
+        cache: ``[pages, page_size, words, p, D']`` in HBM.
+        buffer: ``[fetch_pages, page_size, stride, p, D']`` in VMEM.
+        sem: its DMA semaphore.
+        item: what is computed.
+        block: which block of the item.
+        fetch_pages: pages a block.
+    """
+    first, last = page_range(geo, item, block, fetch_pages)
+    words, size = pl.ds(0, geo.words), geo.run_pages
+
+    def copy_page(index: Scalar, _: None) -> None:
+        source = cache.at[page_id(geo, schedule, item.seq, index)]
+        pltpu.make_async_copy(source, buffer.at[index - block * fetch_pages, :, words], sem).start()
+
+    def copy_group(group: Scalar, _: None) -> None:
+        index = group * size
+        run = schedule.runs[item.seq * (geo.table_pages // size) + group] > 0
+        whole = (index >= first) & (index + size <= last)
+
+        @pl.when(whole & run)
+        def copy_run() -> None:
+            source = cache.at[pl.ds(page_id(geo, schedule, item.seq, index), size)]
+            pltpu.make_async_copy(source, buffer.at[pl.ds(index - block * fetch_pages, size), :, words], sem).start()
+
+        def copy_each(_: Scalar, __: None) -> None:
+            for i in range(size):
+                copy_page(index + i, None)
+
+        # Loops of one turn or none: the compiler predicates a conditional, and all would wait for all of its DMAs.
+        jax.lax.fori_loop(0, (whole & jnp.logical_not(run)).astype(jnp.int32), copy_each, None)
+        start, end = jnp.maximum(index, first), jnp.minimum(index + size, last)
+        jax.lax.fori_loop(start, jnp.where(whole, start, end), copy_page, None)
+
+    if size == 1:
+        jax.lax.fori_loop(first, last, copy_page, None)
+    else:
+        jax.lax.fori_loop(first // size, pl.cdiv(last, size), copy_group, None)
+
+
+def wait_block(geo: Geometry, buffer: Ref, sem: Ref, item: Item, block: Scalar, fetch_pages: int) -> None:
+    """Waits for the pages that ``start_block`` started; a semaphore counts bytes, so one wait serves all."""
+    first, last = page_range(geo, item, block, fetch_pages)
+    pages = buffer.at[pl.ds(0, last - first), :, pl.ds(0, geo.words)]
+    pltpu.make_async_copy(pages, pages, sem).wait()
+
+
+def start_copy(source: Ref, target: Ref, sem: Ref) -> None:
+    """Starts one copy."""
+    pltpu.make_async_copy(source, target, sem).start()
+
+
+def wait_in(source: Ref, target: Ref, sem: Ref) -> None:
+    """Waits for a copy of queries into VMEM."""
+    pltpu.make_async_copy(source, target, sem).wait()
+
+
+def wait_out(source: Ref, target: Ref, sem: Ref) -> None:
+    """Waits for a copy of results into HBM."""
+    pltpu.make_async_copy(source, target, sem).wait()

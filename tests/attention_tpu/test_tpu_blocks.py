@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from engine.attention.tpu.block_sizes import VMEM_BYTES, choose_blocks, run_pages
+from engine.attention.tpu.geometry import Geometry
+from engine.attention.tpu.kernel import scratch_shapes
+from engine.attention.tpu.schedule import make_schedule
+
+
+@pytest.mark.parametrize("generation", VMEM_BYTES)
+@pytest.mark.parametrize("page_size", [16, 32, 48, 64, 128, 256])
+@pytest.mark.parametrize(
+    ("heads", "group", "lanes"), [(8, 4, 128), (1, 8, 128), (32, 1, 128), (8, 2, 256), (1, 7, 128)]
+)
+def test_scratch_fits_vmem_and_blocks_nest(generation: str, page_size: int, heads: int, group: int, lanes: int) -> None:
+    words = 1 << (heads - 1).bit_length() if heads <= 8 else heads
+    blocks = choose_blocks(
+        generation=generation, heads=heads, group=group, lanes=lanes, bytes_per_token=(words | 1) * 4 * lanes,
+        page_size=page_size, longest=32_768,
+    )  # fmt: skip
+    assert blocks.decode_fetch_pages % blocks.decode_chunk_pages == 0
+    assert blocks.prefill_fetch_pages % blocks.prefill_chunk_pages == 0
+    assert blocks.decode_chunk_pages * page_size % 128 == 0
+    assert blocks.prefill_chunk_pages * page_size % 128 == 0
+    runs = run_pages(page_size, blocks)
+    assert blocks.decode_fetch_pages % runs == 0 == blocks.prefill_fetch_pages % runs
+    io = jnp.dtype(jnp.float32 if group % 2 else jnp.bfloat16)
+    geo = Geometry(
+        heads=heads, group=group, lanes=lanes, words=words, page_size=page_size, run_pages=runs, table_pages=2048,
+        kv_dtype=jnp.dtype(jnp.bfloat16), compute_dtype=jnp.dtype(jnp.bfloat16), io_dtype=io, soft_cap=None,
+        window=None, has_lse=False, interpret=False, blocks=blocks,
+    )  # fmt: skip
+    used = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for part in scratch_shapes(geo) for x in part)
+    assert used < 0.9 * VMEM_BYTES[generation], f"{used >> 20} MiB"
+
+
+def test_items_cover_every_new_token_once() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        q_lens = rng.choice([0, 1, 2, 7, 8, 9, 40], size=6)
+        kv_lens = (q_lens + rng.integers(0, 50, 6)).astype(np.int32)
+        cu = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
+        table = rng.permutation(60).reshape(6, 10).astype(np.int32)
+        plan = make_schedule(
+            jnp.asarray(table), jnp.asarray(cu), jnp.asarray(kv_lens), num_tokens=6 * 40, prefill_queries=8,
+            run_pages=4,
+        )  # fmt: skip
+        decode, prefill = (int(x) for x in plan.counts)
+        tokens = [int(cu[seq]) for seq in plan.decode_seq[:decode]]
+        for i in range(prefill):
+            first, count, seq = (int(x[i]) for x in (plan.item_token, plan.item_queries, plan.item_seq))
+            tokens += range(first, first + count)
+            assert int(plan.item_position[i]) == kv_lens[seq] - q_lens[seq] + first - cu[seq]
+        assert sorted(tokens) == list(range(cu[-1]))

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tpu_cases import check, make_step, oracle
+
+MIXED = [(1, 5), (0, 40), (1, 300), (40, 170), (3, 3), (1, 129)]
+
+
+def test_mixed_step_equals_the_oracle_without_a_race_and_leaves_the_pool_bit_for_bit() -> None:
+    check(make_step(0, MIXED), races=True)
+
+
+def test_contiguous_runs_read_the_same_as_scattered_pages() -> None:
+    check(make_step(1, [(1, 20), (1, 600), (17, 520)], contiguous=True), races=True)
+
+
+@pytest.mark.slow
+def test_no_semaphore_is_left_over_where_every_copy_runs_at_once() -> None:
+    check(make_step(12, MIXED), eager=True)
+
+
+def test_window_sinks_and_lse() -> None:
+    sinks = np.random.default_rng(2).standard_normal(8).astype(np.float32)
+    check(make_step(2, MIXED), sliding_window=37, sinks=sinks, return_lse=True)
+
+
+def test_windowed_prefill_writes_every_new_token() -> None:
+    check(make_step(3, [(96, 96)]), sliding_window=16)
+
+
+@pytest.mark.slow
+def test_soft_cap() -> None:
+    check(make_step(4, MIXED), soft_cap=3.0)
+
+
+def test_scales_of_an_fp8_cache_are_runtime_arrays_a_head() -> None:
+    step = make_step(5, [(1, 7), (1, 200), (20, 150)], heads=2, dtype=jnp.float8_e4m3fn, page_size=32)
+    check(step, k_scale=np.array([0.5, 2.0], np.float32), v_scale=np.array([1.5, 0.25], np.float32))
+
+
+def test_float32_keeps_float32_accuracy() -> None:
+    check(make_step(6, MIXED, dtype=jnp.float32), return_lse=True)
+
+
+@pytest.mark.slow
+def test_a_step_of_padding_rows_only_changes_nothing() -> None:
+    check(make_step(7, [(0, 40), (0, 0)]))
+
+
+@pytest.mark.slow
+def test_head_dims_and_groups_that_do_not_fill_registers() -> None:
+    check(make_step(8, [(1, 9), (5, 40)], heads=1, group=7, head_dim=80))
+
+
+@pytest.mark.slow
+def test_wide_head_dim() -> None:
+    check(make_step(9, [(1, 9), (5, 40)], heads=2, group=2, head_dim=256))
+
+
+@pytest.mark.slow
+def test_positions_past_32767() -> None:
+    check(make_step(10, [(1, 5), (1, 33_000), (20, 33_100)], heads=1, page_size=128))
+
+
+@pytest.mark.slow
+@settings(max_examples=12)
+@given(data=st.data())
+def test_any_step_equals_the_oracle(data: st.DataObject) -> None:
+    page_size = data.draw(st.sampled_from([16, 32, 64]))
+    edges = [1, page_size - 1, page_size, page_size + 1, 127, 128, 129, 255, 256, 257, 500]
+    seqs = [(1, 3)]
+    for _ in range(data.draw(st.integers(1, 4))):
+        kv_len = data.draw(st.sampled_from(edges))
+        seqs.append((min(kv_len, data.draw(st.sampled_from([0, 1, 2, 15, 16, 17, 60]))), kv_len))
+    step = make_step(
+        data.draw(st.integers(0, 1 << 30)),
+        seqs,
+        heads=data.draw(st.sampled_from([1, 2, 3])),
+        group=data.draw(st.sampled_from([1, 4, 8])),
+        head_dim=data.draw(st.sampled_from([64, 128])),
+        page_size=page_size,
+        dtype=data.draw(st.sampled_from([jnp.bfloat16, jnp.float32])),
+        contiguous=data.draw(st.booleans()),
+    )
+    check(step, races=True, sliding_window=data.draw(st.sampled_from([None, 1, 16, 100])))
+
+
+def test_the_oracle_itself_knows_one_token() -> None:
+    step = make_step(11, [(1, 1)], padding=0)
+    out, _, _ = oracle(step)
+    np.testing.assert_array_equal(out[0], np.repeat(step.v[0].astype(np.float64), 4, axis=0))
