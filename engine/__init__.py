@@ -31,6 +31,7 @@ _HOMES = {
     "TokenToKVPool": "engine.kv.pool",
     "set_kv_buffer": "engine.kv.scatter",
     "PagedTokenToKVPoolAllocator": "engine.memory.page_allocator",
+    "RadixCache": "engine.memory.prefix_cache",
     "ReqToTokenPool": "engine.memory.page_table",
     "LLM": "engine.serving.llm",
     "RequestOutput": "engine.serving.request",

@@ -18,6 +18,7 @@ from engine.kv.pool import TokenToKVPool
 from engine.kv.scatter import set_kv_buffer
 from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
 from engine.memory.page_table import ReqToTokenPool
+from engine.memory.prefix_cache import RadixCache
 from engine.serving.llm import LLM
 from engine.serving.request import RequestOutput, SamplingParams
 
@@ -35,6 +36,7 @@ __all__ = [
     "KVLayout",
     "KVPoolExhausted",
     "PagedTokenToKVPoolAllocator",
+    "RadixCache",
     "ReqToTokenPool",
     "RequestError",
     "RequestOutput",

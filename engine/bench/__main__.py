@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from engine.bench import allocator, attention, scatter, tpu_static
+from engine.bench import allocator, attention, prefix, scatter, tpu_static
 
-BENCHMARKS = {"allocator": allocator, "attention": attention, "scatter": scatter, "tpu-static": tpu_static}
+BENCHMARKS = {
+    "allocator": allocator,
+    "attention": attention,
+    "prefix": prefix,
+    "scatter": scatter,
+    "tpu-static": tpu_static,
+}
 
 
 def main() -> None:

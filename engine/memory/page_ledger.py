@@ -101,10 +101,15 @@ class PageLedger:
             DoubleFreeError: a page has fewer holders, is the null page or is outside of the pool.
         """
         wanted = integer_vector("pages", pages)
-        if wanted.size:
+        if wanted.size == 1 and self._holders_of_one(page := int(wanted[0])):
+            self._remove_holder_of_one(page)
+        elif wanted.size:
             self._check_range(wanted)
-            distinct, times = np.unique(wanted, return_counts=True)
-            self._remove_holders(distinct, times)
+            if self.one_mention(wanted).all():
+                self._remove_holders(wanted, 1)
+            else:
+                distinct, times = np.unique(wanted, return_counts=True)
+                self._remove_holders(distinct, times)
 
     def release_once(self, pages: Int64, *, known_since: int | None) -> None:
         """Takes one holder from each page, however often it is listed.
@@ -194,6 +199,16 @@ class PageLedger:
                 f"cannot free page {low if low < 1 else high}: the pool hands out pages 1 to {self.num_pages}, page 0 "
                 "is the null page that nobody owns; nothing was freed; free only what was allocated"
             )
+
+    def _holders_of_one(self, page: int) -> int:
+        """Holders of a page, 0 for what is no page of the pool."""
+        return int(self._ref_count[page]) if 0 <= page <= self.num_pages else 0
+
+    def _remove_holder_of_one(self, page: int) -> None:
+        """As ``_remove_holders`` for one page that has a holder, without the cost of arrays."""
+        self._ref_count[page] -= 1
+        if self._ref_count[page] == 0:
+            self._free.put(np.array([page], np.int32))
 
     def _remove_holders(self, pages: Int64, times: Int64 | int) -> None:
         """Takes ``times`` holders from each of distinct pages, or from none of them."""

@@ -1,0 +1,200 @@
+"""Copies of whole pages: to the host, back from it, and from page to page of one pool.
+
+The control plane says which pages; the bytes are moved as they are, all layers in one program. Copies are padded to a
+few static sizes, so that in steady state nothing compiles.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jax import lax
+
+from engine.errors import ShapeError
+from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv, unpad_fused
+from engine.kv.pool import TokenToKVPool
+
+Int32 = npt.NDArray[np.int32]
+HostPages = npt.NDArray[Any]
+
+# Pages a program copies; more go in several calls of the largest, which bounds the memory that a copy takes.
+PAGE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+_PINNED = "pinned_host"
+_NULL_PAGE, _NO_PAGE = 0, -1  # what pads a read, and a write
+
+
+def read_pages(pool: TokenToKVPool, pages: npt.ArrayLike) -> HostPages:
+    """Copies pages to the host, through pinned memory where the device has it.
+
+    Args:
+        pool: the pool, left as it is.
+        pages: ``[n]`` page ids, not the null page.
+
+    Returns:
+        ``[n, layers, page_size, 2H, D]``, dtype of the pool, without the padding of its storage; perhaps read-only.
+
+    Raises:
+        ShapeError: ``pages`` is not a vector of page ids of this pool.
+    """
+    wanted = _check_pages(pool, "pages", pages)
+    if not wanted.size:
+        layout = pool.layout
+        return np.empty((0, pool.layer_num, layout.page_size, 2 * layout.head_num, layout.head_dim), pool.dtype)
+    # Every copy is under way before the first is waited for.
+    staged = [_to_host_memory(_gather(pool, chunk)) for chunk in _chunks(wanted, _NULL_PAGE)]
+    parts = [np.asarray(part).view(pool.dtype) for part in staged]
+    return (parts[0] if len(parts) == 1 else np.concatenate(parts))[: wanted.size]
+
+
+def write_pages(pool: TokenToKVPool, pages: npt.ArrayLike, data: HostPages) -> None:
+    """Writes pages from the host into the pool, in place; the pool's buffers are rebound, as by its own writes.
+
+    Args:
+        pool: the pool.
+        pages: ``[n]`` page ids, each once, not the null page.
+        data: ``[n, layers, page_size, 2H, D]``, as ``read_pages`` returns it; free to be changed after the call.
+
+    Raises:
+        ShapeError: ``pages`` is not a vector of different page ids of this pool, or ``data`` does not fit.
+    """
+    wanted = _check_unique(_check_pages(pool, "pages", pages), "pages")
+    layout = pool.layout
+    shape = (wanted.size, pool.layer_num, layout.page_size, 2 * layout.head_num, layout.head_dim)
+    if data.shape != shape or data.dtype != pool.dtype:
+        raise ShapeError(
+            f"data {data.dtype}{list(data.shape)} does not fill {wanted.size} pages of this pool: it must be "
+            f"{pool.dtype}{list(shape)}, as read_pages returns it"
+        )
+    done = 0
+    for chunk in _chunks(wanted, _NO_PAGE):
+        # A fresh copy: a running program may still read the array it was given, and the caller's is the caller's.
+        padded = np.zeros((chunk.size, *shape[1:]), _bits_of(pool))
+        part = data[done : done + chunk.size]
+        padded[: len(part)] = part.view(padded.dtype)
+        pool.replace_buffers(_scatter(pool, chunk, padded).buffers)
+        done += chunk.size
+
+
+def copy_pages(pool: TokenToKVPool, sources: npt.ArrayLike, targets: npt.ArrayLike) -> None:
+    """Copies page ``sources[i]`` to page ``targets[i]`` on the device, in place; the pool's buffers are rebound.
+
+    Args:
+        pool: the pool.
+        sources: ``[n]`` page ids, not the null page.
+        targets: ``[n]`` page ids, each once, none of them a source.
+
+    Raises:
+        ShapeError: a vector does not hold page ids of this pool, their lengths differ, or a target is named twice or is
+            a source as well.
+    """
+    source, target = _check_pages(pool, "sources", sources), _check_pages(pool, "targets", targets)
+    _check_unique(target, "targets")
+    if source.size != target.size:
+        raise ShapeError(f"cannot copy {source.size} pages to {target.size}: each source needs one target")
+    both = np.intersect1d(source, target)
+    if both.size:
+        raise ShapeError(f"pages {both[:8].tolist()} are both source and target; copy them in two calls")
+    for from_pages, to_pages in zip(_chunks(source, _NULL_PAGE), _chunks(target, _NO_PAGE), strict=True):
+        pool.replace_buffers(_copy(pool, from_pages, to_pages).buffers)
+
+
+def _check_pages(pool: TokenToKVPool, name: str, pages: npt.ArrayLike) -> Int32:
+    ids = np.asarray(pages)
+    last = pool.size // pool.page_size
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ShapeError(f"{name} must be a vector of integer page ids; got {ids.dtype}{list(ids.shape)}")
+    wrong = ids[(ids < 1) | (ids > last)]
+    if wrong.size:
+        raise ShapeError(
+            f"{name} {wrong[:8].tolist()} are not pages of this pool, which are 1 to {last}; page 0 is nobody's"
+        )
+    return ids.astype(np.int32)
+
+
+def _check_unique(pages: Int32, name: str) -> Int32:
+    different, counts = np.unique(pages, return_counts=True)
+    if different.size != pages.size:
+        raise ShapeError(
+            f"{name} {different[counts > 1][:8].tolist()} would be written twice in one call; name each once"
+        )
+    return pages
+
+
+def _chunks(pages: Int32, padding: int) -> Iterator[Int32]:
+    """Cuts pages into runs of the largest bucket and pads the last run to its own."""
+    largest = PAGE_BUCKETS[-1]
+    for start in range(0, pages.size, largest):
+        part = pages[start : start + largest]
+        bucket = next(size for size in PAGE_BUCKETS if size >= part.size)
+        yield np.concatenate([part, np.full(bucket - part.size, padding, np.int32)])
+
+
+def _to_host_memory(pages: jax.Array) -> jax.Array:
+    """Starts the copy to the host: into pinned memory where that is another memory than the device's."""
+    device = next(iter(pages.devices()))
+    if device.platform != "cpu" and any(memory.kind == _PINNED for memory in device.addressable_memories()):
+        return _to_pinned(pages)
+    pages.copy_to_host_async()
+    return pages
+
+
+def _to_pinned(pages: jax.Array) -> jax.Array:
+    pinned: jax.Array = jax.device_put(pages, pages.sharding.with_memory_kind(_PINNED))
+    return pinned
+
+
+def _gather_layer(pool: TokenToKVPool, layer_id: int, pages: jax.Array) -> jax.Array:
+    """The bits of ``[n]`` pages of a layer, ``[n, page_size, 2H, D]``."""
+    layout = pool.layout
+    by_page = pool.buffers[layer_id].reshape(-1, layout.page_size, layout.rows, layout.lanes)
+    to_bits = functools.partial(lax.bitcast_convert_type, new_dtype=_bits_of(pool))
+
+    def take(source: jax.Array) -> jax.Array:
+        return unpad_fused(source.at[pages].get(mode="promise_in_bounds"), layout.head_num, layout.head_dim)
+
+    # XLA's CPU compiler may gather bfloat16 by way of float32, which can change a NaN; integers it leaves be. Its TPU
+    # compiler gathers any type as it is, but would copy the whole buffer to see it as integers.
+    bits: jax.Array = lax.platform_dependent(
+        by_page, cpu=lambda source: take(to_bits(source)), default=lambda source: to_bits(take(source))
+    )
+    return bits
+
+
+def _scatter_layer(pool: TokenToKVPool, layer_id: int, pages: jax.Array, bits: jax.Array) -> None:
+    """Writes the bits ``[n, page_size, 2H, D]`` into pages of a layer; pages below 0 are dropped."""
+    slots = pages[:, None] * pool.page_size + jnp.arange(pool.page_size, dtype=jnp.int32)
+    slots = jnp.where(pages[:, None] < 0, -1, slots).reshape(-1)
+    fused = bits.reshape(slots.size, *bits.shape[2:])
+    k, v = extract_k_from_fused_kv(fused), extract_v_from_fused_kv(fused)
+    as_stored = functools.partial(lax.bitcast_convert_type, new_dtype=pool.dtype)
+    pool.set_kv_buffer(layer_id, slots, as_stored(k), as_stored(v))
+
+
+def _bits_of(pool: TokenToKVPool) -> np.dtype[Any]:
+    """The unsigned integers in which pages travel, so that no bit is ever taken for a number."""
+    return np.dtype(f"uint{8 * pool.dtype.itemsize}")
+
+
+@jax.jit
+def _gather(pool: TokenToKVPool, pages: jax.Array) -> jax.Array:
+    return jnp.stack([_gather_layer(pool, layer_id, pages) for layer_id in range(pool.layer_num)], axis=1)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _scatter(pool: TokenToKVPool, pages: jax.Array, data: jax.Array) -> TokenToKVPool:
+    for layer_id in range(pool.layer_num):
+        _scatter_layer(pool, layer_id, pages, data[:, layer_id])
+    return pool
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _copy(pool: TokenToKVPool, sources: jax.Array, targets: jax.Array) -> TokenToKVPool:
+    for layer_id in range(pool.layer_num):
+        _scatter_layer(pool, layer_id, targets, _gather_layer(pool, layer_id, sources))
+    return pool

@@ -1,0 +1,120 @@
+"""Which cached nodes are protected and which evictable, and what a use does to the order of eviction."""
+
+from __future__ import annotations
+
+from engine.errors import IntegrityError
+from engine.memory.integers import Int32
+from engine.memory.prefix_forest import PrefixForest
+from engine.memory.radix_tree import RadixNode, RadixTree
+
+# Hits beyond this many no longer tell nodes apart; it bounds the number of levels.
+MAX_FREQUENCY = 255
+
+
+class NodeLedger:
+    """Keeps counters and eviction orders true while nodes are added, cut, locked and used.
+
+    Attributes:
+        forest: the trees.
+        evictable: pages in nodes that have no lock.
+        protected: pages in nodes that have one.
+    """
+
+    def __init__(self, forest: PrefixForest) -> None:
+        self.forest = forest
+        self.evictable = 0
+        self.protected = 0
+        self._clock = 0
+
+    def attach(self, parent: RadixNode, tokens: Int32, pages: Int32, level: int) -> RadixNode:
+        """Adds an evictable leaf of at least one page; it needs a ``use`` before it stands in order."""
+        node = parent.tree.attach(parent, tokens, pages)
+        node.level, node.stamp = level, self._clock
+        node.tree.order.append(node)
+        self.evictable += node.num_pages
+        return node
+
+    def ending_at(self, node: RadixNode, num_pages: int) -> RadixNode:
+        """The node of this path that ends ``num_pages`` from the root, ``node`` or its upper part, split off."""
+        if node.end == num_pages:
+            return node
+        upper = node.tree.split(node, num_pages - node.start)
+        if node.locks == 0:
+            node.tree.order.insert_after(node, upper)
+        return upper
+
+    def lock(self, node: RadixNode) -> None:
+        """Protects a node and its ancestors, once more."""
+        for step in node.path():
+            if step.locks == 0:
+                step.tree.order.remove(step)
+                self.evictable -= step.num_pages
+                self.protected += step.num_pages
+            step.locks += 1
+
+    def unlock(self, node: RadixNode) -> None:
+        """Takes back one ``lock``; what becomes evictable counts as used just now."""
+        self._clock += 1
+        for step in node.path():
+            step.locks -= 1
+            if step.locks == 0:
+                step.stamp = self._clock
+                step.tree.order.append(step)
+                self.evictable += step.num_pages
+                self.protected -= step.num_pages
+
+    def use(self, node: RadixNode, *, counts_hit: bool = False, least_level: int | None = None) -> None:
+        """Makes a node and its ancestors the last used, children first, as the eviction order demands.
+
+        Args:
+            node: of a tree that can be reached.
+            counts_hit: whether their levels rise by one.
+            least_level: below which their levels may not stay.
+        """
+        self._clock += 1
+        order = node.tree.order
+        for step in node.path():
+            if step.locks == 0:
+                order.remove(step)
+            if counts_hit and step.level < MAX_FREQUENCY:
+                step.level += 1
+            if least_level is not None and step.level < least_level:
+                step.level = least_level
+            step.stamp = self._clock
+            if step.locks == 0:
+                order.append(step)
+
+    def next_leaf(self) -> RadixNode:
+        """The leaf whose pages are evicted next; only while ``evictable`` is above 0."""
+        leaf = self.forest.oldest()
+        if leaf is None:
+            raise IntegrityError(f"{self.evictable} pages count as evictable and none is; this is a bug, report it")
+        return leaf
+
+    def cut(self, leaf: RadixNode, num_pages: int) -> Int32:
+        """Takes the last pages off an evictable leaf, the leaf itself with its last page; int32 ``[num_pages]``."""
+        if num_pages == leaf.num_pages:
+            leaf.tree.order.remove(leaf)
+        pages = leaf.tree.trim(leaf, num_pages)
+        if not leaf.tree.root.children:
+            self.forest.clear_away(leaf.tree)
+        self.evictable -= num_pages
+        return pages
+
+    def drop(self, tree: RadixTree) -> list[Int32]:
+        """Makes a tree unreachable and takes what is not locked out of it; the pages, int32, one array a node."""
+        runs = [node.pages for node in self.forest.drop(tree)]
+        self.evictable -= sum(run.size for run in runs)
+        return runs
+
+    def check_integrity(self) -> None:
+        """Proves that trees, orders and counters agree; raises IntegrityError if not."""
+        self.forest.check_integrity()
+        nodes = [node for tree in self.forest.trees() for node in tree.nodes()]
+        evictable = sum(node.num_pages for node in nodes if node.locks == 0)
+        protected = sum(node.num_pages for node in nodes if node.locks > 0)
+        if (evictable, protected) != (self.evictable, self.protected):
+            raise IntegrityError(
+                f"the counters say {self.evictable} evictable and {self.protected} protected pages, the trees "
+                f"{evictable} and {protected}; this is a bug, report it"
+            )

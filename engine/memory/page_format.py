@@ -1,0 +1,122 @@
+"""What the bytes of a page mean where pages leave the pool: the host tier, a saved cache, a peer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import ConfigError, ShapeError
+
+Int32 = npt.NDArray[np.int32]
+Pages = npt.NDArray[Any]  # [n, layers, page_size, 2H, D], dtype of the pool
+
+_SIZES = ("page_size", "head_num", "head_dim")
+
+
+@dataclass(frozen=True)
+class PageFormat:
+    """Shape, dtype and layout descriptor of the pages of one pool.
+
+    Attributes:
+        layer_num: layers whose buffers a page spans.
+        dtype: of the elements.
+        layout: the pool's layout descriptor, as its ``to_dict`` gives it; ``page_size``, ``head_num``, ``head_dim`` and
+            ``dtype`` are read, the other fields only compared.
+
+    Raises:
+        ConfigError: a size is missing or below 1, or ``dtype`` is not the descriptor's.
+    """
+
+    layer_num: int
+    dtype: np.dtype[Any]
+    layout: Mapping[str, int | str]
+
+    def __post_init__(self) -> None:
+        sizes = {"layer_num": self.layer_num} | {name: self.layout.get(name) for name in _SIZES}
+        for name, value in sizes.items():
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r} of a page must be an integer from 1; pass a pool's descriptor")
+        if self.layout.get("dtype") != self.dtype.name:
+            raise ConfigError(
+                f"pages of {self.dtype.name} cannot follow a layout of {self.layout.get('dtype')}: pass the dtype of "
+                "the pool that the layout describes"
+            )
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page."""
+        return int(self.layout["page_size"])
+
+    @property
+    def page_shape(self) -> tuple[int, int, int, int]:
+        """``(layers, page_size, 2H, D)`` of one page, without the padding that a device may store."""
+        return self.layer_num, self.page_size, 2 * int(self.layout["head_num"]), int(self.layout["head_dim"])
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page in all layers."""
+        return int(np.prod(self.page_shape)) * self.dtype.itemsize
+
+    def to_dict(self) -> dict[str, int | str]:
+        """A form for JSON: the layout descriptor and the number of layers."""
+        return {**self.layout, "layer_num": self.layer_num}
+
+    def require_same(self, theirs: Mapping[str, Any], what: str) -> None:
+        """Refuses pages of another format.
+
+        Args:
+            theirs: ``to_dict`` of the other side.
+            what: whose it is, for the message.
+
+        Raises:
+            ConfigError: they differ; the message lists each field that does.
+        """
+        ours = self.to_dict()
+        if dict(theirs) != ours:
+            differing = ", ".join(
+                f"{name} {theirs.get(name)!r} (here {ours.get(name)!r})"
+                for name in sorted(ours.keys() | theirs.keys())
+                if theirs.get(name) != ours.get(name)
+            )
+            raise ConfigError(f"the page format of {what} is another: {differing}; make both with the same settings")
+
+    def check_tokens(self, token_ids: npt.ArrayLike) -> Int32:
+        """Returns token ids as contiguous int32 ``[n]``.
+
+        Raises:
+            ShapeError: they are not a vector of integers that fit in 32 bits.
+        """
+        tokens = np.asarray(token_ids)
+        if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+            raise ShapeError(f"token_ids must be a vector of integers; got {tokens.dtype}{list(tokens.shape)}")
+        if tokens.size and (tokens.min() < -(2**31) or tokens.max() >= 2**31):
+            raise ShapeError(f"token_ids must fit in int32; got values from {tokens.min()} to {tokens.max()}")
+        return np.ascontiguousarray(tokens, np.int32)
+
+    def check_pages(self, token_ids: npt.ArrayLike, first_page: int, data: Pages) -> Int32:
+        """Checks pages against the prefix that they end, and returns its token ids as int32.
+
+        Args:
+            token_ids: every token from the start of the sequence to the end of the last page, whole pages.
+            first_page: how many pages of the prefix come before ``data``.
+            data: ``[n, layers, page_size, 2H, D]``.
+
+        Raises:
+            ShapeError: a part has the wrong shape or dtype, or they do not fit together.
+        """
+        tokens = self.check_tokens(token_ids)
+        if data.shape[1:] != self.page_shape or data.dtype != self.dtype:
+            raise ShapeError(
+                f"pages {data.dtype}{list(data.shape)} do not fit: a page here is {self.dtype}{list(self.page_shape)}; "
+                "pass pages of the pool that this format describes"
+            )
+        if first_page < 0 or tokens.size != (first_page + len(data)) * self.page_size:
+            raise ShapeError(
+                f"{tokens.size} tokens do not end {len(data)} pages of {self.page_size} after first_page={first_page}: "
+                "the tokens must reach from the start of the sequence to the end of the last page"
+            )
+        return tokens

@@ -1,0 +1,300 @@
+"""The prefix cache: pages of sequences that were computed before, found by their tokens.
+
+Prefix sharing through a radix tree with reference-counted locks follows RadixAttention (arXiv 2312.07104).
+
+A request's way:
+
+    found = cache.match(scope, prompt)        # changes nothing
+    cache.lock(found)                         # its pages stay
+    …                                         # allocate the rest; cache.evict(...) where pages are short
+    cache.record(found)                       # a hit, now that the request really runs
+    cache.insert(scope, tokens, pages)        # when pages have become full: the cache takes references of its own
+    cache.unlock(found)                       # when the request ends
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import ConfigError, DoubleFreeError, ShapeError
+from engine.memory.cached_pages import CachedPages
+from engine.memory.integers import Int32, integer_vector
+from engine.memory.node_ledger import NodeLedger
+from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.prefix_forest import PrefixForest
+from engine.memory.prefix_match import EvictedPages, PrefixMatch, checked_scope, token_vector
+from engine.memory.radix_tree import RadixNode, Walk
+from engine.memory.scope import CacheScope
+
+EvictionPolicyName = Literal["lru", "lfu", "priority"]
+
+
+class RadixCache:
+    """Keeps full pages of past sequences for requests that begin alike.
+
+    The cache is a holder of its pages beside the requests: ``insert`` retains, eviction and ``reset`` release, and
+    nothing here ever takes a reference of the caller's. Every page is cached at most once, under one prefix of one
+    scope. Tokens are always compared, never a hash alone.
+
+    A page is *protected* while a locked handle covers it, else *evictable*. Evicting a page that a running request
+    also holds frees nothing, so whoever holds cached pages keeps them locked.
+
+    A refused call changes nothing.
+
+    Args:
+        allocator: counts the references.
+        page_size: tokens a page, the allocator's.
+        policy: what is evicted first. "lru": what was not used for longest. "lfu": what was hit least (counted up to
+            255), of equals the least recent. "priority": what was inserted with the lowest priority, likewise. A
+            prefix counts as used whenever what follows it is.
+        on_evict: told of pages just before they are released, so that their contents can be saved; not of what has
+            become unreachable. An error in it comes out of ``evict``, which is complete by then.
+
+    Raises:
+        ConfigError: ``page_size`` is not the allocator's, or the policy is unknown.
+    """
+
+    def __init__(
+        self,
+        allocator: PagedTokenToKVPoolAllocator,
+        page_size: int,
+        *,
+        policy: EvictionPolicyName = "lru",
+        on_evict: Callable[[list[EvictedPages]], None] | None = None,
+    ) -> None:
+        if page_size != allocator.page_size:
+            raise ConfigError(
+                f"page_size is {page_size} tokens here and {allocator.page_size} in the allocator; they must be equal"
+            )
+        if policy not in get_args(EvictionPolicyName):
+            raise ConfigError(f"eviction policy {policy!r} is unknown; use one of {get_args(EvictionPolicyName)}")
+        self.allocator = allocator
+        self.page_size = page_size
+        self.policy = policy
+        self.query_tokens = 0
+        self.hit_tokens = 0
+        self.evicted_pages = 0
+        self._on_evict = on_evict
+        self._forest = PrefixForest(page_size)
+        self._nodes = NodeLedger(self._forest)
+        self._pages = CachedPages(allocator)
+
+    @property
+    def evictable_pages(self) -> int:
+        """Cached pages that ``evict`` could release now."""
+        return self._nodes.evictable
+
+    @property
+    def protected_pages(self) -> int:
+        """Cached pages under a lock."""
+        return self._nodes.protected
+
+    @property
+    def cached_pages(self) -> int:
+        """Pages that the cache holds, evictable and protected."""
+        return self._nodes.evictable + self._nodes.protected
+
+    def match(self, scope: CacheScope, token_ids: npt.ArrayLike) -> PrefixMatch:
+        """Finds the longest cached prefix in whole pages, one token short of the sequence at most.
+
+        Changes nothing: neither the order of eviction nor a counter. What is found may be evicted by the next call,
+        unless it is locked.
+
+        Args:
+            scope: must be equal to the scope it was inserted under.
+            token_ids: int32 ``[n]``. Other integers work but cost a conversion, a list more than the search itself.
+
+        Raises:
+            ConfigError: ``scope`` is not a CacheScope.
+            ShapeError: ``token_ids`` is not a vector of integers within int32.
+        """
+        tokens = token_vector(token_ids)
+        tree = self._forest.find(checked_scope(scope))
+        if tree is None:
+            return PrefixMatch(np.empty(0, np.int32), 0, tokens.size, self, None)
+        most = max(tokens.size - 1, 0) // self.page_size
+        walk = tree.walk(tokens[: most * self.page_size])
+        return PrefixMatch(_joined(walk), walk.num_pages * self.page_size, tokens.size, self, walk.node)
+
+    def lock(self, match: PrefixMatch) -> None:
+        """Protects the pages of a match from eviction, once more if they are already; undone by ``unlock``.
+
+        Raises:
+            DoubleFreeError: the match is of another cache, or one of its pages has been evicted or invalidated since.
+        """
+        node = self._settle(match)
+        match.locks += 1
+        if node is not None:
+            self._nodes.lock(node)
+
+    def unlock(self, match: PrefixMatch) -> None:
+        """Takes back one ``lock`` of this handle; the pages count as used just now.
+
+        Raises:
+            DoubleFreeError: the handle is of another cache or holds no lock.
+        """
+        if match.owner is not self or match.locks == 0:
+            raise DoubleFreeError(
+                f"cannot unlock a match of {match.num_tokens} tokens: it holds no lock of this cache; unlock once per "
+                "lock, through the handle that was locked"
+            )
+        match.locks -= 1
+        if match.node is not None:
+            self._nodes.unlock(match.node)
+
+    def record(self, match: PrefixMatch) -> None:
+        """Counts a match as a query, and as a hit of its tokens; for when the allocation for its request succeeded.
+
+        Raises:
+            DoubleFreeError: as for ``lock``.
+        """
+        node = match.node if match.locks else self._settle(match)
+        self.query_tokens += match.num_queried
+        self.hit_tokens += match.num_tokens
+        if node is not None and not node.tree.order.is_retired:
+            self._nodes.use(node, counts_hit=self.policy == "lfu")
+
+    def insert(self, scope: CacheScope, token_ids: npt.ArrayLike, pages: npt.ArrayLike, *, priority: int = 0) -> int:
+        """Caches the full pages of a sequence; a partial last page is left out.
+
+        The pages that were not cached yet get the cache as one more holder. The caller keeps every reference it has,
+        also to its duplicates of what was cached already, and releases them as ever. Where the weights have been
+        replaced since the scope was made, nothing is cached.
+
+        Args:
+            scope: under which the pages were computed.
+            token_ids: int32 ``[n]``.
+            pages: int32 ``[n // page_size]``, held by the caller, in the order of the tokens.
+            priority: for the policy "priority"; higher stays longer. Others do not read it.
+
+        Returns:
+            How many tokens were cached already.
+
+        Raises:
+            ConfigError: ``scope`` is not a CacheScope.
+            ShapeError: arrays of a wrong shape or dtype; a page that nobody holds, that is listed twice, or that is
+                already cached as something else.
+        """
+        tokens, page_ids = token_vector(token_ids), integer_vector("pages", pages)
+        if page_ids.size != tokens.size // self.page_size:
+            raise ShapeError(
+                f"{page_ids.size} pages of {self.page_size} for {tokens.size} tokens; pass the "
+                f"{tokens.size // self.page_size} full ones, without the partial last page"
+            )
+        if not self._forest.accepts(checked_scope(scope)):
+            return 0
+        whole = tokens[: page_ids.size * self.page_size]
+        level = priority if self.policy == "priority" else 0
+        tree = self._forest.find(scope)
+        walk = None if tree is None else tree.walk(whole)
+        known = 0 if walk is None else walk.num_pages
+        if known < page_ids.size:
+            self._pages.add(page_ids[known:])
+            end = self._forest.plant(scope).root if walk is None else self._nodes.ending_at(walk.node, known)
+            fresh = page_ids[known:].astype(np.int32)
+            self._nodes.use(self._nodes.attach(end, whole[known * self.page_size :], fresh, level), least_level=level)
+        elif walk is not None:
+            self._nodes.use(walk.node, least_level=level)
+        return known * self.page_size
+
+    def evict(self, num_pages: int) -> int:
+        """Releases evictable pages in the order of the policy, ends of sequences first.
+
+        The cost a page is constant, however much is cached. What the weights epoch has invalidated goes first.
+
+        Args:
+            num_pages: how many to release; all evictable ones where there are fewer.
+
+        Returns:
+            How many were released. They are free now, except where someone else holds them too.
+
+        Raises:
+            ShapeError: ``num_pages`` is not an integer, or negative.
+        """
+        if isinstance(num_pages, bool) or not isinstance(num_pages, int | np.integer) or num_pages < 0:
+            raise ShapeError(f"cannot evict {num_pages!r} pages: the count must be an integer, 0 or more")
+        wanted = left = min(int(num_pages), self._nodes.evictable)
+        runs: list[Int32] = []
+        told: list[EvictedPages] = []
+        while left:
+            leaf = self._nodes.next_leaf()
+            count = min(left, leaf.num_pages)
+            prefix = None if self._on_evict is None or leaf.tree.order.is_retired else leaf.tree.prefix_tokens(leaf)
+            runs.append(self._nodes.cut(leaf, count))
+            if prefix is not None:
+                told.append(EvictedPages(leaf.tree.scope, prefix, prefix.size // self.page_size - count, runs[-1]))
+            left -= count
+        try:
+            if self._on_evict is not None and told:
+                self._on_evict(told)
+        finally:
+            self._pages.remove(runs)
+            self.evicted_pages += wanted
+        return wanted
+
+    def reset(self, scope: CacheScope | None = None) -> int:
+        """Empties the cache, of one scope or altogether; ``on_evict`` is not told.
+
+        Protected pages can no longer be found either; they stay, and count as protected, until they are unlocked, and
+        are then the first to be evicted.
+
+        Returns:
+            How many pages were released.
+        """
+        trees = [tree for tree in self._forest.trees() if scope is None or tree.scope == checked_scope(scope)]
+        runs = [run for tree in trees for run in self._nodes.drop(tree)]
+        self._pages.remove(runs)
+        return sum(run.size for run in runs)
+
+    def raise_weights_epoch(self, model: str, epoch: int) -> None:
+        """Invalidates at once all that was computed with a model's weights before ``epoch``.
+
+        It cannot be found, locked or inserted any more, and is evicted before anything else; the cost does not depend
+        on how much there is.
+
+        Raises:
+            ConfigError: the model is at a later epoch already.
+        """
+        self._forest.raise_epoch(model, epoch)
+
+    def pages(self) -> Int32:
+        """Every cached page; int32 ``[cached_pages]``, in no promised order."""
+        runs = [node.pages for tree in self._forest.trees() for node in tree.nodes()]
+        return np.concatenate([np.empty(0, np.int32), *runs])
+
+    def check_integrity(self) -> None:
+        """Proves that trees, locks, eviction order, counters and the allocator agree; visits everything.
+
+        Raises:
+            IntegrityError: says what is wrong, with the page where it is one.
+        """
+        self._nodes.check_integrity()
+        self._pages.check_integrity([node.pages for tree in self._forest.trees() for node in tree.nodes()])
+
+    def _settle(self, match: PrefixMatch) -> RadixNode | None:
+        """The node that ends where the match does, split off if need be; refuses a match that is out of date."""
+        end, node = match.num_tokens // self.page_size, match.node
+        while node is not None and node.parent is not None and node.start >= end:
+            node = node.parent
+        gone = node is not None and (not node.attached or node.end < end or (end and node.tree.order.is_retired))
+        if match.owner is not self or gone:
+            raise DoubleFreeError(
+                f"cannot use a match of {match.num_tokens} tokens: it is of another cache, or some of its pages were "
+                "evicted or invalidated since; lock a match before anything else is done, or match again"
+            )
+        if node is not None and node.end > end:
+            node = self._nodes.ending_at(node, end)
+        match.node = node
+        return node
+
+
+def _joined(walk: Walk) -> Int32:
+    if len(walk.runs) == 1:
+        return walk.runs[0]
+    pages = np.concatenate(walk.runs) if walk.runs else np.empty(0, np.int32)
+    pages.flags.writeable = False
+    return pages

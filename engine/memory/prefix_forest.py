@@ -1,0 +1,139 @@
+"""The trees of all scopes: which can be reached, and which node of them all is evicted next."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from engine.errors import ConfigError, IntegrityError
+from engine.memory.eviction import EvictionOrder, UseList
+from engine.memory.radix_tree import RadixNode, RadixTree
+from engine.memory.scope import CacheScope
+
+Generation = tuple[str, int]  # a model and its weights epoch
+
+
+class PrefixForest:
+    """One radix tree a scope; one eviction order for all trees of a model at one weights epoch.
+
+    That order is the unit of invalidation: retiring it makes every node of the generation unreachable and first to be
+    evicted, without visiting any.
+
+    Args:
+        page_size: tokens a page.
+    """
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+        self._trees: dict[CacheScope, RadixTree] = {}
+        self._orders: dict[Generation, EvictionOrder[RadixNode]] = {}
+        self._tree_counts: Counter[Generation] = Counter()
+        self._epochs: dict[str, int] = {}
+        self._retired: UseList[RadixNode] = UseList()
+        self._retired_order: EvictionOrder[RadixNode] = EvictionOrder()
+        self._retired_order.retire(self._retired)
+        self._dropped: set[RadixTree] = set()
+
+    def accepts(self, scope: CacheScope) -> bool:
+        """Whether entries of this scope are wanted, its weights not having been replaced."""
+        return scope.weights_epoch >= self._epochs.get(scope.model, 0)
+
+    def find(self, scope: CacheScope) -> RadixTree | None:
+        """The tree of a scope, if it has one that can be reached."""
+        tree = self._trees.get(scope)
+        return None if tree is None or tree.order.is_retired else tree
+
+    def plant(self, scope: CacheScope) -> RadixTree:
+        """Makes the tree of an accepted scope that has none."""
+        generation = (scope.model, scope.weights_epoch)
+        order = self._orders.setdefault(generation, EvictionOrder())
+        self._tree_counts[generation] += 1
+        tree = self._trees[scope] = RadixTree(scope, order, self._page_size)
+        return tree
+
+    def clear_away(self, tree: RadixTree) -> None:
+        """Forgets a tree, e.g. one that has become empty, and its generation with the last of its trees."""
+        self._dropped.discard(tree)
+        if self._trees.get(tree.scope) is tree:
+            self._forget(tree.scope)
+
+    def drop(self, tree: RadixTree) -> list[RadixNode]:
+        """Makes a tree unreachable at the cost of a walk through it; what is not locked leaves it.
+
+        Returns:
+            The nodes that left.
+        """
+        free = [node for node in tree.nodes() if node.locks == 0]
+        for node in reversed(free):  # children before parents
+            tree.order.remove(node)
+            tree.detach(node)
+        self.clear_away(tree)
+        tree.order = self._retired_order
+        if tree.root.children:
+            self._dropped.add(tree)
+        return free
+
+    def raise_epoch(self, model: str, epoch: int) -> None:
+        """Retires every generation of a model before ``epoch``, without visiting a node.
+
+        Raises:
+            ConfigError: the model is at a later epoch already.
+        """
+        now = self._epochs.get(model, 0)
+        if epoch < now:
+            raise ConfigError(
+                f"the weights epoch of {model!r} cannot go from {now} to {epoch}: it counts replacements; raise it"
+            )
+        self._epochs[model] = epoch
+        for generation in [key for key in self._orders if key[0] == model and key[1] < epoch]:
+            self._orders.pop(generation).retire(self._retired)
+            del self._tree_counts[generation]
+
+    def oldest(self) -> RadixNode | None:
+        """The node to be evicted next, a leaf; a constant cost for each generation that can be reached."""
+        best = self._retired.oldest()
+        if best is None:
+            for order in self._orders.values():
+                first = order.oldest()
+                if first is not None and (best is None or (first.level, first.stamp) < (best.level, best.stamp)):
+                    best = first
+        return best
+
+    def trees(self) -> Iterator[RadixTree]:
+        """Every tree that has nodes, also those that cannot be reached any more."""
+        yield from self._trees.values()
+        yield from self._dropped
+
+    def check_integrity(self) -> None:
+        """Proves that every tree joins up and that the eviction orders hold just what is not locked, leaves first.
+
+        Raises:
+            IntegrityError: says which page or list is wrong.
+        """
+        unlocked: set[RadixNode] = set()
+        for tree in self.trees():
+            tree.check_integrity()
+            unlocked.update(node for node in tree.nodes() if node.locks == 0)
+        for order in self._orders.values():
+            order.check_integrity()
+        ordered = [*self._retired, *(node for order in self._orders.values() for node in order)]
+        place = {node: at for at, node in enumerate(ordered)}
+        if len(place) != len(ordered) or place.keys() != unlocked:
+            raise IntegrityError(
+                f"{len(ordered)} nodes stand in eviction lists, {len(unlocked)} are not locked; each of these must "
+                "stand there once; this is a bug, report it"
+            )
+        for node in ordered:
+            if node.parent in place and place[node.parent] < place[node]:
+                raise IntegrityError(
+                    f"the node of pages {node.pages[:4]} stands after its parent in the eviction order; a child goes "
+                    "first; this is a bug, report it"
+                )
+
+    def _forget(self, scope: CacheScope) -> None:
+        del self._trees[scope]
+        generation = (scope.model, scope.weights_epoch)
+        if generation in self._orders:
+            self._tree_counts[generation] -= 1
+            if not self._tree_counts[generation]:
+                del self._orders[generation], self._tree_counts[generation]

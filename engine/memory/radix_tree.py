@@ -1,0 +1,209 @@
+"""A radix tree over token ids, one page the smallest step.
+
+The idea is RadixAttention's (arXiv 2312.07104); here an edge holds whole pages only, and children are found by the
+tokens of their first page. Python works once a node, never once a token: the tokens of a node are compared in one
+stroke of memory, and always compared, since the children's hash table compares its keys too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.errors import IntegrityError
+from engine.memory.eviction import Evictable, EvictionOrder
+from engine.memory.integers import Int32
+from engine.memory.scope import CacheScope
+
+
+class RadixNode(Evictable):
+    """A run of pages that follow one another in every sequence that reaches it.
+
+    Attributes:
+        tree: the tree that it was made for.
+        parent: the node before; None for the root. Kept when the node is detached.
+        start: pages before this node.
+        tokens: int32 ``[num_pages * page_size]``.
+        pages: int32 ``[num_pages]`` page ids, read-only.
+        children: the tokens of their first page, as bytes, to the nodes that follow.
+        locks: handles that protect this node, those that end below it counted.
+        attached: whether it is still in the tree.
+    """
+
+    __slots__ = ("attached", "children", "locks", "pages", "parent", "start", "tokens", "tree")
+
+    def __init__(self, tree: RadixTree, parent: RadixNode | None, start: int, tokens: Int32, pages: Int32) -> None:
+        super().__init__(level=0, stamp=0)
+        self.tree = tree
+        self.parent = parent
+        self.start = start
+        self.tokens = tokens
+        self.pages = pages
+        self.children: dict[bytes, RadixNode] = {}
+        self.locks = 0
+        self.attached = True
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of this node alone."""
+        return self.pages.size
+
+    @property
+    def end(self) -> int:
+        """Pages from the root to the end of this node."""
+        return self.start + self.pages.size
+
+    def path(self) -> Iterator[RadixNode]:
+        """This node and its ancestors, upwards, without the root."""
+        node = self
+        while node.parent is not None:
+            yield node
+            node = node.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """How far a sequence is in a tree.
+
+    Attributes:
+        node: the last node that shares a page with it; the root where none does.
+        num_pages: pages shared from the root on; they may end inside ``node``.
+        runs: the shared pages, int32, one array a node.
+    """
+
+    node: RadixNode
+    num_pages: int
+    runs: list[Int32]
+
+
+class RadixTree:
+    """The cached sequences of one scope.
+
+    Args:
+        scope: of every node.
+        order: where those of its nodes stand that may be evicted.
+        page_size: tokens a page.
+    """
+
+    __slots__ = ("order", "page_size", "root", "scope")
+
+    def __init__(self, scope: CacheScope, order: EvictionOrder[RadixNode], page_size: int) -> None:
+        self.scope = scope
+        self.order = order
+        self.page_size = page_size
+        nothing = np.empty(0, np.int32)
+        self.root = RadixNode(self, None, 0, nothing, nothing)
+
+    def walk(self, tokens: Int32) -> Walk:
+        """Follows a sequence as far as it is cached; changes nothing.
+
+        Args:
+            tokens: int32, whole pages.
+        """
+        data = tokens.tobytes()
+        page_bytes = 4 * self.page_size
+        node, runs, at = self.root, [], 0
+        while (child := node.children.get(data[at : at + page_bytes])) is not None:
+            node, pages = child, child.pages
+            # The lookup has compared the first page's tokens.
+            if pages.size == 1 or data.startswith(node.tokens.data, at):
+                runs.append(pages)
+                at += pages.size * page_bytes
+            else:
+                shared = _common_prefix(tokens[at // 4 :], node.tokens) // self.page_size
+                runs.append(pages[:shared])
+                at += shared * page_bytes
+                break
+        return Walk(node, at // page_bytes, runs)
+
+    def attach(self, parent: RadixNode, tokens: Int32, pages: Int32) -> RadixNode:
+        """Adds a leaf below ``parent``, which has no child with that first page; keeps copies of the arrays."""
+        kept_tokens, kept_pages = tokens.copy(), pages.copy()
+        kept_pages.flags.writeable = False  # what a match returns is a view of it
+        node = RadixNode(self, parent, parent.end, kept_tokens, kept_pages)
+        parent.children[self._key(node)] = node
+        return node
+
+    def split(self, node: RadixNode, num_pages: int) -> RadixNode:
+        """Cuts a node in two after its first ``num_pages`` pages and returns the upper half.
+
+        The lower half stays the same object with the same end, so whatever points at the end of a node stays right;
+        locks below the cut cover both halves.
+        """
+        cut = num_pages * self.page_size
+        parent = node.parent
+        if parent is None:
+            raise IntegrityError("the root of a prefix tree was to be split; it has no pages; this is a bug, report it")
+        upper = RadixNode(self, parent, node.start, node.tokens[:cut], node.pages[:num_pages])
+        upper.level, upper.stamp, upper.locks = node.level, node.stamp, node.locks
+        parent.children[self._key(node)] = upper
+        node.parent, node.start = upper, upper.end
+        node.tokens, node.pages = node.tokens[cut:], node.pages[num_pages:]
+        upper.children[self._key(node)] = node
+        return upper
+
+    def trim(self, leaf: RadixNode, num_pages: int) -> Int32:
+        """Takes the last ``num_pages`` pages off a leaf, all at most, and returns them; detaches it if none is left."""
+        left = leaf.num_pages - num_pages
+        removed = leaf.pages[left:]
+        if left == 0:
+            self.detach(leaf)
+        else:
+            leaf.tokens, leaf.pages = leaf.tokens[: left * self.page_size], leaf.pages[:left]
+        return removed
+
+    def detach(self, leaf: RadixNode) -> None:
+        """Takes a leaf out of the tree; it keeps its arrays and its parent."""
+        if leaf.parent is None or leaf.children:
+            raise IntegrityError(
+                f"a node with {len(leaf.children)} children was to leave a prefix tree; only a leaf other than the "
+                "root may; this is a bug, report it"
+            )
+        del leaf.parent.children[self._key(leaf)]
+        leaf.attached = False
+
+    def nodes(self) -> Iterator[RadixNode]:
+        """Every node but the root, parents before children."""
+        pending = list(self.root.children.values())
+        while pending:
+            node = pending.pop()
+            pending.extend(node.children.values())
+            yield node
+
+    def prefix_tokens(self, node: RadixNode) -> Int32:
+        """The tokens from the root to the end of a node; int32 ``[node.end * page_size]``."""
+        runs = [ancestor.tokens for ancestor in node.path()]
+        return np.concatenate(runs[::-1]) if runs else self.root.tokens
+
+    def check_integrity(self) -> None:
+        """Proves that the nodes join up and that locks cover ancestors.
+
+        Raises:
+            IntegrityError: names the first page of the wrong node.
+        """
+        for node in (self.root, *self.nodes()):
+            joined = all(
+                child.parent is node and child.attached and child.start == node.end and self._key(child) == key
+                for key, child in node.children.items()
+            )
+            filled = node is self.root or node.num_pages > 0
+            below = sum(child.locks for child in node.children.values())
+            covered = node is self.root or node.locks >= below
+            if not (joined and filled and covered and node.tokens.size == node.num_pages * self.page_size):
+                raise IntegrityError(
+                    f"the node of pages {node.pages[:4]} after {node.start} pages is wrong: {node.tokens.size} tokens, "
+                    f"{node.locks} locks and {below} below, {len(node.children)} children; this is a bug, report it"
+                )
+
+    def _key(self, node: RadixNode) -> bytes:
+        return node.tokens[: self.page_size].tobytes()
+
+
+def _common_prefix(a: Int32, b: Int32) -> int:
+    """How many entries two arrays share from the first on."""
+    shorter = min(a.size, b.size)
+    differs = a[:shorter] != b[:shorter]
+    first = int(differs.argmax()) if shorter else 0
+    return first if shorter and differs[first] else shorter

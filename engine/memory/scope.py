@@ -1,0 +1,108 @@
+"""Under which conditions cached keys and values may be reused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from engine.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A fine-tuned adapter over the base weights. A type of its own, so that its name can never pass for a salt.
+
+    Attributes:
+        name: which adapter.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        _require("Adapter.name", self.name, str)
+
+
+@dataclass(frozen=True)
+class LayoutKey:
+    """A KV layout descriptor in hashable form.
+
+    Attributes:
+        items: the descriptor's fields and values, sorted by field.
+    """
+
+    items: tuple[tuple[str, int | str], ...]
+
+    @classmethod
+    def of(cls, descriptor: Mapping[str, int | str]) -> LayoutKey:
+        """Freezes a descriptor, e.g. what ``KVLayout.to_dict`` returns.
+
+        Raises:
+            ConfigError: it is empty, or a value is neither integer nor string.
+        """
+        if not descriptor:
+            raise ConfigError("a layout descriptor has no fields; pass KVLayout.to_dict() of the pool")
+        for name, value in descriptor.items():
+            _require("a layout field's name", name, str)
+            _require(f"layout field {name}", value, int | str)
+        return cls(tuple(sorted(descriptor.items())))
+
+
+@dataclass(frozen=True)
+class CacheScope:
+    """What must be equal, beside the tokens, for cached keys and values to be the right ones.
+
+    Every field is required: a default would be a way to share by oversight.
+
+    Attributes:
+        model: which base weights.
+        weights_epoch: how often those weights have been replaced, 0 or more.
+        adapter: the adapter on top of them; None is the base model alone.
+        tenant_salt: separates tenants that must not learn of each other's prompts; "" is shared by all who pass it.
+        layout: what the bytes of a page mean.
+
+    Raises:
+        ConfigError: a field has the wrong type, or ``weights_epoch`` is negative.
+    """
+
+    model: str
+    weights_epoch: int
+    adapter: Adapter | None
+    tenant_salt: str
+    layout: LayoutKey
+
+    def __post_init__(self) -> None:
+        _require("model", self.model, str)
+        _require("weights_epoch", self.weights_epoch, int)
+        _require("adapter", self.adapter, Adapter | None)
+        _require("tenant_salt", self.tenant_salt, str)
+        _require("layout", self.layout, LayoutKey)
+        if self.weights_epoch < 0:
+            raise ConfigError(f"weights_epoch is {self.weights_epoch}; it counts replacements, so it is 0 or more")
+
+    def key_bytes(self) -> bytes:
+        """The scope as bytes that no other scope has: canonical JSON, the same in every process."""
+        adapter = None if self.adapter is None else self.adapter.name
+        fields = [self.model, self.weights_epoch, adapter, self.tenant_salt, self.layout.items]
+        return json.dumps(fields, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_key_bytes(cls, key: bytes) -> CacheScope:
+        """Reads what ``key_bytes`` wrote.
+
+        Raises:
+            ConfigError: it did not.
+        """
+        try:
+            model, weights_epoch, adapter, tenant_salt, layout = json.loads(key)
+            wrapped = None if adapter is None else Adapter(adapter)
+            return cls(model, weights_epoch, wrapped, tenant_salt, LayoutKey.of(dict(layout)))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"not the key of a scope: {key[:80]!r}; pass what CacheScope.key_bytes wrote") from error
+
+
+def _require(name: str, value: object, kind: object) -> None:
+    # A bool is an int to Python, and to no one else.
+    if isinstance(value, bool) or not isinstance(value, kind):  # type: ignore[arg-type]
+        expected = getattr(kind, "__name__", kind)
+        raise ConfigError(f"{name} is {value!r} of type {type(value).__name__}; it must be {expected}")

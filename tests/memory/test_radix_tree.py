@@ -1,0 +1,115 @@
+"""The radix tree alone: what it finds, and what splitting leaves as it was."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.errors import IntegrityError
+from engine.memory.eviction import EvictionOrder
+from engine.memory.radix_tree import RadixTree
+from engine.memory.scope import CacheScope, LayoutKey
+
+SCOPE = CacheScope("m", 0, None, "", LayoutKey.of({"page_size": 4}))
+
+
+def int32(values):
+    return np.array(values, np.int32)
+
+
+def tree_of(page_size, sequences):
+    """A tree with the whole pages of each sequence, pages numbered as they come; and every prefix's pages."""
+    tree, pages_of, next_page = RadixTree(SCOPE, EvictionOrder(), page_size), {(): ()}, 1
+    for sequence in sequences:
+        whole = int32(sequence[: len(sequence) // page_size * page_size])
+        walk = tree.walk(whole)
+        fresh = whole.size // page_size - walk.num_pages
+        if fresh:
+            node = walk.node
+            if node.end > walk.num_pages:
+                node = tree.split(node, walk.num_pages - node.start)
+            pages = np.arange(next_page, next_page + fresh)
+            next_page += fresh
+            tree.attach(node, whole[walk.num_pages * page_size :], int32(pages))
+            for page in pages.tolist():
+                prefix = tuple(whole[: page_size * (walk.num_pages + 1 + page - pages[0])].tolist())
+                pages_of[prefix] = (*pages_of[prefix[:-page_size]], page)
+    return tree, pages_of
+
+
+sequences = st.lists(st.lists(st.integers(-1, 1), max_size=20), max_size=8)
+
+
+@given(page_size=st.sampled_from([1, 2, 5]), cached=sequences, query=st.lists(st.integers(-1, 1), max_size=20))
+def test_a_walk_finds_the_longest_cached_prefix_in_whole_pages(page_size, cached, query):
+    tree, pages_of = tree_of(page_size, cached)
+    tree.check_integrity()
+    for sequence in [*cached, query]:
+        whole = sequence[: len(sequence) // page_size * page_size]
+        longest = next(
+            tuple(whole[:end]) for end in range(len(whole), -1, -page_size) if tuple(whole[:end]) in pages_of
+        )
+        walk = tree.walk(int32(whole))
+        assert walk.num_pages * page_size == len(longest)
+        assert [page for run in walk.runs for page in run.tolist()] == list(pages_of[longest])
+        assert walk.node.end >= walk.num_pages >= walk.node.start
+
+
+def test_a_split_keeps_the_lower_half_and_covers_both_with_the_locks():
+    tree, _ = tree_of(4, [range(16)])
+    (node,) = tree.nodes()
+    node.locks, node.level, node.stamp = 2, 3, 4
+    upper = tree.split(node, 1)
+    assert (upper.start, upper.end, node.start, node.end) == (0, 1, 1, 4)
+    assert (upper.locks, upper.level, upper.stamp) == (2, 3, 4)
+    assert list(node.path()) == [node, upper]
+    assert tree.prefix_tokens(node).tolist() == list(range(16))
+    tree.check_integrity()
+
+
+def test_tokens_with_a_stride_walk_alike():
+    tree, _ = tree_of(4, [range(16)])
+    assert tree.walk(int32(range(16)).repeat(2)[::2]).num_pages == 4
+    assert tree.walk(int32([*range(9), *[0] * 7]).repeat(2)[::2]).num_pages == 2
+
+
+def test_what_is_not_a_leaf_does_not_leave_the_tree():
+    tree, _ = tree_of(4, [range(16)])
+    (node,) = tree.nodes()
+    upper = tree.split(node, 2)
+    for wrong in (upper, tree.root):
+        with pytest.raises(IntegrityError):
+            tree.detach(wrong)
+    with pytest.raises(IntegrityError):
+        tree.split(tree.root, 0)
+    tree.check_integrity()
+
+
+def test_trimming_takes_pages_from_the_end():
+    tree, _ = tree_of(4, [range(16)])
+    (leaf,) = tree.nodes()
+    assert tree.trim(leaf, 1).tolist() == [4]
+    assert tree.walk(int32(range(16))).num_pages == 3
+    assert tree.trim(leaf, 3).tolist() == [1, 2, 3]
+    assert not leaf.attached
+    assert not tree.root.children
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda node: setattr(node, "start", node.start + 1),
+        lambda node: setattr(node, "tokens", node.tokens[:-1]),
+        lambda node: setattr(node, "parent", node),
+        lambda node: setattr(node, "attached", False),
+        lambda node: setattr(node, "locks", 1),
+        lambda node: setattr(node, "tokens", node.tokens + 1),
+    ],
+)
+def test_damage_to_a_tree_is_found(damage):
+    tree, _ = tree_of(4, [range(16), range(8)])
+    (node,) = tree.nodes()
+    tree.split(node, 2)
+    damage(node)
+    with pytest.raises(IntegrityError, match="is wrong"):
+        tree.check_integrity()
