@@ -99,7 +99,8 @@ def figures(loops: list[Loop], total: dict[str, int], shape: dict[str, int]) -> 
     scattered = run + (nested[0] if nested else 0)
     step = (decode.bundles - fetch.bundles - whole.bundles - edge.bundles) / shape["decode_fetch_tokens"]
     compute = whole.bundles / shape["decode_chunk_tokens"]
-    head = inside(loops, inside(loops, prefill)[1])[0]
+    chunk = inside(loops, prefill)[1]
+    head = next(iter(inside(loops, chunk)), chunk)  # one head makes no loop
     flops = 4 * shape["lanes"] * shape["prefill_rows"] * shape["prefill_chunk_tokens"]
     return {
         "decode bundles a token, compute": compute,
