@@ -21,7 +21,7 @@ COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class CompileCounter:
-    """Counts the programs that XLA compiles in this process while the counter is entered."""
+    """Counts the programs that XLA compiles in this process, whoever asks, from when the counter is made."""
 
     def __init__(self) -> None:
         self.count = 0
