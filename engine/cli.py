@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from engine.config import DTYPES, IMPLS, EngineConfig, read_toml
+from engine.config import DTYPES, EVICTION_POLICIES, IMPLS, EngineConfig, read_toml
 from engine.errors import ConfigError, EngineError, RequestError
 from engine.models import train
 from engine.models.llama_config import LlamaConfig
@@ -67,6 +67,10 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--chunked-prefill-size", type=int, metavar="N", help="most new tokens a step")
     group.add_argument("--context-length", type=int, metavar="N", help="most tokens of prompt and answer")
     group.add_argument("--attention-impl", choices=IMPLS)
+    group.add_argument("--disable-radix-cache", action="store_true", default=None, help="keep nothing of past requests")
+    group.add_argument("--eviction-policy", choices=EVICTION_POLICIES, help="what the prefix cache gives up first")
+    group.add_argument("--host-tier-bytes", type=int, metavar="N", help="host memory for pages that are given up")
+    group.add_argument("--prefix-cache-dir", metavar="DIR", help="load cached prefixes from here, save them at the end")
 
 
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -104,9 +108,11 @@ def run_generate(args: argparse.Namespace) -> int:
     with _progress("generating") as advance:
         outputs = llm.generate(prompts, params, return_logits=args.check, on_progress=advance)
     compiles = llm.compiles_after_warmup
+    if llm.config.prefix_cache_dir:
+        llm.save_prefix_cache()
     for number, output in enumerate(outputs):
         _print_output(console, number, output, text=llm.tokenizer is not None)
-    _print_stats(console, llm, compiles)
+    _print_stats(console, llm, outputs, compiles)
     return _print_check(console, llm, outputs) if args.check else 0
 
 
@@ -158,11 +164,13 @@ def _print_output(console: Console, number: int, output: RequestOutput, *, text:
     console.print(answer, markup=False)
 
 
-def _print_stats(console: Console, llm: LLM, compiles: int) -> None:
+def _print_stats(console: Console, llm: LLM, outputs: list[RequestOutput], compiles: int) -> None:
     stats = llm.stats
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("prefill", _rate(stats.prefill_tokens, stats.prefill_seconds))
     table.add_row("decode", _rate(stats.decode_tokens, stats.decode_seconds))
+    cached = sum(output.cached_tokens for output in outputs)
+    table.add_row("cached", f"{cached:,} prompt tokens found in the prefix cache")
     share = stats.peak_held_tokens / llm.plan.size_tokens
     table.add_row("peak pool use", f"{stats.peak_held_tokens:,} of {llm.plan.size_tokens:,} tokens ({share:.1%})")
     table.add_row("compiled", f"{llm.programs} programs ahead, {compiles} after")

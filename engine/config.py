@@ -13,6 +13,7 @@ from typing import Any
 from engine.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
+EVICTION_POLICIES = ("lru", "lfu", "priority")
 IMPLS = ("auto", "reference", "xla", "cpu", "tpu", "gpu")
 MAX_PAGE_SIZE = 256
 
@@ -33,6 +34,11 @@ class EngineConfig:
         chunked_prefill_size: most new tokens in a step; longer prompts are prefilled in chunks.
         context_length: most tokens of prompt and answer together; None is the model's own limit.
         attention_impl: one of ``IMPLS``.
+        disable_radix_cache: keep nothing of past requests.
+        eviction_policy: what the prefix cache gives up first, "lru", "lfu" or "priority".
+        host_tier_bytes: host memory for pages that the prefix cache gives up; 0 lets them go.
+        prefix_cache_dir: directory that cached prefixes are loaded from, and saved to by ``LLM.save_prefix_cache``;
+            needs a host tier.
     """
 
     model: str | None = None
@@ -45,6 +51,10 @@ class EngineConfig:
     chunked_prefill_size: int = 256
     context_length: int | None = None
     attention_impl: str = "auto"
+    disable_radix_cache: bool = False
+    eviction_policy: str = "lru"
+    host_tier_bytes: int = 0
+    prefix_cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         """Checks every value; raises ConfigError."""
@@ -53,6 +63,17 @@ class EngineConfig:
         _check_choice("dtype", self.dtype, ("auto", *DTYPES))
         _check_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", *DTYPES))
         _check_choice("attention_impl", self.attention_impl, IMPLS)
+        _check_choice("eviction_policy", self.eviction_policy, EVICTION_POLICIES)
+        if not isinstance(self.disable_radix_cache, bool):
+            raise ConfigError(f"disable_radix_cache={self.disable_radix_cache!r} must be true or false")
+        if not isinstance(self.host_tier_bytes, int) or self.host_tier_bytes < 0:
+            raise ConfigError(
+                f"host_tier_bytes={self.host_tier_bytes!r} must be a whole number of bytes, 0 for no tier"
+            )
+        if self.host_tier_bytes and self.disable_radix_cache:
+            raise ConfigError("host_tier_bytes needs the prefix cache: what it keeps is found through it; enable it")
+        if self.prefix_cache_dir is not None and not self.host_tier_bytes:
+            raise ConfigError("prefix_cache_dir needs a host tier to load into; set host_tier_bytes")
         _check_count("page_size", self.page_size, most=MAX_PAGE_SIZE)
         _check_count("max_running_requests", self.max_running_requests)
         _check_count("chunked_prefill_size", self.chunked_prefill_size)

@@ -1,79 +1,144 @@
-"""Joins the allocator and the page table: what a request's memory goes through between admission and release."""
+"""Joins allocator, page table, prefix cache and host tier: what a request's memory goes through.
+
+    admit     prefix found → its pages locked and shared → the rest promised → a page-table row
+    grow      evicts what is short → the allocator hands out slots → the row grows
+    publish   full pages enter the prefix cache, so that who begins alike shares them
+    release   the row's references go back; what the prefix cache holds stays until it is evicted
+
+Every page is free, held by rows, cached, or both of the last; a page is returned to the allocator when its last holder
+lets go.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
-import numpy.typing as npt
 
 from engine.errors import KVPoolExhausted, ShapeError
+from engine.memory.host_tier import HostTier
+from engine.memory.integers import Int32
 from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.page_mover import HostPages, PageMover
 from engine.memory.page_table import ReqToTokenPool
+from engine.memory.prefix_cache import EvictionPolicyName, RadixCache
+from engine.memory.prefix_match import EvictedPages, PrefixMatch
+from engine.memory.scope import CacheScope
 
-Int32 = npt.NDArray[np.int32]
+
+@dataclass(frozen=True)
+class Admission:
+    """What a request got when it was admitted.
+
+    Attributes:
+        row: its page-table row, ``req_pool_idx``.
+        cached_tokens: tokens whose pages were found on the device.
+        loaded_tokens: tokens after them whose pages came back from the host.
+    """
+
+    row: int
+    cached_tokens: int
+    loaded_tokens: int
 
 
 class CacheManager:
-    """Pages and page-table rows of the running requests.
-
-    A request is admitted only if every page that it may ever need can be promised beside those promised already, so
-    a running request never finds the pool exhausted.
+    """Pages and page-table rows of the running requests, and what is kept of past ones.
 
     Args:
         size: usable token slots, a multiple of ``page_size``.
         page_size: tokens a page.
         max_requests: page-table rows.
         max_context_tokens: most tokens of one request.
+        policy: of eviction from the prefix cache; None keeps nothing of past requests.
     """
 
-    def __init__(self, size: int, page_size: int, max_requests: int, max_context_tokens: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        page_size: int,
+        max_requests: int,
+        max_context_tokens: int,
+        *,
+        policy: EvictionPolicyName | None = "lru",
+    ) -> None:
         self.size = size
         self.page_size = page_size
         self.allocator = PagedTokenToKVPoolAllocator(size, page_size)
         self.page_table = ReqToTokenPool(max_requests, max_context_tokens, page_size)
+        self.prefix = (
+            None
+            if policy is None
+            else RadixCache(self.allocator, page_size, policy=policy, on_evict=self._save_evicted)
+        )
+        self.host: HostPages | None = None
+        self._locked: dict[int, PrefixMatch] = {}
         self._promised = np.zeros(max_requests, np.int64)
+
+    def attach_host_tier(self, tier: HostTier, mover: PageMover) -> None:
+        """From now on evicted pages go to ``tier`` and come back from it, moved by ``mover``."""
+        self.host = HostPages(tier, mover)
 
     def round_up(self, tokens: int) -> int:
         """``tokens`` in whole pages, counted in tokens."""
         return -(-tokens // self.page_size) * self.page_size
 
     @property
+    def reclaimable_pages(self) -> int:
+        """Pages that could be handed out now: free ones, and cached ones that nobody has locked."""
+        return self.allocator.available_pages() + (self.prefix.evictable_pages if self.prefix else 0)
+
+    @property
     def held_tokens(self) -> int:
-        """Tokens in pages that are held."""
-        return self.size - self.allocator.available_size()
+        """Tokens in pages that rows hold or that are locked: neither free nor evictable."""
+        return self.size - self.reclaimable_pages * self.page_size
 
-    def can_admit(self, max_tokens: int) -> bool:
-        """Whether a request of up to ``max_tokens`` can be promised all its pages now."""
-        return self.round_up(max_tokens) <= self.size - int(self._promised.sum())
+    def admit(self, scope: CacheScope, token_ids: Int32) -> Admission | None:
+        """Gives a request a row and the pages that are cached of its tokens, or None while there is no room.
 
-    def admit(self, max_tokens: int) -> int:
-        """Promises a request its pages and returns its page-table row.
+        The rule: beside what was promised to earlier requests for their known tokens, the pages of this one's known
+        tokens that are not cached must be there, and one page for each running request to grow into.
+
+        Args:
+            scope: under which its keys and values may be shared.
+            token_ids: its known tokens, int32 ``[n]``; at least the last is always computed.
 
         Raises:
-            ShapeError: ``max_tokens`` is not from 1 to the context.
-            KVPoolExhausted: the promises would exceed the pool.
+            ShapeError: there are no tokens, or more than a row can hold.
         """
-        if not 1 <= max_tokens <= self.page_table.max_context_tokens:
+        if not 1 <= len(token_ids) <= self.page_table.max_context_tokens:
             raise ShapeError(
-                f"cannot promise {max_tokens} tokens: a request has from 1 to {self.page_table.max_context_tokens}"
+                f"cannot admit {len(token_ids)} tokens: a request has from 1 to {self.page_table.max_context_tokens}"
             )
-        needed, free = self.round_up(max_tokens), self.size - int(self._promised.sum())
-        if needed > free:
-            raise KVPoolExhausted(
-                f"cannot promise {needed} tokens: {free} of {self.size} are not promised to running requests; "
-                "wait for one to finish or raise max_total_tokens",
-                requested=needed,
-                available=free,
-            )
+        found = self.prefix.match(scope, token_ids) if self.prefix else None
+        if self.prefix and found:
+            self.prefix.lock(found)
+        pages = found.pages if found else np.empty(0, np.int32)
+        needed = -(-len(token_ids) // self.page_size)
+        running = int(np.count_nonzero(self._promised))
+        if needed - pages.size + self._outstanding() + running > self.reclaimable_pages:
+            if self.prefix and found:
+                self.prefix.unlock(found)
+            return None
         row = self.page_table.alloc_row()
+        self.allocator.retain(pages)
+        self.page_table.append_pages(row, pages)
         self._promised[row] = needed
-        return row
+        if self.prefix and found:
+            self.prefix.record(found)  # a hit only now that the row is there
+            self._locked[row] = found
+        loaded = self._load(row, scope, token_ids) if self.host else 0
+        return Admission(row, pages.size * self.page_size, loaded * self.page_size)
+
+    def can_grow(self, rows: Int32, counts: Int32) -> bool:
+        """Whether ``grow`` would find the pages, by eviction if need be."""
+        return self._fresh_pages(rows, counts) <= self.reclaimable_pages
 
     def grow(self, rows: Int32, counts: Int32) -> Int32:
         """Gives each row slots for ``counts`` more tokens; int32 ``[sum(counts)]``. All rows or none.
 
         Raises:
             ShapeError: a row is not in use, or would exceed the context.
-            KVPoolExhausted: the pool has too few free pages.
+            KVPoolExhausted: too few pages are free or evictable.
         """
         starts = self.page_table.kv_lens(rows).astype(np.int64)
         if starts.shape != counts.shape or np.unique(rows).size != starts.size or (starts.size and counts.min() < 0):
@@ -86,17 +151,138 @@ class CacheManager:
                 f"row {rows[ends.argmax()]} would grow to {ends.max()} tokens; a row holds at most "
                 f"{self.page_table.max_context_tokens}; raise max_context_tokens"
             )
+        self._make_room(self._fresh_pages(rows, counts))
         # All that the page table could refuse has been checked: nothing stands between taking pages and noting them.
         slots = self.allocator.alloc_extend(starts, ends, self.page_table.last_loc(rows, starts))
         self.page_table.write_slots(rows, starts, counts, slots)
         return slots
 
-    def release(self, row: int) -> None:
-        """Gives back a row and its pages."""
+    def fork(self, row: int, tokens: int) -> tuple[int, Int32, Int32]:
+        """Gives a new row the first ``tokens`` tokens of ``row``: full pages shared, the partial last one to be copied.
+
+        Returns:
+            The new row, and int32 source and target pages of the copy that the caller must make on the device; empty
+            where ``tokens`` ends on a page boundary.
+
+        Raises:
+            ShapeError: ``row`` holds fewer tokens.
+            KVPoolExhausted: there is no row, or no page for the partial one.
+        """
+        if tokens > int(self.page_table.kv_lens([row])[0]):
+            raise ShapeError(f"cannot fork {tokens} tokens of row {row}: it holds {self.page_table.kv_lens([row])[0]}")
+        full, rest = divmod(tokens, self.page_size)
+        pages = self.page_table.row_pages(row)
+        self._make_room(1 if rest else 0)
+        new_row = self.page_table.alloc_row()
+        self.allocator.retain(pages[:full])
+        self.page_table.append_pages(new_row, pages[:full])
+        self._promised[new_row] = full + bool(rest)
+        target = np.empty(0, np.int32)
+        if rest:
+            index = np.array([new_row], np.int32)
+            target = self.grow(index, np.array([rest], np.int32))[:1] // self.page_size
+        self._relock(new_row, self._locked.get(row))
+        return new_row, pages[full : full + bool(rest)].copy(), target
+
+    def publish(self, row: int, scope: CacheScope, token_ids: Int32) -> None:
+        """Offers the full pages of a running row to the prefix cache.
+
+        Args:
+            row: of a running request.
+            scope: under which its keys and values may be shared.
+            token_ids: the tokens that the row's slots hold, int32 ``[n]``; what exceeds the row is ignored.
+        """
+        if self.prefix is None:
+            return
+        whole = self._insert(row, scope, token_ids)
+        # The match looks one token short, so that something is computed: here it is to see every page.
+        held = self.prefix.match(scope, np.append(token_ids[:whole], np.int32(0)))
+        self.prefix.lock(held)
+        if row in self._locked:
+            self.prefix.unlock(self._locked[row])
+        self._locked[row] = held
+
+    def release(self, row: int, scope: CacheScope, token_ids: Int32) -> None:
+        """Gives back a row and its pages; the full ones stay in the prefix cache."""
+        if self.prefix is not None:
+            self._insert(row, scope, token_ids)
+            if row in self._locked:
+                self.prefix.unlock(self._locked.pop(row))
         self.allocator.release(self.page_table.release(row))
         self._promised[row] = 0
 
+    def reset_prefix_cache(self) -> None:
+        """Forgets every cached prefix, on the device and on the host; running requests keep their pages."""
+        if self.prefix:
+            self.prefix.reset()
+        if self.host:
+            self.host.tier.reset()
+
     def check_integrity(self) -> None:
-        """Proves that the allocator holds exactly the pages of the live rows; raises IntegrityError if not."""
+        """Proves that rows and prefix cache together hold exactly what the allocator says; else IntegrityError."""
         self.page_table.check_integrity()
-        self.allocator.check_integrity(self.page_table.held_pages())
+        cached = np.empty(0, np.int32)
+        if self.prefix:
+            self.prefix.check_integrity()
+            cached = self.prefix.pages()
+        if self.host:
+            self.host.tier.check_integrity()
+        self.allocator.check_integrity(np.concatenate([self.page_table.held_pages(), cached]))
+
+    def _fresh_pages(self, rows: Int32, counts: Int32) -> int:
+        starts = self.page_table.kv_lens(rows).astype(np.int64)
+        size = self.page_size
+        return int((-(-(starts + counts) // size) - -(-starts // size)).sum())
+
+    def _outstanding(self) -> int:
+        """Pages promised to running requests for tokens that they know, and not yet handed out."""
+        rows = np.flatnonzero(self._promised).astype(np.int32)
+        held = -(-self.page_table.kv_lens(rows).astype(np.int64) // self.page_size)
+        return int(np.maximum(self._promised[rows] - held, 0).sum())
+
+    def _make_room(self, pages: int) -> None:
+        short = pages - self.allocator.available_pages()
+        if short <= 0:
+            return
+        evictable = self.prefix.evictable_pages if self.prefix else 0
+        if short > evictable:
+            free = self.allocator.available_pages()
+            raise KVPoolExhausted(
+                f"cannot allocate {pages} pages: {free} free and {evictable} evictable of {self.size // self.page_size}"
+                "; lower max_running_requests or raise max_total_tokens",
+                requested=pages * self.page_size,
+                available=(free + evictable) * self.page_size,
+            )
+        if self.prefix:
+            self.prefix.evict(short)
+
+    def _insert(self, row: int, scope: CacheScope, token_ids: Int32) -> int:
+        """Caches a row's full pages; returns how many tokens they hold."""
+        held = min(int(self.page_table.kv_lens([row])[0]), len(token_ids))
+        full = held // self.page_size
+        if self.prefix:
+            self.prefix.insert(scope, token_ids[: full * self.page_size], self.page_table.row_pages(row)[:full])
+        return full * self.page_size
+
+    def _relock(self, row: int, match: PrefixMatch | None) -> None:
+        if self.prefix and match is not None:
+            again = PrefixMatch(match.pages, match.num_tokens, match.num_queried, match.owner, match.node)
+            self.prefix.lock(again)
+            self._locked[row] = again
+
+    def _load(self, row: int, scope: CacheScope, token_ids: Int32) -> int:
+        """Brings back from the host what follows the row's tokens there; returns the pages."""
+        if self.host is None:
+            return 0
+        wanted = token_ids[: len(token_ids) - 1]
+        data = self.host.tier.get(scope, wanted, int(self.page_table.kv_lens([row])[0]) // self.page_size)
+        if len(data):
+            index = np.array([row], np.int32)
+            slots = self.grow(index, np.array([len(data) * self.page_size], np.int32))
+            self.host.mover.write(slots[:: self.page_size] // self.page_size, data)
+            self.publish(row, scope, token_ids)
+        return len(data)
+
+    def _save_evicted(self, evicted: list[EvictedPages]) -> None:
+        if self.host:
+            self.host.save(evicted)

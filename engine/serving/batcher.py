@@ -22,25 +22,27 @@ def token_buckets(max_running_requests: int, max_step_tokens: int) -> list[int]:
     return buckets
 
 
+def parcel_shapes(rows: int, max_step_tokens: int, pages: int) -> list[ParcelShape]:
+    """The static shapes of steps, the smallest first; ``pages`` is the width of the page table."""
+    return [ParcelShape(tokens, rows, pages) for tokens in token_buckets(rows, max_step_tokens)]
+
+
 class Batcher:
     """Fills parcels.
 
     Args:
         cache: where the page table is.
-        max_running_requests: rows of a parcel.
-        max_step_tokens: most new tokens in a step.
+        shapes: as ``parcel_shapes`` makes them.
     """
 
-    def __init__(self, cache: CacheManager, max_running_requests: int, max_step_tokens: int) -> None:
+    def __init__(self, cache: CacheManager, shapes: list[ParcelShape]) -> None:
         self._cache = cache
-        pages = cache.page_table.max_pages
-        buckets = token_buckets(max_running_requests, max_step_tokens)
-        self.shapes = [ParcelShape(tokens, max_running_requests, pages) for tokens in buckets]
+        self._shapes = shapes
 
     def fill(self, step: ScheduledStep) -> tuple[StepParcel, ParcelShape]:
         """Makes the parcel of a step, in the smallest shape that holds it."""
         rows, total = step.rows, len(step.out_cache_loc)
-        shape = self.shapes[bisect_left([s.tokens for s in self.shapes], total)]
+        shape = self._shapes[bisect_left([s.tokens for s in self._shapes], total)]
         parcel = StepParcel.padding(shape)
         counts = np.array([row.count for row in rows], np.int32)
         ends = np.array([row.start + row.count for row in rows], np.int32)

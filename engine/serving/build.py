@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +16,17 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.kv.layout import KVLayout
 from engine.kv.pool import TokenToKVPool
+from engine.memory.cache_manager import CacheManager
+from engine.memory.host_tier import HostTier
+from engine.memory.page_format import PageFormat
+from engine.memory.page_mover import PageMover
+from engine.memory.prefix_cache import EvictionPolicyName
+from engine.memory.prefix_store import PrefixStore
 from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
 from engine.planning.sizing import PoolPlan, size_pool
+
+DIGEST_BYTES = 1 << 20  # from each end of a weight file: reading a large model whole would take as long as loading it
 
 
 def weights_dtype(config: EngineConfig) -> Any:
@@ -93,6 +104,48 @@ def make_pool(config: EngineConfig, model: Llama) -> tuple[PoolPlan, TokenToKVPo
     )
     heads, head_dim = model.config.num_key_value_heads, model.config.head_dim
     return plan, TokenToKVPool(plan.size_tokens, plan.page_size, dtype, heads, head_dim, plan.layers)
+
+
+def make_cache(
+    config: EngineConfig, model: LlamaConfig, pool: TokenToKVPool, mover: PageMover
+) -> tuple[CacheManager, PrefixStore | None]:
+    """The books over ``pool``; with a host tier, filled from the directory where one is given.
+
+    Returns:
+        The cache manager, and the store to save its prefixes to.
+    """
+    policy = None if config.disable_radix_cache else cast(EvictionPolicyName, config.eviction_policy)
+    longest = context_length(config, model)
+    cache = CacheManager(pool.size, pool.page_size, config.max_running_requests, longest, policy=policy)
+    if not config.host_tier_bytes:
+        return cache, None
+    page_format = PageFormat(pool.layer_num, dtype=pool.dtype, layout=pool.layout.to_dict())
+    tier = HostTier(config.host_tier_bytes, page_format)
+    cache.attach_host_tier(tier, mover)
+    if config.prefix_cache_dir is None:
+        return cache, None
+    store = PrefixStore(Path(config.prefix_cache_dir), page_format)
+    for segment in store.load():
+        tier.put(segment.scope, segment.token_ids, segment.first_page, segment.data)
+    return cache, store
+
+
+def weights_identity(model: Llama, directory: Path | None) -> str:
+    """Names the weights, the same in every process that loads the same files, so that saved prefixes stay theirs.
+
+    A digest of the checkpoint's configuration and of each weight file's size, header and last bytes; of weights that
+    were made in memory, the identity of the object, which no other process shares.
+    """
+    if directory is None:
+        return f"memory-{os.getpid()}-{id(model)}"
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size} ".encode())
+            digest.update(file.read(DIGEST_BYTES))
+            file.seek(max(0, path.stat().st_size - DIGEST_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 def make_backend(config: EngineConfig, model: LlamaConfig) -> FlashAttentionBackend:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.errors import RequestError
+from engine.memory.scope import CacheScope
 from engine.models.llama_config import LlamaConfig
 from engine.models.text import Tokenizer
 from engine.serving.request import Request, SamplingParams
@@ -22,9 +23,17 @@ class Intake:
         model: its vocabulary and end-of-text tokens.
         tokenizer: None where prompts must be token ids.
         context_length: most tokens of prompt and answer together.
+        scope_for: tenant salt to the scope under which a prompt may share cached prefixes.
     """
 
-    def __init__(self, model: LlamaConfig, tokenizer: Tokenizer | None, context_length: int) -> None:
+    def __init__(
+        self,
+        model: LlamaConfig,
+        tokenizer: Tokenizer | None,
+        context_length: int,
+        scope_for: Callable[[str], CacheScope],
+    ) -> None:
+        self._scope_for = scope_for
         self._vocab_size = model.vocab_size
         self._eos = frozenset(model.eos_token_id)
         self._tokenizer = tokenizer
@@ -55,7 +64,7 @@ class Intake:
         return [self.request(prompt, param) for prompt, param in zip(prompts, params, strict=True)]
 
     def request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
-        """Makes one request; its answer is cut to what the context leaves."""
+        """Makes one request, and those of its siblings; an answer is cut to what the context leaves."""
         ids = self._token_ids(prompt)
         room = self._context_length - len(ids)
         if room < 1:
@@ -64,12 +73,18 @@ class Intake:
                 f" tokens; shorten it to at most {self._context_length - 1}"
             )
         params = dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, room))
+        first, *siblings = [self._make(ids, params, index) for index in range(params.n)]
+        first.siblings = siblings
+        return first
+
+    def _make(self, ids: npt.NDArray[np.int32], params: SamplingParams, index: int) -> Request:
         self._made += 1
         return Request(
             request_id=self._made,
             prompt=ids,
-            params=params,
+            params=dataclasses.replace(params, seed=(params.seed + index) % 2**31),
             stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos),
+            scope=self._scope_for(params.tenant_salt),
         )
 
     def _token_ids(self, prompt: str | Sequence[int]) -> npt.NDArray[np.int32]:

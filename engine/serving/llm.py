@@ -13,13 +13,13 @@ import numpy.typing as npt
 from engine.config import EngineConfig
 from engine.errors import ConfigError, RequestError
 from engine.kv.pool import TokenToKVPool
-from engine.memory.cache_manager import CacheManager
+from engine.memory.scope import CacheScope, LayoutKey
 from engine.models.checkpoint import load_llama
 from engine.models.default_model import DEFAULT_MODEL_DIR
 from engine.models.llama import Llama
 from engine.models.text import Tokenizer, load_tokenizer
-from engine.serving.batcher import Batcher
-from engine.serving.build import context_length, make_backend, make_pool, weights_dtype
+from engine.serving.batcher import Batcher, parcel_shapes
+from engine.serving.build import make_backend, make_cache, make_pool, weights_dtype, weights_identity
 from engine.serving.intake import Intake
 from engine.serving.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
 from engine.serving.runner import CompileCounter, ModelRunner
@@ -48,8 +48,8 @@ class LLM:
     def __init__(
         self, model: str | Path | Llama | None = None, *, on_compile: Progress | None = None, **options: Any
     ) -> None:
-        self.model: Llama
         self.tokenizer: Tokenizer | None = None
+        directory = None
         if isinstance(model, Llama):
             self.config = EngineConfig.from_mapping(options)
             self.model = model
@@ -62,17 +62,24 @@ class LLM:
             self.config = EngineConfig.from_mapping({"model": str(directory), **options})
             self.model = load_llama(directory, dtype=weights_dtype(self.config))
             self.tokenizer = load_tokenizer(directory)
-        longest = context_length(self.config, self.model.config)
         backend = make_backend(self.config, self.model.config)
         self.plan, pool = make_pool(self.config, self.model)
-        slots, budget = self.config.max_running_requests, self.config.chunked_prefill_size
-        self.cache = CacheManager(pool.size, pool.page_size, slots, longest)
+        slots, budget = (
+            self.config.max_running_requests,
+            max(self.config.chunked_prefill_size, self.config.max_running_requests),
+        )
+        shapes = parcel_shapes(slots, budget, pages=-(-self.plan.context_length // pool.page_size))
+        self._runner = ModelRunner(self.model, pool, backend, shapes, moves_pages=self.config.host_tier_bytes > 0)
+        self.cache, self._store = make_cache(self.config, self.model.config, pool, self._runner)
         self.scheduler = Scheduler(self.cache, max_running_requests=slots, max_step_tokens=budget)
         self.stats = EngineStats()
-        self._intake = Intake(self.model.config, self.tokenizer, longest)
-        self._batcher = Batcher(self.cache, slots, self.scheduler.max_step_tokens)
-        self._runner = ModelRunner(self.model, pool, backend, self._batcher.shapes)
-        self._requests: dict[int, Request] = {}
+        self._identity = weights_identity(self.model, directory)
+        self._weights_epoch = 0
+        self._layout = LayoutKey.of(pool.layout.to_dict())
+        self._intake = Intake(self.model.config, self.tokenizer, self.plan.context_length, self._scope_for)
+        self._batcher = Batcher(self.cache, shapes)
+        self._unfinished: dict[int, Request] = {}  # leaders: the first of the answers to a prompt
+        self._leader_of: dict[int, Request] = {}
         self._compiles = CompileCounter()
         self._runner.compile_all(on_compile)
         self._compiles.count = 0
@@ -100,9 +107,9 @@ class LLM:
             RequestError: a prompt can never be served, or requests of ``add_request`` are unfinished; then none was
                 started.
         """
-        if self._requests:
+        if self._unfinished:
             raise RequestError(
-                f"generate needs an idle engine, and {len(self._requests)} added requests are unfinished; "
+                f"generate needs an idle engine, and {len(self._unfinished)} added requests are unfinished; "
                 "call step until they are done, or abort them"
             )
         requests = self._intake.requests(prompts, sampling_params)
@@ -110,15 +117,16 @@ class LLM:
             self.scheduler.check_fits(request)
         for request in requests:
             self._add(request)
+        done: dict[int, RequestOutput] = {}
         try:
-            while self._requests:
-                self.step(return_logits=return_logits)
+            while self._unfinished:
+                done |= self.step(return_logits=return_logits)
                 if on_progress:
-                    on_progress(len(requests) - len(self._requests), len(requests))
+                    on_progress(len(done), len(requests))
         finally:  # an interrupted call leaves no page behind
             for request in requests:
                 self.abort(request.request_id)
-        return [self._output(request) for request in requests]
+        return [done[request.request_id] for request in requests]
 
     def add_request(self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None) -> int:
         """Queues a request for ``step`` and returns its id; raises RequestError if it can never be served."""
@@ -128,29 +136,61 @@ class LLM:
 
     def step(self, *, return_logits: bool = False) -> dict[int, RequestOutput]:
         """Runs one step and returns the answers that it finished, by request id."""
-        if not self._requests:
-            return {}
         start = time.perf_counter()
-        step = self.scheduler.next_step()
-        try:
-            parcel, shape = self._batcher.fill(step)
-            wants_logprobs = any(row.request.params.logprobs is not None for row in step.rows)
-            sampled, logits = self._runner.step(parcel, shape, logprobs=wants_logprobs)
-        except BaseException:  # an interrupt too: what did not run must not be taken for computed
-            self.scheduler.undo(step)
-            raise
-        _keep_logprobs(step, sampled)
-        if return_logits:
-            _keep_logits(step, np.asarray(logits))
-        self.stats.note(step, time.perf_counter() - start, self.cache.held_tokens)
-        finished = self.scheduler.commit(step, np.asarray(sampled.tokens))
-        return {request.request_id: self._output(self._requests.pop(request.request_id)) for request in finished}
+        ended = [request for late in self.scheduler.expire() for request in self._with_unstarted(late)]
+        if self.scheduler.has_work:
+            step = self.scheduler.next_step()
+            try:
+                parcel, shape = self._batcher.fill(step)
+                wants_logprobs = any(row.request.params.logprobs is not None for row in step.rows)
+                sampled, logits = self._runner.step(parcel, shape, logprobs=wants_logprobs)
+            except BaseException:  # an interrupt too: what did not run must not be taken for computed
+                self.scheduler.undo(step)
+                raise
+            _keep_logprobs(step, sampled)
+            if return_logits:
+                _keep_logits(step, np.asarray(logits))
+            self.stats.note(step, time.perf_counter() - start, self.cache.held_tokens)
+            ended += self.scheduler.commit(step, np.asarray(sampled.tokens))
+            self._start_siblings(step)
+        return self._outputs_of(ended)
 
     def abort(self, request_id: int) -> None:
-        """Ends a request and gives back every page it holds; does nothing if it has ended."""
-        request = self._requests.pop(request_id, None)
-        if request is not None:
-            self.scheduler.abort(request)
+        """Ends a request, with its siblings, and gives back every page; does nothing if it has ended."""
+        leader = self._unfinished.pop(request_id, None)
+        if leader is not None:
+            for request in (leader, *leader.siblings):
+                self._leader_of.pop(request.request_id, None)
+                self._end(request, FinishReason.ABORT)
+
+    def replace_weights(self, model: Llama) -> None:
+        """Serves other weights of the same geometry from now on; nothing computed with the old ones is used again.
+
+        Raises:
+            RequestError: requests are unfinished.
+            ConfigError: the geometry or dtype differs.
+        """
+        if self._unfinished:
+            raise RequestError(f"{len(self._unfinished)} requests are unfinished; finish or abort them first")
+        if model.config != self.model.config or model.dtype != self.model.dtype:
+            raise ConfigError("the new weights have another geometry or dtype; make a new LLM for them")
+        self._weights_epoch += 1
+        if self.cache.prefix:
+            self.cache.prefix.raise_weights_epoch(self._identity, self._weights_epoch)
+        self.model = model
+        self._runner.replace_weights(model)
+
+    def save_prefix_cache(self) -> int:
+        """Saves every cached prefix to ``prefix_cache_dir``; returns how many files hold them.
+
+        Raises:
+            ConfigError: no directory was configured.
+        """
+        if self._store is None or self.cache.host is None:
+            raise ConfigError("there is nowhere to save prefixes; set prefix_cache_dir and host_tier_bytes")
+        if self.cache.prefix:
+            self.cache.prefix.evict(self.cache.prefix.evictable_pages)
+        return self._store.save(self.cache.host.tier.segments())
 
     @property
     def pool(self) -> TokenToKVPool:
@@ -167,9 +207,48 @@ class LLM:
         """Programs that anyone in this process has compiled since this engine was ready."""
         return self._compiles.count
 
+    def _scope_for(self, tenant_salt: str) -> CacheScope:
+        return CacheScope(self._identity, self._weights_epoch, None, tenant_salt, self._layout)
+
     def _add(self, request: Request) -> None:
         self.scheduler.add(request)
-        self._requests[request.request_id] = request
+        self._unfinished[request.request_id] = request
+        for member in (request, *request.siblings):
+            self._leader_of[member.request_id] = request
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        """Ends a request whether it has reached the scheduler or not."""
+        if request.arrival is None:
+            request.finish_reason = reason
+        else:
+            self.scheduler.end(request, reason)
+
+    def _with_unstarted(self, request: Request) -> list[Request]:
+        """A request that ran out of time, and the siblings that wait for it to compute their prompt."""
+        unstarted = [sibling for sibling in request.siblings if sibling.arrival is None]
+        for sibling in unstarted:
+            self._end(sibling, FinishReason.TIMEOUT)
+        return [request, *unstarted]
+
+    def _start_siblings(self, step: ScheduledStep) -> None:
+        """Starts the other answers to a prompt once it has been computed, from its pages."""
+        for row in step.rows:
+            if len(row.request.output) == 1:
+                for sibling in (sibling for sibling in row.request.siblings if sibling.arrival is None):
+                    copy = self.scheduler.fork(row.request, sibling)
+                    if copy is not None:
+                        self._runner.copy(copy.sources, copy.targets)
+
+    def _outputs_of(self, ended: list[Request]) -> dict[int, RequestOutput]:
+        """The answers that are complete now: a leader's, once its siblings have ended too."""
+        outputs = {}
+        for request in ended:
+            leader = self._leader_of.pop(request.request_id)
+            ended_all = all(member.finish_reason is not None for member in (leader, *leader.siblings))
+            if ended_all and leader.request_id in self._unfinished:
+                del self._unfinished[leader.request_id]
+                outputs[leader.request_id] = self._output(leader)
+        return outputs
 
     def _output(self, request: Request) -> RequestOutput:
         finish = request.finish_reason or FinishReason.ABORT
@@ -178,8 +257,10 @@ class LLM:
             token_ids=list(request.output),
             text=self.tokenizer.decode(request.output) if self.tokenizer else "",
             finish_reason=finish.value,
+            cached_tokens=request.cached_tokens,
             logprobs=None if request.params.logprobs is None else list(request.logprobs),
             logits=np.stack(request.logits) if request.logits else None,
+            siblings=tuple(self._output(sibling) for sibling in request.siblings),
         )
 
 

@@ -9,8 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import RequestError
+from engine.memory.scope import CacheScope
 
 MAX_LOGPROBS = 20
+AGING_SECONDS = 10.0  # a level of priority is overtaken by this much earlier an arrival
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class SamplingParams:
         ignore_eos: do not stop at the model's end-of-text tokens.
         logprobs: how many of the most likely tokens to report at each position beside the chosen one, 0 to 20;
             None reports nothing.
+        n: answers to draw from one prompt, at least 1; answer ``i`` uses ``seed + i`` and shares the prompt's pages.
+        priority: higher goes first; each level is worth as much as ``AGING_SECONDS`` of waiting.
+        timeout: seconds from arrival after which the request is ended with what it has; None never.
+        tenant_salt: prompts share cached prefixes only with prompts of the same salt.
     """
 
     max_new_tokens: int = 64
@@ -38,6 +44,10 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    n: int = 1
+    priority: int = 0
+    timeout: float | None = None
+    tenant_salt: str = ""
 
     def __post_init__(self) -> None:
         """Checks every value; raises RequestError."""
@@ -51,6 +61,14 @@ class SamplingParams:
             ("top_k", _is_int(self.top_k) and 0 <= self.top_k < 2**31, "0 (all tokens) or a positive whole number"),
             ("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("seed", _is_int(self.seed) and 0 <= self.seed < 2**31, "a whole number from 0 to 2**31 - 1"),
+            ("n", _is_int(self.n) and self.n >= 1, "a whole number at least 1"),
+            ("priority", _is_int(self.priority), "a whole number"),
+            (
+                "timeout",
+                self.timeout is None or (_is_number(self.timeout) and self.timeout > 0),
+                "None or a positive number of seconds",
+            ),
+            ("tenant_salt", isinstance(self.tenant_salt, str), "a string"),
             (
                 "logprobs",
                 self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
@@ -80,6 +98,7 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    TIMEOUT = "timeout"
 
 
 @dataclass(frozen=True)
@@ -103,17 +122,21 @@ class RequestOutput:
         prompt_token_ids: the prompt as it was fed.
         token_ids: the generated tokens.
         text: the generated tokens as text; empty where the model has no tokenizer.
-        finish_reason: "stop", "length" or "abort".
+        finish_reason: "stop", "length", "abort" or "timeout".
+        cached_tokens: tokens of the prompt that were not computed because their pages were cached.
         logprobs: one entry a generated token where the request asked for them.
         logits: float32 ``[len(token_ids), vocab]`` where ``generate`` was asked to return them.
+        siblings: the other ``n - 1`` answers drawn from the prompt.
     """
 
     prompt_token_ids: list[int]
     token_ids: list[int]
     text: str
     finish_reason: str
+    cached_tokens: int = 0
     logprobs: list[TokenLogprobs] | None = None
     logits: npt.NDArray[np.float32] | None = None
+    siblings: tuple[RequestOutput, ...] = ()
 
 
 @dataclass(eq=False)
@@ -127,18 +150,38 @@ class Request:
         req_pool_idx: its page-table row while it runs, else None.
         num_computed: tokens whose keys and values are in the pool.
         output: tokens generated so far.
+        scope: under which its prefix may be shared.
+        arrival: seconds on the scheduler's clock; None until the scheduler has it.
+        cached_tokens: tokens found cached when it was first admitted.
+        retractions: how often its pages were taken back.
+        siblings: the requests of the other answers to the same prompt.
     """
 
     request_id: int
     prompt: npt.NDArray[np.int32]
     params: SamplingParams
     stop_ids: frozenset[int]
+    scope: CacheScope
+    arrival: float | None = None
     req_pool_idx: int | None = None
     num_computed: int = 0
+    cached_tokens: int = 0
+    retractions: int = 0
+    siblings: list[Request] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     logits: list[npt.NDArray[np.float32]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+
+    @property
+    def rank(self) -> float:
+        """Who is served first: the smallest. Grows with arrival alone, so that nobody waits for ever."""
+        return (self.arrival or 0.0) - self.params.priority * AGING_SECONDS
+
+    def is_late(self, now: float) -> bool:
+        """Whether its time is up."""
+        timeout = self.params.timeout
+        return timeout is not None and self.arrival is not None and now - self.arrival >= timeout
 
     @property
     def num_tokens(self) -> int:

@@ -13,6 +13,7 @@ from flax import nnx
 
 from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
 from engine.batch import ParcelShape, StepParcel, unpack
+from engine.kv.page_copy import PAGE_BUCKETS, HostPages, Int32, copy_pages, read_pages, write_pages
 from engine.kv.pool import TokenToKVPool
 from engine.models.llama import Llama
 from engine.serving.sampler import Sampled, SamplingInputs, sample
@@ -39,10 +40,17 @@ class ModelRunner:
         pool: its buffers; donated to every step and replaced by the step's result.
         backend: the attention all layers share.
         shapes: the static shapes of parcels; all have the same number of rows.
+        moves_pages: whether pages will go to the host and back.
     """
 
     def __init__(
-        self, model: Llama, pool: TokenToKVPool, backend: FlashAttentionBackend, shapes: list[ParcelShape]
+        self,
+        model: Llama,
+        pool: TokenToKVPool,
+        backend: FlashAttentionBackend,
+        shapes: list[ParcelShape],
+        *,
+        moves_pages: bool,
     ) -> None:
         graph, self._weights = nnx.split(model)
         self.pool = pool
@@ -50,18 +58,27 @@ class ModelRunner:
         self._step_function = partial(_forward, graph, backend)
         self._steps: dict[ParcelShape, Callable[..., Any]] = {}
         self._samplers: dict[tuple[bool, bool], Callable[..., Sampled]] = {}
+        self._copies_ready = 0
+        pages = pool.size // pool.page_size
+        self._copies = [partial(self.copy, np.array([1], np.int32), np.array([2], np.int32))] if pages > 1 else []
+        if moves_pages:
+            # A bucket serves every count above the one before it.
+            counts = [
+                min(n, pages) for n, before in zip(PAGE_BUCKETS, (0, *PAGE_BUCKETS), strict=False) if before < pages
+            ]
+            self._copies += [partial(self._move, np.arange(1, n + 1, dtype=np.int32)) for n in counts]
 
     @property
     def num_programs(self) -> int:
         """How many programs ``compile_all`` compiles."""
-        return len(self._shapes) + 4
+        return len(self._shapes) + 4 + len(self._copies)
 
     def compile_all(self, on_compile: Callable[[int, int], None] | None) -> None:
         """Compiles every step shape and every way to sample; calls ``on_compile`` with (done, in all) after each."""
 
         def compiled() -> None:
             if on_compile:
-                on_compile(len(self._steps) + len(self._samplers), self.num_programs)
+                on_compile(len(self._steps) + len(self._samplers) + self._copies_ready, self.num_programs)
 
         for shape in self._shapes:
             step = jax.jit(partial(self._step_function, shape), donate_argnums=(1,))
@@ -75,6 +92,19 @@ class ModelRunner:
                 sampler = jax.jit(partial(sample, random=random, logprobs=logprobs))
                 self._samplers[random, logprobs] = sampler.lower(logits, inputs).compile()
                 compiled()
+        self._warm_up_copies(compiled)
+
+    def read(self, pages: Int32) -> HostPages:
+        """Copies pages of the pool to the host, as PageMover."""
+        return read_pages(self.pool, pages)
+
+    def write(self, pages: Int32, data: HostPages) -> None:
+        """Copies pages from the host into the pool, in place, as PageMover."""
+        write_pages(self.pool, pages, data)
+
+    def copy(self, sources: Int32, targets: Int32) -> None:
+        """Copies pages within the pool, in place, as PageMover."""
+        copy_pages(self.pool, sources, targets)
 
     def step(self, parcel: StepParcel, shape: ParcelShape, *, logprobs: bool) -> tuple[Sampled, jax.Array]:
         """Runs one step.
@@ -90,6 +120,20 @@ class ModelRunner:
         logits, inputs, self.pool = self._steps[shape](self._weights, self.pool, parcel.pack())
         random = bool(np.any(parcel.temperature > 0))
         return jax.device_get(self._samplers[random, logprobs](logits, inputs)), logits
+
+    def replace_weights(self, model: Llama) -> None:
+        """Takes other weights of the same shapes; every program stays compiled."""
+        _, self._weights = nnx.split(model)
+
+    def _warm_up_copies(self, compiled: Callable[[], None]) -> None:
+        """Runs each copy of pages once, while no page holds anything."""
+        for copy in self._copies:
+            copy()
+            self._copies_ready += 1
+            compiled()
+
+    def _move(self, pages: Int32) -> None:
+        self.write(pages, self.read(pages))
 
 
 def _forward(

@@ -81,6 +81,15 @@ def test_a_text_that_is_none_is_refused(capsys, prompt, message):
     assert message in err
 
 
+def test_prefixes_are_saved_and_found_by_the_next_run(capsys, checkpoint, tmp_path):
+    arguments = ("--prompt", "1 2 3 4 5 6 7 8 9 10 11 12", "--max-new-tokens", 2, "--page-size", 4)
+    tier = ("--host-tier-bytes", 1 << 20, "--prefix-cache-dir", tmp_path / "prefixes")
+    for expected in ("0 prompt tokens found", "8 prompt tokens found"):
+        code, out, _ = run(capsys, "generate", "--model", checkpoint, *SMALL, *arguments, *tier, "--check")
+        assert code == 0
+        assert expected in out
+
+
 def test_options_come_from_the_file_and_the_command_line_wins(capsys, checkpoint, tmp_path):
     config = tmp_path / "engine.toml"
     settings = ("page_size = 4", "max_total_tokens = 64", "max_running_requests = 1", "chunked_prefill_size = 1")

@@ -1,5 +1,7 @@
 """Invariants of the whole engine on a small random Llama; every key and value lives in the fused, paged pool."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +70,7 @@ def test_paged_equals_dense_for_any_batch_and_any_order_of_pages(llm, dense_gree
 
 def shuffle_free_pages(llm, seed):
     """Holds every page and gives them back in random order, a few at a time."""
+    llm.cache.reset_prefix_cache()
     allocator, page_size = llm.cache.allocator, llm.config.page_size
     pages = allocator.alloc(llm.cache.size)[::page_size] // page_size
     for part in np.array_split(np.random.default_rng(seed).permutation(pages), 7):
@@ -106,7 +109,9 @@ def test_the_compile_counter_counts(llm):
 
 def test_what_other_pages_hold_never_reaches_an_answer(llm):
     prompts, params = random_prompts([3, 37, 64], seed=8), SamplingParams(max_new_tokens=6)
+    llm.cache.reset_prefix_cache()
     expected = llm.generate(prompts, params, return_logits=True)
+    llm.cache.reset_prefix_cache()  # what is cached must be read
     llm.pool.replace_buffers([jnp.full(buffer.shape, jnp.nan, buffer.dtype) for buffer in llm.pool.buffers])
     for got, want in zip(llm.generate(prompts, params, return_logits=True), expected, strict=True):
         np.testing.assert_array_equal(got.logits, want.logits)
@@ -318,3 +323,122 @@ def test_sampling_params_must_be_sampling_params(llm, params):
 def test_a_dtype_that_is_not_the_models_is_refused(llama):
     with pytest.raises(ConfigError, match="dtype='bfloat16' for a Llama of float32"):
         LLM(llama, dtype="bfloat16")
+
+
+def test_a_cold_a_warm_and_a_half_warm_prefix_give_the_same_answer(llm, dense_greedy):
+    llm.cache.reset_prefix_cache()
+    first, second = random_prompts([77, 90], seed=21)
+    second[:50] = first[:50]
+    params = SamplingParams(max_new_tokens=6)
+    cold = llm.generate([first, second[:60]], params, return_logits=True)
+    hits = llm.cache.prefix.hit_tokens
+    warm = llm.generate([first, second[:60], second], params, return_logits=True)
+    assert [output.cached_tokens for output in warm] == [76, 56, 60]  # whole pages of 4, and one token to compute
+    assert llm.cache.prefix.hit_tokens - hits == 76 + 56 + 60
+    for before, after in zip(cold, warm, strict=False):
+        assert after.token_ids == before.token_ids
+        # Not bitwise: fewer rows take another blocking of the matrix products.
+        np.testing.assert_allclose(after.logits, before.logits, atol=LOGIT_TOLERANCE)
+    assert warm[2].token_ids == dense_greedy(second, 6)
+    llm.cache.check_integrity()
+
+
+def test_tenants_with_different_salts_share_nothing(llm):
+    llm.cache.reset_prefix_cache()
+    prompt = random_prompts([40], seed=22)[0]
+    cached = [
+        llm.generate([prompt], SamplingParams(max_new_tokens=1, tenant_salt=salt))[0].cached_tokens
+        for salt in ("a", "b", "a")
+    ]
+    assert cached == [0, 0, 36]
+
+
+def test_new_weights_never_see_what_the_old_ones_cached(llama):
+    llm = small_llm(llama)
+    prompt, params = random_prompts([40], seed=23), SamplingParams(max_new_tokens=4)
+    llm.generate(prompt, params)
+    other = make_llama(seed=5)
+    llm.replace_weights(other)
+    output = llm.generate(prompt, params, return_logits=True)[0]
+    assert output.cached_tokens == 0
+    assert check_against_dense(other, [output]).largest_difference <= LOGIT_TOLERANCE
+    with pytest.raises(ConfigError, match="another geometry"):
+        llm.replace_weights(make_llama(num_hidden_layers=1))
+
+
+def test_retraction_changes_no_answer(tight, dense_greedy):
+    prompts = random_prompts([10, 12, 9, 11], seed=24)
+    before = tight.scheduler.retractions
+    outputs = tight.generate(prompts, SamplingParams(max_new_tokens=20))
+    assert tight.scheduler.retractions > before
+    assert [o.token_ids for o in outputs] == [dense_greedy(p, 20) for p in prompts]
+    tight.cache.check_integrity()
+    assert tight.cache.held_tokens == 0
+
+
+@pytest.fixture(scope="module")
+def tiered(llama, tmp_path_factory):
+    """A tight pool whose evicted pages go to the host and, on request, to a directory."""
+    directory = tmp_path_factory.mktemp("prefixes")
+    return small_llm(llama, max_total_tokens=96, host_tier_bytes=1 << 20, prefix_cache_dir=str(directory))
+
+
+def test_pages_come_back_from_the_host_and_the_answer_is_the_same(tiered, dense_greedy):
+    prompts = random_prompts([60, 60, 60], seed=25)
+    params = SamplingParams(max_new_tokens=5)
+    compiles = tiered.compiles_after_warmup
+    cold = [tiered.generate([prompt], params)[0] for prompt in prompts]
+    assert tiered.cache.host.tier.held_pages > 0  # two prompts do not fit the pool
+    warm = [tiered.generate([prompt], params, return_logits=True)[0] for prompt in prompts]
+    assert [o.cached_tokens for o in warm] == [56, 56, 56]
+    assert [o.token_ids for o in warm] == [o.token_ids for o in cold] == [dense_greedy(p, 5) for p in prompts]
+    assert tiered.compiles_after_warmup == compiles
+    assert check_against_dense(tiered.model, warm).largest_difference <= LOGIT_TOLERANCE
+    tiered.cache.check_integrity()
+
+
+def test_a_new_engine_finds_the_prefixes_that_another_saved(tiered, llama):
+    prompt = random_prompts([60], seed=26)
+    params = SamplingParams(max_new_tokens=5)
+    expected = tiered.generate(prompt, params)[0]
+    assert tiered.save_prefix_cache() > 0
+    restored = LLM(llama, **{f.name: getattr(tiered.config, f.name) for f in dataclasses.fields(tiered.config)[1:]})
+    output = restored.generate(prompt, params)[0]
+    assert output.cached_tokens == 56
+    assert output.token_ids == expected.token_ids
+
+
+def test_several_answers_share_the_pages_of_one_prompt(llm, dense):
+    llm.cache.reset_prefix_cache()
+    prompt = random_prompts([30], seed=27)[0]
+    params = SamplingParams(max_new_tokens=8, temperature=1.0, seed=3, n=3)
+    prefilled = llm.stats.prefill_tokens
+    output = llm.generate([prompt], params, return_logits=True)[0]
+    # The prompt once, and for each sibling its last token.
+    assert llm.stats.prefill_tokens - prefilled == 30 + 2
+    answers = [output, *output.siblings]
+    assert len({tuple(answer.token_ids) for answer in answers}) == 3
+    assert check_against_dense(llm.model, answers).largest_difference <= LOGIT_TOLERANCE
+    for index, answer in enumerate(answers):
+        alone = dataclasses.replace(params, seed=3 + index, n=1)
+        assert llm.generate([prompt], alone)[0].token_ids == answer.token_ids
+    llm.cache.check_integrity()
+    assert llm.cache.held_tokens == 0
+
+
+def test_more_answers_than_slots_take_turns(llm):
+    output = llm.generate([[5, 6, 7]], SamplingParams(max_new_tokens=3, temperature=1.0, n=7))[0]
+    assert [len(answer.token_ids) for answer in (output, *output.siblings)] == [3] * 7
+
+
+def test_a_request_out_of_time_ends_and_gives_back_its_pages(llm):
+    llm.add_request([1] * 50, SamplingParams(max_new_tokens=100, timeout=1e-6, n=2))
+    (output,) = llm.step().values()
+    assert (output.finish_reason, output.token_ids) == ("timeout", [])
+    assert [sibling.finish_reason for sibling in output.siblings] == ["timeout"]
+    assert llm.cache.held_tokens == 0
+
+
+def test_saving_prefixes_needs_a_place(llm):
+    with pytest.raises(ConfigError, match="nowhere to save"):
+        llm.save_prefix_cache()

@@ -7,28 +7,41 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.errors import KVPoolExhausted, RequestTooLarge, ShapeError
+from engine.errors import RequestTooLarge, ShapeError
 from engine.memory.cache_manager import CacheManager
-from engine.serving.batcher import Batcher, token_buckets
-from engine.serving.request import FinishReason, Request, SamplingParams
+from engine.memory.scope import CacheScope, LayoutKey
+from engine.serving.batcher import Batcher, parcel_shapes, token_buckets
+from engine.serving.request import AGING_SECONDS, FinishReason, Request, SamplingParams
 from engine.serving.scheduler import Scheduler
 
 PAGE, CONTEXT = 4, 64
 
 
-def make(size=64, slots=3, budget=16):
-    cache = CacheManager(size, PAGE, slots, CONTEXT)
-    return cache, Scheduler(cache, max_running_requests=slots, max_step_tokens=budget)
+SCOPE = CacheScope("model", 0, None, "", LayoutKey.of({"version": 1}))
 
 
-def request(number, prompt_len, new=4):
-    prompt = np.arange(prompt_len, dtype=np.int32) + 100 * number
-    return Request(number, prompt, SamplingParams(max_new_tokens=new), frozenset())
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        self.now += 1e-6  # so that no two requests arrive at once
+        return self.now
+
+
+def make(size=64, slots=3, budget=16, policy="lru"):
+    cache = CacheManager(size, PAGE, slots, CONTEXT, policy=policy)
+    return cache, Scheduler(cache, max_running_requests=slots, max_step_tokens=budget, clock=Clock())
+
+
+def request(number, prompt_len, new=4, *, prompt=None, **params):
+    prompt = np.arange(prompt_len, dtype=np.int32) + 100 * number if prompt is None else prompt
+    return Request(number, prompt, SamplingParams(max_new_tokens=new, **params), frozenset(), SCOPE)
 
 
 def run_step(scheduler):
     step = scheduler.next_step()
-    return step, scheduler.commit(step, np.zeros(len(step.rows) + 2, np.int32))
+    return step, scheduler.commit(step, np.full(len(step.rows) + 2, 7, np.int32))
 
 
 def test_decoding_requests_come_first_and_a_long_prompt_takes_the_rest_in_chunks():
@@ -60,16 +73,27 @@ def test_the_queue_is_never_overtaken():
     assert [row.request.request_id for row in first.rows] == [1]  # 3 would fit, but 2 waits before it
 
 
-def test_admission_promises_every_page_a_request_may_need():
+def test_admission_leaves_a_page_for_each_running_request_to_grow_into():
     cache, scheduler = make(size=32)
-    scheduler.add(request(1, 4, new=20))  # 23 tokens of KV: 24 in whole pages
-    scheduler.add(request(2, 6, new=4))  # 9 tokens: 12
+    scheduler.add(request(1, 12, new=8))  # 3 pages of 8
     run_step(scheduler)
-    assert len(scheduler.running) == 1
-    assert cache.held_tokens == 4
+    scheduler.add(request(2, 17, new=2))  # 5 pages: they are there, but then 1 could not grow
+    step, _ = run_step(scheduler)
+    assert [row.request.request_id for row in step.rows] == [1]
     while scheduler.has_work:
-        run_step(scheduler)  # never raises KVPoolExhausted
+        run_step(scheduler)
+    assert scheduler.retractions == 0
     assert cache.held_tokens == 0
+
+
+def test_a_chunked_prompt_keeps_what_it_was_promised():
+    _, scheduler = make(size=64, budget=8)
+    scheduler.add(request(1, 40))  # 10 of 16 pages, taken 2 a step
+    run_step(scheduler)
+    scheduler.add(request(2, 24))  # 6 pages are free of promises, but not one more for 1 to grow into
+    for _ in range(3):
+        step, _ = run_step(scheduler)
+        assert [row.request.request_id for row in step.rows] == [1]
 
 
 def test_a_request_larger_than_the_pool_is_refused_at_the_door():
@@ -82,13 +106,142 @@ def test_a_request_larger_than_the_pool_is_refused_at_the_door():
     assert not run_step(scheduler)[1] or scheduler.has_work
 
 
-def test_the_cache_manager_refuses_what_it_cannot_promise():
-    cache, _ = make(size=32)
-    cache.admit(30)
-    with pytest.raises(KVPoolExhausted, match="cannot promise 4 tokens: 0 of 32") as caught:
-        cache.admit(1)
-    assert (caught.value.requested, caught.value.available) == (4, 0)
+def test_a_full_pool_retracts_the_youngest_and_everyone_finishes():
+    cache, scheduler = make(size=48)
+    requests = [request(n, 8, new=30) for n in (1, 2, 3)]  # each needs 10 of 12 pages in the end
+    for each in requests:
+        scheduler.add(each)
+    order = []
+    while scheduler.has_work:
+        _, finished = run_step(scheduler)
+        order += [r.request_id for r in finished]
+        cache.check_integrity()
+    assert order == [1, 2, 3]
+    assert requests[0].retractions == 0
+    assert requests[2].retractions > 0
+    assert scheduler.retractions == sum(r.retractions for r in requests)
+    assert all(len(r.output) == 30 for r in requests)
+
+
+def test_who_was_retracted_does_not_come_straight_back():
+    _, scheduler = make(size=48)
+    for n in (1, 2, 3):
+        scheduler.add(request(n, 8, new=30))
+    while not scheduler.retractions:
+        step, _ = run_step(scheduler)
+    assert scheduler.waiting[0].request_id not in [row.request.request_id for row in step.rows]
+
+
+def test_a_prompt_that_begins_alike_computes_only_the_rest():
+    cache, scheduler = make()
+    shared = np.arange(22, dtype=np.int32)
+    scheduler.add(request(1, 0, prompt=shared))
+    while scheduler.has_work:
+        run_step(scheduler)
+    second = request(2, 0, prompt=np.append(shared[:18], np.int32(99)))
+    scheduler.add(second)
+    step, _ = run_step(scheduler)
+    assert (step.rows[0].start, step.rows[0].count) == (16, 3)
+    assert second.cached_tokens == 16
+    assert (cache.prefix.query_tokens, cache.prefix.hit_tokens) == (22 + 19, 16)
     cache.check_integrity()
+
+
+def test_a_prompt_cached_whole_still_computes_its_last_page():
+    _, scheduler = make()
+    for n in (1, 2):
+        scheduler.add(request(n, 0, prompt=np.arange(16, dtype=np.int32)))
+        while scheduler.has_work:
+            step, _ = run_step(scheduler)
+            if n == 2 and step.rows[0].samples and not step.rows[0].is_decode:
+                assert (step.rows[0].start, step.rows[0].count) == (12, 4)
+
+
+def test_a_prompt_under_way_is_shared_with_who_comes_next():
+    _, scheduler = make(size=128, budget=8)
+    shared = np.arange(40, dtype=np.int32)
+    scheduler.add(request(1, 0, prompt=shared))
+    for _ in range(4):
+        run_step(scheduler)
+    scheduler.add(request(2, 0, prompt=shared))
+    run_step(scheduler)
+    step, _ = run_step(scheduler)
+    assert [(row.request.request_id, row.start) for row in step.rows if row.request.request_id == 2] == [(2, 36)]
+
+
+def test_without_the_prefix_cache_nothing_is_kept():
+    cache, scheduler = make(policy=None)
+    for n in (1, 2):
+        same = request(n, 0, prompt=np.arange(20, dtype=np.int32))
+        scheduler.add(same)
+        while scheduler.has_work:
+            run_step(scheduler)
+        assert same.cached_tokens == 0
+        assert cache.allocator.available_size() == cache.size
+
+
+def test_a_higher_priority_goes_first_and_a_long_wait_outranks_it():
+    _, scheduler = make(slots=1)
+    for n, priority in ((1, 0), (2, 0), (3, 1)):
+        scheduler.add(request(n, 4, priority=priority))
+    assert [r.request_id for r in scheduler.waiting] == [3, 1, 2]
+    scheduler.clock.now += AGING_SECONDS + 1
+    scheduler.add(request(4, 4, priority=1))
+    assert [r.request_id for r in scheduler.waiting] == [3, 1, 2, 4]
+
+
+def test_a_request_whose_time_is_up_ends_with_what_it_has():
+    cache, scheduler = make(slots=1)
+    running, waiting = request(1, 4, new=20, timeout=5.0), request(2, 4, timeout=5.0)
+    scheduler.add(running)
+    scheduler.add(waiting)
+    run_step(scheduler)
+    assert scheduler.expire() == []
+    scheduler.clock.now += 5
+    assert {r.request_id for r in scheduler.expire()} == {1, 2}
+    assert {running.finish_reason, waiting.finish_reason} == {FinishReason.TIMEOUT}
+    assert running.output == [7]
+    assert cache.held_tokens == 0
+    assert not scheduler.has_work
+
+
+def test_a_fork_shares_full_pages_and_copies_the_partial_one():
+    cache, scheduler = make(size=128, slots=3)
+    parent, child = request(1, 11), request(2, 0, prompt=np.arange(11, dtype=np.int32) + 100)
+    scheduler.add(parent)
+    run_step(scheduler)
+    copy = scheduler.fork(parent, child)
+    mine, theirs = cache.page_table.row_pages(parent.req_pool_idx), cache.page_table.row_pages(child.req_pool_idx)
+    assert mine[:2].tolist() == theirs[:2].tolist()
+    assert (copy.sources.tolist(), copy.targets.tolist()) == ([mine[2]], [theirs[2]])
+    assert mine[2] != theirs[2]
+    step, _ = run_step(scheduler)
+    assert {(row.request.request_id, row.start, row.count) for row in step.rows} == {(1, 11, 1), (2, 10, 1)}
+    cache.check_integrity()
+    while scheduler.has_work:
+        run_step(scheduler)
+    assert cache.held_tokens == 0
+
+
+def test_a_fork_at_a_page_boundary_copies_nothing():
+    _, scheduler = make(size=128)
+    parent, child = request(1, 9), request(2, 0, prompt=np.arange(9, dtype=np.int32) + 100)
+    scheduler.add(parent)
+    run_step(scheduler)
+    assert scheduler.fork(parent, child) is None
+    assert (child.num_computed, child.num_pending) == (8, 1)
+
+
+def test_a_fork_without_room_waits_its_turn():
+    _, scheduler = make(slots=1)
+    parent, child = request(1, 9), request(2, 0, prompt=np.arange(9, dtype=np.int32) + 100)
+    scheduler.add(parent)
+    run_step(scheduler)
+    assert scheduler.fork(parent, child) is None
+    assert scheduler.waiting == [child]
+    while scheduler.has_work:
+        run_step(scheduler)
+    assert child.cached_tokens == 8
 
 
 @pytest.mark.parametrize("stage", ["waiting", "prefilling", "decoding", "finished"])
@@ -100,7 +253,7 @@ def test_an_abort_at_any_moment_gives_back_every_page(stage):
     scheduler.add(target)
     for _ in range({"waiting": 1, "prefilling": 1, "decoding": 2, "finished": 3}[stage]):
         run_step(scheduler)
-    scheduler.abort(target)
+    scheduler.end(target, FinishReason.ABORT)
     assert target.finish_reason is (FinishReason.LENGTH if stage == "finished" else FinishReason.ABORT)
     while scheduler.has_work:
         run_step(scheduler)
@@ -114,7 +267,7 @@ def test_every_request_finishes_and_no_step_breaks_a_rule(data):
     size = data.draw(st.sampled_from([16, 32, 64, 128]), label="size")
     slots, budget = data.draw(st.integers(1, 4), label="slots"), data.draw(st.integers(1, 24), label="budget")
     cache, scheduler = make(size, slots, budget)
-    batcher = Batcher(cache, slots, scheduler.max_step_tokens)
+    batcher = Batcher(cache, parcel_shapes(slots, scheduler.max_step_tokens, cache.page_table.max_pages))
     waiting = [
         request(n, data.draw(st.integers(1, min(size, CONTEXT) - 8)), data.draw(st.integers(1, 8))) for n in range(1, 7)
     ]
@@ -173,7 +326,7 @@ def test_tokens_are_read_across_the_end_of_the_prompt():
 
 def test_a_row_that_would_outgrow_the_context_is_refused_and_nothing_changes():
     cache, _ = make()
-    row = np.array([cache.admit(8)], np.int32)
+    row = np.array([cache.admit(SCOPE, np.arange(8, dtype=np.int32)).row], np.int32)
     cache.grow(row, np.array([7], np.int32))
     before = cache.held_tokens, cache.page_table.kv_lens(row).tolist()
     with pytest.raises(ShapeError, match=f"would grow to {CONTEXT + 1} tokens; a row holds at most {CONTEXT}"):
@@ -185,7 +338,7 @@ def test_a_row_that_would_outgrow_the_context_is_refused_and_nothing_changes():
 @pytest.mark.parametrize(("twice", "counts"), [(True, [4, 4]), (False, [4]), (False, [4, -1])])
 def test_a_refused_growth_takes_no_page(twice, counts):
     cache, _ = make()
-    first, second = cache.admit(16), cache.admit(16)
+    first, second = (cache.admit(SCOPE, np.arange(16, dtype=np.int32) + start).row for start in (0, 100))
     rows = np.array([first, first if twice else second], np.int32)
     with pytest.raises(ShapeError, match="give distinct rows, a count for each"):
         cache.grow(rows, np.array(counts, np.int32))
@@ -193,11 +346,11 @@ def test_a_refused_growth_takes_no_page(twice, counts):
     cache.check_integrity()
 
 
-@pytest.mark.parametrize("tokens", [0, -100, CONTEXT + 1])
-def test_only_what_a_request_can_have_is_promised(tokens):
+@pytest.mark.parametrize("tokens", [0, CONTEXT + 1])
+def test_only_what_a_row_can_hold_is_admitted(tokens):
     cache, _ = make(size=128)
-    with pytest.raises(ShapeError, match=f"cannot promise {tokens} tokens"):
-        cache.admit(tokens)
+    with pytest.raises(ShapeError, match=f"cannot admit {tokens} tokens"):
+        cache.admit(SCOPE, np.zeros(tokens, np.int32))
 
 
 def test_a_step_that_did_not_run_is_taken_back():

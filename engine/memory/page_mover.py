@@ -1,0 +1,42 @@
+"""Between the pool and the host tier: the control plane says which pages, a mover carries the bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from engine.memory.host_tier import HostTier
+from engine.memory.integers import Int32
+from engine.memory.page_format import Pages
+from engine.memory.prefix_match import EvictedPages
+
+
+class PageMover(Protocol):
+    """Copies pages of the pool; what the device does stays behind it, so that this room needs no jax."""
+
+    def read(self, pages: Int32) -> Pages:
+        """Page ids ``[n]`` to ``[n, layers, page_size, 2H, D]`` on the host."""
+
+    def write(self, pages: Int32, data: Pages) -> None:
+        """The way back, in place."""
+
+    def copy(self, sources: Int32, targets: Int32) -> None:
+        """From page to page of the pool, in place."""
+
+
+@dataclass(frozen=True)
+class HostPages:
+    """A host tier and who moves its pages."""
+
+    tier: HostTier
+    mover: PageMover
+
+    def save(self, evicted: list[EvictedPages]) -> None:
+        """Takes in pages whose contents are about to be given up; one read for all of them."""
+        data = self.mover.read(np.concatenate([part.pages for part in evicted]))
+        start = 0
+        for part in evicted:
+            self.tier.put(part.scope, part.token_ids, part.first_page, data[start : start + part.pages.size])
+            start += part.pages.size
