@@ -127,9 +127,11 @@ class Scheduler:
         while not self.cache.can_grow(*_growth(rows)):
             self._retract(max(self.running, key=lambda request: request.rank))
             rows = self._running_rows()
-        # Who was just retracted must not come straight back, or the two would take turns without getting on.
-        budget = self.max_step_tokens - sum(row.count for row in rows) if retractions == self.retractions else 0
-        while budget and self._admit_next():
+        budget = self.max_step_tokens - sum(row.count for row in rows)
+        # Who was just retracted must not come straight back, or the two would take turns without getting on; but one
+        # that runs alone was in its own way, with a copy of pages that are cached, and comes back to share those.
+        may_admit = retractions == self.retractions or not rows
+        while may_admit and budget and self._admit_next():
             request = self.running[-1]
             rows.append(ScheduledRow(request, request.num_computed, min(request.num_pending, budget)))
             budget -= rows[-1].count

@@ -366,3 +366,18 @@ def test_a_step_that_did_not_run_is_taken_back():
     while scheduler.has_work:
         run_step(scheduler)
     cache.check_integrity()
+
+
+def test_twins_in_a_tight_pool_get_on_though_each_holds_its_own_copy_of_the_prompt():
+    cache, scheduler = make(size=64, budget=64)
+    prompt = np.arange(20, dtype=np.int32)  # both compute it in the same step; the second's pages are duplicates
+    for number, new in ((1, 2), (2, 40)):
+        scheduler.add(request(number, 0, new=new, prompt=prompt))
+    finished = []
+    while scheduler.has_work:
+        step, done = run_step(scheduler)
+        assert step.rows
+        finished += [r.request_id for r in done]
+        cache.check_integrity()
+    assert finished == [1, 2]
+    assert scheduler.retractions == 1  # the copy is given up for the cached pages
