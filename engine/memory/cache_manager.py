@@ -73,6 +73,8 @@ class CacheManager:
         self.host: HostPages | None = None
         self._locked: dict[int, PrefixMatch] = {}
         self._promised = np.zeros(max_requests, np.int64)
+        self._is_forgotten = np.zeros(max_requests, np.bool_)  # rows of before a reset: they are not cached any more
+        self._priority = np.zeros(max_requests, np.int64)
 
     def attach_host_tier(self, tier: HostTier, mover: PageMover) -> None:
         """From now on evicted pages go to ``tier`` and come back from it, moved by ``mover``."""
@@ -92,8 +94,10 @@ class CacheManager:
         """Tokens in pages that rows hold or that are locked: neither free nor evictable."""
         return self.size - self.reclaimable_pages * self.page_size
 
-    def admit(self, scope: CacheScope, token_ids: Int32) -> Admission | None:
-        """Gives a request a row and the pages that are cached of its tokens, or None while there is no room.
+    def admit(
+        self, scope: CacheScope, token_ids: Int32, *, priority: int = 0, counts_hit: bool = True
+    ) -> Admission | None:
+        """Gives a request a row and the pages that are cached of its tokens, or None while there is no room or no row.
 
         The rule: beside what was promised to earlier requests for their known tokens, the pages of this one's known
         tokens that are not cached must be there, and one page for each running request to grow into.
@@ -101,32 +105,41 @@ class CacheManager:
         Args:
             scope: under which its keys and values may be shared.
             token_ids: its known tokens, int32 ``[n]``; at least the last is always computed.
+            priority: of its pages in the prefix cache, where the policy of eviction reads it.
+            counts_hit: whether this is a query of the prefix cache to be counted: not for a request that comes back.
 
         Raises:
             ShapeError: there are no tokens, or more than a row can hold.
+            Exception: what the host tier or the mover raises; nothing is admitted then.
         """
         if not 1 <= len(token_ids) <= self.page_table.max_context_tokens:
             raise ShapeError(
                 f"cannot admit {len(token_ids)} tokens: a request has from 1 to {self.page_table.max_context_tokens}"
             )
+        if not self.page_table.available_rows:
+            return None
         found = self.prefix.match(scope, token_ids) if self.prefix else None
         if self.prefix and found:
             self.prefix.lock(found)
         pages = found.pages if found else np.empty(0, np.int32)
         needed = -(-len(token_ids) // self.page_size)
-        running = int(np.count_nonzero(self._promised))
-        if needed - pages.size + self._outstanding() + running > self.reclaimable_pages:
+        if not self._has_room(needed - pages.size):
             if self.prefix and found:
                 self.prefix.unlock(found)
             return None
         row = self.page_table.alloc_row()
         self.allocator.retain(pages)
         self.page_table.append_pages(row, pages)
-        self._promised[row] = needed
+        self._promised[row], self._priority[row] = needed, priority
         if self.prefix and found:
-            self.prefix.record(found)  # a hit only now that the row is there
             self._locked[row] = found
-        loaded = self._load(row, scope, token_ids) if self.host else 0
+        try:
+            loaded = self._load(row, scope, token_ids) if self.host else 0
+        except BaseException:  # an interrupt too: the caller never learns of this row
+            self.release(row, scope, token_ids[:0])
+            raise
+        if self.prefix and found and counts_hit:
+            self.prefix.record(found)  # a hit only now that the row is there
         return Admission(row, pages.size * self.page_size, loaded * self.page_size)
 
     def can_grow(self, rows: Int32, counts: Int32) -> bool:
@@ -157,6 +170,11 @@ class CacheManager:
         self.page_table.write_slots(rows, starts, counts, slots)
         return slots
 
+    @property
+    def can_fork(self) -> bool:
+        """Whether ``fork`` keeps the rule by which ``admit`` lets in; it takes one page that is not shared."""
+        return self.page_table.available_rows > 0 and self._has_room(1)
+
     def fork(self, row: int, tokens: int) -> tuple[int, Int32, Int32]:
         """Gives a new row the first ``tokens`` tokens of ``row``: full pages shared, the partial last one to be copied.
 
@@ -176,7 +194,8 @@ class CacheManager:
         new_row = self.page_table.alloc_row()
         self.allocator.retain(pages[:full])
         self.page_table.append_pages(new_row, pages[:full])
-        self._promised[new_row] = full + bool(rest)
+        self._promised[new_row] = full + 1
+        self._is_forgotten[new_row], self._priority[new_row] = self._is_forgotten[row], self._priority[row]
         target = np.empty(0, np.int32)
         if rest:
             index = np.array([new_row], np.int32)
@@ -192,7 +211,7 @@ class CacheManager:
             scope: under which its keys and values may be shared.
             token_ids: the tokens that the row's slots hold, int32 ``[n]``; what exceeds the row is ignored.
         """
-        if self.prefix is None:
+        if self.prefix is None or self._is_forgotten[row]:
             return
         whole = self._insert(row, scope, token_ids)
         # The match looks one token short, so that something is computed: here it is to see every page.
@@ -210,11 +229,16 @@ class CacheManager:
                 self.prefix.unlock(self._locked.pop(row))
         self.allocator.release(self.page_table.release(row))
         self._promised[row] = 0
+        self._is_forgotten[row] = False
 
     def reset_prefix_cache(self) -> None:
-        """Forgets every cached prefix, on the device and on the host; running requests keep their pages."""
+        """Forgets every cached prefix, on the device and on the host.
+
+        Running requests keep their pages, and none of these is cached later: what was computed before is not found.
+        """
         if self.prefix:
             self.prefix.reset()
+        self._is_forgotten[self._promised > 0] = True
         if self.host:
             self.host.tier.reset()
 
@@ -240,6 +264,10 @@ class CacheManager:
         held = -(-self.page_table.kv_lens(rows).astype(np.int64) // self.page_size)
         return int(np.maximum(self._promised[rows] - held, 0).sum())
 
+    def _has_room(self, pages: int) -> bool:
+        """Whether one more row may take so many pages: beside promises, and a page for each row to grow into."""
+        return pages + self._outstanding() + int(np.count_nonzero(self._promised)) <= self.reclaimable_pages
+
     def _make_room(self, pages: int) -> None:
         short = pages - self.allocator.available_pages()
         if short <= 0:
@@ -260,8 +288,9 @@ class CacheManager:
         """Caches a row's full pages; returns how many tokens they hold."""
         held = min(int(self.page_table.kv_lens([row])[0]), len(token_ids))
         full = held // self.page_size
-        if self.prefix:
-            self.prefix.insert(scope, token_ids[: full * self.page_size], self.page_table.row_pages(row)[:full])
+        if self.prefix and not self._is_forgotten[row]:
+            pages = self.page_table.row_pages(row)[:full]
+            self.prefix.insert(scope, token_ids[: full * self.page_size], pages, priority=int(self._priority[row]))
         return full * self.page_size
 
     def _relock(self, row: int, match: PrefixMatch | None) -> None:

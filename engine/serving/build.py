@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any, cast
+from uuid import uuid4
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ from engine.memory.prefix_store import PrefixStore
 from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
 from engine.planning.sizing import PoolPlan, size_pool
+
+_names_of_models: WeakKeyDictionary[Llama, str] = WeakKeyDictionary()
 
 DIGEST_BYTES = 1 << 20  # from each end of a weight file: reading a large model whole would take as long as loading it
 
@@ -133,11 +136,11 @@ def make_cache(
 def weights_identity(model: Llama, directory: Path | None) -> str:
     """Names the weights, the same in every process that loads the same files, so that saved prefixes stay theirs.
 
-    A digest of the checkpoint's configuration and of each weight file's size, header and last bytes; of weights that
-    were made in memory, the identity of the object, which no other process shares.
+    A digest of the checkpoint's configuration and of each weight file's size, header and last bytes; weights that were
+    made in memory get a random name, the same for the same object, which no other object and no other process shares.
     """
     if directory is None:
-        return f"memory-{os.getpid()}-{id(model)}"
+        return _names_of_models.setdefault(model, f"memory-{uuid4().hex}")
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
         with path.open("rb") as file:

@@ -80,6 +80,7 @@ class LLM:
         self._batcher = Batcher(self.cache, shapes)
         self._unfinished: dict[int, Request] = {}  # leaders: the first of the answers to a prompt
         self._leader_of: dict[int, Request] = {}
+        self._ended: list[Request] = []  # not reported yet; kept over a step that fails
         self._compiles = CompileCounter()
         self._runner.compile_all(on_compile)
         self._compiles.count = 0
@@ -126,7 +127,7 @@ class LLM:
         finally:  # an interrupted call leaves no page behind
             for request in requests:
                 self.abort(request.request_id)
-        return [done[request.request_id] for request in requests]
+        return [done.get(request.request_id) or self._output(request) for request in requests]  # who was aborted: as is
 
     def add_request(self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None) -> int:
         """Queues a request for ``step`` and returns its id; raises RequestError if it can never be served."""
@@ -137,22 +138,24 @@ class LLM:
     def step(self, *, return_logits: bool = False) -> dict[int, RequestOutput]:
         """Runs one step and returns the answers that it finished, by request id."""
         start = time.perf_counter()
-        ended = [request for late in self.scheduler.expire() for request in self._with_unstarted(late)]
+        self._ended += [request for late in self.scheduler.expire() for request in self._with_unstarted(late)]
         if self.scheduler.has_work:
             step = self.scheduler.next_step()
             try:
                 parcel, shape = self._batcher.fill(step)
                 wants_logprobs = any(row.request.params.logprobs is not None for row in step.rows)
                 sampled, logits = self._runner.step(parcel, shape, logprobs=wants_logprobs)
+                tokens, kept_logits = np.asarray(sampled.tokens), np.asarray(logits) if return_logits else None
             except BaseException:  # an interrupt too: what did not run must not be taken for computed
                 self.scheduler.undo(step)
                 raise
             _keep_logprobs(step, sampled)
-            if return_logits:
-                _keep_logits(step, np.asarray(logits))
+            if kept_logits is not None:
+                _keep_logits(step, kept_logits)
             self.stats.note(step, time.perf_counter() - start, self.cache.held_tokens)
-            ended += self.scheduler.commit(step, np.asarray(sampled.tokens))
+            self._ended += self.scheduler.commit(step, tokens)
             self._start_siblings(step)
+        ended, self._ended = self._ended, []
         return self._outputs_of(ended)
 
     def abort(self, request_id: int) -> None:
@@ -177,6 +180,8 @@ class LLM:
         self._weights_epoch += 1
         if self.cache.prefix:
             self.cache.prefix.raise_weights_epoch(self._identity, self._weights_epoch)
+        # An epoch counts within one process: saved prefixes of other weights may have the same number.
+        self._identity = weights_identity(model, None)
         self.model = model
         self._runner.replace_weights(model)
 
@@ -233,17 +238,23 @@ class LLM:
     def _start_siblings(self, step: ScheduledStep) -> None:
         """Starts the other answers to a prompt once it has been computed, from its pages."""
         for row in step.rows:
-            if len(row.request.output) == 1:
+            if row.request.output:
                 for sibling in (sibling for sibling in row.request.siblings if sibling.arrival is None):
                     copy = self.scheduler.fork(row.request, sibling)
-                    if copy is not None:
-                        self._runner.copy(copy.sources, copy.targets)
+                    try:
+                        if copy is not None:
+                            self._runner.copy(copy.sources, copy.targets)
+                    except BaseException:  # an interrupt too: its last page holds nothing
+                        self.scheduler.give_up(sibling)
+                        raise
 
     def _outputs_of(self, ended: list[Request]) -> dict[int, RequestOutput]:
         """The answers that are complete now: a leader's, once its siblings have ended too."""
         outputs = {}
         for request in ended:
-            leader = self._leader_of.pop(request.request_id)
+            leader = self._leader_of.pop(request.request_id, None)
+            if leader is None:  # aborted since it ended
+                continue
             ended_all = all(member.finish_reason is not None for member in (leader, *leader.siblings))
             if ended_all and leader.request_id in self._unfinished:
                 del self._unfinished[leader.request_id]
@@ -257,7 +268,7 @@ class LLM:
             token_ids=list(request.output),
             text=self.tokenizer.decode(request.output) if self.tokenizer else "",
             finish_reason=finish.value,
-            cached_tokens=request.cached_tokens,
+            cached_tokens=request.cached_tokens or 0,
             logprobs=None if request.params.logprobs is None else list(request.logprobs),
             logits=np.stack(request.logits) if request.logits else None,
             siblings=tuple(self._output(sibling) for sibling in request.siblings),

@@ -31,7 +31,8 @@ class SamplingParams:
         logprobs: how many of the most likely tokens to report at each position beside the chosen one, 0 to 20;
             None reports nothing.
         n: answers to draw from one prompt, at least 1; answer ``i`` uses ``seed + i`` and shares the prompt's pages.
-        priority: higher goes first; each level is worth as much as ``AGING_SECONDS`` of waiting.
+        priority: higher goes first; each level is worth as much as ``AGING_SECONDS`` of waiting. Under the eviction
+            policy "priority" what is cached of it stays longer, too.
         timeout: seconds from arrival after which the request is ended with what it has; None never.
         tenant_salt: prompts share cached prefixes only with prompts of the same salt.
     """
@@ -62,7 +63,7 @@ class SamplingParams:
             ("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("seed", _is_int(self.seed) and 0 <= self.seed < 2**31, "a whole number from 0 to 2**31 - 1"),
             ("n", _is_int(self.n) and self.n >= 1, "a whole number at least 1"),
-            ("priority", _is_int(self.priority), "a whole number"),
+            ("priority", _is_int(self.priority) and abs(self.priority) < 2**31, "a whole number of 32 bits"),
             (
                 "timeout",
                 self.timeout is None or (_is_number(self.timeout) and self.timeout > 0),
@@ -152,7 +153,7 @@ class Request:
         output: tokens generated so far.
         scope: under which its prefix may be shared.
         arrival: seconds on the scheduler's clock; None until the scheduler has it.
-        cached_tokens: tokens found cached when it was first admitted.
+        cached_tokens: tokens found cached when it was first admitted; None before.
         retractions: how often its pages were taken back.
         siblings: the requests of the other answers to the same prompt.
     """
@@ -165,7 +166,7 @@ class Request:
     arrival: float | None = None
     req_pool_idx: int | None = None
     num_computed: int = 0
-    cached_tokens: int = 0
+    cached_tokens: int | None = None
     retractions: int = 0
     siblings: list[Request] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
@@ -174,9 +175,9 @@ class Request:
     finish_reason: FinishReason | None = None
 
     @property
-    def rank(self) -> float:
-        """Who is served first: the smallest. Grows with arrival alone, so that nobody waits for ever."""
-        return (self.arrival or 0.0) - self.params.priority * AGING_SECONDS
+    def rank(self) -> tuple[float, int]:
+        """Who is served first: the smallest. Grows with arrival alone, so that nobody waits for ever; never a tie."""
+        return (self.arrival or 0.0) - self.params.priority * AGING_SECONDS, self.request_id
 
     def is_late(self, now: float) -> bool:
         """Whether its time is up."""

@@ -163,7 +163,7 @@ class Scheduler:
         still cached.
         """
         for row in step.rows:
-            self._give_up(row.request)
+            self.give_up(row.request)
 
     def fork(self, parent: Request, child: Request) -> PageCopy | None:
         """Starts ``child``, another answer to the prompt that ``parent`` has just computed, from the parent's pages.
@@ -176,7 +176,7 @@ class Scheduler:
         """
         child.arrival = parent.arrival
         shared = len(parent.prompt) - 1
-        fits = self.cache.reclaimable_pages > 1 and len(self.running) < self.max_running_requests
+        fits = len(self.running) < self.max_running_requests and self.cache.can_fork
         if parent.req_pool_idx is None or not fits:
             self._wait(child)
             return None
@@ -184,6 +184,12 @@ class Scheduler:
         child.num_computed = child.cached_tokens = shared
         self.running.append(child)
         return PageCopy(sources, targets) if sources.size else None
+
+    def give_up(self, request: Request) -> None:
+        """Sends a running request back to wait with the tokens it has; what it computed may stay cached."""
+        self._release(request)
+        request.num_computed = 0
+        self._wait(request)
 
     def expire(self) -> list[Request]:
         """Ends the requests whose time is up; returns them."""
@@ -217,26 +223,25 @@ class Scheduler:
         if not self.waiting or len(self.running) == self.max_running_requests:
             return False
         request = self.waiting[0]
-        admission = self.cache.admit(request.scope, request.tokens(0, request.num_tokens))
+        admission = self.cache.admit(
+            request.scope,
+            request.tokens(0, request.num_tokens),
+            priority=request.params.priority,
+            counts_hit=request.cached_tokens is None,
+        )
         if admission is None:
             return False
         request.req_pool_idx = admission.row
         request.num_computed = admission.cached_tokens + admission.loaded_tokens
-        if not request.retractions:
+        if request.cached_tokens is None:
             request.cached_tokens = request.num_computed
         self.running.append(self.waiting.pop(0))
         return True
 
     def _retract(self, request: Request) -> None:
-        self._give_up(request)
+        self.give_up(request)
         request.retractions += 1
         self.retractions += 1
-
-    def _give_up(self, request: Request) -> None:
-        """Sends a running request back to wait with the tokens it has; what it computed may stay cached."""
-        self._release(request)
-        request.num_computed = 0
-        self._wait(request)
 
     def _wait(self, request: Request) -> None:
         insort(self.waiting, request, key=lambda request: request.rank)

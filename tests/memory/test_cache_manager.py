@@ -1,0 +1,140 @@
+"""The cache manager at its edges: what fails half way, what is forgotten while it is in use, who may fork."""
+
+import numpy as np
+import pytest
+
+from engine.memory.cache_manager import CacheManager
+from engine.memory.host_tier import HostTier
+from engine.memory.page_format import PageFormat
+from engine.memory.scope import CacheScope, LayoutKey
+
+PAGE, CONTEXT = 4, 64
+SCOPE = CacheScope("model", 0, None, "", LayoutKey.of({"version": 1}))
+FORMAT = PageFormat(
+    1, np.dtype(np.float32), {"page_size": PAGE, "head_num": 1, "head_dim": 1, "dtype": "float32", "version": 1}
+)
+
+
+class Boom(Exception):
+    """What an injected fault raises."""
+
+
+class Mover:
+    """A pool of one number a page."""
+
+    def __init__(self, pages):
+        self.content = np.zeros((pages + 1, *FORMAT.page_shape), np.float32)
+        self.fails = ""
+
+    def read(self, pages):
+        return self.perhaps("read", self.content[pages])
+
+    def write(self, pages, data):
+        self.perhaps("write", None)
+        self.content[pages] = data
+
+    def copy(self, sources, targets):
+        self.content[targets] = self.content[sources]
+
+    def perhaps(self, what, result):
+        if self.fails == what:
+            raise Boom
+        return result
+
+
+def make(size=64, rows=3, *, host_pages=0, **options):
+    cache = CacheManager(size, PAGE, rows, CONTEXT, **options)
+    mover = Mover(size // PAGE)
+    if host_pages:
+        cache.attach_host_tier(HostTier(host_pages * FORMAT.page_bytes, FORMAT), mover)
+    return cache, mover
+
+
+def tokens(count, start=0):
+    return np.arange(start, start + count, dtype=np.int32)
+
+
+def compute(cache, token_ids, **options):
+    """Admits a request, gives it slots for all of its tokens and publishes them."""
+    admission = cache.admit(SCOPE, token_ids, **options)
+    have = admission.cached_tokens + admission.loaded_tokens
+    cache.grow(np.array([admission.row], np.int32), np.array([len(token_ids) - have], np.int32))
+    cache.publish(admission.row, SCOPE, token_ids)
+    return admission
+
+
+@pytest.mark.parametrize("what", ["read", "write"])
+def test_an_admission_whose_host_load_fails_leaves_no_row_and_no_lock(what):
+    cache, mover = make(host_pages=20)
+    first, second = tokens(40), tokens(40, start=100)
+    for each in (first, second):  # the second pushes the first out
+        cache.release(compute(cache, each).row, SCOPE, each)
+    mover.fails = what
+    with pytest.raises(Boom):
+        cache.admit(SCOPE, first)
+    mover.fails = ""
+    cache.check_integrity()
+    assert cache.held_tokens == 0
+    assert cache.page_table.available_rows == 3
+    assert cache.prefix.protected_pages == 0
+    queried = cache.prefix.query_tokens
+    admission = cache.admit(SCOPE, first)
+    assert admission.cached_tokens + admission.loaded_tokens > 0
+    assert cache.prefix.query_tokens == queried + 40  # the one that failed was not counted
+
+
+def test_without_a_row_nobody_is_admitted_and_nothing_stays_locked():
+    cache, _ = make(size=128, rows=1)
+    held = compute(cache, tokens(8))
+    protected = cache.prefix.protected_pages
+    assert cache.admit(SCOPE, tokens(8)) is None
+    assert cache.prefix.protected_pages == protected
+    cache.release(held.row, SCOPE, tokens(8))
+    assert cache.held_tokens == 0
+
+
+def test_what_was_computed_before_a_reset_is_not_cached_after_it():
+    cache, _ = make()
+    token_ids = tokens(24)
+    row = compute(cache, token_ids[:12]).row
+    fork, *_ = cache.fork(row, 10)
+    cache.reset_prefix_cache()
+    for each, count in ((row, 12), (fork, 14)):
+        cache.grow(np.array([each], np.int32), np.array([count], np.int32))
+        cache.publish(each, SCOPE, token_ids)
+        cache.check_integrity()
+    for each in (row, fork):
+        cache.release(each, SCOPE, token_ids)
+        cache.check_integrity()
+    assert cache.held_tokens == 0
+    again = compute(cache, token_ids)  # the row is one of those from before, its next owner's pages are cached
+    assert again.cached_tokens == 0
+    assert compute(cache, token_ids).cached_tokens == 20
+
+
+def test_a_return_of_the_same_request_is_no_query():
+    cache, _ = make()
+    token_ids = tokens(12)
+    cache.release(compute(cache, token_ids).row, SCOPE, token_ids)
+    assert compute(cache, token_ids, counts_hit=False).cached_tokens == 8
+    assert (cache.prefix.query_tokens, cache.prefix.hit_tokens) == (12, 0)
+
+
+def test_the_priority_of_a_request_is_that_of_its_cached_pages():
+    cache, _ = make(policy="priority")
+    important, other = tokens(20), tokens(20, start=100)
+    cache.release(compute(cache, important, priority=2).row, SCOPE, important)
+    cache.release(compute(cache, other, priority=1).row, SCOPE, other)
+    cache.prefix.evict(5)  # the older pages are those of the important one
+    assert cache.prefix.match(SCOPE, np.append(important, 0)).num_tokens == 20
+    assert cache.prefix.match(SCOPE, np.append(other, 0)).num_tokens == 0
+
+
+def test_a_fork_leaves_alone_what_others_were_promised():
+    cache, _ = make(size=32)
+    parent = compute(cache, tokens(10)).row
+    assert cache.can_fork
+    cache.admit(SCOPE, tokens(12, start=100))  # three of the five pages left, and one each to grow into
+    assert not cache.can_fork
+    cache.release(parent, SCOPE, tokens(0))
+    cache.check_integrity()

@@ -1,0 +1,124 @@
+"""What a step that fails half way must not lose, and whose saved prefixes are whose."""
+
+import dataclasses
+
+import pytest
+from serving_support import make_llama
+from test_generation import random_prompts, small_llm
+
+from engine.errors import RequestError
+from engine.serving.build import weights_identity
+from engine.serving.llm import LLM
+from engine.serving.request import SamplingParams
+
+
+class Boom(Exception):
+    """What an injected fault raises."""
+
+
+# Few programs to compile, for the engines that are made only to be told apart.
+ONE_ROW = {"max_running_requests": 1, "chunked_prefill_size": 64, "max_total_tokens": 96, "host_tier_bytes": 1 << 20}
+
+
+@pytest.fixture(scope="module")
+def llm(llama):
+    return small_llm(llama)
+
+
+def boom(*_, **__):
+    raise Boom
+
+
+def finish(llm, finished=()):
+    finished = dict(finished)
+    while llm.scheduler.has_work:
+        finished |= llm.step()
+    return finished
+
+
+def test_a_request_that_ran_out_of_time_in_a_step_that_failed_is_reported_by_the_next(llm, monkeypatch):
+    late = llm.add_request([1] * 30, SamplingParams(max_new_tokens=50, timeout=1e-6))
+    other = llm.add_request([2] * 30, SamplingParams(max_new_tokens=2))
+    with monkeypatch.context() as patched:
+        patched.setattr(llm._runner, "step", boom)
+        with pytest.raises(Boom):
+            llm.step()
+    finished = finish(llm)
+    assert (finished[late].finish_reason, finished[other].finish_reason) == ("timeout", "length")
+
+
+def test_a_fork_whose_copy_failed_computes_its_prompt_itself_and_none_is_forgotten(llm, dense_greedy, monkeypatch):
+    llm.cache.reset_prefix_cache()
+    prompt = random_prompts([30], seed=41)[0]
+    ended = llm.add_request([3], SamplingParams(max_new_tokens=1))  # ends in the step whose copy fails
+    request_id = llm.add_request(prompt, SamplingParams(max_new_tokens=5, n=4))
+    with monkeypatch.context() as patched:
+        patched.setattr(llm._runner, "copy", boom)
+        with pytest.raises(Boom):
+            finish(llm)
+    llm.cache.check_integrity()
+    finished = finish(llm)
+    answers = [finished[request_id], *finished[request_id].siblings]
+    assert [answer.token_ids for answer in answers] == [dense_greedy(prompt, 5)] * 4
+    assert finished[ended].finish_reason == "length"
+    assert llm.cache.held_tokens == 0
+
+
+def test_who_is_aborted_while_generate_runs_gets_what_there_is(llm):
+    def abort_first(done, total):
+        if llm.scheduler.running and llm.scheduler.running[0].output:
+            llm.abort(llm.scheduler.running[0].request_id)
+
+    first, second = llm.generate([[1, 2], [3]], SamplingParams(max_new_tokens=4), on_progress=abort_first)
+    assert first.finish_reason == "abort"
+    assert len(first.token_ids) < 4
+    assert second.finish_reason in ("abort", "length")
+    assert llm.cache.held_tokens == 0
+
+
+def test_who_is_aborted_after_it_ended_in_a_failed_step_is_forgotten(llm, monkeypatch):
+    late = llm.add_request([1] * 30, SamplingParams(timeout=1e-6))
+    llm.add_request([2], SamplingParams(max_new_tokens=1))
+    with monkeypatch.context() as patched:
+        patched.setattr(llm._runner, "step", boom)
+        with pytest.raises(Boom):
+            llm.step()
+    llm.abort(late)
+    assert late not in finish(llm)
+
+
+def test_weights_in_memory_have_a_name_of_their_own(llama):
+    assert weights_identity(llama, None) == weights_identity(llama, None)
+    assert len({weights_identity(make_llama(), None) for _ in range(5)}) == 5  # also where an address is used again
+
+
+def test_saved_prefixes_of_replaced_weights_are_not_taken_for_those_of_other_ones(llama, tmp_path):
+    """Each process counts its own weights epochs: the number alone names no weights."""
+    options = {**ONE_ROW, "prefix_cache_dir": str(tmp_path)}
+    prompt, params = random_prompts([60], seed=42), SamplingParams(max_new_tokens=2)
+    first = small_llm(llama, **options)
+    first.replace_weights(make_llama(seed=5))
+    first.generate(prompt, params)
+    assert first.save_prefix_cache() > 0
+    second = LLM(
+        llama, **{field.name: getattr(first.config, field.name) for field in dataclasses.fields(first.config)[1:]}
+    )
+    second.replace_weights(make_llama(seed=6))
+    assert second.generate(prompt, params)[0].cached_tokens == 0
+
+
+def test_new_weights_get_nothing_of_the_old_ones_from_the_host_either(llama):
+    llm = small_llm(llama, **ONE_ROW)
+    prompts, params = random_prompts([60, 60], seed=43), SamplingParams(max_new_tokens=2)
+    for prompt in prompts:
+        llm.generate([prompt], params)
+    assert llm.cache.host.tier.held_pages > 0
+    llm.replace_weights(make_llama(seed=5))
+    assert [llm.generate([prompt], params)[0].cached_tokens for prompt in prompts] == [0, 0]
+    llm.cache.check_integrity()
+
+
+@pytest.mark.parametrize("priority", [2**31, -(2**31), 10**400, 1.5, True])
+def test_a_priority_is_a_whole_number_of_32_bits(priority):
+    with pytest.raises(RequestError, match="priority="):
+        SamplingParams(priority=priority)
