@@ -21,6 +21,7 @@ from engine.models.llama_config import LlamaConfig
 from engine.planning.sizing import format_bytes
 from engine.serving.build import plan_pool
 from engine.serving.check import check_against_dense
+from engine.serving.exporter import serve_metrics
 from engine.serving.llm import LLM
 from engine.serving.request import RequestOutput, SamplingParams
 
@@ -43,6 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="answer prompts")
     _add_engine_options(generate)
     _add_sampling_options(generate)
+    generate.add_argument("--metrics-port", type=int, metavar="N", help="serve Prometheus metrics here while it runs")
+    generate.add_argument("--metrics-address", default="127.0.0.1", metavar="IP", help="of this machine to listen on")
     generate.set_defaults(run=run_generate)
     plan = commands.add_parser("plan", help="say what a configuration's pool takes and holds, without loading weights")
     plan.add_argument("config", type=Path, nargs="+", help="TOML files with [model] and [engine] tables")
@@ -105,7 +108,7 @@ def run_generate(args: argparse.Namespace) -> int:
         llm = LLM(**_engine_options(args), on_compile=advance)
     console.print(llm.plan.describe())
     prompts = _prompts(args.prompt or [DEFAULT_PROMPT], llm)
-    with _progress("generating") as advance:
+    with _metrics(args, llm, console), _progress("generating") as advance:
         outputs = llm.generate(prompts, params, return_logits=args.check, on_progress=advance)
     compiles = llm.compiles_after_warmup
     if llm.config.prefix_cache_dir:
@@ -137,6 +140,16 @@ def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
         if getattr(args, field.name) is not None:
             options[field.name] = getattr(args, field.name)
     return options
+
+
+@contextmanager
+def _metrics(args: argparse.Namespace, llm: LLM, console: Console) -> Iterator[None]:
+    if args.metrics_port is None:
+        yield
+    else:
+        with serve_metrics(llm.metrics, args.metrics_port, args.metrics_address) as port:
+            console.print(f"metrics: http://{args.metrics_address}:{port}/metrics")
+            yield
 
 
 def _prompts(texts: list[str], llm: LLM) -> list[str] | list[list[int]]:
@@ -173,6 +186,7 @@ def _print_stats(console: Console, llm: LLM, outputs: list[RequestOutput], compi
     table.add_row("cached", f"{cached:,} prompt tokens found in the prefix cache")
     share = stats.peak_held_tokens / llm.plan.size_tokens
     table.add_row("peak pool use", f"{stats.peak_held_tokens:,} of {llm.plan.size_tokens:,} tokens ({share:.1%})")
+    table.add_row("memory", llm.metrics().describe())
     table.add_row("compiled", f"{llm.programs} programs ahead, {compiles} after")
     console.print()
     console.print(table)

@@ -142,6 +142,11 @@ class CacheManager:
             self.prefix.record(found)  # a hit only now that the row is there
         return Admission(row, pages.size * self.page_size, loaded * self.page_size)
 
+    def locked_pages(self, row: int) -> int:
+        """Cached pages that a row keeps from eviction."""
+        match = self._locked.get(row)
+        return 0 if match is None else match.num_tokens // self.page_size
+
     def can_grow(self, rows: Int32, counts: Int32) -> bool:
         """Whether ``grow`` would find the pages, by eviction if need be."""
         return self._fresh_pages(rows, counts) <= self.reclaimable_pages

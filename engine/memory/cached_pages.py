@@ -20,6 +20,10 @@ class CachedPages:
         self._allocator = allocator
         self._is_cached: Bool = np.zeros(allocator.num_pages + 2, np.bool_)  # the last entry for what is no page
 
+    def holds(self, pages: Int32) -> Bool:
+        """Which of some pages of the pool are cached; bool ``[n]``."""
+        return self._is_cached[pages]
+
     def add(self, pages: Int64) -> None:
         """Takes a reference of pages that are to be cached.
 

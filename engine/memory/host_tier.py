@@ -84,6 +84,11 @@ class HostTier:
         """Bytes of the pages held now."""
         return self.held_pages * self.page_format.page_bytes
 
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes of the pages that it may hold."""
+        return self.capacity_pages * self.page_format.page_bytes
+
     def put(self, scope: CacheScope, token_ids: npt.ArrayLike, first_page: int, data: Pages) -> int:
         """Copies pages in, making room by dropping the least recently used ones.
 

@@ -78,6 +78,10 @@ class PagedTokenToKVPoolAllocator:
         """Free pages."""
         return self._ledger.available
 
+    def free_pages(self) -> Int32:
+        """The free pages in no promised order; int32 ``[available_pages()]``, fresh."""
+        return self._ledger.free_pages()
+
     def alloc(self, need_size: int) -> Int32:
         """Allocates whole pages.
 

@@ -50,6 +50,10 @@ class PageLedger:
         """Free pages."""
         return self._free.count
 
+    def free_pages(self) -> Int32:
+        """The free pages in no promised order; int32 ``[available]``, fresh."""
+        return self._free.all()
+
     def take_runs(self, lengths: Int64) -> Int32:
         """Takes ``sum(lengths) <= available`` pages, each length as one run where there is one; int32."""
         return self._born(self._free.take_runs(lengths))

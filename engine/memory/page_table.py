@@ -47,6 +47,10 @@ class ReqToTokenPool:
         """Rows that no request has."""
         return len(self._free_rows)
 
+    def rows_in_use(self) -> Int32:
+        """The rows that requests have, ascending; int32 ``[n]``, fresh."""
+        return np.flatnonzero(self._in_use).astype(np.int32)
+
     def alloc_row(self) -> int:
         """Gives a request an empty row, see ``alloc_rows``."""
         return int(self.alloc_rows(1)[0])

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from engine.errors import ConfigError, DoubleFreeError, ShapeError
 from engine.memory.cached_pages import CachedPages
-from engine.memory.integers import Int32, integer_vector
+from engine.memory.integers import Bool, Int32, integer_vector
 from engine.memory.node_ledger import NodeLedger
 from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
 from engine.memory.prefix_forest import PrefixForest
@@ -260,6 +260,10 @@ class RadixCache:
             ConfigError: the model is at a later epoch already.
         """
         self._forest.raise_epoch(model, epoch)
+
+    def is_cached(self, pages: Int32) -> Bool:
+        """Which of some pages of the pool the cache holds; bool ``[n]``."""
+        return self._pages.holds(pages)
 
     def pages(self) -> Int32:
         """Every cached page; int32 ``[cached_pages]``, in no promised order."""

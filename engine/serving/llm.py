@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,9 @@ from engine.models.llama import Llama
 from engine.models.text import Tokenizer, load_tokenizer
 from engine.serving.batcher import Batcher, parcel_shapes
 from engine.serving.build import make_backend, make_cache, make_pool, weights_dtype, weights_identity
+from engine.serving.gate import Gate
 from engine.serving.intake import Intake
+from engine.serving.metrics import EngineMetrics, collect_metrics
 from engine.serving.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
 from engine.serving.runner import CompileCounter, ModelRunner
 from engine.serving.sampler import Sampled
@@ -28,6 +31,8 @@ from engine.serving.scheduler import ScheduledStep, Scheduler
 from engine.serving.stats import EngineStats
 
 Progress = Callable[[int, int], None]
+
+_logger = logging.getLogger(__name__)
 
 
 class LLM:
@@ -78,12 +83,14 @@ class LLM:
         self._layout = LayoutKey.of(pool.layout.to_dict())
         self._intake = Intake(self.model.config, self.tokenizer, self.plan.context_length, self._scope_for)
         self._batcher = Batcher(self.cache, shapes)
+        self._gate = Gate()
         self._unfinished: dict[int, Request] = {}  # leaders: the first of the answers to a prompt
         self._leader_of: dict[int, Request] = {}
         self._ended: list[Request] = []  # not reported yet; kept over a step that fails
         self._compiles = CompileCounter()
         self._runner.compile_all(on_compile)
         self._compiles.count = 0
+        _logger.info("%s", self.plan.describe())
 
     def generate(
         self,
@@ -137,6 +144,10 @@ class LLM:
 
     def step(self, *, return_logits: bool = False) -> dict[int, RequestOutput]:
         """Runs one step and returns the answers that it finished, by request id."""
+        with self._gate:
+            return self._step(return_logits)
+
+    def _step(self, return_logits: bool) -> dict[int, RequestOutput]:
         start = time.perf_counter()
         self._ended += [request for late in self.scheduler.expire() for request in self._with_unstarted(late)]
         if self.scheduler.has_work:
@@ -156,15 +167,28 @@ class LLM:
             self._ended += self.scheduler.commit(step, tokens)
             self._start_siblings(step)
         ended, self._ended = self._ended, []
+        self.stats.finished.update(request.finish_reason for request in ended if request.finish_reason)
         return self._outputs_of(ended)
 
     def abort(self, request_id: int) -> None:
         """Ends a request, with its siblings, and gives back every page; does nothing if it has ended."""
-        leader = self._unfinished.pop(request_id, None)
-        if leader is not None:
-            for request in (leader, *leader.siblings):
-                self._leader_of.pop(request.request_id, None)
-                self._end(request, FinishReason.ABORT)
+        with self._gate:
+            leader = self._unfinished.pop(request_id, None)
+            if leader is not None:
+                for request in (leader, *leader.siblings):
+                    self._leader_of.pop(request.request_id, None)
+                    self.stats.finished[FinishReason.ABORT] += request.finish_reason is None
+                    self._end(request, FinishReason.ABORT)
+
+    def metrics(self) -> EngineMetrics:
+        """What the engine does and holds now; from another thread, once the step that runs is done."""
+        with self._gate.looking():
+            return collect_metrics(self.scheduler, self.stats)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets every cached prefix, on the device and on the host; no counter goes back."""
+        with self._gate:
+            self.cache.reset_prefix_cache()
 
     def replace_weights(self, model: Llama) -> None:
         """Serves other weights of the same geometry from now on; nothing computed with the old ones is used again.
@@ -179,7 +203,8 @@ class LLM:
             raise ConfigError("the new weights have another geometry or dtype; make a new LLM for them")
         self._weights_epoch += 1
         if self.cache.prefix:
-            self.cache.prefix.raise_weights_epoch(self._identity, self._weights_epoch)
+            with self._gate:
+                self.cache.prefix.raise_weights_epoch(self._identity, self._weights_epoch)
         # An epoch counts within one process: saved prefixes of other weights may have the same number.
         self._identity = weights_identity(model, None)
         self.model = model
@@ -193,9 +218,10 @@ class LLM:
         """
         if self._store is None or self.cache.host is None:
             raise ConfigError("there is nowhere to save prefixes; set prefix_cache_dir and host_tier_bytes")
-        if self.cache.prefix:
-            self.cache.prefix.evict(self.cache.prefix.evictable_pages)
-        return self._store.save(self.cache.host.tier.segments())
+        with self._gate:
+            if self.cache.prefix:
+                self.cache.prefix.evict(self.cache.prefix.evictable_pages)
+            return self._store.save(self.cache.host.tier.segments())
 
     @property
     def pool(self) -> TokenToKVPool:
@@ -216,10 +242,11 @@ class LLM:
         return CacheScope(self._identity, self._weights_epoch, None, tenant_salt, self._layout)
 
     def _add(self, request: Request) -> None:
-        self.scheduler.add(request)
-        self._unfinished[request.request_id] = request
-        for member in (request, *request.siblings):
-            self._leader_of[member.request_id] = request
+        with self._gate:
+            self.scheduler.add(request)
+            self._unfinished[request.request_id] = request
+            for member in (request, *request.siblings):
+                self._leader_of[member.request_id] = request
 
     def _end(self, request: Request, reason: FinishReason) -> None:
         """Ends a request whether it has reached the scheduler or not."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 from engine.serving.scheduler import ScheduledStep
 
@@ -18,6 +19,7 @@ class EngineStats:
         prefill_tokens, decode_tokens: tokens fed.
         prefill_seconds, decode_seconds: time the steps took, host and device together.
         peak_held_tokens: most tokens in held pages after any step.
+        finished: answers by why they ended.
     """
 
     steps: int = 0
@@ -26,6 +28,7 @@ class EngineStats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     peak_held_tokens: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
 
     def note(self, step: ScheduledStep, seconds: float, held_tokens: int) -> None:
         """Counts a step that has run."""

@@ -1,4 +1,5 @@
 import re
+import urllib.request
 
 import jax.numpy as jnp
 import pytest
@@ -9,6 +10,7 @@ from engine.models.checkpoint import save_llama
 from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
 from engine.serving.check import CHECK_BOUND
+from engine.serving.llm import LLM
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +151,22 @@ def test_the_model_that_ships_answers_in_words(capsys):
     assert code == 0
     answer = re.search(r"ended by \w+:\n(.*?)\n\n", out, re.DOTALL)[1]
     assert sum(word in answer.lower().split() for word in ("the", "and", "to", "a", "of", "she", "said", "it")) >= 1
+
+
+def test_metrics_are_served_while_it_runs(capsys, checkpoint, monkeypatch):
+    scraped = []
+    original = LLM.step
+
+    def step(self, **options):
+        result = original(self, **options)
+        port = re.search(r"http://127.0.0.1:(\d+)/metrics", capsys.readouterr().out)
+        if port:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port[1]}/metrics", timeout=30) as answer:
+                scraped.append(answer.read().decode())
+        return result
+
+    monkeypatch.setattr(LLM, "step", step)
+    arguments = ("--prompt", "1", "--max-new-tokens", 2, "--metrics-port", 0)
+    code, _, _ = run(capsys, "generate", "--model", checkpoint, *SMALL, *arguments)
+    assert code == 0
+    assert "engine_num_requests_running 1.0" in scraped[0]

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from serving_support import VOCAB, make_llama
 
+from engine.serving.exporter import EngineCollector
 from engine.serving.llm import LLM
 from engine.serving.request import SamplingParams
 
@@ -68,7 +69,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.llm.scheduler.clock = self.clock = Clock()
         self.open: dict[int, tuple[int, SamplingParams]] = {}
         self.weights = 0
-        self.fault: str | None = None
+        self.counted: dict[str, int] = {}
         self.llm.replace_weights(self.models[0])
 
     @rule(
@@ -143,6 +144,9 @@ class EngineMachine(RuleBasedStateMachine):
     @invariant()
     def balanced(self):
         self.llm.cache.check_integrity()
+        counted = counters(self.llm.metrics())  # refuses parts that do not make up the pool
+        assert all(counted.get(name, 0) >= count for name, count in self.counted.items()), "a counter went back"
+        self.counted = counted
         if not self.open:
             assert self.llm.cache.held_tokens == 0
             assert not self.llm.scheduler.has_work
@@ -154,6 +158,13 @@ class EngineMachine(RuleBasedStateMachine):
             self.take(self.llm.step())
         assert not self.open, "requests do not get on"
         self.balanced()
+
+
+def counters(metrics):
+    """Every counter that Prometheus would see, with its labels."""
+    families = EngineCollector(lambda: metrics).collect()
+    samples = (sample for family in families if family.type == "counter" for sample in family.samples)
+    return {f"{sample.name}{sample.labels}": sample.value for sample in samples}
 
 
 OPTIONS = {

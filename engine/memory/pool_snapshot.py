@@ -1,0 +1,99 @@
+"""Where every page of the pool is at one moment, counted from the books and not by subtraction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.errors import IntegrityError
+from engine.memory.cache_manager import CacheManager
+
+
+@dataclass(frozen=True)
+class RowSnapshot:
+    """What one running request has.
+
+    Attributes:
+        row: its page-table row.
+        tokens: tokens with a slot.
+        pages: pages that hold them, shared ones included.
+        locked_pages: cached pages that it keeps from eviction.
+    """
+
+    row: int
+    tokens: int
+    pages: int
+    locked_pages: int
+
+
+@dataclass(frozen=True)
+class PoolSnapshot:
+    """The pool at one moment, in pages unless a name says otherwise.
+
+    ``free_pages + private_pages + locked_pages + evictable_pages == total_pages`` always.
+
+    Attributes:
+        page_size: tokens a page.
+        total_pages: all but the null page.
+        free_pages: nobody's.
+        private_pages: held by rows and not cached.
+        locked_pages: cached, and under the lock of a row.
+        evictable_pages: cached, and free to be given up.
+        free_runs: runs of consecutive free pages; 1 where nothing is fragmented.
+        largest_free_run_pages: the longest of them.
+        tail_waste_tokens: slots in the last pages of rows that hold no token yet.
+        rows: the running requests' parts.
+    """
+
+    page_size: int
+    total_pages: int
+    free_pages: int
+    private_pages: int
+    locked_pages: int
+    evictable_pages: int
+    free_runs: int
+    largest_free_run_pages: int
+    tail_waste_tokens: int
+    rows: tuple[RowSnapshot, ...]
+
+    @property
+    def usage(self) -> float:
+        """Share of the pool that could not be handed out now, 0 to 1."""
+        return (self.private_pages + self.locked_pages) / self.total_pages
+
+
+def snapshot_pool(cache: CacheManager) -> PoolSnapshot:
+    """Counts every page; costs a look at each page in use, so it is for who watches and not for a step.
+
+    Raises:
+        IntegrityError: the parts do not make up the pool.
+    """
+    table, prefix, size = cache.page_table, cache.prefix, cache.page_size
+    free = np.sort(cache.allocator.free_pages())
+    held = np.unique(table.held_pages())
+    runs = np.diff(np.flatnonzero(np.diff(free, prepend=-1, append=-1) != 1)) if free.size else np.zeros(0, np.int64)
+    rows = tuple(
+        RowSnapshot(row, tokens, -(-tokens // size), cache.locked_pages(row))
+        for row, tokens in ((row, int(table.kv_lens([row])[0])) for row in table.rows_in_use().tolist())
+    )
+    snapshot = PoolSnapshot(
+        page_size=size,
+        total_pages=cache.size // size,
+        free_pages=int(free.size),
+        private_pages=int(held.size - (np.count_nonzero(prefix.is_cached(held)) if prefix else 0)),
+        locked_pages=prefix.protected_pages if prefix else 0,
+        evictable_pages=prefix.evictable_pages if prefix else 0,
+        free_runs=int(runs.size),
+        largest_free_run_pages=int(runs.max(initial=0)),
+        tail_waste_tokens=sum(row.pages * size - row.tokens for row in rows),
+        rows=rows,
+    )
+    found = snapshot.free_pages + snapshot.private_pages + snapshot.locked_pages + snapshot.evictable_pages
+    if found != snapshot.total_pages:
+        raise IntegrityError(
+            f"{snapshot.free_pages} free, {snapshot.private_pages} private, {snapshot.locked_pages} locked and "
+            f"{snapshot.evictable_pages} evictable pages are {found}, the pool has {snapshot.total_pages}; this is a "
+            "bug, report it"
+        )
+    return snapshot
