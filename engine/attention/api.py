@@ -15,26 +15,27 @@ from engine.attention.checks import (
     check_metadata_shapes,
     check_options,
     check_pages,
+    check_scales,
     check_tensors,
     check_token_arrays,
 )
 from engine.attention.cpu import attend_cpu
 from engine.attention.metadata import AttentionMetadata, Int32Array, locate_new_tokens
 from engine.attention.reference import attend_reference
-from engine.attention.spec import AttentionSpec
+from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.attention.tpu.backend import attend_tpu
 from engine.attention.xla import attend_xla
 from engine.errors import BackendUnsupported, ConfigError
 
-# (q, k, v, fused_kv, metadata, sinks, spec) -> (out, fused_kv); raises BackendUnsupported where it cannot.
+# (q, k, v, fused_kv, metadata, heads, spec) -> (out, fused_kv) or, where the spec wants it, (out, fused_kv, lse);
+# raises BackendUnsupported where it cannot.
 Attend = Callable[
-    [jax.Array, jax.Array, jax.Array, jax.Array, AttentionMetadata, jax.Array | None, AttentionSpec],
-    tuple[jax.Array, jax.Array],
+    [jax.Array, jax.Array, jax.Array, jax.Array, AttentionMetadata, HeadArrays, AttentionSpec], tuple[jax.Array, ...]
 ]
 
 
 def _unsupported(name: str) -> Attend:
-    def refuse(*_: object) -> tuple[jax.Array, jax.Array]:
+    def refuse(*_: object) -> tuple[jax.Array, ...]:
         raise BackendUnsupported(f"attention impl={name!r} has no kernel yet; use impl='xla' or impl='auto'")
 
     return refuse
@@ -64,8 +65,11 @@ def ragged_paged_attention(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    return_lse: bool = False,
     impl: str = "auto",
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Writes the new keys and values of a ragged batch into the paged cache, then attends causally.
 
     Sequence ``b`` brings tokens ``cu_q_lens[b] … cu_q_lens[b + 1] - 1``; they stand at positions
@@ -89,10 +93,15 @@ def ragged_paged_attention(
         sliding_window: tokens a query sees, itself included; None sees all before it.
         soft_cap: logits ``s`` become ``soft_cap * tanh(s / soft_cap)``; None leaves them.
         sinks: ``[Hq]`` an extra logit per query head that joins the softmax denominator only.
+        k_scale: ``[H]`` float32, above 0: the cache holds keys divided by it, as an 8-bit cache needs; None is 1.
+        v_scale: as ``k_scale``, of the values.
+        return_lse: whether to return the log-sum-exp of each row too.
         impl: "auto", "reference", "xla", "cpu", "tpu" or "gpu".
 
     Returns:
-        ``out[T, Hq, D]`` in q's dtype, zero past ``cu_q_lens[B]``; and the written buffer. Every new token is
+        ``out[T, Hq, D]`` in q's dtype, zero past ``cu_q_lens[B]``; the written buffer; and with ``return_lse`` the
+        natural log of each softmax's denominator, ``[T, Hq]`` float32, sinks included, minus infinity past
+        ``cu_q_lens[B]``. A row that sees no key has output 0 and, without a sink, minus infinity. Every new token is
         written, whatever the window. Softmax and sums are float32.
 
     Raises:
@@ -103,13 +112,15 @@ def ragged_paged_attention(
     check_options(page_size=page_size, sm_scale=sm_scale, sliding_window=sliding_window, soft_cap=soft_cap)
     check_metadata_shapes(page_table, cu_q_lens, kv_lens)
     check_tensors(q, k, v, fused_kv, sinks, page_size)
+    check_scales(k.shape[1], k_scale=k_scale, v_scale=v_scale)
     q, k, v, fused_kv, page_table, cu_q_lens, kv_lens = (
         _owned(array) for array in (q, k, v, fused_kv, page_table, cu_q_lens, kv_lens)
     )
-    spec = AttentionSpec(page_size, _scale(sm_scale, q.shape[2]), sliding_window, soft_cap)
+    spec = AttentionSpec(page_size, _scale(sm_scale, q.shape[2]), sliding_window, soft_cap, return_lse)
     _check_contents(page_table, cu_q_lens, kv_lens, num_tokens=q.shape[0], num_slots=fused_kv.shape[0], spec=spec)
     metadata: AttentionMetadata = _locate(page_table, cu_q_lens, kv_lens, num_tokens=q.shape[0], page_size=page_size)
-    result: tuple[jax.Array, jax.Array] = _dispatch(q, k, v, fused_kv, metadata, sinks, spec=spec, impl=_known(impl))
+    heads = jax.tree.map(_owned, HeadArrays(sinks, k_scale, v_scale))
+    result: tuple[jax.Array, ...] = _dispatch(q, k, v, fused_kv, metadata, heads, spec=spec, impl=_known(impl))
     return result
 
 
@@ -120,13 +131,14 @@ def attend(
     fused_kv: jax.Array,
     metadata: AttentionMetadata,
     *,
-    sinks: jax.Array | None,
+    heads: HeadArrays,
     spec: AttentionSpec,
     impl: str,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """As ``ragged_paged_attention``, with the step's metadata made beforehand."""
     check_metadata_shapes(metadata.page_table, metadata.cu_q_lens, metadata.kv_lens)
-    check_tensors(q, k, v, fused_kv, sinks, spec.page_size)
+    check_tensors(q, k, v, fused_kv, heads.sinks, spec.page_size)
+    check_scales(k.shape[1], k_scale=heads.k_scale, v_scale=heads.v_scale)
     check_token_arrays(q.shape[0], out_cache_loc=metadata.out_cache_loc, positions=metadata.positions)
     metadata = jax.tree.map(_owned, metadata)
     _check_contents(
@@ -138,7 +150,8 @@ def attend(
         spec=spec,
     )
     q, k, v, fused_kv = (_owned(array) for array in (q, k, v, fused_kv))
-    result: tuple[jax.Array, jax.Array] = _dispatch(q, k, v, fused_kv, metadata, sinks, spec=spec, impl=_known(impl))
+    heads = jax.tree.map(_owned, heads)
+    result: tuple[jax.Array, ...] = _dispatch(q, k, v, fused_kv, metadata, heads, spec=spec, impl=_known(impl))
     return result
 
 
@@ -187,17 +200,17 @@ def _dispatch(
     v: jax.Array,
     fused_kv: jax.Array,
     metadata: AttentionMetadata,
-    sinks: jax.Array | None,
+    heads: HeadArrays,
     *,
     spec: AttentionSpec,
     impl: str,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     if impl != "auto":
-        return BACKENDS[impl](q, k, v, fused_kv, metadata, sinks, spec)
+        return BACKENDS[impl](q, k, v, fused_kv, metadata, heads, spec)
     refusals = []
     for name in AUTO_ORDER:
         try:
-            return BACKENDS[name](q, k, v, fused_kv, metadata, sinks, spec)
+            return BACKENDS[name](q, k, v, fused_kv, metadata, heads, spec)
         except BackendUnsupported as refusal:
             refusals.append(str(refusal))
     raise BackendUnsupported("no attention backend can do this: " + "; ".join(refusals))

@@ -9,7 +9,7 @@ import jax
 from engine.attention.api import attend
 from engine.attention.checks import check_options
 from engine.attention.metadata import AttentionMetadata
-from engine.attention.spec import AttentionSpec
+from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.errors import ConfigError, ShapeError
 
 __all__ = ["AttentionMetadata", "FlashAttentionBackend"]
@@ -65,7 +65,10 @@ class FlashAttentionBackend:
         metadata: AttentionMetadata,
         *,
         sinks: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
+        k_scale: jax.Array | None = None,
+        v_scale: jax.Array | None = None,
+        return_lse: bool = False,
+    ) -> tuple[jax.Array, ...]:
         """Writes one layer's new keys and values at ``metadata.out_cache_loc``, then attends.
 
         Args:
@@ -75,9 +78,14 @@ class FlashAttentionBackend:
             fused_kv: ``[S, 2H, D]`` the layer's buffer, or its padded storage.
             metadata: the step's.
             sinks: ``[Hq]`` an extra logit per query head that joins the softmax denominator only.
+            k_scale: ``[H]`` float32, above 0: the cache holds keys divided by it; None is 1.
+            v_scale: as ``k_scale``, of the values.
+            return_lse: whether to return the log-sum-exp of each row too.
 
         Returns:
-            ``out[T, Hq, D]`` in q's dtype, zero in padding; and the written buffer.
+            ``out[T, Hq, D]`` in q's dtype, zero in padding; the written buffer; and with ``return_lse`` the natural
+            log of each softmax's denominator, ``[T, Hq]`` float32, sinks included, minus infinity in padding. A row
+            that sees no key has output 0 and, without a sink, minus infinity.
 
         Raises:
             ShapeError: an array has the wrong shape, dtype or (where concrete) contents.
@@ -89,5 +97,6 @@ class FlashAttentionBackend:
                 f"{self.num_kv_heads} KV heads of {self.head_dim}"
             )
         scale = self.head_dim**-0.5 if self.sm_scale is None else self.sm_scale
-        spec = AttentionSpec(self.page_size, scale, self.sliding_window, self.soft_cap)
-        return attend(q, k, v, fused_kv, metadata, sinks=sinks, spec=spec, impl=self.impl)
+        spec = AttentionSpec(self.page_size, scale, self.sliding_window, self.soft_cap, return_lse)
+        heads = HeadArrays(sinks, k_scale, v_scale)
+        return attend(q, k, v, fused_kv, metadata, heads=heads, spec=spec, impl=self.impl)

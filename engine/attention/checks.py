@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
@@ -70,6 +71,28 @@ def check_tensors(q: Array, k: Array, v: Array, fused_kv: Array, sinks: Array | 
         raise ShapeError(f"fused_kv has {fused_kv.shape[0]} slots, which page_size={page_size} does not divide")
     if sinks is not None and (sinks.shape != (q.shape[1],) or not _is_float(sinks)):
         raise ShapeError(f"sinks is {sinks.dtype}{sinks.shape}; it must be floating-point ({q.shape[1]},), one a head")
+
+
+def check_scales(num_kv_heads: int, **scales: Array | None) -> None:
+    """Checks each named scale of a quantised cache, ``[H]`` float32 or None; contents where it is concrete.
+
+    Raises:
+        ShapeError: a scale has another shape or dtype, or is not finite and above 0.
+    """
+    for name, scale in scales.items():
+        if scale is None:
+            continue
+        if scale.shape != (num_kv_heads,) or scale.dtype != np.float32:
+            raise ShapeError(
+                f"{name} is {scale.dtype}{scale.shape}; it must be float32({num_kv_heads},), a KV head each"
+            )
+        if isinstance(scale, jax.core.Tracer):
+            continue
+        values = np.asarray(scale)
+        if (head := _first(~(np.isfinite(values) & (values > 0)))) is not None:
+            raise ShapeError(
+                f"{name}[{head}] is {values[head]}; what is stored is divided by it, so it must be finite and above 0"
+            )
 
 
 def check_metadata_shapes(page_table: Array, cu_q_lens: Array, kv_lens: Array) -> None:

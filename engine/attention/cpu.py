@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from engine.attention.metadata import AttentionMetadata
-from engine.attention.spec import AttentionSpec
+from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.attention.xla import attend_xla
 from engine.errors import BackendUnsupported
 from engine.kv.scatter import set_kv_buffer
@@ -30,9 +30,9 @@ def attend_cpu(
     v: jax.Array,
     fused_kv: jax.Array,
     metadata: AttentionMetadata,
-    sinks: jax.Array | None,
+    heads: HeadArrays,
     spec: AttentionSpec,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Writes k and v, then attends; arguments and results as in ``ragged_paged_attention``.
 
     Raises:
@@ -41,13 +41,13 @@ def attend_cpu(
     """
     _check_supported(q, fused_kv)
     # Which program runs is settled when the call is lowered, so one traced here for another platform gets XLA's.
-    result: tuple[jax.Array, jax.Array] = lax.platform_dependent(
+    result: tuple[jax.Array, ...] = lax.platform_dependent(
         q,
         k,
         v,
         fused_kv,
         metadata,
-        sinks,
+        heads,
         cpu=functools.partial(_attend_native, spec=spec),
         default=functools.partial(attend_xla, spec=spec),
     )
@@ -72,21 +72,24 @@ def _attend_native(
     v: jax.Array,
     fused_kv: jax.Array,
     metadata: AttentionMetadata,
-    sinks: jax.Array | None,
+    heads: HeadArrays,
     *,
     spec: AttentionSpec,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
+    dtype = q.dtype
+    q, k, v = heads.scale(q, k, v)
     fused_kv = set_kv_buffer(fused_kv, jnp.asarray(metadata.out_cache_loc), k, v)
     operands = (
         q,
         fused_kv,
         *(jnp.asarray(array) for array in (metadata.page_table, metadata.cu_q_lens, metadata.kv_lens)),
-        jnp.zeros(0, jnp.float32) if sinks is None else jnp.asarray(sinks, jnp.float32),
+        jnp.zeros(0, jnp.float32) if heads.sinks is None else jnp.asarray(heads.sinks, jnp.float32),
     )
     # Within shard_map the result varies over the mesh axes that any operand varies over.
     axes = frozenset[str]().union(*(jax.typeof(operand).manual_axis_type.varying for operand in operands))
-    call = jax.ffi.ffi_call(library.ATTENTION, jax.ShapeDtypeStruct(q.shape, q.dtype))
-    out = call(
+    lse_shape = q.shape[:2] if spec.return_lse else (0,)
+    shapes = jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(lse_shape, jnp.float32)
+    results = jax.ffi.ffi_call(library.ATTENTION, shapes)(
         *operands,
         kv_heads=np.int32(k.shape[1]),
         page_size=np.int32(spec.page_size),
@@ -94,4 +97,6 @@ def _attend_native(
         sm_scale=np.float32(spec.sm_scale),
         soft_cap=np.float32(spec.soft_cap or 0.0),
     )
-    return (lax.pcast(out, tuple(axes), to="varying") if axes else out), fused_kv
+    out, lse = (lax.pcast(result, tuple(axes), to="varying") if axes else result for result in results)
+    out = heads.unscale(out).astype(dtype)
+    return (out, fused_kv, lse) if spec.return_lse else (out, fused_kv)

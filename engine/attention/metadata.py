@@ -106,4 +106,5 @@ def locate_new_tokens(
     rows = xp.where(live, rows, 0)
     positions = xp.where(live, kv_lens[rows] - cu_q_lens[rows + 1] + tokens, 0)
     slots = page_table[rows, positions // page_size] * page_size + positions % page_size
-    return positions.astype(xp.int32), xp.where(live, slots, -1).astype(xp.int32)
+    # A position below 0 (of lengths that were not checked) has no slot; as an index it would name the last column.
+    return positions.astype(xp.int32), xp.where(live & (positions >= 0), slots, -1).astype(xp.int32)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from engine.attention.metadata import AttentionMetadata
-from engine.attention.spec import AttentionSpec
+from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv, unpad_fused
 from engine.kv.scatter import set_kv_buffer
 
@@ -21,10 +21,12 @@ def attend_reference(
     v: jax.Array,
     fused_kv: jax.Array,
     metadata: AttentionMetadata,
-    sinks: jax.Array | None,
+    heads: HeadArrays,
     spec: AttentionSpec,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Writes k and v, then attends; arguments and results as in ``ragged_paged_attention``."""
+    dtype = q.dtype
+    q, k, v = heads.scale(q, k, v)
     fused_kv = set_kv_buffer(fused_kv, jnp.asarray(metadata.out_cache_loc), k, v)
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
@@ -33,7 +35,7 @@ def attend_reference(
     rows = jnp.searchsorted(cu_q_lens, tokens, side="right") - 1
     columns = jnp.arange(page_table.shape[1] * spec.page_size)  # a column is a position in the context
 
-    def attend_token(query: jax.Array, row: jax.Array, position: jax.Array) -> jax.Array:
+    def attend_token(query: jax.Array, row: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
         slots = page_table[row][columns // spec.page_size] * spec.page_size + columns % spec.page_size
         context = unpad_fused(fused_kv[slots], num_kv_heads, head_dim).astype(jnp.float32)  # [L, 2H, D]
         visible = columns <= position
@@ -46,12 +48,16 @@ def attend_reference(
         if spec.soft_cap is not None:
             logits = spec.soft_cap * jnp.tanh(logits / spec.soft_cap)
         logits = jnp.where(visible, logits, -jnp.inf)
-        if sinks is not None:
-            sink = jnp.asarray(sinks, jnp.float32).reshape(num_kv_heads, -1, 1)
+        if heads.sinks is not None:
+            sink = jnp.asarray(heads.sinks, jnp.float32).reshape(num_kv_heads, -1, 1)
             logits = jnp.concatenate([logits, sink], axis=-1)
-        weights = jax.nn.softmax(logits, axis=-1)[..., : columns.size]
-        return jnp.einsum("hgl,lhd->hgd", weights, values).reshape(num_q_heads, head_dim)
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        # A row that sees nothing has minus infinity, and -inf - -inf is NaN.
+        weights = jnp.exp(logits - jnp.where(lse == -jnp.inf, 0.0, lse)[..., None])[..., : columns.size]
+        out = jnp.einsum("hgl,lhd->hgd", weights, values)
+        return out.reshape(num_q_heads, head_dim), lse.reshape(num_q_heads)
 
-    out = lax.map(lambda args: attend_token(*args), (q, rows, jnp.asarray(metadata.positions)))
-    out = jnp.where((tokens < cu_q_lens[-1])[:, None, None], out, 0.0)
-    return out.astype(q.dtype), fused_kv
+    out, lse = lax.map(lambda args: attend_token(*args), (q, rows, jnp.asarray(metadata.positions)))
+    live = tokens < cu_q_lens[-1]
+    out = jnp.where(live[:, None, None], heads.unscale(out), 0.0).astype(dtype)
+    return (out, fused_kv, jnp.where(live[:, None], lse, -jnp.inf)) if spec.return_lse else (out, fused_kv)

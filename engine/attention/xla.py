@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from engine.attention.metadata import AttentionMetadata
-from engine.attention.spec import AttentionSpec
+from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv, unpad_fused
 from engine.kv.scatter import set_kv_buffer
 
@@ -36,6 +36,18 @@ class Softmax(NamedTuple):
     peak: jax.Array
     total: jax.Array
     acc: jax.Array
+
+
+class Rows(NamedTuple):
+    """What query rows get, float32.
+
+    Attributes:
+        out: ``[N, Hq, D]``.
+        lse: ``[N, Hq]`` natural log of the softmax's denominator.
+    """
+
+    out: jax.Array
+    lse: jax.Array
 
 
 class Tile(NamedTuple):
@@ -60,42 +72,49 @@ def attend_xla(
     v: jax.Array,
     fused_kv: jax.Array,
     metadata: AttentionMetadata,
-    sinks: jax.Array | None,
+    heads: HeadArrays,
     spec: AttentionSpec,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Writes k and v, then attends; arguments and results as in ``ragged_paged_attention``."""
+    dtype = q.dtype
+    q, k, v = heads.scale(q, k, v)
     fused_kv = set_kv_buffer(fused_kv, jnp.asarray(metadata.out_cache_loc), k, v)
     num_tokens, num_q_heads, head_dim = q.shape
-    walk = _ContextWalk.over(fused_kv, metadata, k.shape[1], head_dim, sinks, spec)
+    walk = _ContextWalk.over(fused_kv, metadata, k.shape[1], head_dim, heads.sinks, spec)
     tile_tokens = min(TILE_TOKENS, num_tokens)
     # The last tile of a sequence may reach past the array; a dynamic slice would then slide back over other tokens.
     queries = jnp.pad(q, ((0, tile_tokens), (0, 0), (0, 0)))
     cu_q_lens, kv_lens = jnp.asarray(metadata.cu_q_lens), jnp.asarray(metadata.kv_lens)
 
-    def attend_tile(size: int, row: jax.Array, first: jax.Array, out: jax.Array) -> jax.Array:
+    def attend_tile(size: int, row: jax.Array, first: jax.Array, done: Rows) -> Rows:
         """Attends queries ``[first, first + size)`` of sequence ``row``; rows past its last query become zero."""
         start, q_len = cu_q_lens[row], cu_q_lens[row + 1] - cu_q_lens[row]
         chunk = lax.dynamic_slice(queries, _index(start + first, 0, 0), (size, num_q_heads, head_dim))
         result = walk.attend(chunk, row, kv_lens[row] - q_len + first, kv_lens[row])
-        result = jnp.where((first + jnp.arange(size, dtype=jnp.int32) < q_len)[:, None, None], result, 0.0)
+        live = (first + jnp.arange(size, dtype=jnp.int32) < q_len)[:, None]
+        out = jnp.where(live[..., None], result.out, 0.0)
+        lse = jnp.where(live, result.lse, -jnp.inf)
         # What spills over the sequence's end is overwritten by the sequence that follows.
-        written: jax.Array = lax.dynamic_update_slice(out, result, _index(start + first, 0, 0))
-        return written
+        return Rows(
+            lax.dynamic_update_slice(done.out, out, _index(start + first, 0, 0)),
+            lax.dynamic_update_slice(done.lse, lse, _index(start + first, 0)),
+        )
 
-    def attend_sequence(row: jax.Array, out: jax.Array) -> jax.Array:
+    def attend_sequence(row: jax.Array, done: Rows) -> Rows:
         q_len = cu_q_lens[row + 1] - cu_q_lens[row]
         decodes = jnp.where(q_len == 1, 1, 0)
-        out = lax.fori_loop(jnp.int32(0), decodes, lambda i, out: attend_tile(1, row, i, out), out)
+        done = lax.fori_loop(jnp.int32(0), decodes, lambda i, done: attend_tile(1, row, i, done), done)
         tiles = jnp.where(q_len > 1, -(-q_len // tile_tokens), 0)
-        extended: jax.Array = lax.fori_loop(
-            jnp.int32(0), tiles, lambda i, out: attend_tile(tile_tokens, row, i * tile_tokens, out), out
+        extended: Rows = lax.fori_loop(
+            jnp.int32(0), tiles, lambda i, done: attend_tile(tile_tokens, row, i * tile_tokens, done), done
         )
         return extended
 
     # Float32 until the end: XLA's CPU compiler may convert all of a 16-bit carry to write a part of it.
-    out = jnp.zeros(queries.shape, jnp.float32)
-    out = lax.fori_loop(jnp.int32(0), jnp.int32(kv_lens.shape[0]), attend_sequence, out)
-    return out[:num_tokens].astype(q.dtype), fused_kv
+    none = Rows(jnp.zeros(queries.shape, jnp.float32), jnp.full(queries.shape[:2], -jnp.inf, jnp.float32))
+    out, lse = lax.fori_loop(jnp.int32(0), jnp.int32(kv_lens.shape[0]), attend_sequence, none)
+    out = heads.unscale(out[:num_tokens]).astype(dtype)
+    return (out, fused_kv, lse[:num_tokens]) if spec.return_lse else (out, fused_kv)
 
 
 @dataclass(frozen=True)
@@ -127,7 +146,7 @@ class _ContextWalk:
         sink = None if sinks is None else jnp.asarray(sinks, jnp.float32).reshape(num_kv_heads, -1)
         return cls(fused_kv, page_table, sink, num_kv_heads, head_dim, spec, block_pages)
 
-    def attend(self, chunk: jax.Array, row: jax.Array, position: jax.Array, kv_len: jax.Array) -> jax.Array:
+    def attend(self, chunk: jax.Array, row: jax.Array, position: jax.Array, kv_len: jax.Array) -> Rows:
         """Attends consecutive queries of sequence ``row``.
 
         Args:
@@ -137,7 +156,7 @@ class _ContextWalk:
             kv_len: the sequence's length, new tokens included.
 
         Returns:
-            ``[N, Hq, D]`` float32; finite but meaningless past the sequence's end.
+            Output and log-sum-exp, meaningless past the sequence's end.
         """
         tile = self._tile(chunk, position, kv_len)
         block_tokens = self.block_pages * self.spec.page_size
@@ -149,10 +168,11 @@ class _ContextWalk:
             lambda block, state: self._attend_block(tile, row, block, state),
             state,
         )
-        out: jax.Array = state.acc / jnp.where(state.total > 0, state.total, 1.0)[..., None]
+        out = state.acc / jnp.where(state.total > 0, state.total, 1.0)[..., None]
         size, num_q_heads, head_dim = chunk.shape
-        out = out.reshape(self.num_kv_heads, size, -1, head_dim)
-        return out.transpose(1, 0, 2, 3).reshape(size, num_q_heads, head_dim)
+        out = out.reshape(self.num_kv_heads, size, -1, head_dim).transpose(1, 0, 2, 3)
+        lse = (state.peak + jnp.log(state.total)).reshape(self.num_kv_heads, size, -1).transpose(1, 0, 2)
+        return Rows(out.reshape(size, num_q_heads, head_dim), lse.reshape(size, num_q_heads))
 
     def _tile(self, chunk: jax.Array, position: jax.Array, kv_len: jax.Array) -> Tile:
         size, num_q_heads, head_dim = chunk.shape

@@ -134,7 +134,7 @@ def make_step(problem: Problem) -> Step:
 
 def gather_then_softmax(
     problem: Problem, q: jax.Array, k: jax.Array, v: jax.Array, fused_kv: jax.Array, metadata: AttentionMetadata
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """The plain way: gather every page of every sequence, then one softmax over all of it."""
     fused_kv = set_kv_buffer(fused_kv, jnp.asarray(metadata.out_cache_loc), k, v)
     pages = fused_kv.reshape(-1, problem.page_size, *fused_kv.shape[1:])
@@ -150,7 +150,7 @@ def gather_then_softmax(
     return out.reshape(q.shape).astype(q.dtype), fused_kv
 
 
-def _in_place(attend: Callable[..., tuple[jax.Array, jax.Array]], step: Step) -> Callable[[], object]:
+def _in_place(attend: Callable[..., tuple[jax.Array, ...]], step: Step) -> Callable[[], object]:
     """A call of ``attend`` that donates the cache and keeps the one it gets back, as an engine does."""
     compiled = jax.jit(attend, donate_argnums=3)
     cache = step.fused_kv.copy()

@@ -127,7 +127,7 @@ def compile_here(gen: str, page_size: int, q_heads: int, heads: int, head_dim: i
     from jax.experimental import topologies
     from jax.sharding import Mesh, SingleDeviceSharding
 
-    from engine.attention.tpu.api import ragged_paged_attention_tpu
+    from engine.attention.api import ragged_paged_attention
     from engine.attention.tpu.block_sizes import choose_blocks, run_pages
     from engine.kv.layout import KVLayout
 
@@ -140,8 +140,8 @@ def compile_here(gen: str, page_size: int, q_heads: int, heads: int, head_dim: i
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
     def step(cache, q, k, v, table, cu, lens):  # type: ignore[no-untyped-def]
-        return ragged_paged_attention_tpu(
-            q, k, v, cache, page_table=table, cu_q_lens=cu, kv_lens=lens, page_size=page_size, generation=gen
+        return ragged_paged_attention(
+            q, k, v, cache, page_table=table, cu_q_lens=cu, kv_lens=lens, page_size=page_size, impl="tpu"
         )
 
     wide = jnp.float32 if dtype == "float32" else jnp.bfloat16

@@ -114,18 +114,19 @@ bool FindType(ffi::DataType type, Float& found) {
 }
 
 // q [T, Hq, D], fused [S, R, L] with R >= 2H and L >= D, page_table [B, P], cu_q_lens [B + 1], kv_lens [B],
-// sinks [Hq] or [0]; result as q, zero past cu_q_lens[B].
+// sinks [Hq] or [0]; out as q, zero past cu_q_lens[B]; lse [T, Hq], -inf there, or [0] where it is not wanted.
 ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer fused, ffi::Buffer<ffi::S32> page_table,
                   ffi::Buffer<ffi::S32> cu_q_lens, ffi::Buffer<ffi::S32> kv_lens, ffi::Buffer<ffi::F32> sinks,
                   int32_t kv_heads, int32_t page_size, int32_t window, float sm_scale, float soft_cap,
-                  ffi::Result<ffi::AnyBuffer> out) {
+                  ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::Buffer<ffi::F32>> lse) {
   const auto asked = q.dimensions(), stored = fused.dimensions(), table = page_table.dimensions();
   if (asked.size() != 3 || asked[0] < 1 || stored.size() != 3 || table.size() != 2 || kv_heads < 1 ||
       asked[1] % kv_heads || stored[1] < 2 * kv_heads || stored[2] < asked[2] || page_size < 1 ||
       stored[0] < page_size || window < 1 || window > kMostWindow ||
       kv_lens.element_count() != size_t(table[0]) || cu_q_lens.element_count() != size_t(table[0] + 1) ||
-      (sinks.element_count() != 0 && sinks.element_count() != size_t(asked[1]))) {
-    return ffi::Error::InvalidArgument("engine_attention: shapes of q, fused, metadata and sinks do not fit");
+      (sinks.element_count() != 0 && sinks.element_count() != size_t(asked[1])) ||
+      (lse->element_count() != 0 && lse->element_count() != size_t(asked[0] * asked[1]))) {
+    return ffi::Error::InvalidArgument("engine_attention: shapes of q, fused, metadata, sinks and lse do not fit");
   }
   Float token_type, cache_type;
   if (!FindType(q.element_type(), token_type) || !FindType(fused.element_type(), cache_type) ||
@@ -133,7 +134,8 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer fused, 
     return ffi::Error::InvalidArgument("engine_attention: q and fused must be float32, bfloat16 or float16, out as q");
   }
   const float scale = soft_cap == 0 ? sm_scale * kLog2E : sm_scale / soft_cap;
-  const Problem problem{token_type, q.untyped_data(), out->untyped_data(), fused.untyped_data(),
+  const Problem problem{token_type, q.untyped_data(), out->untyped_data(),
+                        lse->element_count() ? lse->typed_data() : nullptr, fused.untyped_data(),
                         sinks.element_count() ? sinks.typed_data() : nullptr,
                         stored[0] / page_size, page_size, int(asked[1]), kv_heads, int(asked[2]),
                         size_t(stored[1] * stored[2]), size_t(stored[2]), scale, soft_cap * kLog2E, window};
@@ -142,6 +144,10 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer fused, 
   WithType(cache_type, [&](auto element) { Run<decltype(element)>(problem, plan, pool); });
   const size_t live = std::clamp<int64_t>(bounds[table[0]], 0, asked[0]), row_bytes = out->size_bytes() / asked[0];
   std::memset(static_cast<char*>(problem.out) + live * row_bytes, 0, out->size_bytes() - live * row_bytes);
+  if (problem.lse != nullptr) {
+    std::fill(problem.lse + live * asked[1], problem.lse + lse->element_count(),
+              -std::numeric_limits<float>::infinity());
+  }
   return ffi::Error::Success();
 }
 
@@ -162,4 +168,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(engine_attention, engine::Attend,
                                   .Attr<int32_t>("window")
                                   .Attr<float>("sm_scale")
                                   .Attr<float>("soft_cap")
-                                  .Ret<ffi::AnyBuffer>());         // out
+                                  .Ret<ffi::AnyBuffer>()            // out
+                                  .Ret<ffi::Buffer<ffi::F32>>());   // lse

@@ -4,6 +4,7 @@
 #define ENGINE_NATIVE_PROBLEM_H_
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -17,6 +18,7 @@ struct Problem {
   Float token_type;
   const void* q;  // [tokens, q_heads, head_dim]
   void* out;      // as q
+  float* lse;     // [tokens, q_heads], natural log, or null
   const void* cache;
   const float* sinks;  // [q_heads], or null
   int64_t pool_pages, page_size;
@@ -99,7 +101,13 @@ inline void LoadQuery(const Problem& problem, int token, int head, float* row) {
 // Divides a row's summed values by its softmax's total, into the output; `parts` of them first become one.
 inline void Finish(const Problem& problem, int token, int head, int parts, size_t rows, RowState* states, float* sums) {
   const int dim = problem.padded_dim();
-  const float inverse = 1.0f / Merge(parts, rows, dim, problem.sinks ? &problem.sinks[head] : nullptr, states, sums);
+  const RowState whole = Merge(parts, rows, dim, problem.sinks ? &problem.sinks[head] : nullptr, states, sums);
+  // A row that has seen nothing has total 0: its output is 0, its log-sum-exp -inf.
+  const float inverse = whole.total > 0 ? 1.0f / whole.total : 0.0f;
+  if (problem.lse != nullptr) {
+    problem.lse[static_cast<size_t>(token) * problem.q_heads + head] =
+        (whole.peak + std::log2(whole.total)) / kLog2E;
+  }
   WithType(problem.token_type, [&](auto element) {
     const size_t at = (static_cast<size_t>(token) * problem.q_heads + head) * problem.head_dim;
     auto* out = static_cast<decltype(element)*>(problem.out) + at;

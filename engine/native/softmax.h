@@ -55,8 +55,8 @@ inline float Fold(float* logits, int count, int first, int last, float cap, RowS
 }
 
 // Merges the first `parts` of states [parts, rows] and sums [parts, rows, dim] of one row into the first of the sums,
-// in order, and returns the total; `sink` is a logit that brings no value.
-inline float Merge(int parts, size_t rows, int dim, const float* sink, const RowState* states, float* sums) {
+// in order, and returns the whole row's state; `sink` is a logit that brings no value.
+inline RowState Merge(int parts, size_t rows, int dim, const float* sink, const RowState* states, float* sums) {
   float peak = sink ? *sink * kLog2E : -std::numeric_limits<float>::infinity();
   for (int part = 0; part < parts; ++part) peak = peak < states[part * rows].peak ? states[part * rows].peak : peak;
   float total = sink ? Exp2(*sink * kLog2E - Base(peak)) : 0.0f;
@@ -68,7 +68,7 @@ inline float Merge(int parts, size_t rows, int dim, const float* sink, const Row
     if (part == 0) continue;
     for (int d = 0; d < dim; d += kLanes) Store(sums + d, Load(sums + d) + Load(sum + d));
   }
-  return total;
+  return {peak, total};
 }
 
 }  // namespace engine

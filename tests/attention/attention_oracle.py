@@ -11,7 +11,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+DTYPES = {
+    "float32": np.float32,
+    "bfloat16": ml_dtypes.bfloat16,
+    "float16": np.float16,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,8 @@ class Geometry:
     soft_cap: float | None = None
     sm_scale: float | None = None
     sinks: bool = False
+    cache_dtype: str | None = None  # where it is not that of the tokens
+    scales: bool = False
 
     @property
     def row_tokens(self) -> int:
@@ -64,6 +72,8 @@ class Case:
     cu_q_lens: np.ndarray
     kv_lens: np.ndarray
     sinks: np.ndarray | None
+    k_scale: np.ndarray | None
+    v_scale: np.ndarray | None
     contexts: list[tuple[np.ndarray, np.ndarray]] = field(repr=False)  # K, V of each sequence, new tokens included
 
     def arguments(self) -> dict[str, Any]:
@@ -72,6 +82,8 @@ class Case:
             "cu_q_lens": self.cu_q_lens,
             "kv_lens": self.kv_lens,
             "sinks": self.sinks,
+            "k_scale": self.k_scale,
+            "v_scale": self.v_scale,
             **self.geometry.options(),
         }
 
@@ -99,14 +111,18 @@ class Case:
             for i in range(q_len):
                 token, slot = self.cu_q_lens[row] + i, self.slot(row, self.prefix_lens[row] + i)
                 for head in range(self.geometry.kv_heads):
-                    pool[slot, 2 * head] = self.k[token, head]
-                    pool[slot, 2 * head + 1] = self.v[token, head]
+                    pool[slot, 2 * head] = _stored(self.k[token, head], self.k_scale, head, pool.dtype)
+                    pool[slot, 2 * head + 1] = _stored(self.v[token, head], self.v_scale, head, pool.dtype)
         return pool
 
     def expected_out(self) -> np.ndarray:
         """Float64 [T, Hq, D]."""
+        return self.expected()[0]
+
+    def expected(self) -> tuple[np.ndarray, np.ndarray]:
+        """Float64 outputs [T, Hq, D] and log-sum-exps [T, Hq]."""
         geometry = self.geometry
-        out = np.zeros(self.q.shape, np.float64)
+        out, lse = np.zeros(self.q.shape, np.float64), np.full(self.q.shape[:2], -np.inf)
         group = geometry.q_heads // geometry.kv_heads
         scale = geometry.head_dim**-0.5 if geometry.sm_scale is None else geometry.sm_scale
         for row, q_len in enumerate(self.q_lens):
@@ -124,7 +140,20 @@ class Case:
                     weights = np.exp(logits - peak)
                     total = weights.sum() + sum(np.exp(e - peak) for e in extra)
                     out[token, head] = weights @ values[seen, head // group] / total
-        return out
+                    lse[token, head] = peak + np.log(total)
+        return out, lse
+
+
+def _stored(row: np.ndarray, scale: np.ndarray | None, head: int, dtype: Any) -> np.ndarray:
+    """A row of K or V as the cache keeps it."""
+    return (row if scale is None else row.astype(np.float32) * (np.float32(1) / scale[head])).astype(dtype)
+
+
+def _context(cached: np.ndarray, fresh: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
+    """True values ``[L, H, D]`` in float64 of cached rows and then of new ones, as the cache keeps them."""
+    stored = np.stack([_stored(fresh[:, head], scale, head, cached.dtype) for head in range(fresh.shape[1])], axis=1)
+    whole = np.concatenate([cached, stored]).astype(np.float64)
+    return whole if scale is None else whole * scale[:, None]
 
 
 def make_case(geometry: Geometry, q_lens: list[int], prefix_lens: list[int], seed: int) -> Case:
@@ -135,7 +164,10 @@ def make_case(geometry: Geometry, q_lens: list[int], prefix_lens: list[int], see
     cu_q_lens = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
     q = rng.standard_normal((geometry.tokens, geometry.q_heads, dim)).astype(dtype)
     k, v = (rng.standard_normal((geometry.tokens, heads, dim)).astype(dtype) for _ in range(2))
-    pool = rng.standard_normal((geometry.pages * geometry.page_size, 2 * heads, dim)).astype(dtype)
+    cache_dtype = DTYPES[geometry.cache_dtype or geometry.dtype]
+    pool = rng.standard_normal((geometry.pages * geometry.page_size, 2 * heads, dim)).astype(cache_dtype)
+    # Quarters to fours: far from 1, and no value leaves the range of an 8-bit float.
+    scales = [2 ** rng.uniform(-2, 2, heads).astype(np.float32) if geometry.scales else None for _ in range(2)]
     ids = 1 + rng.permutation(geometry.pages - 1)
     page_table = np.zeros((geometry.rows, geometry.columns), np.int32)
     contexts = []
@@ -148,12 +180,10 @@ def make_case(geometry: Geometry, q_lens: list[int], prefix_lens: list[int], see
         ]
         new = slice(cu_q_lens[row], cu_q_lens[row] + q_len)
         cached = pool[np.array(slots, int)]
-        keys = np.concatenate([cached[:, [2 * h for h in range(heads)]], k[new]])
-        values = np.concatenate([cached[:, [2 * h + 1 for h in range(heads)]], v[new]])
-        contexts.append((keys, values))
+        contexts.append((_context(cached[:, 0::2], k[new], scales[0]), _context(cached[:, 1::2], v[new], scales[1])))
     kv_lens = (np.array(prefix_lens) + np.array(q_lens)).astype(np.int32)
     sinks = rng.standard_normal(geometry.q_heads).astype(np.float32) if geometry.sinks else None
-    return Case(geometry, q_lens, prefix_lens, q, k, v, pool, page_table, cu_q_lens, kv_lens, sinks, contexts)
+    return Case(geometry, q_lens, prefix_lens, q, k, v, pool, page_table, cu_q_lens, kv_lens, sinks, *scales, contexts)
 
 
 def relative_error(got: Any, expected: Any) -> float:

@@ -47,8 +47,8 @@ def test_items_cover_every_new_token_once() -> None:
         cu = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
         table = rng.permutation(60).reshape(6, 10).astype(np.int32)
         plan = make_schedule(
-            jnp.asarray(table), jnp.asarray(cu), jnp.asarray(kv_lens), num_tokens=6 * 40, prefill_queries=8,
-            run_pages=4,
+            jnp.asarray(table), jnp.asarray(cu), jnp.asarray(kv_lens), jnp.zeros(6 * 40, jnp.int32),
+            prefill_queries=8, run_pages=4,
         )  # fmt: skip
         decode, prefill = (int(x) for x in plan.counts)
         tokens = [int(cu[seq]) for seq in plan.decode_seq[:decode]]

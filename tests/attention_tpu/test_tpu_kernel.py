@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,6 +30,14 @@ def test_window_sinks_and_lse() -> None:
     check(make_step(2, MIXED), sliding_window=37, sinks=sinks, return_lse=True)
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+def test_rows_that_see_no_key_are_zero_without_weight_and_write_nothing(sinks: bool) -> None:
+    step = make_step(13, [(1, 20), (1, 40), (5, 60), (1, 33), (20, 70), (1, 9)])
+    kv_lens = np.array([20, 0, 0, 33, 70, 0], np.int32)
+    row = np.random.default_rng(0).standard_normal(8).astype(np.float32) if sinks else None
+    check(dataclasses.replace(step, kv_lens=kv_lens), races=True, sinks=row, return_lse=True)
+
+
 def test_windowed_prefill_writes_every_new_token() -> None:
     check(make_step(3, [(96, 96)]), sliding_window=16)
 
@@ -39,7 +49,7 @@ def test_soft_cap() -> None:
 
 def test_scales_of_an_fp8_cache_are_runtime_arrays_a_head() -> None:
     step = make_step(5, [(1, 7), (1, 200), (20, 150)], heads=2, dtype=jnp.float8_e4m3fn, page_size=32)
-    check(step, k_scale=np.array([0.5, 2.0], np.float32), v_scale=np.array([1.5, 0.25], np.float32))
+    check(step, k_scale=np.array([0.7, 2.1], np.float32), v_scale=np.array([1.3, 0.3], np.float32))
 
 
 def test_float32_keeps_float32_accuracy() -> None:

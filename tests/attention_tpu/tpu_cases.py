@@ -13,6 +13,8 @@ import numpy as np
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as mosaic_interpret
 from jax.experimental.pallas import tpu as pltpu
 
+from engine.attention.metadata import AttentionMetadata, locate_new_tokens
+from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.attention.tpu.api import ragged_paged_attention_tpu
 from engine.attention.tpu.geometry import BlockSizes
 
@@ -104,6 +106,9 @@ def oracle(
     ks, vs = (np.ones(heads) if s is None else np.asarray(s, np.float64) for s in (k_scale, v_scale))
     for b, kv_len in enumerate(step.kv_lens):
         start, end = step.cu_q_lens[b : b + 2]
+        if kv_len == 0:  # sees nothing, writes nothing
+            lse[start:end] = -np.inf if sinks is None else sinks
+            continue
         first = kv_len - (end - start)
         slots = (step.page_table[b][:, None] * step.page_size + np.arange(step.page_size)).reshape(-1)[:kv_len]
         new = slots[first:] if end > start else slots[:0]
@@ -132,11 +137,19 @@ def oracle(
 def stored(x: np.ndarray, scale: np.ndarray, dtype: Any) -> np.ndarray:
     """New rows as the cache keeps them."""
     x = jnp.asarray(x)
-    return np.asarray((x if (scale == 1).all() else x / jnp.asarray(scale, jnp.float32)[:, None]).astype(dtype))
+    return np.asarray((x if (scale == 1).all() else x * jnp.asarray(1 / np.float32(scale))[:, None]).astype(dtype))
 
 
 def run(
-    step: Step, *, races: bool = False, eager: bool = False, blocks: BlockSizes = SMALL, **options: Any
+    step: Step,
+    *,
+    races: bool = False,
+    eager: bool = False,
+    blocks: BlockSizes = SMALL,
+    sinks: Any = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    **options: Any,
 ) -> tuple[np.ndarray, ...]:
     """Runs the kernel in the interpreter, all memory NaN at first; a surplus semaphore or a race fails.
 
@@ -146,14 +159,18 @@ def run(
     mode: Any = "eager" if eager else "on_wait"
     params = pltpu.InterpretParams(detect_races=races, dma_execution_mode=mode)
     printed = io.StringIO()
+    spec = AttentionSpec(step.page_size, step.q.shape[2] ** -0.5, **options)
+    described = (step.page_table, step.cu_q_lens, step.kv_lens)
+    positions, slots = locate_new_tokens(*described, num_tokens=step.q.shape[0], page_size=step.page_size, xp=np)
+    metadata = AttentionMetadata(*described, slots, positions)
+    heads = HeadArrays(*(None if x is None else jnp.asarray(x) for x in (sinks, k_scale, v_scale)))
     try:
         with contextlib.redirect_stdout(printed):
             results = jax.jit(
-                lambda fused, q, k, v, table, cu, lens: ragged_paged_attention_tpu(
-                    q, k, v, fused, page_table=table, cu_q_lens=cu, kv_lens=lens, page_size=step.page_size,
-                    blocks=blocks, interpret=params, **options,
+                lambda fused, q, k, v, metadata, heads: ragged_paged_attention_tpu(
+                    q, k, v, fused, metadata, heads, spec, generation="v6e", blocks=blocks, interpret=params
                 )
-            )(step.fused, step.q, step.k, step.v, step.page_table, step.cu_q_lens, step.kv_lens)  # fmt: skip
+            )(step.fused, step.q, step.k, step.v, metadata, heads)
             results = tuple(np.asarray(x) for x in results)
         raced = races and mosaic_interpret.races is not None and mosaic_interpret.races.races_found
     finally:
@@ -176,5 +193,5 @@ def check(step: Step, *, races: bool = False, eager: bool = False, blocks: Block
     np.testing.assert_allclose(results[0].astype(np.float64), out, atol=tolerance, rtol=tolerance)
     if wants_lse:
         # q is rounded to 8 bits after scaling: a logit of up to about 6 moves by 2**-9 of that.
-        np.testing.assert_allclose(results[1], lse, atol=1e-5 if step.q.dtype == np.float32 else 3e-2)
-    np.testing.assert_array_equal(results[-1].view(np.uint8), pool.view(np.uint8))
+        np.testing.assert_allclose(results[2], lse, atol=1e-5 if step.q.dtype == np.float32 else 3e-2)
+    np.testing.assert_array_equal(results[1].view(np.uint8), pool.view(np.uint8))

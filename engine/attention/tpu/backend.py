@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from engine.attention.metadata import AttentionMetadata
-from engine.attention.spec import AttentionSpec
+from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.errors import BackendUnsupported
 
 # The generation that the block sizes know, by the device kind that JAX reports.
@@ -26,9 +25,9 @@ def attend_tpu(
     v: jax.Array,
     fused_kv: jax.Array,
     metadata: AttentionMetadata,
-    sinks: jax.Array | None,
+    heads: HeadArrays,
     spec: AttentionSpec,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Writes k and v, then attends; arguments and results as in ``ragged_paged_attention``.
 
     Raises:
@@ -41,22 +40,7 @@ def attend_tpu(
     # Only here: Pallas takes long to import, and no other platform needs it.
     from engine.attention.tpu.api import ragged_paged_attention_tpu
 
-    out, buffer = ragged_paged_attention_tpu(
-        q,
-        k,
-        v,
-        fused_kv,
-        page_table=jnp.asarray(metadata.page_table, jnp.int32),
-        cu_q_lens=jnp.asarray(metadata.cu_q_lens, jnp.int32),
-        kv_lens=jnp.asarray(metadata.kv_lens, jnp.int32),
-        page_size=spec.page_size,
-        sm_scale=spec.sm_scale,
-        sliding_window=spec.sliding_window,
-        soft_cap=spec.soft_cap,
-        sinks=sinks,
-        generation=generation,
-    )
-    return out, buffer
+    return ragged_paged_attention_tpu(q, k, v, fused_kv, metadata, heads, spec, generation=generation)
 
 
 def target_generation() -> str:

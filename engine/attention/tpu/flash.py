@@ -46,10 +46,15 @@ def reset(state: State, sinks: Ref | None) -> None:
 
 
 def result(state: State, head: Any) -> tuple[jax.Array, jax.Array]:
-    """Attention output ``[rows, D']`` and log-sum-exp ``[rows, 128]`` (natural log) of one head, float32."""
+    """Attention output ``[rows, D']`` and log-sum-exp ``[rows, 128]`` (natural log) of one head, float32.
+
+    A row that has seen no key has output 0 and minus infinity.
+    """
     total = jnp.sum(state.total[head], axis=-1, keepdims=True)
-    lse = (state.peak[head] + jnp.log2(total)) / LOG2_E
-    return state.acc[head] / total, lse
+    peak = state.peak[head]
+    seen = peak[:, :1] > MASKED
+    lse = jnp.where(seen, (peak + jnp.log2(total)) / LOG2_E, -jnp.inf)
+    return jnp.where(seen, state.acc[head] / total, 0.0), lse
 
 
 def scores(geo: Geometry, q: jax.Array, k: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -20,6 +20,7 @@ class Schedule(NamedTuple):
         runs: ``[B * P' / run_pages]``, 1 where the pages of a group are contiguous.
         cu_q_lens: ``[B + 1]``.
         kv_lens: ``[B]``.
+        slots: ``[T]`` where each new token goes, -1 for nowhere.
         counts: ``[2]``, decode and prefill items.
         decode_seq: ``[B]`` sequence of each decode item.
         item_seq: ``[N]`` sequence of each prefill item.
@@ -32,6 +33,7 @@ class Schedule(NamedTuple):
     runs: jax.Array
     cu_q_lens: jax.Array
     kv_lens: jax.Array
+    slots: jax.Array
     counts: jax.Array
     decode_seq: jax.Array
     item_seq: jax.Array
@@ -44,8 +46,8 @@ def make_schedule(
     page_table: jax.Array,
     cu_q_lens: jax.Array,
     kv_lens: jax.Array,
+    slots: jax.Array,
     *,
-    num_tokens: int,
     prefill_queries: int,
     run_pages: int,
 ) -> Schedule:
@@ -55,7 +57,7 @@ def make_schedule(
         page_table: ``[B, P]`` int32 page ids.
         cu_q_lens: ``[B + 1]`` int32.
         kv_lens: ``[B]`` int32, new tokens included.
-        num_tokens: static T.
+        slots: ``[T]`` int32, where each new token goes, -1 for nowhere.
         prefill_queries: query tokens of one prefill item.
         run_pages: pages that one DMA may move.
 
@@ -69,6 +71,7 @@ def make_schedule(
     decode_seq = jnp.argsort(~decode, stable=True).astype(jnp.int32)
     blocks = jnp.where(q_lens > 1, -(-q_lens // prefill_queries), 0)
     ends = jnp.cumsum(blocks)
+    num_tokens = slots.shape[0]
     most = num_tokens // prefill_queries + max(1, min(batch, num_tokens // 2))
     index = jnp.arange(most, dtype=jnp.int32)
     seq = jnp.minimum(jnp.searchsorted(ends, index, side="right"), batch - 1).astype(jnp.int32)
@@ -79,6 +82,7 @@ def make_schedule(
         runs=runs,
         cu_q_lens=cu_q_lens,
         kv_lens=kv_lens,
+        slots=slots,
         counts=jnp.stack([decode.sum(), ends[-1]]).astype(jnp.int32),
         decode_seq=decode_seq,
         item_seq=seq,

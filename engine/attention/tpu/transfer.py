@@ -26,13 +26,13 @@ class Item(NamedTuple):
 
 
 def make_item(geo: Geometry, seq: Scalar, position: Scalar, queries: Scalar) -> Item:
-    """An item with the keys that any of its queries sees: causal, and within the window of the first."""
+    """An item with the keys that any of its queries sees: causal, and within the window of the first; maybe none."""
     low = position * 0 if geo.window is None else jnp.maximum(position - geo.window + 1, 0)
-    return Item(seq, position, queries, low, position + queries)
+    return Item(seq, position, queries, low, jnp.maximum(position + queries, 0))
 
 
 def write_new_rows(geo: Geometry, schedule: Any, new: Ref, cache: Ref, sem: Ref) -> None:
-    """Copies every new token's K and V into its page, one DMA a page piece, and waits for all of them.
+    """Copies the new tokens' K and V into their pages, one DMA a page piece, and waits for all of them.
 
     Args:
         geo: the kernel's sizes.
@@ -42,32 +42,39 @@ def write_new_rows(geo: Geometry, schedule: Any, new: Ref, cache: Ref, sem: Ref)
         sem: one DMA semaphore.
     """
 
-    def write_sequence(seq: Scalar, _: None) -> None:
+    def write_sequence(seq: Scalar, written: Scalar) -> Scalar:
         start, end = schedule.cu_q_lens[seq], schedule.cu_q_lens[seq + 1]
         kv_len = schedule.kv_lens[seq]
         first = kv_len - (end - start)
 
-        def write_page(index: Scalar, _: None) -> None:
+        def write_page(index: Scalar, written: Scalar) -> Scalar:
             position = jnp.maximum(first, index * geo.page_size)
             count = jnp.minimum(kv_len, (index + 1) * geo.page_size) - position
-            pltpu.make_async_copy(
-                new.at[pl.ds(start + position - first, count)],
-                cache.at[page_id(geo, schedule, seq, index), pl.ds(position - index * geo.page_size, count)],
-                sem,
-            ).start()
+            token = start + position - first
+            slot = schedule.slots[token]
+            kept = slot >= 0
+
+            @pl.when(kept)
+            def _() -> None:
+                page, offset = jax.lax.div(slot, geo.page_size), jax.lax.rem(slot, geo.page_size)
+                target = cache.at[page, pl.ds(offset, count)]
+                pltpu.make_async_copy(new.at[pl.ds(token, count)], target, sem).start()
+
+            return written + jnp.where(kept, count, 0)
 
         last = jnp.where(end > start, pl.cdiv(kv_len, geo.page_size), 0)
-        jax.lax.fori_loop(first // geo.page_size, last, write_page, None)
+        return jax.lax.fori_loop(first // geo.page_size, last, write_page, written)
 
-    batch = schedule.kv_lens.shape[0]
-    jax.lax.fori_loop(0, batch, write_sequence, None)
-    wait_new_rows(new, schedule.cu_q_lens[batch] - schedule.cu_q_lens[0], sem)
+    wait_new_rows(new, jax.lax.fori_loop(0, schedule.kv_lens.shape[0], write_sequence, jnp.int32(0)), sem)
 
 
 def wait_new_rows(new: Ref, count: Scalar, sem: Ref) -> None:
     """Waits until ``count`` rows have reached the cache."""
-    rows = new.at[pl.ds(0, count)]
-    pltpu.make_async_copy(rows, rows, sem).wait()
+
+    @pl.when(count > 0)
+    def _() -> None:
+        rows = new.at[pl.ds(0, count)]
+        pltpu.make_async_copy(rows, rows, sem).wait()
 
 
 def page_id(geo: Geometry, schedule: Any, seq: Scalar, index: Scalar) -> Scalar:
@@ -78,7 +85,9 @@ def page_id(geo: Geometry, schedule: Any, seq: Scalar, index: Scalar) -> Scalar:
 def block_range(geo: Geometry, item: Item, fetch_pages: int) -> tuple[Scalar, Scalar]:
     """First and last-plus-one fetch block of an item."""
     tokens = fetch_pages * geo.page_size
-    return item.low // tokens, pl.cdiv(item.high, tokens)
+    first = item.low // tokens
+    # An item that sees no key has one block, of no page: its turn of the buffers starts the next item's fetch.
+    return first, jnp.maximum(pl.cdiv(item.high, tokens), first + 1)
 
 
 def page_range(geo: Geometry, item: Item, block: Scalar, fetch_pages: int) -> tuple[Scalar, Scalar]:
@@ -138,8 +147,11 @@ def start_block(
 def wait_block(geo: Geometry, buffer: Ref, sem: Ref, item: Item, block: Scalar, fetch_pages: int) -> None:
     """Waits for the pages that ``start_block`` started; a semaphore counts bytes, so one wait serves all."""
     first, last = page_range(geo, item, block, fetch_pages)
-    pages = buffer.at[pl.ds(0, last - first), :, pl.ds(0, geo.words)]
-    pltpu.make_async_copy(pages, pages, sem).wait()
+
+    @pl.when(last > first)
+    def _() -> None:
+        pages = buffer.at[pl.ds(0, last - first), :, pl.ds(0, geo.words)]
+        pltpu.make_async_copy(pages, pages, sem).wait()
 
 
 def start_copy(source: Ref, target: Ref, sem: Ref) -> None:
