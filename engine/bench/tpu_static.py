@@ -128,7 +128,8 @@ def compile_here(gen: str, page_size: int, q_heads: int, heads: int, head_dim: i
     from jax.sharding import Mesh, SingleDeviceSharding
 
     from engine.attention.api import ragged_paged_attention
-    from engine.attention.tpu.block_sizes import choose_blocks, run_pages
+    from engine.attention.spec import AttentionSpec
+    from engine.attention.tpu.api import make_geometry
     from engine.kv.layout import KVLayout
 
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[gen]).devices[0]
@@ -157,18 +158,11 @@ def compile_here(gen: str, page_size: int, q_heads: int, heads: int, head_dim: i
     with jax.sharding.use_abstract_mesh(Mesh([device], ("x",)).abstract_mesh):
         compiled = jax.jit(step, donate_argnums=0).lower(*args).compile()
     memory: Any = compiled.memory_analysis()
-    words = layout.rows * layout.dtype.itemsize // 4
-    blocks = choose_blocks(
-        generation=gen,
-        heads=heads,
-        group=q_heads // heads,
-        lanes=layout.lanes,
-        bytes_per_token=(words | 1) * 4 * layout.lanes,
-        page_size=page_size,
-        longest=CONTEXT,
-    )
+    spec = AttentionSpec(page_size, head_dim**-0.5)
+    geo = make_geometry(args[1], heads, args[0], spec, pages, generation=gen)
+    blocks = geo.blocks
     return {
-        "run_pages": run_pages(page_size, blocks),
+        "run_pages": geo.run_pages,
         "page_size": page_size,
         "lanes": layout.lanes,
         "decode_fetch_tokens": blocks.decode_fetch_pages * page_size,

@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tpu_cases import SMALL
 
-from engine.attention.tpu.block_sizes import VMEM_BYTES, choose_blocks, run_pages
+from engine.attention.tpu import block_sizes
+from engine.attention.tpu.block_sizes import OVERRIDE_KEYS, VMEM_BYTES, choose_blocks, load_overrides, run_pages
 from engine.attention.tpu.geometry import Geometry
 from engine.attention.tpu.kernel import scratch_shapes
 from engine.attention.tpu.schedule import make_schedule
+from engine.errors import ConfigError
 
 
 @pytest.mark.parametrize("generation", VMEM_BYTES)
@@ -20,7 +26,7 @@ from engine.attention.tpu.schedule import make_schedule
 def test_scratch_fits_vmem_and_blocks_nest(generation: str, page_size: int, heads: int, group: int, lanes: int) -> None:
     words = 1 << (heads - 1).bit_length() if heads <= 8 else heads
     blocks = choose_blocks(
-        generation=generation, heads=heads, group=group, lanes=lanes, bytes_per_token=(words | 1) * 4 * lanes,
+        generation=generation, heads=heads, group=group, lanes=lanes, dtype="bfloat16",
         page_size=page_size, longest=32_768,
     )  # fmt: skip
     assert blocks.decode_fetch_pages % blocks.decode_chunk_pages == 0
@@ -57,3 +63,31 @@ def test_items_cover_every_new_token_once() -> None:
             tokens += range(first, first + count)
             assert int(plan.item_position[i]) == kv_lens[seq] - q_lens[seq] + first - cu[seq]
         assert sorted(tokens) == list(range(cu[-1]))
+
+
+def test_a_shorter_usual_context_takes_smaller_decode_chunks() -> None:
+    shape = {"generation": "v6e", "heads": 8, "group": 4, "lanes": 128, "dtype": "bfloat16", "page_size": 16}
+    chunks = [choose_blocks(**shape, longest=32_768, mean=mean).decode_chunk_pages * 16 for mean in (100, 300, 16_384)]
+    assert chunks == [128, 256, 1024]
+    assert choose_blocks(**shape, longest=32_768) == choose_blocks(**shape, longest=32_768, mean=16_384)
+
+
+def test_the_table_of_overrides_goes_before_the_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = {"generation": "v6e", "heads": 8, "group": 4, "lanes": 128, "page_size": 16, "dtype": "bfloat16"}
+    sizes = dataclasses.asdict(SMALL)
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps([{**key, "blocks": sizes}]))
+    found = load_overrides(table)
+    assert found == {tuple(key[name] for name in OVERRIDE_KEYS): SMALL}
+    monkeypatch.setattr(block_sizes, "load_overrides", lambda: found)
+    assert choose_blocks(**key, longest=4096) == SMALL
+    assert choose_blocks(**{**key, "page_size": 32}, longest=4096) != SMALL
+    for wrong in ({**key, "blocks": {}}, {"blocks": sizes}, {**key, "blocks": {**sizes, "decode_chunk_pages": 7}}):
+        other = tmp_path / f"{len(json.dumps(wrong))}.json"
+        other.write_text(json.dumps([wrong]))
+        with pytest.raises(ConfigError, match="tune anew"):
+            load_overrides(other)
+
+
+def test_the_shipped_table_loads() -> None:
+    load_overrides()

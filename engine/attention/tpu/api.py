@@ -58,52 +58,21 @@ def ragged_paged_attention_tpu(
         BackendUnsupported: the storage has a dtype or padding that this kernel cannot take.
     """
     tokens, q_heads, head_dim = q.shape
-    kv_heads, page_size = k.shape[1], spec.page_size
+    kv_heads = k.shape[1]
     table, cu_q_lens, kv_lens, slots_new = (
         jnp.asarray(array, jnp.int32)
         for array in (metadata.page_table, metadata.cu_q_lens, metadata.kv_lens, metadata.out_cache_loc)
     )
-    _check(kv_heads, fused_kv, page_size)
-    slots, rows, lanes = fused_kv.shape
-    kv_dtype = fused_kv.dtype
-    pack = 4 // kv_dtype.itemsize
-    words, group = rows // pack, q_heads // kv_heads
-    wide = q.dtype == jnp.float32 or kv_dtype == jnp.float32
-    io_dtype = jnp.dtype(jnp.float32 if wide or group % 2 else jnp.bfloat16)
-    blocks = blocks or choose_blocks(
-        generation=generation,
-        heads=kv_heads,
-        group=group,
-        lanes=lanes,
-        bytes_per_token=(words | 1) * 4 * lanes,
-        page_size=page_size,
-        longest=table.shape[1] * page_size,
-    )
-    pages_in_run = run_pages(page_size, blocks)
-    geo = Geometry(
-        heads=kv_heads,
-        group=group,
-        lanes=lanes,
-        words=words,
-        page_size=page_size,
-        run_pages=pages_in_run,
-        table_pages=-(-table.shape[1] // pages_in_run) * pages_in_run,
-        kv_dtype=kv_dtype,
-        compute_dtype=jnp.dtype(jnp.float32 if wide else jnp.bfloat16),
-        io_dtype=io_dtype,
-        soft_cap=spec.soft_cap,
-        window=spec.sliding_window,
-        has_lse=spec.return_lse,
-        interpret=bool(interpret),
-        blocks=blocks,
+    geo = make_geometry(
+        q, kv_heads, fused_kv, spec, table.shape[1], generation=generation, blocks=blocks, interpret=bool(interpret)
     )
     schedule = make_schedule(
         table,
         cu_q_lens,
         kv_lens,
         slots_new,
-        prefill_queries=blocks.prefill_queries,
-        run_pages=pages_in_run,
+        prefill_queries=geo.blocks.prefill_queries,
+        run_pages=geo.run_pages,
     )
     _, k, v = heads.scale(q, k, v)
     grouped = _scaled_queries(geo, q, spec.sm_scale, heads.k_scale)
@@ -114,25 +83,74 @@ def ragged_paged_attention_tpu(
         _prefill_queries(geo, grouped),
         _merged_rows(geo, k, v),
         None if heads.sinks is None else _sink_rows(geo, heads.sinks),
-        fused_kv.reshape(slots // page_size, page_size, words, pack, lanes),
+        fused_kv.reshape(-1, geo.page_size, geo.words, geo.pack, geo.lanes),
         vmem_limit_bytes=int(VMEM_BYTES[generation] * 0.9),
         interpret=interpret,
     )
     is_decode, live, seq = _token_kinds(cu_q_lens, tokens)
-    decode_out = results[0][seq][:, :, :group, :head_dim]
-    prefill_out = results[1].reshape(kv_heads, -1, group, lanes)[:, :tokens, :, :head_dim].swapaxes(0, 1)
+    decode_out = results[0][seq][:, :, : geo.group, :head_dim]
+    prefill_out = results[1].reshape(kv_heads, -1, geo.group, geo.lanes)[:, :tokens, :, :head_dim].swapaxes(0, 1)
     out = jnp.where(is_decode[:, None, None, None], decode_out, prefill_out)
     out = heads.unscale(jnp.where(live[:, None, None, None], out, 0).reshape(q.shape)).astype(q.dtype)
     buffer = cache.reshape(fused_kv.shape)
     if not spec.return_lse:
         return out, buffer
     lse = jnp.where(
-        is_decode[:, None, None], results[2][seq][:, :, :group, 0], results[3][:, :tokens, :, 0].swapaxes(0, 1)
+        is_decode[:, None, None], results[2][seq][:, :, : geo.group, 0], results[3][:, :tokens, :, 0].swapaxes(0, 1)
     )
     return out, buffer, jnp.where(live[:, None, None], lse, -jnp.inf).reshape(tokens, q_heads)
 
 
-def _check(heads: int, fused_kv: jax.Array, page_size: int) -> None:
+def make_geometry(
+    q: jax.ShapeDtypeStruct | jax.Array,
+    kv_heads: int,
+    fused_kv: jax.ShapeDtypeStruct | jax.Array,
+    spec: AttentionSpec,
+    table_pages: int,
+    *,
+    generation: str,
+    blocks: BlockSizes | None = None,
+    interpret: bool = False,
+) -> Geometry:
+    """The static sizes of a call; arguments as in ``ragged_paged_attention_tpu``, of which only shapes are read.
+
+    Raises:
+        BackendUnsupported: the storage has a dtype or padding that the kernel cannot take.
+    """
+    _check(kv_heads, fused_kv, spec.page_size)
+    rows, lanes = fused_kv.shape[1:]
+    kv_dtype, group = fused_kv.dtype, q.shape[1] // kv_heads
+    wide = q.dtype == jnp.float32 or kv_dtype == jnp.float32
+    blocks = blocks or choose_blocks(
+        generation=generation,
+        heads=kv_heads,
+        group=group,
+        lanes=lanes,
+        dtype=kv_dtype.name,
+        page_size=spec.page_size,
+        longest=table_pages * spec.page_size,
+    )
+    pages_in_run = run_pages(spec.page_size, blocks)
+    return Geometry(
+        heads=kv_heads,
+        group=group,
+        lanes=lanes,
+        words=rows * kv_dtype.itemsize // 4,
+        page_size=spec.page_size,
+        run_pages=pages_in_run,
+        table_pages=-(-table_pages // pages_in_run) * pages_in_run,
+        kv_dtype=kv_dtype,
+        compute_dtype=jnp.dtype(jnp.float32 if wide else jnp.bfloat16),
+        io_dtype=jnp.dtype(jnp.float32 if wide or group % 2 else jnp.bfloat16),
+        soft_cap=spec.soft_cap,
+        window=spec.sliding_window,
+        has_lse=spec.return_lse,
+        interpret=interpret,
+        blocks=blocks,
+    )
+
+
+def _check(heads: int, fused_kv: jax.ShapeDtypeStruct | jax.Array, page_size: int) -> None:
     rows, lanes = fused_kv.shape[1:]
     if fused_kv.dtype.name not in KV_DTYPES:
         raise BackendUnsupported(f"the TPU kernel reads caches of {', '.join(KV_DTYPES)}, not {fused_kv.dtype}")

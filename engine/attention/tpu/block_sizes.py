@@ -1,10 +1,17 @@
-"""Block sizes from a formula over the target's VMEM."""
+"""Block sizes: a table of overrides that a tuner wrote, else a formula over the target's VMEM."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
 from math import gcd
+from pathlib import Path
+
+import jax.numpy as jnp
 
 from engine.attention.tpu.geometry import LANES, BlockSizes
+from engine.errors import ConfigError
 
 # VMEM of one core in bytes, by the generation that pltpu.get_tpu_info names.
 VMEM_BYTES = {"v5e": 128 << 20, "v6e": 128 << 20, "v7x": 64 << 20}
@@ -17,6 +24,33 @@ DECODE_HEAD_TOKENS = 8192  # tokens times unrolled heads of one decode chunk: co
 PREFILL_ROWS = 1024  # rows of q a matrix operand: 2 x 4 tiles of the matrix unit, measured best
 PREFILL_FETCH_TOKENS = 1024
 PREFILL_CHUNK_TOKENS = 512
+# A list of objects with OVERRIDE_KEYS and "blocks", the fields of BlockSizes; `lanes` is the stored head_dim.
+OVERRIDES = Path(__file__).with_name("overrides.json")
+OVERRIDE_KEYS = ("generation", "heads", "group", "lanes", "page_size", "dtype")
+
+
+@functools.cache
+def load_overrides(path: Path = OVERRIDES) -> dict[tuple[str | int, ...], BlockSizes]:
+    """Reads the table of overrides: the values of ``OVERRIDE_KEYS`` to block sizes.
+
+    Raises:
+        ConfigError: an entry lacks a key, has one too many, or its chunks do not divide its fetch blocks.
+    """
+    table = {}
+    for entry in json.loads(path.read_text()):
+        sizes = entry.get("blocks", {})
+        if entry.keys() != {*OVERRIDE_KEYS, "blocks"} or sizes.keys() != {
+            f.name for f in dataclasses.fields(BlockSizes)
+        }:
+            raise ConfigError(f"{path.name}: {entry} must have {', '.join(OVERRIDE_KEYS)} and all of blocks; tune anew")
+        blocks = BlockSizes(**sizes)
+        if (
+            blocks.decode_fetch_pages % blocks.decode_chunk_pages
+            or blocks.prefill_fetch_pages % blocks.prefill_chunk_pages
+        ):
+            raise ConfigError(f"{path.name}: in {entry} a chunk does not divide its fetch block; tune anew")
+        table[tuple(entry[key] for key in OVERRIDE_KEYS)] = blocks
+    return table
 
 
 def run_pages(page_size: int, blocks: BlockSizes) -> int:
@@ -27,22 +61,36 @@ def run_pages(page_size: int, blocks: BlockSizes) -> int:
 
 
 def choose_blocks(
-    *, generation: str, heads: int, group: int, lanes: int, bytes_per_token: int, page_size: int, longest: int
+    *,
+    generation: str,
+    heads: int,
+    group: int,
+    lanes: int,
+    dtype: str,
+    page_size: int,
+    longest: int,
+    mean: int | None = None,
 ) -> BlockSizes:
-    """Chooses fetch and compute blocks.
+    """Chooses fetch and compute blocks: what a tuner found on a real TPU, else by formula.
 
     Args:
         generation: "v5e", "v6e" or "v7x".
         heads: KV heads on this device.
         group: query heads a KV head.
         lanes: stored head_dim.
-        bytes_per_token: VMEM bytes of one cached token, dead rows included.
+        dtype: of the cache, by name.
         page_size: tokens a page.
         longest: longest context in tokens that the page table can name.
+        mean: context of a usual decode row in tokens; None takes half of the longest.
 
     Returns:
         Sizes that fit ``VMEM_SHARE`` of the target's VMEM.
     """
+    found = load_overrides().get((generation, heads, group, lanes, page_size, dtype))
+    if found is not None:
+        return found
+    words = -(-2 * heads * jnp.dtype(dtype).itemsize // 4)
+    bytes_per_token = (words | 1) * 4 * lanes
     unit = LANES // gcd(LANES, page_size)  # pages of the smallest chunk whose tokens fill whole registers
     unit_tokens = unit * page_size
     budget = int(VMEM_BYTES[generation] * VMEM_SHARE)
@@ -54,8 +102,9 @@ def choose_blocks(
     rows = PREFILL_ROWS
     while rows > 128 and _prefill_bytes(heads, rows, lanes) > budget // 2:
         rows //= 2
-    decode_chunk = pages(max(256, DECODE_HEAD_TOKENS // heads))
-    decode_chunk = min(decode_chunk, pages(DECODE_FETCH_TOKENS))
+    # A chunk is computed whole, so one far longer than a usual row would be mostly masked.
+    usual = max(LANES, mean or longest // 2)
+    decode_chunk = pages(min(max(256, DECODE_HEAD_TOKENS // heads), DECODE_FETCH_TOKENS, usual))
     prefill_chunk = pages(PREFILL_CHUNK_TOKENS)
     room = max(budget - _prefill_bytes(heads, rows, lanes), budget // 4) // (4 * bytes_per_token)
     return BlockSizes(
