@@ -39,6 +39,9 @@ class EngineConfig:
         host_tier_bytes: host memory for pages that the prefix cache gives up; 0 lets them go.
         prefix_cache_dir: directory that cached prefixes are loaded from, and saved to by ``LLM.save_prefix_cache``;
             needs a host tier.
+        tp: devices that share the heads and the weights.
+        dp: replicas of attention; each has its share of the pool, the slots and the tokens of a step.
+        cp: devices that share the tokens of each page, for contexts that one device cannot hold.
     """
 
     model: str | None = None
@@ -55,6 +58,9 @@ class EngineConfig:
     eviction_policy: str = "lru"
     host_tier_bytes: int = 0
     prefix_cache_dir: str | None = None
+    tp: int = 1
+    dp: int = 1
+    cp: int = 1
 
     def __post_init__(self) -> None:
         """Checks every value; raises ConfigError."""
@@ -86,10 +92,20 @@ class EngineConfig:
                 f"max_total_tokens={self.max_total_tokens} is not a multiple of page_size={self.page_size}; "
                 f"use {f'{below} or ' if below else ''}{below + self.page_size}"
             )
+        self._check_split()
         if not isinstance(self.mem_fraction_static, int | float) or not 0 < self.mem_fraction_static < 1:
             raise ConfigError(
                 f"mem_fraction_static={self.mem_fraction_static!r} must lie between 0 and 1, both excluded"
             )
+
+    def _check_split(self) -> None:
+        for name in ("tp", "dp", "cp"):
+            _check_count(name, getattr(self, name))
+        require_split("cp", self.cp, {"page_size": self.page_size})
+        shared = {name: getattr(self, name) for name in ("max_running_requests", "chunked_prefill_size")}
+        if self.max_total_tokens is not None:
+            shared["pages of max_total_tokens"] = self.max_total_tokens // self.page_size
+        require_split("dp", self.dp, shared)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> EngineConfig:
@@ -106,6 +122,25 @@ def refuse_unknown_keys(given: Iterable[str], known: Iterable[str], what: str) -
             near = difflib.get_close_matches(key, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
             raise ConfigError(f"unknown key {key!r} in the {what}; {hint}")
+
+
+def require_split(option: str, parts: int, sizes: Mapping[str, int]) -> None:
+    """Refuses a number of parts that does not divide what it splits.
+
+    Args:
+        option: its name, e.g. "tp".
+        parts: its value.
+        sizes: names and values of what must be a multiple of it.
+
+    Raises:
+        ConfigError: it does not divide; the message lists the values that do.
+    """
+    wrong = [f"{name}={size}" for name, size in sizes.items() if size % parts]
+    if wrong:
+        fitting = [n for n in range(1, min(sizes.values()) + 1) if all(size % n == 0 for size in sizes.values())]
+        raise ConfigError(
+            f"{option}={parts} does not divide {' and '.join(wrong)}; use {option} {', '.join(map(str, fitting))}"
+        )
 
 
 def read_toml(path: str | Path) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ LEVEL = {
     "errors": 0,
     "config": 1,
     "batch": 1,
+    "parallel": 1,
     "native": 2,
     "planning": 2,
     "kv": 3,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, Self
@@ -10,15 +9,14 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from engine.errors import ConfigError, ShapeError
 from engine.kv.layout import KVLayout, extract_k_from_fused_kv, extract_v_from_fused_kv, require_count, unpad_fused
 from engine.kv.scatter import set_kv_buffer
-
-TENSOR_AXIS = "tensor"
-_HEADS = PartitionSpec(None, TENSOR_AXIS, None)
+from engine.kv.split import buffer_spec, in_slot_order, local_slots, new_tokens_spec, split_layout
+from engine.parallel import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, axis_size, spec_over
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -29,10 +27,10 @@ class TokenToKVPool:
     methods that write rebind its buffers, so that arrays taken from it before are deleted by the donation.
 
     Attributes:
-        buffers: one array a layer, ``layout.buffer_shape(size + page_size)``; page 0 is the null page.
-        size: usable token slots.
+        buffers: one array a layer, ``layout.buffer_shape(replicas * (size + page_size))``; page 0 is the null page.
+        size: usable token slots, of each replica where the mesh has several.
         layout: what the bytes mean; page size, heads, dtype and padding are its fields.
-        mesh: the mesh over whose "tensor" axis the heads are split, or None.
+        mesh: over whose axes the buffers are split (``engine.kv.split``), or None.
     """
 
     buffers: tuple[jax.Array, ...]
@@ -55,17 +53,18 @@ class TokenToKVPool:
         """Makes a pool of zeros on the device.
 
         Args:
-            size: usable token slots, a positive multiple of ``page_size``.
-            page_size: tokens a page.
+            size: usable token slots of each replica, a positive multiple of ``page_size``.
+            page_size: tokens a page, a multiple of the mesh's axis "context".
             dtype: of keys and values as stored.
             head_num: KV heads H.
             head_dim: D.
             layer_num: layers, at least 1.
-            mesh: splits the heads over its axis "tensor"; None keeps all on the default device.
+            mesh: splits the heads over its axis "tensor", the tokens of a page over "context", and holds a replica for
+                each place on "data"; None keeps all on the default device.
             platform: whose padding to store with, as in ``jax.Device.platform``; None is that of the devices.
 
         Raises:
-            ConfigError: a value is out of range, or the heads do not split evenly.
+            ConfigError: a value is out of range, or heads or pages do not split evenly.
         """
         if platform is None:
             platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
@@ -74,11 +73,16 @@ class TokenToKVPool:
         )
         _check_size(size, page_size, layer_num)
         if mesh is not None:
-            layout = _split_layout(layout, mesh, platform)
+            if TENSOR_AXIS not in mesh.shape:
+                raise ConfigError(
+                    f"the mesh has the axes {tuple(mesh.shape)}; the heads need one called {TENSOR_AXIS!r}"
+                )
+            layout = split_layout(
+                layout, tp=mesh.shape[TENSOR_AXIS], cp=axis_size(mesh, CONTEXT_AXIS), platform=platform
+            )
         self.size, self.layout, self.mesh = size, layout, mesh
-        sharding = None if mesh is None else NamedSharding(mesh, _HEADS)
-        shape = layout.buffer_shape(size + page_size)
-        self.buffers = tuple(_zeros(shape, layout.dtype, sharding) for _ in range(layer_num))
+        sharding = None if mesh is None else NamedSharding(mesh, buffer_spec(mesh))
+        self.buffers = tuple(_zeros(self.buffer_shape, layout.dtype, sharding) for _ in range(layer_num))
 
     @property
     def page_size(self) -> int:
@@ -96,18 +100,34 @@ class TokenToKVPool:
         return len(self.buffers)
 
     @property
+    def replicas(self) -> int:
+        """Replicas of ``size`` slots: the mesh's axis "data"."""
+        return axis_size(self.mesh, DATA_AXIS)
+
+    @property
+    def buffer_shape(self) -> tuple[int, int, int]:
+        """Of each layer's buffer, over all devices: ``[replicas * (size + page_size), 2H', D']``."""
+        return self.layout.buffer_shape(self.replicas * (self.size + self.page_size))
+
+    @property
     def kv_size_bytes(self) -> int:
-        """Bytes of all buffers, the null page and padding included."""
-        return self.layer_num * (self.size + self.page_size) * self.layout.bytes_per_token
+        """Bytes of all buffers on all devices, null pages and padding included."""
+        return self.layer_num * self.replicas * (self.size + self.page_size) * self.layout.bytes_per_token
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of all buffers on each device."""
+        return self.kv_size_bytes // (1 if self.mesh is None else self.mesh.size)
 
     def get_fused_kv_buffer(self, layer_id: int) -> jax.Array:
-        """The buffer of a layer as it is stored, ``[size + page_size, 2H', D']``."""
+        """The buffer of a layer as it is stored, ``buffer_shape``."""
         self._check_layer(layer_id)
         return self.buffers[layer_id]
 
     def get_kv_buffer(self, layer_id: int) -> tuple[jax.Array, jax.Array]:
-        """Copies of a layer's keys and values, ``[size + page_size, H, D]`` each, without padding."""
-        fused = unpad_fused(self.get_fused_kv_buffer(layer_id), self.layout.head_num, self.layout.head_dim)
+        """Copies of a layer's keys and values by slot, ``[size + page_size, H, D]`` each, without padding."""
+        stored = in_slot_order(self.get_fused_kv_buffer(layer_id), self.mesh)
+        fused = unpad_fused(stored, self.layout.head_num, self.layout.head_dim)
         return extract_k_from_fused_kv(fused), extract_v_from_fused_kv(fused)
 
     def set_kv_buffer(self, layer_id: int, loc: jax.Array, k: jax.Array, v: jax.Array) -> None:
@@ -115,7 +135,8 @@ class TokenToKVPool:
 
         Args:
             layer_id: from 0.
-            loc: ``[T]`` slots; what is negative or out of range is dropped, of equal ones the last wins.
+            loc: ``[T]`` slots; what is negative or out of range is dropped, of equal ones the last wins. Over several
+                replicas each has an equal share of T, and slots of its own.
             k: ``[T, H, D]``, cast to the pool's dtype.
             v: as ``k``.
 
@@ -142,7 +163,7 @@ class TokenToKVPool:
         Raises:
             ShapeError: their number, a shape or a dtype is not the pool's.
         """
-        shape = self.layout.buffer_shape(self.size + self.page_size)
+        shape = self.buffer_shape
         if len(buffers) != self.layer_num:
             raise ShapeError(f"{len(buffers)} buffers for a pool of {self.layer_num} layers: give one for each layer")
         for layer_id, buffer in enumerate(buffers):
@@ -181,32 +202,6 @@ def _check_size(size: int, page_size: int, layer_num: int) -> None:
         raise ConfigError(f"size={size} tokens must be a positive multiple of page_size={page_size}; use {usable}")
 
 
-def _split_layout(layout: KVLayout, mesh: Mesh, platform: str) -> KVLayout:
-    """The layout whose rows split evenly; refuses a mesh that would part a K from its V, or pad within the buffer."""
-    if TENSOR_AXIS not in mesh.shape:
-        raise ConfigError(f"the mesh has the axes {tuple(mesh.shape)}; the heads need one called {TENSOR_AXIS!r}")
-    parts = mesh.shape[TENSOR_AXIS]
-    if layout.head_num % parts:
-        raise ConfigError(
-            f"{layout.head_num} KV heads do not split over {parts} devices: each must hold whole K and V pairs; use a "
-            f"{TENSOR_AXIS!r} axis that divides {layout.head_num}"
-        )
-    share = KVLayout.create(
-        head_num=layout.head_num // parts,
-        head_dim=layout.head_dim,
-        dtype=layout.dtype,
-        page_size=layout.page_size,
-        platform=platform,
-    )
-    if parts > 1 and share.rows != 2 * share.head_num:
-        raise ConfigError(
-            f"{share.head_num} KV heads of {layout.dtype} a device are {2 * share.head_num} rows, stored as "
-            f"{share.rows} on {platform}, and padding inside a split buffer is not supported; use a smaller "
-            f"{TENSOR_AXIS!r} axis"
-        )
-    return dataclasses.replace(layout, rows=parts * share.rows)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any], sharding: NamedSharding | None) -> jax.Array:
     zeros = jnp.zeros(shape, dtype)
@@ -225,9 +220,14 @@ def _write(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array, mesh: M
 def _scatter_over(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array, mesh: Mesh | None) -> jax.Array:
     if mesh is None:
         return set_kv_buffer(fused, loc, k, v)
+
     # Each device writes its own heads: left to itself, XLA would gather the buffer for a kernel it cannot split.
-    heads, slots = _HEADS, PartitionSpec()
-    split = jax.shard_map(set_kv_buffer, mesh=mesh, in_specs=(heads, slots, heads, heads), out_specs=heads)
+    def write(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return set_kv_buffer(fused, local_slots(loc, mesh), k, v)
+
+    buffer, new = buffer_spec(mesh), new_tokens_spec(mesh)
+    slots = spec_over(mesh, DATA_AXIS)
+    split = jax.shard_map(write, mesh=mesh, in_specs=(buffer, slots, new, new), out_specs=buffer)
     written: jax.Array = split(fused, loc, k, v)
     return written
 

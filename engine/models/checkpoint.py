@@ -1,6 +1,7 @@
 """Hugging Face checkpoints of the Llama family: ``config.json`` and safetensors, read and written.
 
-The model is built abstractly and filled tensor by tensor, so at most one tensor exists twice at any time.
+The model is built abstractly and filled tensor by tensor, so at most one tensor exists twice at any time. Over a mesh
+each device gets its part straight from the file, and a process reads what its own devices hold, no more.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from engine.errors import CheckpointError
 from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
+from engine.models.sharding import abstract_llama, key_names, repeat_heads, repeats_of, split_config
 from engine.models.tensor_files import INDEX_FILE, SINGLE_FILE, StoredTensor, read_json, stored_tensors
+from engine.parallel import TENSOR_AXIS, axis_size
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -50,7 +56,7 @@ def load_config(directory: str | Path) -> LlamaConfig:
     return LlamaConfig.from_hf(values)
 
 
-def load_llama(directory: str | Path, *, dtype: Any) -> Llama:
+def load_llama(directory: str | Path, *, dtype: Any, mesh: Mesh | None = None) -> Llama:
     """Read a checkpoint: one ``model.safetensors``, or shards with an index.
 
     Names and shapes are all checked before the first tensor is read.
@@ -58,23 +64,32 @@ def load_llama(directory: str | Path, *, dtype: Any) -> Llama:
     Args:
         directory: the checkpoint's folder.
         dtype: of weights and activations, whatever the dtype they are stored in.
+        mesh: whose axis "tensor" the weights are split over, KV heads repeated where they are fewer than its devices.
 
     Returns:
-        The model, on the default device.
+        The model, over the mesh or on the default device; its config counts the KV heads as repeated.
 
     Raises:
         CheckpointError: a file or tensor is missing, corrupt, unexpected or of the wrong shape.
-        ConfigError: the model is not supported.
+        ConfigError: the model is not supported, or the mesh does not divide it.
     """
     directory = Path(directory)
-    config = load_config(directory)
-    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    state = nnx.state(model)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))
-    expected = {_tensor_name(path): _stored_shape(path, leaf.shape) for path, leaf in leaves}
+    stored_config = load_config(directory)
+    config = split_config(stored_config, axis_size(mesh, TENSOR_AXIS))
     stored = stored_tensors(directory)
-    _check_tensors(directory, config, expected, stored)
-    arrays = [_read(stored[_tensor_name(path)], path, leaf.dtype) for path, leaf in leaves]
+    expected = {
+        _tensor_name(path): _stored_shape(path, leaf.shape)
+        for path, leaf in _leaves_of(abstract_llama(stored_config, dtype))[0]
+    }
+    _check_tensors(directory, stored_config, expected, stored)
+    model = abstract_llama(config, dtype, mesh)
+    state = nnx.state(model)
+    leaves, treedef = _leaves_of(model)
+    arrays = []
+    for path, leaf in leaves:
+        heads = stored_config.num_key_value_heads, config.num_key_value_heads
+        repeats = repeats_of(key_names(path), *heads)
+        arrays.append(_StoredParameter(stored[_tensor_name(path)], path, repeats, config.head_dim).load(leaf))
     nnx.replace_by_pure_dict(state, jax.tree_util.tree_unflatten(treedef, arrays))
     nnx.update(model, state)
     return model
@@ -112,29 +127,61 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _names(path: Iterable[Any]) -> list[str]:
-    return [str(key.key) for key in path]
+def _leaves_of(model: Llama) -> tuple[list[tuple[Any, Any]], Any]:
+    return jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.state(model)))
 
 
-def _is_kernel(path: Iterable[Any]) -> bool:
-    return _names(path)[-1] == "kernel"
+def _is_kernel(path: Sequence[Any]) -> bool:
+    return key_names(path)[-1] == "kernel"
 
 
-def _tensor_name(path: Iterable[Any]) -> str:
+def _tensor_name(path: Sequence[Any]) -> str:
     """Return the checkpoint's name of a parameter: same modules, other leaf names, a prefix on all but the head."""
-    *modules, leaf = _names(path)
+    *modules, leaf = key_names(path)
     prefix = [] if modules[0] == "lm_head" else ["model"]
     return ".".join([*prefix, *modules, _LEAF_NAMES[leaf]])
 
 
-def _stored_shape(path: Iterable[Any], shape: tuple[int, ...]) -> tuple[int, ...]:
+def _stored_shape(path: Sequence[Any], shape: tuple[int, ...]) -> tuple[int, ...]:
     # nnx keeps kernels as [in, out], checkpoints as [out, in].
     return shape[::-1] if _is_kernel(path) else shape
 
 
-def _read(tensor: StoredTensor, path: Iterable[Any], dtype: Any) -> jax.Array:
-    array = tensor.read()
-    return jnp.asarray(array.T if _is_kernel(path) else array, dtype=dtype)
+@dataclass(frozen=True)
+class _StoredParameter:
+    """A parameter as the checkpoint stores it, each KV head once and kernels transposed."""
+
+    tensor: StoredTensor
+    path: Sequence[Any]
+    repeats: int
+    head_dim: int
+
+    def load(self, target: jax.ShapeDtypeStruct) -> jax.Array:
+        """The parameter in the shape, dtype and sharding of ``target``."""
+        if target.sharding is None:
+            return jnp.asarray(self._part((), target.shape), dtype=target.dtype)
+
+        def part(index: tuple[slice, ...] | None) -> NDArray[Any]:
+            return np.asarray(self._part(index or (), target.shape), dtype=target.dtype)
+
+        return jax.make_array_from_callback(target.shape, target.sharding, part)
+
+    def _part(self, index: tuple[slice, ...], shape: tuple[int, ...]) -> NDArray[Any]:
+        """What lies at ``index`` of the parameter of ``shape``; of repeated heads only the stored ones are read."""
+        if self.repeats > 1:
+            width = self.repeats * self.head_dim
+            *leading, last = index or (slice(None),) * len(shape)
+            start, stop, _ = last.indices(shape[-1])
+            first, end = start // width, -(-stop // width)
+            stored = self._read((*leading, slice(first * self.head_dim, end * self.head_dim)))
+            repeated: NDArray[Any] = repeat_heads(stored, self.repeats, self.head_dim)
+            return repeated[..., start - first * width : stop - first * width]
+        return self._read(index)
+
+    def _read(self, index: tuple[slice, ...]) -> NDArray[Any]:
+        if not _is_kernel(self.path):
+            return self.tensor.read(index)
+        return self.tensor.read(index[::-1]).T
 
 
 def _check_tensors(

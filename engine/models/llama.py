@@ -20,6 +20,9 @@ from engine.models.rotary import inverse_frequencies, rotate, rotation
 Attend = Callable[[int, Array, Array, Array], Array]
 """``attend(layer_id, q[T, Hq, D], k[T, H, D], v[T, H, D]) -> out[T, Hq, D]``; q and k come rotated."""
 
+Place = Callable[[Array], Array]
+"""Says where ``[T, hidden]`` activations lie over a mesh; returns them."""
+
 _INIT = nnx.initializers.normal(0.02)
 
 
@@ -151,22 +154,25 @@ class Llama(nnx.Module):
             None if config.tie_word_embeddings else _linear(config.hidden_size, config.vocab_size, dtype, rngs)
         )
 
-    def __call__(self, token_ids: Array, positions: Array, attend: Attend) -> Array:
+    def __call__(
+        self, token_ids: Array, positions: Array, attend: Attend, place: Place = lambda hidden: hidden
+    ) -> Array:
         """Run the layers over a flat run of tokens, which may belong to several sequences.
 
         Args:
             token_ids: int32 ``[T]``.
             positions: int32 ``[T]``, each token's place in its own sequence, from 0.
             attend: attention; called once per layer, in order, and free to gather what it writes in a closure.
+            place: called on the residual stream after the embedding and each layer; nothing by default.
 
         Returns:
             Hidden states after the final norm, ``[T, hidden_size]``, in the model's dtype.
         """
         config = self.config
         cos, sin = rotation(positions, inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
-        x = self.embed_tokens(token_ids)
+        x = place(self.embed_tokens(token_ids))
         for layer in self.layers:
-            x = layer(x, cos, sin, attend)
+            x = place(layer(x, cos, sin, attend))
         return self.norm(x)
 
     def logits(self, hidden: Array) -> Array:

@@ -36,15 +36,20 @@ class StoredTensor:
     path: Path
     shape: tuple[int, ...]
 
-    def read(self) -> NDArray[Any]:
-        """Return the tensor: float32, float16 or bfloat16, as stored.
+    def read(self, index: tuple[slice, ...] = ()) -> NDArray[Any]:
+        """Return the tensor, or a part of it: float32, float16 or bfloat16, as stored.
+
+        Args:
+            index: a slice for each of the leading axes; only that part is read.
 
         Raises:
             CheckpointError: the file cannot be read (any more).
         """
         try:
             with safe_open(self.path, framework="np") as file:
-                return np.asarray(file.get_tensor(self.name))
+                if all(part == slice(None) for part in index):
+                    return np.asarray(file.get_tensor(self.name))
+                return np.asarray(file.get_slice(self.name)[index])
         except (SafetensorError, OSError) as error:
             raise _unreadable(self.path, error) from error
 

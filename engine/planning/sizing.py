@@ -12,11 +12,14 @@ class PoolPlan:
     """What a pool holds.
 
     Attributes:
-        size_tokens: usable token slots.
+        size_tokens: usable token slots, of all replicas.
         page_size: tokens a page.
         layers: layers of the model.
-        token_bytes: bytes a token and layer, padding included (``KVLayout.bytes_per_token``).
+        token_bytes: bytes a token and layer, padding included (``KVLayout.bytes_per_token``), on all devices that
+            share it.
         context_length: most tokens of one request.
+        devices: that hold the pool, each as much as any other.
+        replicas: groups of devices with tokens of their own, and a null page each.
     """
 
     size_tokens: int
@@ -24,6 +27,8 @@ class PoolPlan:
     layers: int
     token_bytes: int
     context_length: int
+    devices: int = 1
+    replicas: int = 1
 
     @property
     def pages(self) -> int:
@@ -32,24 +37,31 @@ class PoolPlan:
 
     @property
     def layer_bytes(self) -> int:
-        """Bytes of one layer's buffer, the null page included."""
-        return (self.size_tokens + self.page_size) * self.token_bytes
+        """Bytes of one layer's buffer on all devices, the null pages included."""
+        return (self.size_tokens + self.replicas * self.page_size) * self.token_bytes
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all layers' buffers."""
+        """Bytes of all layers' buffers on all devices."""
         return self.layers * self.layer_bytes
 
     @property
+    def device_bytes(self) -> int:
+        """Bytes of all layers' buffers on each device."""
+        return self.total_bytes // self.devices
+
+    @property
     def max_concurrency(self) -> float:
-        """How many requests of the full context fit at once, each in whole pages."""
+        """How many requests of the full context fit at once, each in whole pages; no replica has part of one."""
         return self.pages / -(-self.context_length // self.page_size)
 
     def describe(self) -> str:
         """One line in the form that users of serving engines know."""
+        split = f", {format_bytes(self.device_bytes)} on each of {self.devices} devices" if self.devices > 1 else ""
         return (
             f"KV cache size: {self.size_tokens:,} tokens in {self.pages:,} pages of {self.page_size}, "
-            f"{format_bytes(self.layer_bytes)} a layer, {format_bytes(self.total_bytes)} in {self.layers} layers; "
+            f"{format_bytes(self.layer_bytes)} a layer, {format_bytes(self.total_bytes)} in {self.layers} layers"
+            f"{split}; "
             f"maximum concurrency for {self.context_length:,} tokens per request: {self.max_concurrency:.2f}x"
         )
 
@@ -63,17 +75,19 @@ def size_pool(
     device_bytes: int | None = None,
     weight_bytes: int = 0,
     mem_fraction_static: float = 0.85,
+    devices: int = 1,
 ) -> int:
-    """Usable token slots of a pool.
+    """Usable token slots of a pool, of one replica where there are several.
 
     Args:
         page_size: tokens a page.
         layers: layers of the model.
-        token_bytes: bytes a token and layer, padding included.
+        token_bytes: bytes a token and layer, padding included, on all devices that share it.
         wanted_tokens: what would be enough: every slot of the batch at its full context.
         device_bytes: the device's memory; None where it does not say, which leaves ``wanted_tokens``.
         weight_bytes: what the weights take of it.
         mem_fraction_static: share of the device's memory for weights and pool together.
+        devices: that share each token.
 
     Returns:
         A multiple of ``page_size``, at most ``wanted_tokens`` rounded up to whole pages.
@@ -84,7 +98,7 @@ def size_pool(
     wanted_pages = -(-wanted_tokens // page_size)
     if device_bytes is None:
         return wanted_pages * page_size
-    page_bytes = page_size * token_bytes * layers
+    page_bytes = page_size * token_bytes * layers // devices
     budget = int(device_bytes * mem_fraction_static) - weight_bytes
     pages = budget // page_bytes - 1  # the null page takes one
     if pages < 1:

@@ -10,13 +10,15 @@ from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from jax.sharding import Mesh
 
 from engine.attention.backend import FlashAttentionBackend
+from engine.attention.sharded import MeshAttention
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.kv.layout import KVLayout
 from engine.kv.pool import TokenToKVPool
+from engine.kv.split import split_layout
 from engine.memory.cache_manager import CacheManager
 from engine.memory.host_tier import HostTier
 from engine.memory.page_format import PageFormat
@@ -25,11 +27,21 @@ from engine.memory.prefix_cache import EvictionPolicyName
 from engine.memory.prefix_store import PrefixStore
 from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
+from engine.models.sharding import split_config, weight_bytes
+from engine.parallel import make_mesh
 from engine.planning.sizing import PoolPlan, size_pool
+from engine.serving.device_memory import device_memory
 
 _names_of_models: WeakKeyDictionary[Llama, str] = WeakKeyDictionary()
 
 DIGEST_BYTES = 1 << 20  # from each end of a weight file: reading a large model whole would take as long as loading it
+
+
+def make_mesh_of(config: EngineConfig) -> Mesh | None:
+    """The mesh that a configuration asks for; None is one device."""
+    if config.dp * config.cp > 1:
+        raise ConfigError("the engine splits over tp alone so far; leave dp and cp at 1")
+    return make_mesh(tp=config.tp, dp=config.dp, cp=config.cp)
 
 
 def weights_dtype(config: EngineConfig) -> Any:
@@ -58,55 +70,62 @@ def plan_pool(
     device_bytes: int | None = None,
     weight_bytes: int = 0,
 ) -> PoolPlan:
-    """Sizes the pool: ``max_total_tokens`` where it is set, else what the batch could use and the device can hold.
+    """Sizes the pool: ``max_total_tokens`` where it is set, else what the batch could use and the devices can hold.
 
     Args:
         config: what the user wants.
-        model: the geometry.
+        model: the geometry, with its KV heads as stored or as repeated for ``tp``.
         kv_dtype: of the pool.
         platform: whose padding the pool is stored with.
-        device_bytes: the device's memory; None where it does not say.
-        weight_bytes: what the weights take of it.
+        device_bytes: each device's memory; None where it does not say.
+        weight_bytes: what is in use of it: the weights.
     """
-    layout = KVLayout.create(
-        head_num=model.num_key_value_heads,
+    whole = KVLayout.create(
+        head_num=split_config(model, config.tp).num_key_value_heads,
         head_dim=model.head_dim,
         dtype=kv_dtype,
         page_size=config.page_size,
         platform=platform,
     )
-    longest = context_length(config, model)
-    size = config.max_total_tokens or size_pool(
+    layout = split_layout(whole, tp=config.tp, cp=config.cp, platform=platform)
+    longest, devices = context_length(config, model), config.tp * config.cp
+    requests = config.max_running_requests // config.dp
+    size = (config.max_total_tokens or 0) // config.dp or size_pool(
         page_size=config.page_size,
         layers=model.num_hidden_layers,
         token_bytes=layout.bytes_per_token,
-        wanted_tokens=config.max_running_requests * -(-longest // config.page_size) * config.page_size,
+        wanted_tokens=requests * -(-longest // config.page_size) * config.page_size,
         device_bytes=device_bytes,
         weight_bytes=weight_bytes,
         mem_fraction_static=config.mem_fraction_static,
+        devices=devices,
     )
     return PoolPlan(
-        size_tokens=size,
+        size_tokens=size * config.dp,
         page_size=config.page_size,
         layers=model.num_hidden_layers,
         token_bytes=layout.bytes_per_token,
         context_length=longest,
+        devices=devices * config.dp,
+        replicas=config.dp,
     )
 
 
-def make_pool(config: EngineConfig, model: Llama) -> tuple[PoolPlan, TokenToKVPool]:
-    """Sizes the pool for the device that holds ``model`` and creates it there."""
+def make_pool(config: EngineConfig, model: Llama, mesh: Mesh | None) -> tuple[PoolPlan, TokenToKVPool]:
+    """Sizes the pool for the devices that hold ``model`` and creates it there; the same size in every process."""
     dtype = model.dtype if config.kv_cache_dtype == "auto" else jnp.dtype(config.kv_cache_dtype)
+    memory = device_memory(jax.devices()[:1] if mesh is None else list(mesh.devices.flat))
     plan = plan_pool(
         config,
         model.config,
         dtype,
         platform=jax.default_backend(),
-        device_bytes=(jax.devices()[0].memory_stats() or {}).get("bytes_limit"),
-        weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))),
+        device_bytes=memory.limit_bytes if memory else None,
+        weight_bytes=max(weight_bytes(model), memory.used_bytes) if memory else 0,
     )
     heads, head_dim = model.config.num_key_value_heads, model.config.head_dim
-    return plan, TokenToKVPool(plan.size_tokens, plan.page_size, dtype, heads, head_dim, plan.layers)
+    size = plan.size_tokens // plan.replicas
+    return plan, TokenToKVPool(size, plan.page_size, dtype, heads, head_dim, plan.layers, mesh)
 
 
 def make_cache(
@@ -151,9 +170,9 @@ def weights_identity(model: Llama, directory: Path | None) -> str:
     return digest.hexdigest()
 
 
-def make_backend(config: EngineConfig, model: LlamaConfig) -> FlashAttentionBackend:
+def make_backend(config: EngineConfig, model: LlamaConfig, mesh: Mesh | None) -> FlashAttentionBackend | MeshAttention:
     """The attention that all layers share."""
-    return FlashAttentionBackend(
+    backend = FlashAttentionBackend(
         page_size=config.page_size,
         num_q_heads=model.num_attention_heads,
         num_kv_heads=model.num_key_value_heads,
@@ -161,3 +180,4 @@ def make_backend(config: EngineConfig, model: LlamaConfig) -> FlashAttentionBack
         sliding_window=model.sliding_window,
         impl=config.attention_impl,
     )
+    return backend if mesh is None else MeshAttention.over(backend, mesh)

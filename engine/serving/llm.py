@@ -18,9 +18,10 @@ from engine.memory.scope import CacheScope, LayoutKey
 from engine.models.checkpoint import load_llama
 from engine.models.default_model import DEFAULT_MODEL_DIR
 from engine.models.llama import Llama
+from engine.models.sharding import shard_llama
 from engine.models.text import Tokenizer, load_tokenizer
 from engine.serving.batcher import Batcher, parcel_shapes
-from engine.serving.build import make_backend, make_cache, make_pool, weights_dtype, weights_identity
+from engine.serving.build import make_backend, make_cache, make_mesh_of, make_pool, weights_dtype, weights_identity
 from engine.serving.gate import Gate
 from engine.serving.intake import Intake
 from engine.serving.metrics import EngineMetrics, collect_metrics
@@ -57,7 +58,8 @@ class LLM:
         directory = None
         if isinstance(model, Llama):
             self.config = EngineConfig.from_mapping(options)
-            self.model = model
+            self._mesh = make_mesh_of(self.config)
+            self.model = model if self._mesh is None else shard_llama(model, self._mesh)
             if self.config.dtype not in ("auto", model.dtype.name):
                 raise ConfigError(
                     f"dtype={self.config.dtype!r} for a Llama of {model.dtype}; leave it out, or cast the model"
@@ -65,10 +67,11 @@ class LLM:
         else:
             directory = Path(model or DEFAULT_MODEL_DIR)
             self.config = EngineConfig.from_mapping({"model": str(directory), **options})
-            self.model = load_llama(directory, dtype=weights_dtype(self.config))
+            self._mesh = make_mesh_of(self.config)
+            self.model = load_llama(directory, dtype=weights_dtype(self.config), mesh=self._mesh)
             self.tokenizer = load_tokenizer(directory)
-        backend = make_backend(self.config, self.model.config)
-        self.plan, pool = make_pool(self.config, self.model)
+        backend = make_backend(self.config, self.model.config, self._mesh)
+        self.plan, pool = make_pool(self.config, self.model, self._mesh)
         slots, budget = (
             self.config.max_running_requests,
             max(self.config.chunked_prefill_size, self.config.max_running_requests),
@@ -199,6 +202,8 @@ class LLM:
         """
         if self._unfinished:
             raise RequestError(f"{len(self._unfinished)} requests are unfinished; finish or abort them first")
+        if self._mesh is not None:
+            model = shard_llama(model, self._mesh)
         if model.config != self.model.config or model.dtype != self.model.dtype:
             raise ConfigError("the new weights have another geometry or dtype; make a new LLM for them")
         self._weights_epoch += 1

@@ -12,10 +12,12 @@ import numpy as np
 from flax import nnx
 
 from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
+from engine.attention.sharded import MeshAttention
 from engine.batch import ParcelShape, StepParcel, unpack
 from engine.kv.page_copy import PAGE_BUCKETS, HostPages, Int32, copy_pages, read_pages, write_pages
 from engine.kv.pool import TokenToKVPool
 from engine.models.llama import Llama
+from engine.serving.placement import Placement
 from engine.serving.sampler import Sampled, SamplingInputs, sample
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -47,7 +49,7 @@ class ModelRunner:
         self,
         model: Llama,
         pool: TokenToKVPool,
-        backend: FlashAttentionBackend,
+        backend: FlashAttentionBackend | MeshAttention,
         shapes: list[ParcelShape],
         *,
         moves_pages: bool,
@@ -55,7 +57,8 @@ class ModelRunner:
         graph, self._weights = nnx.split(model)
         self.pool = pool
         self._shapes = shapes
-        self._step_function = partial(_forward, graph, backend)
+        self._placement = Placement(pool.mesh)
+        self._step_function = partial(_forward, graph, backend, self._placement)
         self._steps: dict[ParcelShape, Callable[..., Any]] = {}
         self._samplers: dict[tuple[bool, bool], Callable[..., Sampled]] = {}
         self._copies_ready = 0
@@ -82,11 +85,11 @@ class ModelRunner:
 
         for shape in self._shapes:
             step = jax.jit(partial(self._step_function, shape), donate_argnums=(1,))
-            packed = jax.ShapeDtypeStruct((shape.packed_size,), jnp.int32)
+            packed = self._placement.like(jax.ShapeDtypeStruct((shape.packed_size,), jnp.int32))
             lowered = step.lower(self._weights, self.pool, packed)
             self._steps[shape] = lowered.compile()
             compiled()
-        logits, inputs, _ = lowered.out_info
+        logits, inputs = jax.tree.map(self._placement.like, lowered.out_info[:2])
         for random in (False, True):
             for logprobs in (False, True):
                 sampler = jax.jit(partial(sample, random=random, logprobs=logprobs))
@@ -117,7 +120,8 @@ class ModelRunner:
         Returns:
             The sampled tokens (one a row), on the host, and the float32 logits ``[B, vocab]``, still on the device.
         """
-        logits, inputs, self.pool = self._steps[shape](self._weights, self.pool, parcel.pack())
+        packed = self._placement.on_device(parcel.pack())
+        logits, inputs, self.pool = self._steps[shape](self._weights, self.pool, packed)
         random = bool(np.any(parcel.temperature > 0))
         return jax.device_get(self._samplers[random, logprobs](logits, inputs)), logits
 
@@ -137,7 +141,13 @@ class ModelRunner:
 
 
 def _forward(
-    graph: Any, backend: FlashAttentionBackend, shape: ParcelShape, weights: Any, pool: TokenToKVPool, packed: jax.Array
+    graph: Any,
+    backend: FlashAttentionBackend | MeshAttention,
+    placement: Placement,
+    shape: ParcelShape,
+    weights: Any,
+    pool: TokenToKVPool,
+    packed: jax.Array,
 ) -> tuple[jax.Array, SamplingInputs, TokenToKVPool]:
     """The traced step: unpack, run the layers through the paged cache, and project each row's last token."""
     model: Llama = nnx.merge(graph, weights)
@@ -155,7 +165,7 @@ def _forward(
         out, buffers[layer_id] = backend(q, k, v, buffers[layer_id], metadata)
         return out
 
-    hidden = model(parts["token_ids"], parts["positions"], attend)
+    hidden = model(parts["token_ids"], parts["positions"], attend, placement.hidden)
     last = jnp.maximum(metadata.cu_q_lens[1:] - 1, 0)
     inputs = SamplingInputs(
         temperature=parts["temperature"],
@@ -164,4 +174,5 @@ def _forward(
         seed=parts["seed"],
         position=parts["sample_position"],
     )
-    return model.logits(hidden[last]), inputs, pool.replace_buffers(buffers)
+    logits, inputs = placement.whole((model.logits(hidden[last]), inputs))
+    return logits, inputs, pool.replace_buffers(buffers)

@@ -1,0 +1,75 @@
+"""The mesh: what its axes mean and how it is made.
+
+Three axes, always in this order, so that the devices of one tensor group are neighbours:
+
+    data      replicas of attention, each with its own requests, page table and pages
+    context   the tokens of every page, dealt out in turn
+    tensor    KV heads with their query heads, and the columns or rows of the weights
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from engine.errors import ConfigError
+
+DATA_AXIS, CONTEXT_AXIS, TENSOR_AXIS = "data", "context", "tensor"
+AXES = (DATA_AXIS, CONTEXT_AXIS, TENSOR_AXIS)
+REPLICATED = PartitionSpec()
+
+
+def make_mesh(*, tp: int = 1, dp: int = 1, cp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
+    """Makes the mesh of ``dp * cp * tp`` devices.
+
+    Args:
+        tp: devices that share the heads.
+        dp: replicas of attention.
+        cp: devices that share the tokens of a page.
+        devices: to choose from; None is all, of every process.
+
+    Returns:
+        The mesh with ``AXES``, or None where one device is all there is to it.
+
+    Raises:
+        ConfigError: there are too few devices, or several processes of which some would be left without one.
+    """
+    available = list(jax.devices() if devices is None else devices)
+    wanted = tp * dp * cp
+    if wanted > len(available):
+        raise ConfigError(
+            f"tp={tp} x dp={dp} x cp={cp} needs {wanted} devices and there are {len(available)} of platform "
+            f"{available[0].platform}; lower one of them (on a CPU, "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={wanted} makes virtual ones)"
+        )
+    processes = len({device.process_index for device in available})
+    if processes > 1 and wanted != len(available):
+        raise ConfigError(
+            f"tp={tp} x dp={dp} x cp={cp} are {wanted} devices, and {processes} processes have {len(available)}: every "
+            "process must hold its part; choose factors whose product is the number of devices"
+        )
+    if wanted == 1:
+        return None
+    return jax.make_mesh((dp, cp, tp), AXES, axis_types=(AxisType.Auto,) * 3, devices=available[:wanted])
+
+
+def axis_size(mesh: Mesh | None, axis: str) -> int:
+    """Devices along ``axis``; 1 where there is no mesh, or no such axis."""
+    return 1 if mesh is None else mesh.shape.get(axis, 1)
+
+
+def named(mesh: Mesh, *entries: str | tuple[str, ...] | None) -> NamedSharding:
+    """The sharding ``PartitionSpec(*entries)`` over ``mesh``, without the axes that it does not have."""
+    return NamedSharding(mesh, spec_over(mesh, *entries))
+
+
+def spec_over(mesh: Mesh, *entries: str | tuple[str, ...] | None) -> PartitionSpec:
+    """``PartitionSpec(*entries)`` without the axes that ``mesh`` does not have."""
+    kept = []
+    for entry in entries:
+        axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        present = tuple(axis for axis in axes if axis in mesh.shape)
+        kept.append(present if len(present) > 1 else present[0] if present else None)
+    return PartitionSpec(*kept)

@@ -1,0 +1,89 @@
+"""What may be split how: refusals before anything is loaded, and weights that go straight to their shards."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from devices import run_on_devices
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.models.llama_config import LlamaConfig
+from engine.models.sharding import split_config
+from engine.parallel import make_mesh
+from engine.serving.build import plan_pool
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("llama*.toml"))
+
+
+def geometry(**changes):
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+    }
+    return LlamaConfig(**{**sizes, **changes})
+
+
+@pytest.mark.parametrize(
+    ("tp", "changes", "message"),
+    [
+        (5, {}, "tp=5 does not divide num_attention_heads=12 and intermediate_size=96.*; use tp 1, 2, 4, 12"),
+        (24, {}, "tp=24 does not divide num_attention_heads=12"),
+        (3, {}, r"tp=3 does not divide num_key_value_heads=4 \(nor is a multiple of it\); use tp 1, 2, 4, 12"),
+        (4, {"vocab_size": 97, "hidden_size": 66}, "tp=4 does not divide hidden_size=66"),
+    ],
+)
+def test_a_split_that_does_not_divide_is_refused_with_what_would(tp, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        split_config(geometry(**changes), tp)
+
+
+@pytest.mark.parametrize(("tp", "heads"), [(1, 4), (2, 4), (4, 4), (12, 12)])
+def test_heads_are_repeated_only_where_devices_are_more(tp, heads):
+    assert split_config(geometry(), tp).num_key_value_heads == heads
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cp": 3}, "cp=3 does not divide page_size=16; use cp 1, 2, 4, 8, 16"),
+        ({"dp": 3}, "dp=3 does not divide max_running_requests=8 and chunked_prefill_size=256; use dp 1, 2, 4, 8"),
+        ({"dp": 2, "max_total_tokens": 48}, "dp=2 does not divide pages of max_total_tokens=3; use dp 1"),
+        ({"tp": 0}, "tp=0 must be a whole number at least 1"),
+    ],
+)
+def test_the_configuration_refuses_what_does_not_divide(options, message):
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**options)
+
+
+def test_too_few_devices_are_refused_with_the_count():
+    with pytest.raises(ConfigError, match="needs 4096 devices and there are"):
+        make_mesh(tp=4096)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_plan_of_a_split_pool_is_the_whole_plan_over_its_devices(path):
+    tables = tomllib.loads(path.read_text())
+    model = LlamaConfig.from_mapping(tables["model"])
+    split = EngineConfig.from_mapping(tables["engine"])
+    alone = EngineConfig.from_mapping({**tables["engine"], "tp": 1, "dp": 1, "cp": 1})
+    one, many = (plan_pool(engine, model, "bfloat16", platform="tpu") for engine in (alone, split))
+    repeats = max(1, split.tp // model.num_key_value_heads)
+    null_pages = (many.replicas - 1) * many.page_size * many.token_bytes * many.layers
+    assert many.total_bytes == one.total_bytes * repeats + null_pages
+    assert many.device_bytes * split.tp * split.dp * split.cp == many.total_bytes
+
+
+@pytest.mark.parametrize(("kv_heads", "model_type", "dtype"), [(4, "llama", "float32"), (2, "qwen2", "bfloat16")])
+def test_weights_go_from_the_file_to_their_shards(kv_heads, model_type, dtype):
+    (result,) = run_on_devices("checkpoint_program.py", kv_heads, 4, model_type, dtype, devices=4)
+    assert result["different"] == []
+    assert result["heads"] == 4
+    # Each shard is read for itself: nothing whole that is split, and of repeated heads what is stored.
+    assert result["read"] == result["held"]
