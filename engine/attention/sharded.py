@@ -73,4 +73,5 @@ class MeshAttention:
         metadata: AttentionMetadata,
         sinks: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
-        return self.local(q, k, v, fused_kv, metadata, sinks=sinks)
+        out, written = self.local(q, k, v, fused_kv, metadata, sinks=sinks)
+        return out, written
