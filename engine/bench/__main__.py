@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from engine.bench import allocator, attention, prefix, scatter, tpu_static
+from engine.bench import allocator, attention, prefix, scatter, serve, tpu_static
 
 BENCHMARKS = {
     "allocator": allocator,
     "attention": attention,
     "prefix": prefix,
     "scatter": scatter,
+    "serve": serve,
     "tpu-static": tpu_static,
 }
 

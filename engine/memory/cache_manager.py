@@ -17,13 +17,16 @@ import numpy as np
 
 from engine.errors import KVPoolExhausted, ShapeError
 from engine.memory.host_tier import HostTier
-from engine.memory.integers import Int32
+from engine.memory.integers import Int32, Int64
 from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
 from engine.memory.page_mover import HostPages, PageMover
 from engine.memory.page_table import ReqToTokenPool
 from engine.memory.prefix_cache import EvictionPolicyName, RadixCache
 from engine.memory.prefix_match import EvictedPages, PrefixMatch
 from engine.memory.scope import CacheScope
+
+# Of a page's tokens: so many steps ahead each running request finds its pages when another is admitted.
+LOOKAHEAD_SHARE = 4
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,10 @@ class CacheManager:
         )
         self.host: HostPages | None = None
         self._locked: dict[int, PrefixMatch] = {}
-        self._promised = np.zeros(max_requests, np.int64)
+        # By row: the tokens that its request knew when it was admitted (0: no request), and the most it can need.
+        self._known = np.zeros(max_requests, np.int64)
+        self._most = np.zeros(max_requests, np.int64)
+        self._lookahead = max(page_size // LOOKAHEAD_SHARE, 1)
         self._is_forgotten = np.zeros(max_requests, np.bool_)  # rows of before a reset: they are not cached any more
         self._priority = np.zeros(max_requests, np.int64)
 
@@ -95,16 +101,24 @@ class CacheManager:
         return self.size - self.reclaimable_pages * self.page_size
 
     def admit(
-        self, scope: CacheScope, token_ids: Int32, *, priority: int = 0, counts_hit: bool = True
+        self,
+        scope: CacheScope,
+        token_ids: Int32,
+        *,
+        most_tokens: int | None = None,
+        priority: int = 0,
+        counts_hit: bool = True,
     ) -> Admission | None:
         """Gives a request a row and the pages that are cached of its tokens, or None while there is no room or no row.
 
-        The rule: beside what was promised to earlier requests for their known tokens, the pages of this one's known
-        tokens that are not cached must be there, and one page for each running request to grow into.
+        The rule: for this request and for each that runs, there must be pages for the tokens that it knows and for
+        what it may add in the next steps, a quarter of a page's tokens, but no more than it can ever need. So nobody
+        who was let in is short of pages at once, and hardly any page waits for a token that never comes.
 
         Args:
             scope: under which its keys and values may be shared.
             token_ids: its known tokens, int32 ``[n]``; at least the last is always computed.
+            most_tokens: most that it can need, all told; None is as many as a row or the pool can hold.
             priority: of its pages in the prefix cache, where the policy of eviction reads it.
             counts_hit: whether this is a query of the prefix cache to be counted: not for a request that comes back.
 
@@ -122,15 +136,15 @@ class CacheManager:
         if self.prefix and found:
             self.prefix.lock(found)
         pages = found.pages if found else np.empty(0, np.int32)
-        needed = -(-len(token_ids) // self.page_size)
-        if not self._has_room(needed - pages.size):
+        most = min(most_tokens or self.size, self.page_table.max_context_tokens, self.size)
+        if not self._has_room(len(token_ids), most, pages.size):
             if self.prefix and found:
                 self.prefix.unlock(found)
             return None
         row = self.page_table.alloc_row()
         self.allocator.retain(pages)
         self.page_table.append_pages(row, pages)
-        self._promised[row], self._priority[row] = needed, priority
+        self._known[row], self._most[row], self._priority[row] = len(token_ids), most, priority
         if self.prefix and found:
             self._locked[row] = found
         try:
@@ -175,10 +189,10 @@ class CacheManager:
         self.page_table.write_slots(rows, starts, counts, slots)
         return slots
 
-    @property
-    def can_fork(self) -> bool:
-        """Whether ``fork`` keeps the rule by which ``admit`` lets in; it takes one page that is not shared."""
-        return self.page_table.available_rows > 0 and self._has_room(1)
+    def can_fork(self, row: int, tokens: int) -> bool:
+        """Whether ``fork`` keeps the rule by which ``admit`` lets in."""
+        has_row = self.page_table.available_rows > 0
+        return has_row and self._has_room(tokens + 1, int(self._most[row]), tokens // self.page_size)
 
     def fork(self, row: int, tokens: int) -> tuple[int, Int32, Int32]:
         """Gives a new row the first ``tokens`` tokens of ``row``: full pages shared, the partial last one to be copied.
@@ -199,8 +213,9 @@ class CacheManager:
         new_row = self.page_table.alloc_row()
         self.allocator.retain(pages[:full])
         self.page_table.append_pages(new_row, pages[:full])
-        self._promised[new_row] = full + 1
-        self._is_forgotten[new_row], self._priority[new_row] = self._is_forgotten[row], self._priority[row]
+        self._known[new_row] = tokens + 1
+        for each in (self._most, self._priority, self._is_forgotten):
+            each[new_row] = each[row]
         target = np.empty(0, np.int32)
         if rest:
             index = np.array([new_row], np.int32)
@@ -233,7 +248,7 @@ class CacheManager:
             if row in self._locked:
                 self.prefix.unlock(self._locked.pop(row))
         self.allocator.release(self.page_table.release(row))
-        self._promised[row] = 0
+        self._known[row] = 0
         self._is_forgotten[row] = False
 
     def reset_prefix_cache(self) -> None:
@@ -243,7 +258,7 @@ class CacheManager:
         """
         if self.prefix:
             self.prefix.reset()
-        self._is_forgotten[self._promised > 0] = True
+        self._is_forgotten[self._known > 0] = True
         if self.host:
             self.host.tier.reset()
 
@@ -263,15 +278,22 @@ class CacheManager:
         size = self.page_size
         return int((-(-(starts + counts) // size) - -(-starts // size)).sum())
 
-    def _outstanding(self) -> int:
-        """Pages promised to running requests for tokens that they know, and not yet handed out."""
-        rows = np.flatnonzero(self._promised).astype(np.int32)
-        held = -(-self.page_table.kv_lens(rows).astype(np.int64) // self.page_size)
-        return int(np.maximum(self._promised[rows] - held, 0).sum())
+    def _reserved_pages(self) -> int:
+        """Pages that running requests will need soon by the rule of ``admit``, and do not have yet."""
+        rows = np.flatnonzero(self._known).astype(np.int32)
+        lens = self.page_table.kv_lens(rows).astype(np.int64)
+        soon = self._soon(np.maximum(lens, self._known[rows]), self._most[rows])
+        return int((-(-soon // self.page_size) - -(-lens // self.page_size)).sum())
 
-    def _has_room(self, pages: int) -> bool:
-        """Whether one more row may take so many pages: beside promises, and a page for each row to grow into."""
-        return pages + self._outstanding() + int(np.count_nonzero(self._promised)) <= self.reclaimable_pages
+    def _soon(self, known: Int64, most: Int64) -> Int64:
+        """How many tokens requests will have soon."""
+        return np.maximum(known, np.minimum(known + self._lookahead, most))
+
+    def _has_room(self, known: int, most: int, shared_pages: int) -> bool:
+        """Whether the rule of ``admit`` holds with one more request."""
+        soon = int(self._soon(np.array([known]), np.array([most]))[0])
+        wanted = -(-soon // self.page_size) - shared_pages
+        return wanted + self._reserved_pages() <= self.reclaimable_pages
 
     def _make_room(self, pages: int) -> None:
         short = pages - self.allocator.available_pages()

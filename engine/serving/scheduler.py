@@ -176,11 +176,11 @@ class Scheduler:
         """
         child.arrival = parent.arrival
         shared = len(parent.prompt) - 1
-        fits = len(self.running) < self.max_running_requests and self.cache.can_fork
-        if parent.req_pool_idx is None or not fits:
+        row, has_slot = parent.req_pool_idx, len(self.running) < self.max_running_requests
+        if row is None or not has_slot or not self.cache.can_fork(row, shared):
             self._wait(child)
             return None
-        child.req_pool_idx, sources, targets = self.cache.fork(parent.req_pool_idx, shared)
+        child.req_pool_idx, sources, targets = self.cache.fork(row, shared)
         child.num_computed = child.cached_tokens = shared
         self.running.append(child)
         return PageCopy(sources, targets) if sources.size else None
@@ -226,6 +226,7 @@ class Scheduler:
         admission = self.cache.admit(
             request.scope,
             request.tokens(0, request.num_tokens),
+            most_tokens=request.max_tokens,
             priority=request.params.priority,
             counts_hit=request.cached_tokens is None,
         )

@@ -132,9 +132,37 @@ def test_the_priority_of_a_request_is_that_of_its_cached_pages():
 
 def test_a_fork_leaves_alone_what_others_were_promised():
     cache, _ = make(size=32)
-    parent = compute(cache, tokens(10)).row
-    assert cache.can_fork
-    cache.admit(SCOPE, tokens(12, start=100))  # three of the five pages left, and one each to grow into
-    assert not cache.can_fork
+    parent = compute(cache, tokens(10)).row  # three pages of eight
+    assert cache.can_fork(parent, 9)
+    cache.admit(SCOPE, tokens(15, start=100))  # promised four, and soon full: one is left for the fork
+    assert cache.can_fork(parent, 9)
+    cache.admit(SCOPE, tokens(1, start=200))
+    assert not cache.can_fork(parent, 9)
     cache.release(parent, SCOPE, tokens(0))
     cache.check_integrity()
+
+
+@pytest.mark.parametrize(("most", "admitted"), [(16, True), (17, False)])
+def test_who_will_never_need_another_page_is_not_kept_one(most, admitted):
+    cache, _ = make(size=32)
+    compute(cache, tokens(16), most_tokens=most)  # four full pages of eight
+    # Fifteen tokens and the next one: the other four, or one too many.
+    assert (cache.admit(SCOPE, tokens(15, start=100)) is not None) == admitted
+
+
+def test_who_is_let_in_leaves_everyone_the_pages_of_the_next_steps():
+    """With pages of 16, four steps: whoever runs can grow that far before anyone is short."""
+    rng = np.random.default_rng()
+    for _ in range(200):
+        cache = CacheManager(16 * int(rng.integers(4, 12)), 16, 4, 192)
+        rows, lens = [], []
+        for number in range(4):
+            length = int(rng.integers(1, 60))
+            admission = cache.admit(SCOPE, tokens(length, start=1000 * number))
+            if admission is not None:
+                rows.append(admission.row)
+                lens.append(length)
+        index = np.array(rows, np.int32)
+        cache.grow(index, np.array(lens, np.int64))
+        cache.grow(index, np.full(len(rows), 4, np.int64))
+        cache.check_integrity()

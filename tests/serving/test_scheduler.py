@@ -73,7 +73,7 @@ def test_the_queue_is_never_overtaken():
     assert [row.request.request_id for row in first.rows] == [1]  # 3 would fit, but 2 waits before it
 
 
-def test_admission_leaves_a_page_for_each_running_request_to_grow_into():
+def test_admission_leaves_running_requests_the_pages_that_they_soon_need():
     cache, scheduler = make(size=32)
     scheduler.add(request(1, 12, new=8))  # 3 pages of 8
     run_step(scheduler)

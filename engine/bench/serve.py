@@ -1,0 +1,252 @@
+"""A seeded trace served by a pool a third of what it would like: right answers, full pool, nothing lost or compiled.
+
+The trace runs three times: in a pool without limit, to see what it would like; in a third of that; and, one request
+after the other, in a pool without limit, which says what each answer must be. Decoding is greedy in float32. XLA blocks
+matrix products by the number of rows, so logits differ in the last bits between batches; where an answer leaves the
+expected one, the two tokens' logits must be nearer to each other than that explains, and the case is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.bench.timing import print_table
+from engine.bench.trace import TraceRequest, TraceShape, load_trace, make_trace, save_trace
+from engine.models.llama import Llama
+from engine.serving.llm import LLM
+from engine.serving.request import RequestOutput
+
+# Twice the bound of the dense check: each of the two logits may be off by it.
+NEAR_TIE = 2e-4
+MOST_STEPS = 200_000
+
+
+@dataclass(frozen=True)
+class StepSample:
+    """The pool after a step: pages that nobody may have, pages nobody has, tail waste, rows, and who waits."""
+
+    held_pages: int
+    free_pages: int
+    tail_waste_tokens: int
+    rows: int
+    waiting: int
+
+
+@dataclass
+class Served:
+    """What became of a trace.
+
+    Attributes:
+        outputs: by place in the trace; the aborted ones are not there.
+        samples: one a step.
+        seconds: for all steps.
+        compiles: programs compiled meanwhile.
+    """
+
+    outputs: dict[int, RequestOutput] = field(default_factory=dict)
+    samples: list[StepSample] = field(default_factory=list)
+    seconds: float = 0.0
+    compiles: int = 0
+
+    @property
+    def peak_pages(self) -> int:
+        """Most pages held at once."""
+        return max((sample.held_pages for sample in self.samples), default=0)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One line of the verdict; what is not about correctness does not make the command fail."""
+
+    what: str
+    value: str
+    wanted: str
+    holds: bool
+    is_correctness: bool = True
+
+
+def serve(llm: LLM, trace: Sequence[TraceRequest]) -> Served:
+    """Runs a trace: requests come and go at their steps.
+
+    Requests that do not get on within ``MOST_STEPS`` are left unfinished.
+    """
+    served, compiles = Served(), llm.compiles_after_warmup
+    now, started = 0, time.perf_counter()
+    llm.scheduler.clock = lambda: float(now)
+    coming = deque(sorted(enumerate(trace), key=lambda item: item[1].arrival))
+    place: dict[int, int] = {}
+    leaving: dict[int, list[int]] = {}
+    while (coming or place) and now < MOST_STEPS:
+        while coming and coming[0][1].arrival <= now:
+            index, request = coming.popleft()
+            request_id = llm.add_request(list(request.prompt), request.params())
+            place[request_id] = index
+            if request.abort_after is not None:
+                leaving.setdefault(now + request.abort_after, []).append(request_id)
+        for request_id in leaving.pop(now, []):
+            if place.pop(request_id, None) is not None:
+                llm.abort(request_id)
+        for request_id, output in llm.step().items():
+            served.outputs[place.pop(request_id)] = output
+        served.samples.append(_sample(llm))
+        now += 1
+    served.seconds = time.perf_counter() - started
+    served.compiles = llm.compiles_after_warmup - compiles
+    return served
+
+
+def expected_answers(llm: LLM, trace: Sequence[TraceRequest], wanted: Sequence[int]) -> dict[int, RequestOutput]:
+    """The answers to some requests of a trace, one after the other, with their logits."""
+    answers = {}
+    for index in wanted:
+        params = TraceRequest(0, trace[index].prompt, trace[index].max_new_tokens).params()
+        answers[index] = llm.generate([list(trace[index].prompt)], params, return_logits=True)[0]
+    return answers
+
+
+def compare(trace: Sequence[TraceRequest], served: Served, expected: dict[int, RequestOutput]) -> tuple[int, int, int]:
+    """How many answers are exactly as expected, leave it at a near tie, and are wrong; siblings counted too."""
+    counts = {"exact": 0, "near": 0, "wrong": 0}
+    for index, output in served.outputs.items():
+        for answer in (output, *output.siblings):
+            counts[_judge(answer, expected[index], trace[index])] += 1
+    return counts["exact"], counts["near"], counts["wrong"]
+
+
+def verdict(llm: LLM, trace: Sequence[TraceRequest], served: Served, expected: dict[int, RequestOutput]) -> list[Bar]:
+    """Every bar of a run in a tight pool."""
+    stay = sum(request.abort_after is None for request in trace)
+    ended = sum(index in served.outputs for index, request in enumerate(trace) if request.abort_after is None)
+    exact, near, wrong = compare(trace, served, expected)
+    pages = llm.metrics().pool
+    full = utilisation(llm, served)
+    waste, predicted = tail_waste(served), (llm.config.page_size - 1) / 2
+    return [
+        Bar("requests that were not aborted and ended", f"{ended} of {stay}", "all", ended == stay),
+        Bar("answers as one by one without limit", f"{exact}, and {near} from a near tie on", "all", not wrong),
+        Bar("pages held at the end", f"{pages.private_pages + pages.locked_pages}", "0", not llm.cache.held_tokens),
+        Bar("programs compiled after warm-up", f"{served.compiles}", "0", not served.compiles),
+        Bar("pool utilisation while requests wait", f"{full:.1%}", ">= 95 %", full >= 0.95, False),
+        Bar(
+            "tail waste a sequence, tokens",
+            f"{waste:.2f}",
+            f"{predicted:.2f} +- 15 %",
+            abs(waste - predicted) <= 0.15 * predicted + 0.05,
+            False,
+        ),
+    ]
+
+
+def utilisation(llm: LLM, served: Served) -> float:
+    """Mean share of the pool that was held by requests, over the steps after which some waited for pages."""
+    total, slots = llm.cache.size // llm.config.page_size, llm.config.max_running_requests
+    loaded = [sample.held_pages / total for sample in served.samples if sample.waiting and sample.rows < slots]
+    return float(np.mean(loaded)) if loaded else 0.0
+
+
+def tail_waste(served: Served) -> float:
+    """Mean tokens of a running sequence's last page that hold nothing yet."""
+    rows = sum(sample.rows for sample in served.samples)
+    return sum(sample.tail_waste_tokens for sample in served.samples) / max(rows, 1)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this benchmark's options."""
+    shape = TraceShape()
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--requests", type=int, default=shape.requests, help=f"default {shape.requests}")
+    parser.add_argument("--rate", type=float, default=shape.rate, help=f"arrivals a step (default {shape.rate})")
+    parser.add_argument("--page-size", type=int, default=16, help="tokens a page (default 16)")
+    parser.add_argument("--slots", type=int, default=64, help="most running requests (default 64)")
+    parser.add_argument("--host-tier-bytes", type=int, default=0, help="host memory for pages given up (default 0)")
+    parser.add_argument("--share", type=float, default=1 / 3, help="of the pool that it would like (default a third)")
+    parser.add_argument("--variety", action="store_true", help="priorities, timeouts, several answers, tenants")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the trace, JSON lines")
+    parser.add_argument("--replay", type=Path, metavar="FILE", help="run a trace that was written")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the trace and prints each bar; exits with 1 where an answer is wrong or something was lost."""
+    if args.replay:
+        trace = load_trace(args.replay)
+    else:
+        trace = make_trace(TraceShape(requests=args.requests, rate=args.rate, variety=args.variety), args.seed)
+    if args.save:
+        save_trace(trace, args.save)
+    options = {"page_size": args.page_size, "max_running_requests": args.slots, "chunked_prefill_size": 256}
+    tight, served, bars = run_trace(
+        trace, None, share=args.share, options=options, tight_options={"host_tier_bytes": args.host_tier_bytes}
+    )
+    metrics = tight.metrics()
+    print(f"{len(trace)} requests, {tight.plan.describe()}")
+    print(f"{len(served.samples)} steps in {served.seconds:.1f} s; {metrics.describe()}")
+    rows = [[bar.what, bar.value, bar.wanted, _word(bar)] for bar in bars]
+    print_table(("bar", "measured", "wanted", "verdict"), rows)
+    if not all(bar.holds for bar in bars if bar.is_correctness):
+        sys.exit(1)
+
+
+def run_trace(
+    trace: Sequence[TraceRequest],
+    model: Llama | None,
+    *,
+    share: float,
+    options: dict[str, Any],
+    tight_options: dict[str, Any],
+) -> tuple[LLM, Served, list[Bar]]:
+    """Runs a trace without limit, in ``share`` of what that took, and one by one.
+
+    Args:
+        trace: the requests.
+        model: the weights; None is the Llama that ships.
+        share: of the pages that were held at most without limit; at least the largest request fits.
+        options: of every engine.
+        tight_options: of the engine with the tight pool alone.
+
+    Returns:
+        That engine, what it did, and the bars.
+    """
+    page_size = options["page_size"]
+    ample = LLM(model, **options)
+    wanted = serve(ample, trace).peak_pages
+    largest = max(-(-(len(request.prompt) + request.max_new_tokens) // page_size) for request in trace)
+    size = max(int(wanted * share), largest) * page_size
+    tight = LLM(model, max_total_tokens=size, **options, **tight_options)
+    served = serve(tight, trace)
+    ample.reset_prefix_cache()
+    expected = expected_answers(ample, trace, list(served.outputs))
+    return tight, served, verdict(tight, trace, served, expected)
+
+
+def _sample(llm: LLM) -> StepSample:
+    metrics = llm.metrics()
+    pool = metrics.pool
+    held = pool.private_pages + pool.locked_pages
+    return StepSample(held, pool.free_pages, pool.tail_waste_tokens, len(pool.rows), metrics.waiting)
+
+
+def _judge(answer: RequestOutput, expected: RequestOutput, request: TraceRequest) -> str:
+    got, right = answer.token_ids, expected.token_ids
+    complete = len(got) == request.max_new_tokens or answer.finish_reason in ("timeout", "abort")
+    if got == right[: len(got)]:
+        return "exact" if complete else "wrong"
+    at = next(index for index, (mine, theirs) in enumerate(zip(got, right, strict=False)) if mine != theirs)
+    logits: npt.NDArray[np.float32] | None = expected.logits
+    gap = np.inf if logits is None else float(logits[at, right[at]] - logits[at, got[at]])
+    return "near" if complete and gap <= NEAR_TIE else "wrong"
+
+
+def _word(bar: Bar) -> str:
+    if bar.holds:
+        return "ok"
+    return "FAILED" if bar.is_correctness else "missed"
