@@ -9,6 +9,7 @@ expected one, the two tokens' logits must be nearer to each other than that expl
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections import deque
@@ -33,13 +34,21 @@ MOST_STEPS = 200_000
 
 @dataclass(frozen=True)
 class StepSample:
-    """The pool after a step: pages that nobody may have, pages nobody has, tail waste, rows, and who waits."""
+    """The pool after a step.
+
+    Attributes:
+        held_pages: neither free nor evictable.
+        tail_waste_tokens: slots of last pages that hold nothing yet.
+        rows: running requests.
+        waiting: waiting requests.
+        fed_tokens: tokens fed since the engine was made.
+    """
 
     held_pages: int
-    free_pages: int
     tail_waste_tokens: int
     rows: int
     waiting: int
+    fed_tokens: int
 
 
 @dataclass
@@ -148,9 +157,16 @@ def verdict(llm: LLM, trace: Sequence[TraceRequest], served: Served, expected: d
 
 
 def utilisation(llm: LLM, served: Served) -> float:
-    """Mean share of the pool that was held by requests, over the steps after which some waited for pages."""
+    """Mean share of the pool that was held by requests, over the steps after which some waited for pages alone.
+
+    That is while a slot was free and the step had tokens left to feed.
+    """
     total, slots = llm.cache.size // llm.config.page_size, llm.config.max_running_requests
-    loaded = [sample.held_pages / total for sample in served.samples if sample.waiting and sample.rows < slots]
+    loaded = [
+        now.held_pages / total
+        for before, now in itertools.pairwise(served.samples)
+        if now.waiting and now.rows < slots and now.fed_tokens - before.fed_tokens < llm.scheduler.max_step_tokens
+    ]
     return float(np.mean(loaded)) if loaded else 0.0
 
 
@@ -167,7 +183,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, default=shape.requests, help=f"default {shape.requests}")
     parser.add_argument("--rate", type=float, default=shape.rate, help=f"arrivals a step (default {shape.rate})")
     parser.add_argument("--page-size", type=int, default=16, help="tokens a page (default 16)")
-    parser.add_argument("--slots", type=int, default=64, help="most running requests (default 64)")
+    parser.add_argument("--slots", type=int, default=128, help="most running requests (default 128)")
     parser.add_argument("--host-tier-bytes", type=int, default=0, help="host memory for pages given up (default 0)")
     parser.add_argument("--share", type=float, default=1 / 3, help="of the pool that it would like (default a third)")
     parser.add_argument("--variety", action="store_true", help="priorities, timeouts, several answers, tenants")
@@ -232,7 +248,8 @@ def _sample(llm: LLM) -> StepSample:
     metrics = llm.metrics()
     pool = metrics.pool
     held = pool.private_pages + pool.locked_pages
-    return StepSample(held, pool.free_pages, pool.tail_waste_tokens, len(pool.rows), metrics.waiting)
+    fed = metrics.prompt_tokens + metrics.generation_tokens
+    return StepSample(held, pool.tail_waste_tokens, len(pool.rows), metrics.waiting, fed)
 
 
 def _judge(answer: RequestOutput, expected: RequestOutput, request: TraceRequest) -> str:

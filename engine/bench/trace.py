@@ -82,8 +82,8 @@ class TraceShape:
         variety: also draw priorities, timeouts, several answers and tenants.
     """
 
-    requests: int = 150
-    rate: float = 0.5
+    requests: int = 250
+    rate: float = 2.0
     prompt_tokens: int = 60
     new_tokens: int = 50
     spread: float = 0.7
