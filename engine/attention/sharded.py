@@ -1,4 +1,4 @@
-"""Attention over a mesh: every device attends with the heads it holds, through the same call as on one device."""
+"""Attention over a mesh: every device attends with the heads and tokens it holds, through the same call as on one."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ import dataclasses
 from dataclasses import dataclass
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
+from engine.attention.context import ContextRows, attend_part, rows_of_device
+from engine.attention.spec import HeadArrays
 from engine.config import require_split
 from engine.kv.split import buffer_spec, new_tokens_spec
-from engine.parallel import DATA_AXIS, TENSOR_AXIS, axis_size, spec_over
+from engine.parallel import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, axis_size, spec_over
 
 
 @dataclass(frozen=True)
 class MeshAttention:
-    """A ``FlashAttentionBackend`` whose heads are split over the mesh's axis "tensor", and its sequences over "data".
+    """A ``FlashAttentionBackend`` over a mesh.
+
+    Heads are split over the axis "tensor", the tokens of every page over "context", and sequences over "data".
 
     Attributes:
-        local: the backend of one device, with its share of the heads.
+        local: the backend of one device: its share of the heads, of a page, and of the window.
         mesh: the mesh.
     """
 
@@ -28,14 +32,45 @@ class MeshAttention:
 
     @classmethod
     def over(cls, backend: FlashAttentionBackend, mesh: Mesh) -> MeshAttention:
-        """Splits a backend; raises ConfigError where the mesh does not divide its heads."""
-        parts = axis_size(mesh, TENSOR_AXIS)
+        """Splits a backend; raises ConfigError where the mesh does not divide its heads, page or window."""
+        tensor, context = axis_size(mesh, TENSOR_AXIS), axis_size(mesh, CONTEXT_AXIS)
         heads = {"num_q_heads": backend.num_q_heads, "num_kv_heads": backend.num_kv_heads}
-        require_split(TENSOR_AXIS, parts, heads)
+        require_split(TENSOR_AXIS, tensor, heads)
+        window = backend.sliding_window
+        tokens = {"page_size": backend.page_size} | ({"sliding_window": window} if window else {})
+        require_split(CONTEXT_AXIS, context, tokens)
         local = dataclasses.replace(
-            backend, num_q_heads=backend.num_q_heads // parts, num_kv_heads=backend.num_kv_heads // parts
+            backend,
+            num_q_heads=backend.num_q_heads // tensor,
+            num_kv_heads=backend.num_kv_heads // tensor,
+            page_size=backend.page_size // context,
+            sliding_window=window and window // context,
         )
         return cls(local, mesh)
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page, on all devices that share it."""
+        return self.local.page_size * axis_size(self.mesh, CONTEXT_AXIS)
+
+    def prepare(self, metadata: AttentionMetadata) -> AttentionMetadata | ContextRows:
+        """What each device needs of a step's metadata; once a step, for all layers.
+
+        With R replicas every axis of tokens and sequences is R times as long, one replica after the other; lengths,
+        page ids and slots are each replica's own, from 0.
+        """
+        parts = axis_size(self.mesh, CONTEXT_AXIS)
+        if parts == 1:
+            return metadata
+        split = jax.shard_map(
+            lambda metadata: rows_of_device(metadata, parts),
+            mesh=self.mesh,
+            in_specs=spec_over(self.mesh, DATA_AXIS),
+            out_specs=spec_over(self.mesh, (DATA_AXIS, CONTEXT_AXIS)),
+            check_vma=False,
+        )
+        rows: ContextRows = split(metadata)
+        return rows
 
     def __call__(
         self,
@@ -43,26 +78,27 @@ class MeshAttention:
         k: jax.Array,
         v: jax.Array,
         fused_kv: jax.Array,
-        metadata: AttentionMetadata,
+        metadata: AttentionMetadata | ContextRows,
         *,
         sinks: jax.Array | None = None,
+        k_scale: jax.Array | None = None,
+        v_scale: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """As ``FlashAttentionBackend``, over arrays that are split as the pool is.
-
-        With R replicas every axis of tokens and sequences is R times as long, one replica after the other; lengths,
-        page ids and slots are each replica's own, from 0.
-        """
-        new, buffer, rows = new_tokens_spec(self.mesh), buffer_spec(self.mesh), spec_over(self.mesh, DATA_AXIS)
-        sink = spec_over(self.mesh, TENSOR_AXIS)
+        """As ``FlashAttentionBackend``, over arrays that are split as the pool is, and metadata from ``prepare``."""
+        new, buffer = new_tokens_spec(self.mesh), buffer_spec(self.mesh)
         split = jax.shard_map(
             self._attend,
             mesh=self.mesh,
-            in_specs=(new, new, new, buffer, rows, sink),
+            in_specs=(new, new, new, buffer, self._metadata_spec(metadata), spec_over(self.mesh, TENSOR_AXIS)),
             out_specs=(new, buffer),
             check_vma=False,  # kernels do not say over which axes their results vary
         )
-        result: tuple[jax.Array, jax.Array] = split(q, k, v, fused_kv, metadata, sinks)
+        result: tuple[jax.Array, jax.Array] = split(q, k, v, fused_kv, metadata, HeadArrays(sinks, k_scale, v_scale))
         return result
+
+    def _metadata_spec(self, metadata: AttentionMetadata | ContextRows) -> PartitionSpec:
+        by_device = isinstance(metadata, ContextRows)
+        return spec_over(self.mesh, (DATA_AXIS, CONTEXT_AXIS) if by_device else DATA_AXIS)
 
     def _attend(
         self,
@@ -70,8 +106,10 @@ class MeshAttention:
         k: jax.Array,
         v: jax.Array,
         fused_kv: jax.Array,
-        metadata: AttentionMetadata,
-        sinks: jax.Array | None,
+        metadata: AttentionMetadata | ContextRows,
+        heads: HeadArrays,
     ) -> tuple[jax.Array, jax.Array]:
-        out, written = self.local(q, k, v, fused_kv, metadata, sinks=sinks)
+        if isinstance(metadata, ContextRows):
+            return attend_part(self.local, q, k, v, fused_kv, metadata, heads)
+        out, written = self.local(q, k, v, fused_kv, metadata, **heads._asdict())
         return out, written

@@ -15,26 +15,32 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engine.errors import ShapeError
 from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv, unpad_fused
 from engine.kv.pool import TokenToKVPool
+from engine.kv.split import buffer_spec, from_device_order, to_device_order
+from engine.parallel import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, spec_over
 
 Int32 = npt.NDArray[np.int32]
 HostPages = npt.NDArray[Any]
+Buffers = tuple[jax.Array, ...]
 
 # Pages a program copies; more go in several calls of the largest, which bounds the memory that a copy takes.
 PAGE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 _PINNED = "pinned_host"
+_PAGE_AXIS = 2  # of pages off the device
 _NULL_PAGE, _NO_PAGE = 0, -1  # what pads a read, and a write
 
 
-def read_pages(pool: TokenToKVPool, pages: npt.ArrayLike) -> HostPages:
+def read_pages(pool: TokenToKVPool, pages: npt.ArrayLike, *, replica: int = 0) -> HostPages:
     """Copies pages to the host, through pinned memory where the device has it.
 
     Args:
         pool: the pool, left as it is.
         pages: ``[n]`` page ids, not the null page.
+        replica: whose pages, along the mesh's axis "data".
 
     Returns:
         ``[n, layers, page_size, 2H, D]``, dtype of the pool, without the padding of its storage; perhaps read-only.
@@ -47,18 +53,19 @@ def read_pages(pool: TokenToKVPool, pages: npt.ArrayLike) -> HostPages:
         layout = pool.layout
         return np.empty((0, pool.layer_num, layout.page_size, 2 * layout.head_num, layout.head_dim), pool.dtype)
     # Every copy is under way before the first is waited for.
-    staged = [_to_host_memory(_gather(pool, chunk)) for chunk in _chunks(wanted, _NULL_PAGE)]
+    staged = [_to_host_memory(_gather(pool, chunk, replica)) for chunk in _chunks(wanted, _NULL_PAGE)]
     parts = [np.asarray(part).view(pool.dtype) for part in staged]
     return (parts[0] if len(parts) == 1 else np.concatenate(parts))[: wanted.size]
 
 
-def write_pages(pool: TokenToKVPool, pages: npt.ArrayLike, data: HostPages) -> None:
+def write_pages(pool: TokenToKVPool, pages: npt.ArrayLike, data: HostPages, *, replica: int = 0) -> None:
     """Writes pages from the host into the pool, in place; the pool's buffers are rebound, as by its own writes.
 
     Args:
         pool: the pool.
         pages: ``[n]`` page ids, each once, not the null page.
         data: ``[n, layers, page_size, 2H, D]``, as ``read_pages`` returns it; free to be changed after the call.
+        replica: whose pages, along the mesh's axis "data".
 
     Raises:
         ShapeError: ``pages`` is not a vector of different page ids of this pool, or ``data`` does not fit.
@@ -77,17 +84,18 @@ def write_pages(pool: TokenToKVPool, pages: npt.ArrayLike, data: HostPages) -> N
         padded = np.zeros((chunk.size, *shape[1:]), _bits_of(pool))
         part = data[done : done + chunk.size]
         padded[: len(part)] = part.view(padded.dtype)
-        pool.replace_buffers(_scatter(pool, chunk, padded).buffers)
+        pool.replace_buffers(_scatter(pool, chunk, padded, replica).buffers)
         done += chunk.size
 
 
-def copy_pages(pool: TokenToKVPool, sources: npt.ArrayLike, targets: npt.ArrayLike) -> None:
+def copy_pages(pool: TokenToKVPool, sources: npt.ArrayLike, targets: npt.ArrayLike, *, replica: int = 0) -> None:
     """Copies page ``sources[i]`` to page ``targets[i]`` on the device, in place; the pool's buffers are rebound.
 
     Args:
         pool: the pool.
         sources: ``[n]`` page ids, not the null page.
         targets: ``[n]`` page ids, each once, none of them a source.
+        replica: whose pages, along the mesh's axis "data".
 
     Raises:
         ShapeError: a vector does not hold page ids of this pool, their lengths differ, or a target is named twice or is
@@ -101,7 +109,7 @@ def copy_pages(pool: TokenToKVPool, sources: npt.ArrayLike, targets: npt.ArrayLi
     if both.size:
         raise ShapeError(f"pages {both[:8].tolist()} are both source and target; copy them in two calls")
     for from_pages, to_pages in zip(_chunks(source, _NULL_PAGE), _chunks(target, _NO_PAGE), strict=True):
-        pool.replace_buffers(_copy(pool, from_pages, to_pages).buffers)
+        pool.replace_buffers(_copy(pool, from_pages, to_pages, replica).buffers)
 
 
 def _check_pages(pool: TokenToKVPool, name: str, pages: npt.ArrayLike) -> Int32:
@@ -182,19 +190,75 @@ def _bits_of(pool: TokenToKVPool) -> np.dtype[Any]:
 
 
 @jax.jit
-def _gather(pool: TokenToKVPool, pages: jax.Array) -> jax.Array:
-    return jnp.stack([_gather_layer(pool, layer_id, pages) for layer_id in range(pool.layer_num)], axis=1)
+def _gather(pool: TokenToKVPool, pages: jax.Array, replica: int = 0) -> jax.Array:
+    def gather(buffers: Buffers, pages: jax.Array, replica: jax.Array) -> jax.Array:
+        share = pool.share(buffers)
+        bits = jnp.stack([_gather_layer(share, layer_id, pages) for layer_id in range(share.layer_num)], axis=1)
+        if pool.replicas == 1:
+            return bits
+        summed: jax.Array = lax.psum(jnp.where(lax.axis_index(DATA_AXIS) == replica, bits, 0), DATA_AXIS)
+        return summed
+
+    if pool.mesh is None:
+        return gather(pool.buffers, pages, jnp.int32(0))
+    buffers, whole = buffer_spec(pool.mesh), PartitionSpec()
+    split = jax.shard_map(
+        gather, mesh=pool.mesh, in_specs=(buffers, whole, whole), out_specs=_pages_spec(pool.mesh), check_vma=False
+    )
+    in_parts = split(pool.buffers, pages, jnp.int32(replica))
+    ordered = from_device_order(in_parts, pool.mesh, axis=_PAGE_AXIS)
+    # Whole on every device, so that every process can read it.
+    pages_read: jax.Array = lax.with_sharding_constraint(ordered, NamedSharding(pool.mesh, whole))
+    return pages_read
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _scatter(pool: TokenToKVPool, pages: jax.Array, data: jax.Array) -> TokenToKVPool:
-    for layer_id in range(pool.layer_num):
-        _scatter_layer(pool, layer_id, pages, data[:, layer_id])
-    return pool
+def _scatter(pool: TokenToKVPool, pages: jax.Array, data: jax.Array, replica: int = 0) -> TokenToKVPool:
+    def scatter(buffers: Buffers, pages: jax.Array, data: jax.Array, replica: jax.Array) -> Buffers:
+        share = pool.share(buffers)
+        for layer_id in range(share.layer_num):
+            _scatter_layer(share, layer_id, _of_replica(pool, pages, replica), data[:, layer_id])
+        return share.buffers
+
+    if pool.mesh is None:
+        return pool.replace_buffers(scatter(pool.buffers, pages, data, jnp.int32(0)))
+    buffers, whole = buffer_spec(pool.mesh), PartitionSpec()
+    split = jax.shard_map(
+        scatter,
+        mesh=pool.mesh,
+        in_specs=(buffers, whole, _pages_spec(pool.mesh), whole),
+        out_specs=buffers,
+        check_vma=False,
+    )
+    in_parts = to_device_order(data, pool.mesh, axis=_PAGE_AXIS)
+    return pool.replace_buffers(split(pool.buffers, pages, in_parts, jnp.int32(replica)))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _copy(pool: TokenToKVPool, sources: jax.Array, targets: jax.Array) -> TokenToKVPool:
-    for layer_id in range(pool.layer_num):
-        _scatter_layer(pool, layer_id, targets, _gather_layer(pool, layer_id, sources))
-    return pool
+def _copy(pool: TokenToKVPool, sources: jax.Array, targets: jax.Array, replica: int = 0) -> TokenToKVPool:
+    def copy(buffers: Buffers, sources: jax.Array, targets: jax.Array, replica: jax.Array) -> Buffers:
+        share = pool.share(buffers)
+        for layer_id in range(share.layer_num):
+            bits = _gather_layer(share, layer_id, sources)
+            _scatter_layer(share, layer_id, _of_replica(pool, targets, replica), bits)
+        return share.buffers
+
+    if pool.mesh is None:
+        return pool.replace_buffers(copy(pool.buffers, sources, targets, jnp.int32(0)))
+    buffers, whole = buffer_spec(pool.mesh), PartitionSpec()
+    split = jax.shard_map(
+        copy, mesh=pool.mesh, in_specs=(buffers, whole, whole, whole), out_specs=buffers, check_vma=False
+    )
+    return pool.replace_buffers(split(pool.buffers, sources, targets, jnp.int32(replica)))
+
+
+def _of_replica(pool: TokenToKVPool, pages: jax.Array, replica: jax.Array) -> jax.Array:
+    """Within ``shard_map``: the pages that are written, on the replica's devices; none on others."""
+    if pool.replicas == 1:
+        return pages
+    return jnp.where(lax.axis_index(DATA_AXIS) == replica, pages, _NO_PAGE)
+
+
+def _pages_spec(mesh: Mesh) -> PartitionSpec:
+    """How ``[n, layers, page_size, 2H, D]`` is split where each device has its part of every page."""
+    return spec_over(mesh, None, None, CONTEXT_AXIS, TENSOR_AXIS, None)

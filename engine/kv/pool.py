@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import jax
@@ -150,6 +151,21 @@ class TokenToKVPool:
             raise ShapeError(f"k {list(k.shape)} must be [tokens, {heads[0]}, {heads[1]}], as this pool was made")
         written = _write(self.buffers[layer_id], loc, k, v, self.mesh)
         self.buffers = (*self.buffers[:layer_id], written, *self.buffers[layer_id + 1 :])
+
+    def share(self, buffers: tuple[jax.Array, ...]) -> Self:
+        """Within ``shard_map`` over the pool's mesh: one device's part, as a pool of its own; else the pool itself.
+
+        Args:
+            buffers: the device's parts of the buffers.
+        """
+        tp, cp = axis_size(self.mesh, TENSOR_AXIS), axis_size(self.mesh, CONTEXT_AXIS)
+        layout = replace(
+            self.layout,
+            head_num=self.layout.head_num // tp,
+            rows=self.layout.rows // tp,
+            page_size=self.page_size // cp,
+        )
+        return self.tree_unflatten((self.size // cp, layout, None), (buffers,))
 
     def replace_buffers(self, buffers: Sequence[jax.Array]) -> Self:
         """Takes over the buffers that a step has written.

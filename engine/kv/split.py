@@ -75,8 +75,22 @@ def local_slots(loc: jax.Array, mesh: Mesh) -> jax.Array:
 
 def in_slot_order(fused: jax.Array, mesh: Mesh | None) -> jax.Array:
     """A buffer's rows as the books count them, the replicas one after the other; a copy where "context" splits it."""
-    replicas, parts = axis_size(mesh, DATA_AXIS), axis_size(mesh, CONTEXT_AXIS)
-    if parts == 1:
-        return fused
-    by_device = fused.reshape(replicas, parts, -1, *fused.shape[1:])
-    return by_device.swapaxes(1, 2).reshape(fused.shape)
+    by_replica = fused.reshape(axis_size(mesh, DATA_AXIS), -1, *fused.shape[1:])
+    return from_device_order(by_replica, mesh, axis=1).reshape(fused.shape)
+
+
+def from_device_order(array: jax.Array, mesh: Mesh | None, *, axis: int) -> jax.Array:
+    """Slots along ``axis`` in their own order, from that of the devices that they were dealt out to."""
+    return _regrouped(array, axis, axis_size(mesh, CONTEXT_AXIS), -1)
+
+
+def to_device_order(array: jax.Array, mesh: Mesh | None, *, axis: int) -> jax.Array:
+    """Slots along ``axis`` device by device, from their own order."""
+    return _regrouped(array, axis, -1, axis_size(mesh, CONTEXT_AXIS))
+
+
+def _regrouped(array: jax.Array, axis: int, outer: int, inner: int) -> jax.Array:
+    if 1 in (outer, inner):
+        return array
+    shape = array.shape
+    return array.reshape(*shape[:axis], outer, inner, *shape[axis + 1 :]).swapaxes(axis, axis + 1).reshape(shape)
