@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from engine.bench import allocator, attention, prefix, scatter, serve, tpu_static
+from engine.errors import EngineError
 
 BENCHMARKS = {
     "allocator": allocator,
@@ -24,7 +26,10 @@ def main() -> None:
         summary = (module.__doc__ or "").splitlines()[0]
         module.add_arguments(names.add_parser(name, help=summary, description=module.__doc__))
     args = parser.parse_args()
-    BENCHMARKS[args.name].run(args)
+    try:
+        BENCHMARKS[args.name].run(args)
+    except EngineError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

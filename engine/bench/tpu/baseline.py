@@ -1,0 +1,57 @@
+"""Static figures kept by the version of the compiler, so that a change which makes the kernel worse is seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "v6e page 128": {"gen": "v6e", "page_size": 128},
+    "v6e page 16": {"gen": "v6e", "page_size": 16},
+    "v7x page 128": {"gen": "v7x", "page_size": 128},
+    "v5e page 128": {"gen": "v5e", "page_size": 128},
+    "v6e page 128, 8 query heads and 1 KV head": {"gen": "v6e", "page_size": 128, "q_heads": 8, "kv_heads": 1},
+    "v6e page 128, float8": {"gen": "v6e", "page_size": 128, "dtype": "float8_e4m3fn"},
+}
+ALLOWED = 0.10
+SLACK_SPILLS = 64  # a register allocator's noise, not a change of the kernel
+SLACK_VMEM_BYTES = 1 << 20
+# Which way each guarded figure is better, and what of it is noise.
+GUARDED = {
+    "decode bundles a token": (-1, 0),
+    "prefill FLOPs a bundle": (+1, 0),
+    "decode hot loop spills": (-1, SLACK_SPILLS),
+    "prefill hot loop spills": (-1, SLACK_SPILLS),
+    "VMEM bytes": (-1, SLACK_VMEM_BYTES),
+}
+
+Figures = dict[str, float]
+
+
+def read(path: Path, version: str) -> dict[str, Figures]:
+    """Figures by shape that were written for this version of libtpu; empty where none were."""
+    table: dict[str, dict[str, Figures]] = json.loads(path.read_text()) if path.exists() else {}
+    return table.get(version, {})
+
+
+def write(path: Path, version: str, found: dict[str, Figures]) -> None:
+    """Writes what is guarded of ``found`` for this version, and leaves the other versions as they are."""
+    table = json.loads(path.read_text()) if path.exists() else {}
+    table[version] = {
+        shape: {name: round(figures[name], 3) for name in GUARDED} for shape, figures in sorted(found.items())
+    }
+    path.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
+
+
+def regressions(expected: Figures, found: Figures) -> list[str]:
+    """What is worse than the baseline by more than ``ALLOWED`` and its slack, one line each.
+
+    A figure that the baseline has and ``found`` lacks is a regression too.
+    """
+    worse = []
+    for name, (better, slack) in GUARDED.items():
+        before, now = expected[name], found.get(name)
+        if now is None or better * (before - now) > before * ALLOWED + slack:
+            worse.append(f"{name}: {before:,.2f} before, {'nothing' if now is None else f'{now:,.2f}'} now")
+    return worse

@@ -1,0 +1,144 @@
+"""What the loops of an attention kernel cost: bundles a KV token in decode, FLOPs a bundle in prefill.
+
+Both kernels are counted alike: one turn of the loop over fetched blocks, with the turns that the compute loop inside
+takes, the DMAs that it issues and all other bundles of the block; over the tokens, or the FLOPs, of that block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engine.bench.tpu.bundles import Loop, Program
+from engine.errors import BackendUnsupported
+
+if TYPE_CHECKING:
+    from engine.attention.tpu.geometry import Geometry
+
+
+@dataclass(frozen=True)
+class Lane:
+    """The loops of decode, or of prefill.
+
+    Attributes:
+        block: one turn a fetched block.
+        fetch: issues the DMAs of a block, one turn a run of pages; pages one by one in loops inside.
+        chunk: one turn a compute chunk that needs no mask.
+        hot: the innermost loop of the chunk: one turn a head where the heads are a loop.
+    """
+
+    block: Loop
+    fetch: Loop
+    chunk: Loop
+    hot: Loop
+
+    def bundles(self, chunks: int, groups: int, turns: int, *, scattered: bool) -> float:
+        """Bundles of one block.
+
+        Args:
+            chunks: compute chunks of a block.
+            groups: runs of pages of a block.
+            turns: turns of the hot loop in a chunk; 1 where it is the chunk.
+            scattered: whether no run is contiguous.
+        """
+        nested = max((loop.bundles for loop in self.fetch.children), default=0)
+        group = self.fetch.own_bundles + scattered * nested
+        chunk = self.chunk.bundles + (turns - 1) * self.hot.bundles
+        inner = [loop for loop in self.block.children if loop is self.fetch or loop.has_matrix_work]
+        rest = self.block.bundles - sum(loop.bundles for loop in inner)
+        return chunks * chunk + groups * group + rest
+
+
+def find_lanes(program: Program) -> tuple[Lane, Lane]:
+    """The loops of decode and of prefill of this package's kernel.
+
+    A loop over blocks is one that holds, side by side, a loop that issues DMAs and loops with matrix work, first for
+    the chunks that need no mask and then for the edges.
+
+    Raises:
+        BackendUnsupported: the program has no two such loops: the kernel has changed, and this reading must follow.
+    """
+    lanes = []
+    for block in program.root.walk():
+        compute = [loop for loop in block.children if loop.has_matrix_work]
+        fetch = [loop for loop in block.children if not loop.has_matrix_work]
+        if len(compute) == 2 and fetch and block.depth:
+            chunk = compute[0]
+            inner = [loop for loop in chunk.walk() if loop.has_matrix_work]
+            lanes.append(Lane(block, fetch[0], chunk, inner[-1]))
+    if len(lanes) != 2:
+        raise BackendUnsupported(
+            f"cannot read the kernel's loops: {len(lanes)} loops over blocks where decode and prefill make 2; "
+            "engine/bench/tpu/figures.py must follow what the kernel does now"
+        )
+    return lanes[0], lanes[1]
+
+
+def our_figures(program: Program, geo: Geometry) -> dict[str, float]:
+    """Figures of this package's kernel, one program for decode and prefill."""
+    decode, prefill = find_lanes(program)
+    blocks, size = geo.blocks, geo.page_size
+    chunks = blocks.decode_fetch_pages // blocks.decode_chunk_pages
+    groups = blocks.decode_fetch_pages // geo.run_pages
+    tokens = blocks.decode_fetch_pages * size
+    found = {
+        f"decode bundles a token{name}": decode.bundles(chunks, groups, 1, scattered=scattered) / tokens
+        for name, scattered in (("", False), (", scattered pages", True))
+    }
+    found["decode bundles a token, compute alone"] = decode.chunk.bundles / (blocks.decode_chunk_pages * size)
+    found |= _hot_loop("decode", program, decode.hot)
+    chunks = blocks.prefill_fetch_pages // blocks.prefill_chunk_pages
+    groups = blocks.prefill_fetch_pages // geo.run_pages
+    turns = 1 if prefill.hot is prefill.chunk else geo.heads
+    flops = 4 * geo.lanes * geo.prefill_rows * blocks.prefill_chunk_pages * size  # of one head and chunk
+    block = prefill.bundles(chunks, groups, turns, scattered=False)
+    found["prefill FLOPs a bundle"] = flops * chunks * geo.heads / block
+    found["prefill FLOPs a bundle, compute alone"] = flops * geo.heads / turns / prefill.hot.bundles
+    found |= _hot_loop("prefill", program, prefill.hot)
+    return found
+
+
+def rival_figures(
+    decode: Program, prefill: Program, *, decode_tokens: int, prefill_flops: int, chunks: int
+) -> dict[str, float]:
+    """Figures of tpu-inference's kernels.
+
+    Args:
+        decode: its decode program, whose compute loop takes a block whole.
+        prefill: its mixed program.
+        decode_tokens: tokens of a decode block.
+        prefill_flops: FLOPs of one turn of the prefill program's compute loop, all heads.
+        chunks: turns of that loop in a block.
+    """
+    hot, around = _innermost(decode.root)
+    found = {
+        "decode bundles a token": around.bundles / decode_tokens,
+        "decode bundles a token, scattered pages": around.bundles / decode_tokens,
+        "decode bundles a token, compute alone": hot.bundles / decode_tokens,
+    } | _hot_loop("decode", decode, hot)
+    hot, around = _innermost(prefill.root)
+    block = around.bundles + (chunks - 1) * hot.bundles
+    found |= {
+        "prefill FLOPs a bundle": prefill_flops * chunks / block,
+        "prefill FLOPs a bundle, compute alone": prefill_flops / hot.bundles,
+    }
+    return found | _hot_loop("prefill", prefill, hot)
+
+
+def _innermost(root: Loop) -> tuple[Loop, Loop]:
+    """The deepest loop with matrix work, the larger where two are as deep, and the loop around it."""
+    pairs = [(child, loop) for loop in root.walk() for child in loop.children if child.has_matrix_work]
+    return max(pairs, key=lambda pair: (pair[0].depth, pair[0].bundles))
+
+
+def _hot_loop(mode: str, program: Program, hot: Loop) -> dict[str, float]:
+    use = {
+        f"{mode} hot loop {name} use": share
+        for name, share in program.use(hot).items()
+        if name not in ("FILL", "SPILL")
+    }
+    return {
+        f"{mode} hot loop bundles": hot.bundles,
+        f"{mode} hot loop spills": hot.slots["SPILL"],
+        f"{mode} hot loop fills": hot.slots["FILL"],
+    } | use

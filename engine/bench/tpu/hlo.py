@@ -1,0 +1,75 @@
+"""Facts of a compiled XLA program, from its text."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
+_NAME = re.compile(r"^\s*(?:ROOT )?%?([\w.\-<>]+) = ")
+_SCOPED = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
+# They name memory and move none of it.
+_FREE = {"parameter", "bitcast", "tuple", "get-tuple-element", "custom-call", "while", "conditional", "call"}
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction of a compiled program.
+
+    Attributes:
+        name: its name.
+        opcode: e.g. "fusion".
+        largest_bytes: bytes of the largest array among its results.
+        line: its whole line.
+    """
+
+    name: str
+    opcode: str
+    largest_bytes: int
+    line: str
+
+
+def instructions(text: str) -> Iterator[Instruction]:
+    """Instructions of every computation of a program, in the order of its text."""
+    for line in text.splitlines():
+        match = _NAME.match(line)
+        if match:
+            shape, rest = _split_shape(line[match.end() :])
+            opcode = rest.lstrip().split("(", 1)[0]
+            yield Instruction(match[1], opcode, max(map(_bytes, _ARRAY.finditer(shape)), default=0), line)
+
+
+def moves_of_at_least(text: str, size: int) -> list[str]:
+    """What makes an array of at least ``size`` bytes anew: copies, transposes, gathers, fusions; for messages.
+
+    A result that aliases an operand is no new array: kernels and loops that update in place are left out.
+    """
+    return [
+        f"{found.opcode} {found.name}: {found.largest_bytes:,} bytes"
+        for found in instructions(text)
+        if found.largest_bytes >= size and found.opcode not in _FREE
+    ]
+
+
+def kernel_vmem_bytes(text: str) -> dict[str, int]:
+    """VMEM that each Pallas kernel of a program takes, by the name of its call."""
+    calls = (i for i in instructions(text) if i.opcode == "custom-call" and '"tpu_custom_call"' in i.line)
+    return {call.name: int(found[1]) if (found := _SCOPED.search(call.line)) else 0 for call in calls}
+
+
+def _split_shape(text: str) -> tuple[str, str]:
+    """The type at the head of an instruction, and the rest: a tuple's ends with its parenthesis."""
+    depth = 0
+    for index, character in enumerate(text):
+        depth += (character in "({") - (character in ")}")
+        if depth == 0 and character == " ":
+            return text[:index], text[index:]
+    return text, ""
+
+
+def _bytes(array: re.Match[str]) -> int:
+    bits = 8 if array[1] == "pred" else int(re.sub(r"^[a-z]+(\d+).*", r"\1", array[1]))
+    return math.prod(int(size) for size in array[2].split(",") if size) * bits // 8

@@ -1,0 +1,114 @@
+"""Attention of this package, compiled for a TPU that need not be there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from engine.attention.api import ragged_paged_attention
+from engine.attention.tpu import kernel
+from engine.attention.tpu.geometry import Geometry
+from engine.bench.tpu.aot import TOPOLOGIES, fresh_dumps
+from engine.bench.tpu.bundles import read_program
+from engine.bench.tpu.figures import our_figures
+from engine.bench.tpu.hlo import kernel_vmem_bytes, moves_of_at_least
+from engine.kv.layout import KVLayout
+
+_seen: set[Path] = set()
+
+
+@contextmanager
+def recorded_geometry() -> Iterator[list[Geometry]]:
+    """Collects the static sizes of every kernel that is traced inside, block sizes among them."""
+    found: list[Geometry] = []
+
+    def record(geo: Geometry, *args: Any, **kwargs: Any) -> Any:
+        found.append(geo)
+        return kernel.call_kernel(geo, *args, **kwargs)
+
+    with mock.patch("engine.attention.tpu.api.call_kernel", record):
+        yield found
+
+
+def _query_dtype(dtype: str) -> Any:
+    return jnp.float32 if dtype == "float32" else jnp.bfloat16
+
+
+def compile_attention(
+    *,
+    gen: str,
+    page_size: int,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: str,
+    tokens: int,
+    batch: int,
+    context: int,
+    window: int | None = None,
+    folder: str | None = None,
+) -> dict[str, Any]:
+    """Compiles one call of ``ragged_paged_attention`` over a donated cache that holds the whole batch.
+
+    Args:
+        gen: target, a key of ``TOPOLOGIES``.
+        page_size: tokens a page.
+        q_heads: query heads.
+        kv_heads: KV heads.
+        head_dim: elements a head.
+        dtype: of the cache; queries are float32 beside float32, else bfloat16.
+        tokens: new tokens of the step, T.
+        batch: sequences, B.
+        context: longest context in tokens.
+        window: sliding window in tokens, or None.
+        folder: where libtpu dumps bundles, to count them; None counts none.
+
+    Returns:
+        Bytes of cache, temporaries, alias and VMEM, what is moved of the cache's size; counts by ``our_figures``.
+    """
+    device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[gen]).devices[0]
+    layout = KVLayout.create(head_num=kv_heads, head_dim=head_dim, dtype=dtype, page_size=page_size, platform="tpu")
+    pages = -(-context // page_size)
+    slots = (batch * pages + 1) * page_size
+
+    def like(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+
+    def step(cache: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, *metadata: jax.Array) -> tuple[jax.Array, ...]:
+        table, cu_q_lens, kv_lens = metadata
+        return ragged_paged_attention(
+            q, k, v, cache, page_table=table, cu_q_lens=cu_q_lens, kv_lens=kv_lens, page_size=page_size,
+            sliding_window=window, impl="tpu",
+        )  # fmt: skip
+
+    new = like((tokens, kv_heads, head_dim), _query_dtype(dtype))
+    queries = like((tokens, q_heads, head_dim), _query_dtype(dtype))
+    metadata = (like((batch, pages), jnp.int32), like((batch + 1,), jnp.int32), like((batch,), jnp.int32))
+    mesh = Mesh([device], ("x",)).abstract_mesh
+    with jax.sharding.use_abstract_mesh(mesh), recorded_geometry() as geometries:
+        lowered = jax.jit(step, donate_argnums=0).lower(
+            like(layout.buffer_shape(slots), dtype), queries, new, new, *metadata
+        )
+    compiled = lowered.compile()
+    memory: Any = compiled.memory_analysis()
+    text = compiled.as_text() or ""
+    cache_bytes = layout.bytes_per_token * slots
+    found: dict[str, Any] = {
+        "cache bytes": cache_bytes,
+        "temporary bytes": memory.temp_size_in_bytes,
+        "alias bytes": memory.alias_size_in_bytes,
+        "VMEM bytes": max(kernel_vmem_bytes(text).values()),
+        "moves": moves_of_at_least(text, cache_bytes // 2),
+    }
+    if folder:
+        (dump,) = fresh_dumps(Path(folder), "ragged_paged_attention", _seen)
+        found |= our_figures(read_program(dump), geometries[0])
+    return found

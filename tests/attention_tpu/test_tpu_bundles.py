@@ -1,0 +1,127 @@
+"""Reading compiled programs: loops, slots, instructions and what a baseline calls worse."""
+
+import json
+
+import pytest
+
+from engine.bench.tpu import baseline
+from engine.bench.tpu.bundles import read_program
+from engine.bench.tpu.figures import find_lanes, rival_figures
+from engine.bench.tpu.hlo import instructions, kernel_vmem_bytes, moves_of_at_least
+from engine.errors import BackendUnsupported
+
+# (loop begins here, depth, MXU instructions) of each bundle: a loop of two blocks' loops as the kernel has them.
+LANE = [
+    (True, 2, 0),  # block
+    (True, 3, 0),  # fetch, a run
+    (True, 4, 0), (False, 4, 0), (False, 4, 0),  # a page at a time
+    (False, 3, 0),
+    (False, 2, 0),
+    (True, 3, 2), (False, 3, 2),  # whole chunks
+    (False, 2, 0),
+    (True, 3, 2), (False, 3, 2), (False, 3, 2),  # edges
+    (False, 2, 0),
+]  # fmt: skip
+BUNDLES = [(False, 0, 0), (True, 1, 0), *LANE, (False, 1, 0), (True, 1, 0), *LANE, (False, 1, 0), (False, 0, 0)]
+
+
+def dump(folder, bundles=BUNDLES):
+    lines = [f"  {i:#x}   {'LB' if begins else '  '}: {'> ' * depth}{{ ... }}" for i, (begins, depth, _) in
+             enumerate(bundles)]  # fmt: skip
+    (folder / "1-kernel-03-final_bundles.txt").write_text("header\n" + "\n".join(lines))
+    table = "== CAPACITY:\nMXU, VALU, VLOAD:FILL, VSTORE:SPILL\n 2 4 3 2\n\n== UTILIZATION:\n"
+    rows = [f"{mxu} 4 1 0" for _, _, mxu in bundles]
+    (folder / "1-kernel-01-final_hlo-static-per-bundle-utilization.txt").write_text(table + "\n".join(rows))
+    return folder / "1-kernel-03-final_bundles.txt"
+
+
+def test_loops_nest_as_they_are_marked(tmp_path):
+    program = read_program(dump(tmp_path))
+    first, second = program.root.children
+    assert (first.first, first.bundles, second.first) == (1, 16, 17)
+    (block,) = first.children
+    assert [loop.bundles for loop in block.children] == [5, 2, 3]
+    assert block.children[0].children[0].bundles == 3
+    assert block.own_bundles == 4
+    assert program.use(block.children[1]) == {"MXU": 1.0, "VALU": 1.0, "FILL": 1 / 3, "SPILL": 0.0}
+    assert sum(1 for _ in program.root.walk()) == 1 + 2 * 6
+
+
+def test_a_block_costs_its_turns(tmp_path):
+    decode, prefill = find_lanes(read_program(dump(tmp_path)))
+    assert decode.block.first < prefill.block.first
+    # 4 chunks of 2, 3 groups of 2 (of 5 when their pages go one by one), and 4 more; the edge is not the steady state.
+    assert decode.bundles(4, 3, 1, scattered=False) == 4 * 2 + 3 * 2 + 4
+    assert decode.bundles(4, 3, 1, scattered=True) == 4 * 2 + 3 * 5 + 4
+    assert prefill.bundles(1, 1, 8, scattered=False) == 8 * 2 + 2 + 4
+
+
+def test_a_program_that_is_not_the_kernel_is_refused(tmp_path):
+    with pytest.raises(BackendUnsupported, match="1 loops over blocks"):
+        find_lanes(read_program(dump(tmp_path, BUNDLES[:17])))
+
+
+def test_the_rivals_blocks_are_counted_with_what_is_around_the_loop(tmp_path):
+    one = [(False, 0, 0), (True, 1, 0), (False, 1, 0), (True, 2, 2), (False, 2, 2), (False, 1, 0)]
+    program = read_program(dump(tmp_path, one))
+    found = rival_figures(program, program, decode_tokens=10, prefill_flops=100, chunks=3)
+    assert found["decode bundles a token"] == 5 / 10
+    assert found["prefill FLOPs a bundle"] == 300 / (5 + 2 * 2)
+    assert found["prefill FLOPs a bundle, compute alone"] == 50
+
+
+HLO = """
+ENTRY %main (p: bf16[4,8]) -> bf16[4,8] {
+  %p = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %kernel.1 = (bf16[2,8]{1,0}, /*index=1*/bf16[4,8]{1,0}) custom-call(%p), custom_call_target="tpu_custom_call", \
+backend_config={"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"4096"}]}
+  %copy.2 = bf16[4,8]{0,1} copy(%p)
+  %small = f8e4m3fn[3]{0} negate(%p)
+  ROOT %out = bf16[4,8]{1,0} get-tuple-element(%kernel.1), index=1
+}
+"""
+
+
+def test_instructions_carry_the_bytes_of_their_largest_array():
+    found = {i.name: (i.opcode, i.largest_bytes) for i in instructions(HLO)}
+    assert found["kernel.1"] == ("custom-call", 64)
+    assert found["small"] == ("negate", 3)
+    assert moves_of_at_least(HLO, 64) == ["copy copy.2: 64 bytes"]
+    assert kernel_vmem_bytes(HLO) == {"kernel.1": 4096}
+
+
+GOOD = {
+    "decode bundles a token": 1.4,
+    "prefill FLOPs a bundle": 190_000,
+    "decode hot loop spills": 17,
+    "prefill hot loop spills": 993,
+    "VMEM bytes": 50 << 20,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "worse", "allowed"),
+    [
+        ("decode bundles a token", 1.55, 1.53),
+        ("prefill FLOPs a bundle", 170_000, 172_000),
+        ("decode hot loop spills", 90, 80),
+        ("prefill hot loop spills", 1160, 1150),
+        ("VMEM bytes", 57 << 20, 55 << 20),
+    ],
+)
+def test_more_than_a_tenth_and_the_slack_is_a_regression(name, worse, allowed):
+    assert baseline.regressions(GOOD, GOOD | {name: allowed}) == []
+    (line,) = baseline.regressions(GOOD, GOOD | {name: worse})
+    assert line.startswith(name)
+    assert len(baseline.regressions(GOOD, {key: value for key, value in GOOD.items() if key != name})) == 1
+
+
+def test_a_baseline_is_kept_by_version(tmp_path):
+    path = tmp_path / "baseline.json"
+    assert baseline.read(path, "0.1") == {}
+    baseline.write(path, "0.1", {"a": GOOD | {"not guarded": 1}})
+    baseline.write(path, "0.2", {"a": GOOD | {"VMEM bytes": 1}})
+    assert baseline.read(path, "0.1") == {"a": GOOD}
+    assert baseline.read(path, "0.2")["a"]["VMEM bytes"] == 1
+    assert baseline.read(path, "0.3") == {}
+    assert sorted(json.loads(path.read_text())) == ["0.1", "0.2"]
