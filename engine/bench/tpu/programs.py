@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +11,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from engine.attention.api import ragged_paged_attention
-from engine.attention.tpu import kernel
-from engine.attention.tpu.geometry import Geometry
+from engine.attention.spec import AttentionSpec
+from engine.attention.tpu.api import make_geometry
 from engine.bench.tpu.aot import TOPOLOGIES, fresh_dumps
 from engine.bench.tpu.bundles import read_program
 from engine.bench.tpu.figures import our_figures
@@ -23,19 +20,6 @@ from engine.bench.tpu.hlo import kernel_vmem_bytes, moves_of_at_least
 from engine.kv.layout import KVLayout
 
 _seen: set[Path] = set()
-
-
-@contextmanager
-def recorded_geometry() -> Iterator[list[Geometry]]:
-    """Collects the static sizes of every kernel that is traced inside, block sizes among them."""
-    found: list[Geometry] = []
-
-    def record(geo: Geometry, *args: Any, **kwargs: Any) -> Any:
-        found.append(geo)
-        return kernel.call_kernel(geo, *args, **kwargs)
-
-    with mock.patch("engine.attention.tpu.api.call_kernel", record):
-        yield found
 
 
 def _query_dtype(dtype: str) -> Any:
@@ -64,7 +48,7 @@ def compile_attention(
         q_heads: query heads.
         kv_heads: KV heads.
         head_dim: elements a head.
-        dtype: of the cache; queries are float32 beside float32, else bfloat16.
+        dtype: of the cache; queries are float32 beside float32, else bfloat16. One of 8 bits has scales, as arguments.
         tokens: new tokens of the step, T.
         batch: sequences, B.
         context: longest context in tokens.
@@ -82,21 +66,21 @@ def compile_attention(
     def like(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
-    def step(cache: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, *metadata: jax.Array) -> tuple[jax.Array, ...]:
-        table, cu_q_lens, kv_lens = metadata
-        return ragged_paged_attention(
-            q, k, v, cache, page_table=table, cu_q_lens=cu_q_lens, kv_lens=kv_lens, page_size=page_size,
-            sliding_window=window, impl="tpu",
-        )  # fmt: skip
+    def step(cache: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, rest: dict[str, Any]) -> tuple[jax.Array, ...]:
+        return ragged_paged_attention(q, k, v, cache, page_size=page_size, sliding_window=window, impl="tpu", **rest)
 
-    new = like((tokens, kv_heads, head_dim), _query_dtype(dtype))
+    cache = like(layout.buffer_shape(slots), jnp.dtype(dtype))
     queries = like((tokens, q_heads, head_dim), _query_dtype(dtype))
-    metadata = (like((batch, pages), jnp.int32), like((batch + 1,), jnp.int32), like((batch,), jnp.int32))
-    mesh = Mesh([device], ("x",)).abstract_mesh
-    with jax.sharding.use_abstract_mesh(mesh), recorded_geometry() as geometries:
-        lowered = jax.jit(step, donate_argnums=0).lower(
-            like(layout.buffer_shape(slots), dtype), queries, new, new, *metadata
-        )
+    new = like((tokens, kv_heads, head_dim), _query_dtype(dtype))
+    rest = {
+        "page_table": like((batch, pages), jnp.int32),
+        "cu_q_lens": like((batch + 1,), jnp.int32),
+        "kv_lens": like((batch,), jnp.int32),
+    }
+    if layout.dtype.itemsize == 1:
+        rest |= {name: like((kv_heads,), jnp.float32) for name in ("k_scale", "v_scale")}
+    with jax.sharding.use_abstract_mesh(Mesh([device], ("x",)).abstract_mesh):
+        lowered = jax.jit(step, donate_argnums=0).lower(cache, queries, new, new, rest)
     compiled = lowered.compile()
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
@@ -110,5 +94,6 @@ def compile_attention(
     }
     if folder:
         (dump,) = fresh_dumps(Path(folder), "ragged_paged_attention", _seen)
-        found |= our_figures(read_program(dump), geometries[0])
+        spec = AttentionSpec(page_size, head_dim**-0.5, window)
+        found |= our_figures(read_program(dump), make_geometry(queries, kv_heads, cache, spec, pages, generation=gen))
     return found
