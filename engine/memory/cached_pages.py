@@ -48,7 +48,8 @@ class CachedPages:
         """Gives back the references of pages that were cached."""
         if runs:
             pages = runs[0] if len(runs) == 1 else np.concatenate(runs)
-            self._is_cached[pages] = False
+            # An index of one page as a number costs a fifth of one as an array.
+            self._is_cached[pages.item() if pages.size == 1 else pages] = False
             self._allocator.release(pages)
 
     def check_integrity(self, runs: list[Int32]) -> None:

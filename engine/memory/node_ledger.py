@@ -93,13 +93,15 @@ class NodeLedger:
 
     def cut(self, leaf: RadixNode, num_pages: int) -> Int32:
         """Takes the last pages off an evictable leaf, the leaf itself with its last page; int32 ``[num_pages]``."""
-        if num_pages == leaf.num_pages:
-            leaf.tree.order.remove(leaf)
-        pages = leaf.tree.trim(leaf, num_pages)
-        if not leaf.tree.root.children:
-            self.forest.clear_away(leaf.tree)
+        tree = leaf.tree
         self.evictable -= num_pages
-        return pages
+        if num_pages < leaf.pages.size:
+            return tree.trim(leaf, num_pages)
+        tree.order.remove(leaf)
+        tree.detach(leaf)
+        if not tree.root.children:
+            self.forest.clear_away(tree)
+        return leaf.pages
 
     def drop(self, tree: RadixTree) -> list[Int32]:
         """Makes a tree unreachable and takes what is not locked out of it; the pages, int32, one array a node."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -104,10 +105,11 @@ class PageLedger:
             ShapeError: not an integer vector.
             DoubleFreeError: a page has fewer holders, is the null page or is outside of the pool.
         """
+        # One page, as when the prefix cache gives up a leaf, goes without the cost of arrays.
+        if isinstance(pages, np.ndarray) and pages.shape == (1,) and self._released_one(pages):
+            return
         wanted = integer_vector("pages", pages)
-        if wanted.size == 1 and self._holders_of_one(page := int(wanted[0])):
-            self._remove_holder_of_one(page)
-        elif wanted.size:
+        if wanted.size:
             self._check_range(wanted)
             if self.one_mention(wanted).all():
                 self._remove_holders(wanted, 1)
@@ -204,15 +206,18 @@ class PageLedger:
                 "is the null page that nobody owns; nothing was freed; free only what was allocated"
             )
 
-    def _holders_of_one(self, page: int) -> int:
-        """Holders of a page, 0 for what is no page of the pool."""
-        return int(self._ref_count[page]) if 0 <= page <= self.num_pages else 0
-
-    def _remove_holder_of_one(self, page: int) -> None:
-        """As ``_remove_holders`` for one page that has a holder, without the cost of arrays."""
-        self._ref_count[page] -= 1
-        if self._ref_count[page] == 0:
-            self._free.put(np.array([page], np.int32))
+    def _released_one(self, page: npt.NDArray[Any]) -> bool:
+        """Takes a holder from the one page listed; False, and nothing is done, where that is not an int32 in order."""
+        number = page.item()
+        if page.dtype != np.int32 or not 0 <= number <= self.num_pages:
+            return False
+        holders = self._ref_count.item(number)
+        if holders == 0:
+            return False
+        self._ref_count[number] = holders - 1
+        if holders == 1:
+            self._free.put(page.copy())
+        return True
 
     def _remove_holders(self, pages: Int64, times: Int64 | int) -> None:
         """Takes ``times`` holders from each of distinct pages, or from none of them."""

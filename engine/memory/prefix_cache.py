@@ -222,7 +222,7 @@ class RadixCache:
         told: list[EvictedPages] = []
         while left:
             leaf = self._nodes.next_leaf()
-            count = min(left, leaf.num_pages)
+            count = min(left, leaf.pages.size)
             prefix = None if self._on_evict is None or leaf.tree.order.is_retired else leaf.tree.prefix_tokens(leaf)
             runs.append(self._nodes.cut(leaf, count))
             if prefix is not None:

@@ -27,23 +27,29 @@ class RadixNode(Evictable):
         start: pages before this node.
         tokens: int32 ``[num_pages * page_size]``.
         pages: int32 ``[num_pages]`` page ids, read-only.
+        only_page: the page where there is just one, else 0.
         children: the tokens of their first page, as bytes, to the nodes that follow.
         locks: handles that protect this node, those that end below it counted.
         attached: whether it is still in the tree.
     """
 
-    __slots__ = ("attached", "children", "locks", "pages", "parent", "start", "tokens", "tree")
+    __slots__ = ("attached", "children", "locks", "only_page", "pages", "parent", "start", "tokens", "tree")
 
     def __init__(self, tree: RadixTree, parent: RadixNode | None, start: int, tokens: Int32, pages: Int32) -> None:
         super().__init__(level=0, stamp=0)
         self.tree = tree
         self.parent = parent
         self.start = start
-        self.tokens = tokens
-        self.pages = pages
+        self.hold(tokens, pages)
         self.children: dict[bytes, RadixNode] = {}
         self.locks = 0
         self.attached = True
+
+    def hold(self, tokens: Int32, pages: Int32) -> None:
+        """Gives the node its pages and their tokens."""
+        self.tokens = tokens
+        self.pages = pages
+        self.only_page = int(pages[0]) if pages.size == 1 else 0
 
     @property
     def num_pages(self) -> int:
@@ -70,7 +76,7 @@ class Walk:
     Attributes:
         node: the last node that shares a page with it; the root where none does.
         num_pages: pages shared from the root on; they may end inside ``node``.
-        runs: the shared pages, int32, one array a node.
+        runs: the shared pages, int32, in order.
     """
 
     node: RadixNode
@@ -87,12 +93,13 @@ class RadixTree:
         page_size: tokens a page.
     """
 
-    __slots__ = ("order", "page_size", "root", "scope")
+    __slots__ = ("_key_type", "order", "page_size", "root", "scope")
 
     def __init__(self, scope: CacheScope, order: EvictionOrder[RadixNode], page_size: int) -> None:
         self.scope = scope
         self.order = order
         self.page_size = page_size
+        self._key_type = np.dtype(f"V{4 * page_size}")
         nothing = np.empty(0, np.int32)
         self.root = RadixNode(self, None, 0, nothing, nothing)
 
@@ -102,21 +109,33 @@ class RadixTree:
         Args:
             tokens: int32, whole pages.
         """
-        data = tokens.tobytes()
-        page_bytes = 4 * self.page_size
-        node, runs, at = self.root, [], 0
-        while (child := node.children.get(data[at : at + page_bytes])) is not None:
-            node, pages = child, child.pages
-            # The lookup has compared the first page's tokens.
-            if pages.size == 1 or data.startswith(node.tokens.data, at):
-                runs.append(pages)
-                at += pages.size * page_bytes
-            else:
-                shared = _common_prefix(tokens[at // 4 :], node.tokens) // self.page_size
-                runs.append(pages[:shared])
-                at += shared * page_bytes
+        data, total = tokens.tobytes(), tokens.size // self.page_size
+        node, at = self.root, 0
+        runs: list[Int32] = []
+        singles: list[int] = []  # pages of nodes of one page since the last run: joined at once, they cost a fifth
+        keys: list[bytes] = []
+        first, block = 0, 1
+        while at < total:
+            if at - first >= len(keys):  # likewise keys, cut out in blocks that double
+                first, block = at, min(2 * block, total - at)
+                keys = np.frombuffer(data, self._key_type, block, at * self._key_type.itemsize).tolist()
+            child = node.children.get(keys[at - first])
+            if child is None:
                 break
-        return Walk(node, at // page_bytes, runs)
+            node = child
+            if node.only_page:  # whose tokens the lookup has compared
+                singles.append(node.only_page)
+                at += 1
+                continue
+            whole = data.startswith(node.tokens.data, at * self._key_type.itemsize)
+            shared = node.pages.size if whole else self._shared_pages(tokens, at, node)
+            runs += _joined(singles)
+            runs.append(node.pages[:shared])
+            singles = []
+            at += shared
+            if not whole:
+                break
+        return Walk(node, at, runs + _joined(singles))
 
     def attach(self, parent: RadixNode, tokens: Int32, pages: Int32) -> RadixNode:
         """Adds a leaf below ``parent``, which has no child with that first page; keeps copies of the arrays."""
@@ -140,18 +159,15 @@ class RadixTree:
         upper.level, upper.stamp, upper.locks = node.level, node.stamp, node.locks
         parent.children[self._key(node)] = upper
         node.parent, node.start = upper, upper.end
-        node.tokens, node.pages = node.tokens[cut:], node.pages[num_pages:]
+        node.hold(node.tokens[cut:], node.pages[num_pages:])
         upper.children[self._key(node)] = node
         return upper
 
     def trim(self, leaf: RadixNode, num_pages: int) -> Int32:
-        """Takes the last ``num_pages`` pages off a leaf, all at most, and returns them; detaches it if none is left."""
-        left = leaf.num_pages - num_pages
+        """Takes the last ``num_pages`` pages off a leaf, not all of them, and returns them."""
+        left = leaf.pages.size - num_pages
         removed = leaf.pages[left:]
-        if left == 0:
-            self.detach(leaf)
-        else:
-            leaf.tokens, leaf.pages = leaf.tokens[: left * self.page_size], leaf.pages[:left]
+        leaf.hold(leaf.tokens[: left * self.page_size], leaf.pages[:left])
         return removed
 
     def detach(self, leaf: RadixNode) -> None:
@@ -189,6 +205,7 @@ class RadixTree:
                 for key, child in node.children.items()
             )
             filled = node is self.root or node.num_pages > 0
+            filled = filled and node.only_page == (node.pages[0] if node.num_pages == 1 else 0)
             below = sum(child.locks for child in node.children.values())
             covered = node is self.root or node.locks >= below
             if not (joined and filled and covered and node.tokens.size == node.num_pages * self.page_size):
@@ -197,8 +214,15 @@ class RadixTree:
                     f"{node.locks} locks and {below} below, {len(node.children)} children; this is a bug, report it"
                 )
 
+    def _shared_pages(self, tokens: Int32, start: int, node: RadixNode) -> int:
+        return _common_prefix(tokens[start * self.page_size :], node.tokens) // self.page_size
+
     def _key(self, node: RadixNode) -> bytes:
         return node.tokens[: self.page_size].tobytes()
+
+
+def _joined(pages: list[int]) -> list[Int32]:
+    return [np.array(pages, np.int32)] if pages else []
 
 
 def _common_prefix(a: Int32, b: Int32) -> int:

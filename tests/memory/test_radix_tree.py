@@ -90,9 +90,20 @@ def test_trimming_takes_pages_from_the_end():
     (leaf,) = tree.nodes()
     assert tree.trim(leaf, 1).tolist() == [4]
     assert tree.walk(int32(range(16))).num_pages == 3
-    assert tree.trim(leaf, 3).tolist() == [1, 2, 3]
-    assert not leaf.attached
-    assert not tree.root.children
+    assert tree.trim(leaf, 2).tolist() == [2, 3]
+    assert (leaf.pages.tolist(), leaf.only_page, leaf.attached) == ([1], 1, True)
+    assert tree.walk(int32(range(16))).num_pages == 1
+
+
+def test_a_walk_joins_nodes_of_one_page_and_of_several():
+    sequences = [range(4), range(8), range(20), range(24), range(28)]  # nodes of 1, 1, 3, 1 and 1 pages
+    tree, _ = tree_of(4, sequences)
+    assert [node.num_pages for node in tree.nodes()] == [1, 1, 3, 1, 1]
+    for length in range(33):
+        walk = tree.walk(int32(range(length // 4 * 4)))
+        assert np.concatenate([int32([]), *walk.runs]).tolist() == list(range(1, min(length // 4, 7) + 1))
+        assert walk.num_pages == min(length // 4, 7)
+        assert walk.node.start <= walk.num_pages <= walk.node.end
 
 
 @pytest.mark.parametrize(
