@@ -1,7 +1,8 @@
 """Writing new keys and values into their slots of a fused buffer, in place where the buffer is donated.
 
-Two programs do it, and they agree bit for bit: XLA's scatter, and on the CPU a native kernel, because around its own
-scatter XLA's CPU compiler may convert a whole 8- or 16-bit buffer to a wider type and back (docs/adr/0001).
+Three programs do it, and they agree bit for bit: XLA's scatter; on the CPU a native kernel, because around its own
+scatter XLA's CPU compiler may convert a whole 8- or 16-bit buffer to a wider type and back (docs/adr/0001); and on a
+TPU a kernel of one DMA a row (docs/adr/0002).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from jax import lax
 
 from engine.errors import ShapeError
 from engine.kv.layout import bits_of, check_storage, merge_kv, pad_fused
+from engine.kv.tpu_view import view_is_free
 from engine.native import library
 
 
@@ -69,11 +71,35 @@ def _clean(loc: jax.Array, slots: int) -> jax.Array:
 
 @functools.partial(jax.jit, inline=True)
 def _scatter(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    # Which program runs is settled when the call is lowered, so one traced on this CPU for a TPU gets XLA's scatter.
+    # Which program runs is settled when the call is lowered, so one traced on this CPU for a TPU gets the TPU's.
+    choices = {}
     if jax.default_backend() == "cpu" and library.available():
-        written: jax.Array = lax.platform_dependent(fused, loc, k, v, cpu=scatter_native, default=scatter_xla)
-        return written
-    return scatter_xla(fused, loc, k, v)
+        choices["cpu"] = scatter_native
+    _, rows, lanes = fused.shape
+    if view_is_free(rows, lanes, fused.dtype):
+        choices["tpu"] = _scatter_dma
+    written: jax.Array = lax.platform_dependent(fused, loc, k, v, **choices, default=scatter_xla)
+    return written
+
+
+def _scatter_dma(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """The TPU's kernel, whose copies are all in flight at once."""
+    # Only here: Pallas takes long to import, and no other platform needs it.
+    from engine.kv.scatter_tpu import scatter_tpu
+
+    axes = _varying_axes(fused, loc, k, v)
+    missing = [axes - _varying_axes(operand) for operand in (fused, loc, k, v)]
+    fused, loc, k, v = (
+        lax.pcast(operand, tuple(more), to="varying") if more else operand
+        for operand, more in zip((fused, loc, k, v), missing, strict=True)
+    )
+    slots, tokens = last_of_equal(loc)
+    return scatter_tpu(fused, slots, tokens, k, v)
+
+
+def _varying_axes(*operands: jax.Array) -> frozenset[str]:
+    """Within shard_map, the mesh axes over which any of the operands varies."""
+    return frozenset[str]().union(*(jax.typeof(operand).manual_axis_type.varying for operand in operands))
 
 
 def scatter_native(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -82,7 +108,7 @@ def scatter_native(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array)
     call = jax.ffi.ffi_call(library.SCATTER, result, input_output_aliases={0: 0})
     written: jax.Array = call(fused, loc, k, v)
     # Within shard_map the kernel's result must be said to vary over the mesh axes that its operands vary over.
-    axes = frozenset[str]().union(*(jax.typeof(operand).manual_axis_type.varying for operand in (fused, loc, k, v)))
+    axes = _varying_axes(fused, loc, k, v)
     return lax.pcast(written, tuple(axes), to="varying") if axes else written
 
 
@@ -98,9 +124,14 @@ def _unique(loc: jax.Array, slots: int) -> jax.Array:
 
     XLA leaves open which of equal indices wins, so none may be equal.
     """
-    tokens = loc.shape[0]
-    order = jnp.argsort(loc, stable=True)
+    kept, order = last_of_equal(loc)
+    beyond = slots + jnp.arange(loc.shape[0], dtype=jnp.int32)
+    return beyond.at[order].set(jnp.where(kept >= 0, kept, beyond[order]), unique_indices=True)
+
+
+def last_of_equal(loc: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Slots ``[T]`` in ascending order, -1 for all but the last of equal ones, and the token of each; int32."""
+    order = jnp.argsort(loc, stable=True).astype(jnp.int32)
     ranked = loc[order]
-    last = jnp.append(ranked[1:] != ranked[:-1], True)[:tokens]
-    kept = jnp.zeros(tokens, bool).at[order].set(last, unique_indices=True)
-    return jnp.where(kept & (loc >= 0), loc, slots + jnp.arange(tokens, dtype=jnp.int32))
+    last = jnp.append(ranked[1:] != ranked[:-1], True)[: loc.shape[0]]
+    return jnp.where(last, ranked, -1), order

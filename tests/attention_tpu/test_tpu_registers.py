@@ -14,22 +14,35 @@ from tpu_cases import SMALL
 
 from engine.attention.tpu.geometry import Geometry
 from engine.attention.tpu.registers import load_kv
+from engine.kv.layout import padded_rows
+from engine.kv.tpu_view import view_words
 
 
 @pytest.mark.parametrize(
-    ("dtype", "heads"), [(jnp.bfloat16, 4), (jnp.bfloat16, 1), (jnp.float32, 2), (jnp.float8_e4m3fn, 4)]
+    ("dtype", "heads", "lanes"),
+    [
+        (jnp.bfloat16, 4, 128),
+        (jnp.bfloat16, 1, 128),
+        (jnp.float32, 2, 128),
+        (jnp.float8_e4m3fn, 4, 128),
+        (jnp.bfloat16, 8, 256),
+        (jnp.bfloat16, 2, 256),
+        (jnp.float32, 8, 256),
+        (jnp.float8_e4m3fn, 4, 256),
+    ],
 )
-def test_words_and_indices_load_the_same_rows(dtype: jnp.dtype, heads: int) -> None:
+def test_words_and_indices_load_the_same_rows(dtype: jnp.dtype, heads: int, lanes: int) -> None:
     dtype = jnp.dtype(dtype)
-    pack = 4 // dtype.itemsize
+    stored = np.random.default_rng(0).standard_normal((64, padded_rows(heads, dtype), lanes)).astype(dtype)
+    words = np.asarray(view_words(jnp.asarray(stored)))
     geo = Geometry(
-        heads=heads, group=4, lanes=128, words=max(2 * heads // pack, 1), page_size=16, run_pages=1, table_pages=8,
+        heads=heads, group=4, lanes=lanes, words=words.shape[1], page_size=16, run_pages=1, table_pages=8,
         kv_dtype=dtype, compute_dtype=jnp.dtype(jnp.float32), io_dtype=jnp.dtype(jnp.float32), soft_cap=None,
         window=None, has_lse=False, interpret=False, blocks=SMALL,
     )  # fmt: skip
-    shape = (4, 16, geo.stride, pack, 128)
-    cached = np.random.default_rng(0).standard_normal(shape).astype(dtype)
-    rows = cached[:, :, : geo.words].reshape(64, -1, 128).astype(np.float32)
+    cached = np.zeros((4, 16, geo.stride, geo.pack, 128), dtype)
+    cached[:, :, : geo.words] = words.reshape(4, 16, *words.shape[1:])
+    rows = stored.astype(np.float32)
 
     def load(one: Geometry) -> tuple[np.ndarray, np.ndarray]:
         def body(pages: object, out: jax.Array) -> None:
@@ -39,7 +52,7 @@ def test_words_and_indices_load_the_same_rows(dtype: jnp.dtype, heads: int) -> N
 
         call = pl.pallas_call(
             body,
-            out_shape=jax.ShapeDtypeStruct((heads, 2, 64, 128), jnp.float32),
+            out_shape=jax.ShapeDtypeStruct((heads, 2, 64, lanes), jnp.float32),
             in_specs=[pl.BlockSpec(memory_space=pltpu.VMEM)],
             interpret=True,
         )

@@ -17,6 +17,7 @@ from engine.attention.metadata import AttentionMetadata, locate_new_tokens
 from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.attention.tpu.api import ragged_paged_attention_tpu
 from engine.attention.tpu.geometry import BlockSizes
+from engine.kv.layout import KVLayout
 
 # Small blocks, so that short sequences cross chunks, blocks, items and buffers.
 SMALL = BlockSizes(
@@ -58,8 +59,8 @@ def make_step(
     total, width = int(pages.sum()) + 4, max(int(pages.max()), 1) + 1
     free = np.arange(1, total) if contiguous else rng.permutation(np.arange(1, total))
     table, at = np.zeros((len(seqs), width), np.int32), 0
-    pack = 4 // dtype.itemsize
-    rows, lanes = max(2 * heads, pack), -(-head_dim // 128) * 128
+    layout = KVLayout.create(head_num=heads, head_dim=head_dim, dtype=dtype, page_size=page_size, platform="tpu")
+    rows, lanes = layout.rows, layout.lanes
     fused = np.full((total * page_size, rows, lanes), np.nan, np.float32)
     for b, count in enumerate(pages):
         table[b, :count] = free[at : at + count]

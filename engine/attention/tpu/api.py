@@ -15,6 +15,8 @@ from engine.attention.tpu.geometry import LANES, BlockSizes, Geometry
 from engine.attention.tpu.kernel import call_kernel
 from engine.attention.tpu.schedule import make_schedule
 from engine.errors import BackendUnsupported
+from engine.kv.layout import merge_kv, packing, pad_fused
+from engine.kv.tpu_view import unview_words, view_is_free, view_words
 
 KV_DTYPES = ("bfloat16", "float32", "float8_e4m3fn", "float8_e5m2")
 
@@ -81,9 +83,9 @@ def ragged_paged_attention_tpu(
         schedule,
         _decode_queries(geo, grouped, cu_q_lens),
         _prefill_queries(geo, grouped),
-        _merged_rows(geo, k, v),
+        view_words(pad_fused(merge_kv(k.astype(geo.kv_dtype), v.astype(geo.kv_dtype)), *fused_kv.shape[1:])),
         None if heads.sinks is None else _sink_rows(geo, heads.sinks),
-        fused_kv.reshape(-1, geo.page_size, geo.words, geo.pack, geo.lanes),
+        view_words(fused_kv).reshape(-1, geo.page_size, geo.words, geo.pack, LANES),
         vmem_limit_bytes=int(VMEM_BYTES[generation] * 0.9),
         interpret=interpret,
     )
@@ -92,7 +94,7 @@ def ragged_paged_attention_tpu(
     prefill_out = results[1].reshape(kv_heads, -1, geo.group, geo.lanes)[:, :tokens, :, :head_dim].swapaxes(0, 1)
     out = jnp.where(is_decode[:, None, None, None], decode_out, prefill_out)
     out = heads.unscale(jnp.where(live[:, None, None, None], out, 0).reshape(q.shape)).astype(q.dtype)
-    buffer = cache.reshape(fused_kv.shape)
+    buffer = unview_words(cache.reshape(fused_kv.shape[0], *cache.shape[2:]), *fused_kv.shape[1:])
     if not spec.return_lse:
         return out, buffer
     lse = jnp.where(
@@ -135,7 +137,7 @@ def make_geometry(
         heads=kv_heads,
         group=group,
         lanes=lanes,
-        words=rows * kv_dtype.itemsize // 4,
+        words=rows // packing(kv_dtype) * lanes // LANES,
         page_size=spec.page_size,
         run_pages=pages_in_run,
         table_pages=-(-table_pages // pages_in_run) * pages_in_run,
@@ -154,15 +156,16 @@ def _check(heads: int, fused_kv: jax.ShapeDtypeStruct | jax.Array, page_size: in
     rows, lanes = fused_kv.shape[1:]
     if fused_kv.dtype.name not in KV_DTYPES:
         raise BackendUnsupported(f"the TPU kernel reads caches of {', '.join(KV_DTYPES)}, not {fused_kv.dtype}")
-    pack = 4 // fused_kv.dtype.itemsize
-    if lanes % LANES or rows % pack:
+    if not view_is_free(rows, lanes, fused_kv.dtype):
         raise BackendUnsupported(
-            f"the TPU kernel needs slots of whole words and lanes: {heads} KV heads in {fused_kv.dtype} rows that are "
-            f"a multiple of {pack} and {LANES} lanes; got [{rows}, {lanes}]; make the pool with platform='tpu'"
+            f"the TPU kernel needs slots of whole words and lanes that it can view without a copy: {heads} KV heads in "
+            f"[{rows}, {lanes}] of {fused_kv.dtype} are not; make the pool with platform='tpu', and for an 8-bit cache "
+            "of more than 8 heads over 128 wide shard the heads"
         )
-    if page_size % pack:
+    if page_size % packing(fused_kv.dtype):
         raise BackendUnsupported(
-            f"page_size={page_size} is no multiple of the packing {pack} of {fused_kv.dtype}; choose one that is"
+            f"page_size={page_size} is no multiple of the packing {packing(fused_kv.dtype)} of {fused_kv.dtype}; "
+            "choose one that is"
         )
 
 
@@ -187,16 +190,6 @@ def _prefill_queries(geo: Geometry, grouped: jax.Array) -> jax.Array:
     padded = jnp.pad(grouped.astype(geo.io_dtype), [(0, geo.blocks.prefill_queries), (0, 0), (0, 0), (0, 0)])
     shape = (geo.heads, padded.shape[0], geo.group // geo.io_pack, geo.io_pack, geo.lanes)
     return padded.swapaxes(0, 1).reshape(shape)
-
-
-def _merged_rows(geo: Geometry, k: jax.Array, v: jax.Array) -> jax.Array:
-    """The new rows as they are stored, ``[T, words, p, D']``."""
-    # merge_kv of engine/kv/layout.py, then the padding of a pool on TPU
-    merged = jnp.stack([k.astype(geo.kv_dtype), v.astype(geo.kv_dtype)], axis=2)
-    merged = merged.reshape(k.shape[0], 2 * geo.heads, k.shape[2])
-    extra = (geo.words * geo.pack - 2 * geo.heads, geo.lanes - k.shape[2])
-    merged = jnp.pad(merged, [(0, 0), (0, extra[0]), (0, extra[1])])
-    return merged.reshape(k.shape[0], geo.words, geo.pack, geo.lanes)
 
 
 def _sink_rows(geo: Geometry, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:

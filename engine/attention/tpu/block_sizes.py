@@ -8,10 +8,9 @@ import json
 from math import gcd
 from pathlib import Path
 
-import jax.numpy as jnp
-
 from engine.attention.tpu.geometry import LANES, BlockSizes
 from engine.errors import ConfigError
+from engine.kv.layout import packing, padded_rows
 
 # VMEM of one core in bytes, by the generation that pltpu.get_tpu_info names.
 VMEM_BYTES = {"v5e": 128 << 20, "v6e": 128 << 20, "v7x": 64 << 20}
@@ -89,8 +88,8 @@ def choose_blocks(
     found = load_overrides().get((generation, heads, group, lanes, page_size, dtype))
     if found is not None:
         return found
-    words = -(-2 * heads * jnp.dtype(dtype).itemsize // 4)
-    bytes_per_token = (words | 1) * 4 * lanes
+    words = padded_rows(heads, dtype) // packing(dtype) * lanes // LANES
+    bytes_per_token = (words | 1) * 4 * LANES
     unit = LANES // gcd(LANES, page_size)  # pages of the smallest chunk whose tokens fill whole registers
     unit_tokens = unit * page_size
     budget = int(VMEM_BYTES[generation] * VMEM_SHARE)

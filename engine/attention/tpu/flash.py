@@ -130,7 +130,7 @@ def attend_decode(geo: Geometry, pages: Ref, q: Ref, state: State, item: Item, s
 
     Args:
         geo: the kernel's sizes.
-        pages: ``[chunk pages, page_size, stride, p, D']`` in VMEM.
+        pages: ``[chunk pages, page_size, stride, p, 128]`` in VMEM.
         q: ``[H, rows, D']`` in VMEM.
         state: softmax state.
         item: the row.
@@ -163,7 +163,7 @@ def attend_prefill(
 
     Args:
         geo: the kernel's sizes.
-        pages: ``[chunk pages, page_size, stride, p, D']`` in VMEM.
+        pages: ``[chunk pages, page_size, stride, p, 128]`` in VMEM.
         load_q: head to the query rows ``[rows, D']``.
         state: softmax state.
         item: the queries.

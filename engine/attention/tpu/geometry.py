@@ -8,8 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-LANES = 128
-SUBLANES = 8
+from engine.kv.layout import LANES, SUBLANES
+from engine.kv.tpu_view import TILE_ROWS, word_of
+
+__all__ = ["LANES", "SUBLANES", "BlockSizes", "Geometry"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Geometry:
         heads: KV heads H.
         group: query heads a KV head G.
         lanes: stored elements a row D', a multiple of 128.
-        words: stored 32-bit rows a token, ``2H' / p``.
+        words: stored 32-bit words of 128 lanes a token (engine/kv/tpu_view.py).
         page_size: tokens a page.
         run_pages: pages that one DMA moves where they are contiguous.
         table_pages: page-table entries a sequence, a multiple of ``run_pages``.
@@ -73,6 +75,15 @@ class Geometry:
     def pack(self) -> int:
         """Cache rows that share a 32-bit word."""
         return 4 // self.kv_dtype.itemsize
+
+    @property
+    def folds(self) -> int:
+        """Words that a row of p heads' K or V takes."""
+        return self.lanes // LANES
+
+    def word(self, row_word: Any, fold: int) -> Any:
+        """The word that holds the ``row_word``-th p rows of a token, lanes ``128 * fold …``."""
+        return word_of(row_word, fold, self.folds, min(self.words // self.folds, TILE_ROWS // self.pack))
 
     @property
     def io_pack(self) -> int:

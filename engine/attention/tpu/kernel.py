@@ -26,7 +26,7 @@ class Lane(NamedTuple):
     """What one kind of item, decode or prefill, works with.
 
     Attributes:
-        pages: ``[2, fetch_pages, page_size, stride, p, D']``, the two page buffers.
+        pages: ``[2, fetch_pages, page_size, stride, p, 128]``, the two page buffers.
         q: two buffers of queries.
         out: two buffers of results.
         lse: two buffers of log-sum-exp, or None.
@@ -270,7 +270,7 @@ def _scratch(geo: Geometry, rows: int, fetch_pages: int, q: tuple[int, ...], q_d
     state = (geo.heads, rows)
     lse = (2, *q[:2], geo.group, LANES) if len(q) > 3 else (2, *q[:2], LANES)
     return Scratch(
-        pages=pltpu.VMEM((2, fetch_pages, geo.page_size, geo.stride, geo.pack, geo.lanes), geo.kv_dtype),
+        pages=pltpu.VMEM((2, fetch_pages, geo.page_size, geo.stride, geo.pack, LANES), geo.kv_dtype),
         q=pltpu.VMEM((2, *q), q_dtype),
         out=pltpu.VMEM((2, *q), out_dtype),
         lse=pltpu.VMEM(lse if geo.has_lse else (1, 1, LANES), jnp.float32),
@@ -311,9 +311,9 @@ def call_kernel(
         schedule: the step's items.
         decode_q: ``[B, H, decode_rows, D']`` of the compute dtype, scaled into the log2 domain.
         prefill_q: ``[H, T + prefill_queries, G / p, p, D']`` of the io dtype, scaled alike.
-        new: ``[T, words, p, D']`` of the cache's dtype, the merged new rows.
+        new: ``[T, words, p, 128]`` of the cache's dtype, the merged new rows.
         sinks: ``[H, decode_rows, 128]`` and ``[H, prefill_rows, 128]`` float32 in the log2 domain, or None.
-        cache: ``[pages, page_size, words, p, D']``, aliased to the last result.
+        cache: ``[pages, page_size, words, p, 128]``, aliased to the last result.
         vmem_limit_bytes: VMEM that the compiler may use.
         interpret: False, or ``pltpu.InterpretParams``.
 

@@ -21,22 +21,12 @@ Ref = Any  # a Pallas memory reference; jax has no public type for it
 _UINT = {1: jnp.uint32, 2: jnp.uint16, 4: jnp.uint8}
 
 
-def _rows(ref: Ref, start: Any, count: int, stride: int) -> jax.Array:
-    """``count`` 32-bit rows from ``start``, ``stride`` apart, of a 2-D ref whose lanes may fold into several rows."""
-    folds = ref.shape[-1] // LANES
-    if folds == 1:
-        rows: jax.Array = ref[pl.ds(start, count, stride), :]
-        return rows
-    flat = ref.reshape(ref.shape[0] * folds, LANES)
-    return jnp.concatenate([flat[pl.ds(start * folds + i, count, stride * folds), :] for i in range(folds)], axis=1)
-
-
 def load_kv(geo: Geometry, pages: Ref, head: Any, keep: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Takes K and V of one head out of fetched pages.
 
     Args:
         geo: the kernel's sizes.
-        pages: ``[pages, page_size, stride, p, D']`` of the cache's dtype in VMEM.
+        pages: ``[pages, page_size, stride, p, 128]`` of the cache's dtype in VMEM.
         head: KV head.
         keep: ``[tokens, D']`` bool, or None to keep all; rows that are not kept become zero, whatever they held.
 
@@ -50,29 +40,29 @@ def load_kv(geo: Geometry, pages: Ref, head: Any, keep: jax.Array | None) -> tup
 
 def _load_kv_by_index(geo: Geometry, pages: Ref, head: Any, keep: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     tokens = pages.shape[0] * geo.page_size
-    per_word = max(geo.pack // 2, 1)
-    if geo.pack == 1:
-        places = ((2 * head, 0), (2 * head + 1, 0))
-    else:
-        # A head index may be traced, and the place within a word must then be picked by value.
-        word, place = head // per_word, 2 * (head % per_word)
-        both = pages[:, :, word].reshape(tokens, geo.pack, geo.lanes)
-        index = jax.lax.broadcasted_iota(jnp.int32, both.shape, 1)
-        wide = both.astype(jnp.float32)
-        pair = [jnp.where(index == place + i, wide, 0).sum(1) for i in (0, 1)]
-        return _zeroed(pair[0].astype(geo.kv_dtype), keep), _zeroed(pair[1].astype(geo.kv_dtype), keep)
-    k, v = (pages[:, :, word, place].reshape(tokens, geo.lanes) for word, place in places)
-    return _zeroed(k, keep), _zeroed(v, keep)
+
+    def row(index: Any) -> jax.Array:
+        """Row ``index`` of every token; the index may be traced, so the place within a word is picked by value."""
+        words = [pages[:, :, geo.word(index // geo.pack, fold)] for fold in range(geo.folds)]
+        wide = jnp.concatenate(words, axis=-1).reshape(tokens, geo.pack, geo.lanes).astype(jnp.float32)
+        place = jax.lax.broadcasted_iota(jnp.int32, wide.shape, 1)
+        return jnp.where(place == index % geo.pack, wide, 0).sum(1).astype(geo.kv_dtype)
+
+    return _zeroed(row(2 * head), keep), _zeroed(row(2 * head + 1), keep)
 
 
 def _load_kv_by_word(geo: Geometry, pages: Ref, head: Any, keep: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     tokens = pages.shape[0] * geo.page_size
-    rows = pages.bitcast(jnp.uint32).reshape(tokens * geo.stride, geo.lanes)
+    words = pages.bitcast(jnp.uint32).reshape(tokens * geo.stride, LANES)
+
+    def rows(row_word: Any) -> jax.Array:
+        parts = [words[pl.ds(geo.word(row_word, fold), tokens, geo.stride), :] for fold in range(geo.folds)]
+        return _zeroed(parts[0] if geo.folds == 1 else jnp.concatenate(parts, axis=1), keep)
+
     if geo.pack == 1:
-        k, v = (_zeroed(_rows(rows, 2 * head + i, tokens, geo.stride), keep) for i in (0, 1))
-        return pltpu.bitcast(k, geo.kv_dtype), pltpu.bitcast(v, geo.kv_dtype)
+        return pltpu.bitcast(rows(2 * head), geo.kv_dtype), pltpu.bitcast(rows(2 * head + 1), geo.kv_dtype)
     per_word = geo.pack // 2
-    word = _zeroed(_rows(rows, head // per_word, tokens, geo.stride), keep)
+    word = rows(head // per_word)
     bits, first = 32 // geo.pack, 2 * (head % per_word)
     narrow = _UINT[geo.pack]
     k, v = ((word >> (bits * (first + i))).astype(narrow) for i in (0, 1))
@@ -90,7 +80,8 @@ def load_queries(geo: Geometry, ref: Ref) -> jax.Array:
         plain: jax.Array = ref[...].reshape(tokens * geo.group, geo.lanes)
         return plain.astype(geo.compute_dtype)
     words = tokens * geo.group // geo.io_pack
-    rows = _rows(ref.bitcast(jnp.uint32).reshape(words, geo.lanes), 0, words, 1)
+    flat = ref.bitcast(jnp.uint32).reshape(words * geo.folds, LANES)
+    rows = jnp.concatenate([flat[pl.ds(i, words, geo.folds), :] for i in range(geo.folds)], axis=1)
     return pltpu.bitcast(rows, geo.io_dtype).astype(geo.compute_dtype)
 
 

@@ -37,8 +37,8 @@ def write_new_rows(geo: Geometry, schedule: Any, new: Ref, cache: Ref, sem: Ref)
     Args:
         geo: the kernel's sizes.
         schedule: the refs of a ``Schedule``.
-        new: ``[T, words, p, D']`` in HBM.
-        cache: ``[pages, page_size, words, p, D']`` in HBM.
+        new: ``[T, words, p, 128]`` in HBM.
+        cache: ``[pages, page_size, words, p, 128]`` in HBM.
         sem: one DMA semaphore.
     """
 
@@ -105,8 +105,8 @@ def start_block(
     Args:
         geo: the kernel's sizes.
         schedule: the refs of a ``Schedule``.
-        cache: ``[pages, page_size, words, p, D']`` in HBM.
-        buffer: ``[fetch_pages, page_size, stride, p, D']`` in VMEM.
+        cache: ``[pages, page_size, words, p, 128]`` in HBM.
+        buffer: ``[fetch_pages, page_size, stride, p, 128]`` in VMEM.
         sem: its DMA semaphore.
         item: what is computed.
         block: which block of the item.

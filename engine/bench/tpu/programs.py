@@ -18,6 +18,7 @@ from engine.bench.tpu.bundles import read_program
 from engine.bench.tpu.figures import our_figures
 from engine.bench.tpu.hlo import kernel_vmem_bytes, moves_of_at_least
 from engine.kv.layout import KVLayout
+from engine.kv.scatter import set_kv_buffer
 
 _seen: set[Path] = set()
 
@@ -97,3 +98,31 @@ def compile_attention(
         spec = AttentionSpec(page_size, head_dim**-0.5, window)
         found |= our_figures(read_program(dump), make_geometry(queries, kv_heads, cache, spec, pages, generation=gen))
     return found
+
+
+def compile_scatter(
+    *, gen: str, page_size: int, kv_heads: int, head_dim: int, dtype: str, tokens: int, slots: int
+) -> dict[str, Any]:
+    """Compiles one ``set_kv_buffer`` of ``tokens`` into a donated cache of ``slots``; arguments as for attention.
+
+    Returns:
+        Bytes of cache, temporaries and alias, what is moved of the cache's size, and whether the kernel is in it.
+    """
+    device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[gen]).devices[0]
+    layout = KVLayout.create(head_num=kv_heads, head_dim=head_dim, dtype=dtype, page_size=page_size, platform="tpu")
+
+    def like(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+
+    new = like((tokens, kv_heads, head_dim), _query_dtype(dtype))
+    arguments = like(layout.buffer_shape(slots), jnp.dtype(dtype)), like((tokens,), jnp.int32), new, new
+    compiled = jax.jit(set_kv_buffer, donate_argnums=0).lower(*arguments).compile()
+    memory: Any = compiled.memory_analysis()
+    text, cache_bytes = compiled.as_text() or "", layout.bytes_per_token * slots
+    return {
+        "cache bytes": cache_bytes,
+        "temporary bytes": memory.temp_size_in_bytes,
+        "alias bytes": memory.alias_size_in_bytes,
+        "moves": moves_of_at_least(text, cache_bytes // 2),
+        "kernel": "tpu_custom_call" in text,
+    }
