@@ -89,6 +89,7 @@ class LLM:
         self._gate = Gate()
         self._unfinished: dict[int, Request] = {}  # leaders: the first of the answers to a prompt
         self._leader_of: dict[int, Request] = {}
+        self._unforked: list[Request] = []  # leaders with siblings that have not started
         self._ended: list[Request] = []  # not reported yet; kept over a step that fails
         self._compiles = CompileCounter()
         self._runner.compile_all(on_compile)
@@ -153,6 +154,7 @@ class LLM:
     def _step(self, return_logits: bool) -> dict[int, RequestOutput]:
         start = time.perf_counter()
         self._ended += [request for late in self.scheduler.expire() for request in self._with_unstarted(late)]
+        self._start_siblings()  # those whose start failed in the last step
         if self.scheduler.has_work:
             step = self.scheduler.next_step()
             try:
@@ -168,7 +170,7 @@ class LLM:
                 _keep_logits(step, kept_logits)
             self.stats.note(step, time.perf_counter() - start, self.cache.held_tokens)
             self._ended += self.scheduler.commit(step, tokens)
-            self._start_siblings(step)
+            self._start_siblings()
         ended, self._ended = self._ended, []
         self.stats.finished.update(request.finish_reason for request in ended if request.finish_reason)
         return self._outputs_of(ended)
@@ -252,6 +254,8 @@ class LLM:
             self._unfinished[request.request_id] = request
             for member in (request, *request.siblings):
                 self._leader_of[member.request_id] = request
+            if request.siblings:
+                self._unforked.append(request)
 
     def _end(self, request: Request, reason: FinishReason) -> None:
         """Ends a request whether it has reached the scheduler or not."""
@@ -267,18 +271,22 @@ class LLM:
             self._end(sibling, FinishReason.TIMEOUT)
         return [request, *unstarted]
 
-    def _start_siblings(self, step: ScheduledStep) -> None:
+    def _start_siblings(self) -> None:
         """Starts the other answers to a prompt once it has been computed, from its pages."""
-        for row in step.rows:
-            if row.request.output:
-                for sibling in (sibling for sibling in row.request.siblings if sibling.arrival is None):
-                    copy = self.scheduler.fork(row.request, sibling)
-                    try:
-                        if copy is not None:
-                            self._runner.copy(copy.sources, copy.targets)
-                    except BaseException:  # an interrupt too: its last page holds nothing
-                        self.scheduler.give_up(sibling)
-                        raise
+        for leader in [leader for leader in self._unforked if leader.output or leader.finish_reason]:
+            for sibling in leader.siblings:
+                if sibling.arrival is None and sibling.finish_reason is None:
+                    self._start(sibling, leader)
+            self._unforked.remove(leader)  # not before: what fails here must not lose the others
+
+    def _start(self, sibling: Request, leader: Request) -> None:
+        copy = self.scheduler.fork(leader, sibling)
+        try:
+            if copy is not None:
+                self._runner.copy(copy.sources, copy.targets)
+        except BaseException:  # an interrupt too: its last page holds nothing
+            self.scheduler.give_up(sibling)
+            raise
 
     def _outputs_of(self, ended: list[Request]) -> dict[int, RequestOutput]:
         """The answers that are complete now: a leader's, once its siblings have ended too."""

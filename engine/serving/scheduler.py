@@ -173,14 +173,18 @@ class Scheduler:
         Returns:
             The copy of the prompt's partial last page that the device must make; None where none is needed, or where
             there is no room now: then the child waits its turn like any other request.
+
+        Raises:
+            Exception: what saving evicted pages raises; the child has not started then.
         """
-        child.arrival = parent.arrival
         shared = len(parent.prompt) - 1
         row, has_slot = parent.req_pool_idx, len(self.running) < self.max_running_requests
         if row is None or not has_slot or not self.cache.can_fork(row, shared):
+            child.arrival = parent.arrival
             self._wait(child)
             return None
         child.req_pool_idx, sources, targets = self.cache.fork(row, shared)
+        child.arrival = parent.arrival
         child.num_computed = child.cached_tokens = shared
         self.running.append(child)
         return PageCopy(sources, targets) if sources.size else None

@@ -122,3 +122,34 @@ def test_new_weights_get_nothing_of_the_old_ones_from_the_host_either(llama):
 def test_a_priority_is_a_whole_number_of_32_bits(priority):
     with pytest.raises(RequestError, match="priority="):
         SamplingParams(priority=priority)
+
+
+def test_a_copy_that_failed_does_not_lose_the_siblings_of_another_leader(llm, dense_greedy, monkeypatch):
+    llm.cache.reset_prefix_cache()
+    prompts, lengths = random_prompts([10, 9], seed=44), (4, 1)  # the second leader ends in the step that fails
+    params = [SamplingParams(max_new_tokens=new, n=2) for new in lengths]
+    ids = [llm.add_request(*each) for each in zip(prompts, params, strict=True)]
+    with monkeypatch.context() as patched:
+        patched.setattr(llm._runner, "copy", boom)
+        with pytest.raises(Boom):
+            finish(llm)
+    finished = {}
+    for _ in range(20):
+        finished |= llm.step()
+    for request_id, prompt, new in zip(ids, prompts, lengths, strict=True):
+        answers = [finished[request_id], *finished[request_id].siblings]
+        assert [answer.token_ids for answer in answers] == [dense_greedy(prompt, new)] * 2
+    assert llm.cache.held_tokens == 0
+
+
+def test_a_fork_that_failed_to_make_room_starts_later(llm, dense_greedy, monkeypatch):
+    prompt = random_prompts([10], seed=45)[0]
+    request_id = llm.add_request(prompt, SamplingParams(max_new_tokens=3, n=3))
+    with monkeypatch.context() as patched:
+        patched.setattr(llm.cache, "fork", boom)  # as when the page that it evicts cannot be saved
+        with pytest.raises(Boom):
+            finish(llm)
+    finished = finish(llm)
+    answers = [finished[request_id], *finished[request_id].siblings]
+    assert [answer.token_ids for answer in answers] == [dense_greedy(prompt, 3)] * 3
+    assert llm.cache.held_tokens == 0
