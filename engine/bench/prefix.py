@@ -1,4 +1,4 @@
-"""The prefix cache: match, insert and evict beside a plain tree that is walked a page at a time.
+"""The prefix cache: its calls beside a plain tree that is walked a page at a time, and what it does for an engine.
 
 The rival is the usual design in small: a node per page keyed by a tuple of tokens, and eviction that collects the
 leaves of the whole tree into a heap.
@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from engine.bench.prefix_serving import Pair as EnginePair
+from engine.bench.prefix_serving import overhead_row, shared_rows
 from engine.bench.timing import median_ratio, print_table, time_in_turn
 from engine.memory.integers import Int32
 from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
@@ -126,13 +128,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--leaves", type=int, default=20_000, help="leaves while evicting (default 20,000)")
     parser.add_argument("--long", type=int, default=32_768, help="tokens of the long prompt (default 32,768)")
     parser.add_argument("--rounds", type=int, default=200, help="measured calls of each (default 200)")
+    parser.add_argument("--serving-rounds", type=int, default=15, help="measured runs of the engines (default 15)")
+    parser.add_argument("--only", choices=("calls", "serving"), help="half of it")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures and prints microseconds a call, medians, side by side."""
-    rng = np.random.default_rng(0)
-    rows = [*_match_and_insert(args, rng), _evict(args, rng), *_long_match(args, rng)]
-    print_table(HEADER, rows)
+    """Measures and prints microseconds a call and what serving gains, medians, side by side."""
+    if args.only != "serving":
+        rng = np.random.default_rng(0)
+        rows = [*_match_and_insert(args, rng), _evict(args, rng), *_long_match(args, rng)]
+        print_table(HEADER, rows)
+    if args.only != "calls":
+        pair = EnginePair(args.page_size)
+        rows = [overhead_row(pair, args.serving_rounds), *shared_rows(pair, max(args.serving_rounds // 5, 1))]
+        print_table(("serving", "measured", "bar"), rows)
 
 
 def _match_and_insert(args: argparse.Namespace, rng: np.random.Generator) -> list[list[str]]:
