@@ -1,9 +1,14 @@
-"""The parcel: everything one step tells the device, packed into one array so that it moves in one transfer."""
+"""The parcel: everything one step tells the device, packed into one array so that it moves in one transfer.
+
+Where tokens stand and which slots they go to is not in it: the device keeps the page table and works that out. Only
+the pages that are new go there, and the tokens that the device did not choose itself.
+"""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +19,10 @@ if TYPE_CHECKING:
 
 Int32 = npt.NDArray[np.int32]
 
+NOWHERE = int(np.iinfo(np.int32).max)  # a row or place beyond every table: reads the null page, writes nothing
+SHARED_PAGES = 256  # new pages that a parcel has room for beside those that its tokens can begin
+LAST_SAMPLED = -1  # instead of a token id: the token that the row sampled last, which the device has
+
 
 @dataclass(frozen=True)
 class ParcelShape:
@@ -22,75 +31,78 @@ class ParcelShape:
     Attributes:
         tokens: T, new tokens, padding included.
         rows: B, sequences, padding included.
-        pages: P, page-table entries a row.
+        updates: U, page-table entries that are new to the device, padding included.
     """
 
     tokens: int
     rows: int
-    pages: int
+    updates: int
 
-    def of(self, name: str) -> tuple[int, ...]:
-        """The shape of the parcel's field ``name``."""
-        if name in ("token_ids", "positions", "out_cache_loc"):
-            return (self.tokens,)
-        if name == "cu_q_lens":
-            return (self.rows + 1,)
-        return (self.rows, self.pages) if name == "page_table" else (self.rows,)
+    @cached_property
+    def bounds(self) -> tuple[tuple[int, int], ...]:
+        """Where each field of StepParcel begins and ends in the packed parcel, in their order."""
+        rows, updates = self.rows, self.updates
+        sizes = (self.tokens, rows + 1, rows, rows, updates, updates, 1, rows, rows, rows, rows)
+        return tuple(pairwise(accumulate(sizes, initial=0)))
 
     @property
     def packed_size(self) -> int:
         """Words (4 bytes each) of the packed parcel."""
-        return sum(math.prod(self.of(field.name)) for field in fields(StepParcel))
+        return self.bounds[-1][1]
 
 
 @dataclass(frozen=True)
 class StepParcel:
-    """What the host decides for one step. All int32 but ``temperature`` and ``top_p``, which are float32.
+    """What the host decides for one step: views of one vector, ``packed``.
+
+    All int32 but ``temperature`` and ``top_p``, which are float32.
 
     Attributes:
-        token_ids: ``[T]`` new tokens of all sequences, one sequence after the other.
-        positions: ``[T]`` their positions in their sequences.
-        out_cache_loc: ``[T]`` the slots their keys and values go to; -1 writes nothing.
+        token_ids: ``[T]`` new tokens of all sequences, one sequence after the other; ``LAST_SAMPLED`` where the device
+            has it.
         cu_q_lens: ``[B + 1]`` running sum of new tokens per sequence, from 0.
-        kv_lens: ``[B]`` cached plus new tokens; 0 in padding rows.
-        page_table: ``[B, P]`` page ids.
-        top_k, seed: ``[B]`` as in SamplingParams.
-        sample_position: ``[B]`` position of the token to be sampled, which selects the random number.
-        temperature, top_p: ``[B]`` as in SamplingParams.
+        kv_lens: ``[B]`` cached plus new tokens, which is also the position of the token to be sampled; 0 in padding.
+        req_pool_idx: ``[B]`` page-table rows; ``NOWHERE`` in padding.
+        update_at: ``[U]`` places in the page table, row by row, that get a page; ``NOWHERE`` in padding.
+        update_page: ``[U]`` those pages.
+        wants_logprobs: ``[1]`` whether any request of the step wants log-probabilities.
+        top_k, seed, temperature, top_p: ``[B]`` as in SamplingParams.
     """
 
     token_ids: Int32
-    positions: Int32
-    out_cache_loc: Int32
     cu_q_lens: Int32
     kv_lens: Int32
-    page_table: Int32
+    req_pool_idx: Int32
+    update_at: Int32
+    update_page: Int32
+    wants_logprobs: Int32
     top_k: Int32
     seed: Int32
-    sample_position: Int32
     temperature: npt.NDArray[np.float32]
     top_p: npt.NDArray[np.float32]
+    packed: Int32
 
     @classmethod
     def padding(cls, shape: ParcelShape) -> StepParcel:
-        """A parcel of ``shape`` that holds no sequence: every slot is -1, every page the null page."""
-        arrays: dict[str, Any] = {
-            field.name: np.zeros(shape.of(field.name), np.float32 if field.name in FLOAT_FIELDS else np.int32)
-            for field in fields(cls)
-        }
-        arrays["out_cache_loc"].fill(-1)
-        arrays["top_p"].fill(1.0)
-        return cls(**arrays)
+        """A parcel of ``shape`` that holds no sequence.
 
-    def pack(self) -> Int32:
-        """A fresh int32 vector of all fields.
-
-        Fresh, because the CPU backend may alias a NumPy argument: changing the page table after dispatch would
-        change the step that is running.
+        Its memory is fresh, because the CPU backend may alias a NumPy argument: filling a vector that was sent before
+        would change the step that is running.
         """
-        return np.concatenate([getattr(self, field.name).view(np.int32).reshape(-1) for field in fields(self)])
+        packed = np.zeros(shape.packed_size, np.int32)
+        views: dict[str, Any] = {
+            name: packed[start:stop] for name, (start, stop) in zip(FIELDS, shape.bounds, strict=True)
+        }
+        for name in FLOAT_FIELDS:
+            views[name] = views[name].view(np.float32)
+        parcel = cls(**views, packed=packed)
+        parcel.req_pool_idx.fill(NOWHERE)
+        parcel.update_at.fill(NOWHERE)
+        parcel.top_p.fill(1.0)
+        return parcel
 
 
+FIELDS = tuple(field.name for field in fields(StepParcel))[:-1]
 FLOAT_FIELDS = ("temperature", "top_p")
 
 
@@ -99,11 +111,5 @@ def unpack(packed: jax.Array, shape: ParcelShape) -> dict[str, jax.Array]:
     from jax import lax  # the host half of this module stays free of jax
     from jax import numpy as jnp
 
-    parts: dict[str, jax.Array] = {}
-    start = 0
-    for field in fields(StepParcel):
-        extent = shape.of(field.name)
-        part = packed[start : start + math.prod(extent)].reshape(extent)
-        start += math.prod(extent)
-        parts[field.name] = lax.bitcast_convert_type(part, jnp.float32) if field.name in FLOAT_FIELDS else part
-    return parts
+    parts = {name: packed[start:stop] for name, (start, stop) in zip(FIELDS, shape.bounds, strict=True)}
+    return parts | {name: lax.bitcast_convert_type(parts[name], jnp.float32) for name in FLOAT_FIELDS}

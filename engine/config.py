@@ -32,6 +32,8 @@ class EngineConfig:
         mem_fraction_static: share of the device's memory for weights and pool together, in (0, 1).
         max_running_requests: slots of the continuous batch.
         chunked_prefill_size: most new tokens in a step; longer prompts are prefilled in chunks.
+        overlap_steps: whether a step is prepared and dispatched while the one before it runs; without, a step's tokens
+            are there when ``LLM.step`` returns. Answers are the same.
         context_length: most tokens of prompt and answer together; None is the model's own limit.
         attention_impl: one of ``IMPLS``.
         disable_radix_cache: keep nothing of past requests.
@@ -52,6 +54,7 @@ class EngineConfig:
     mem_fraction_static: float = 0.85
     max_running_requests: int = 8
     chunked_prefill_size: int = 256
+    overlap_steps: bool = True
     context_length: int | None = None
     attention_impl: str = "auto"
     disable_radix_cache: bool = False
@@ -70,8 +73,9 @@ class EngineConfig:
         _check_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", *DTYPES))
         _check_choice("attention_impl", self.attention_impl, IMPLS)
         _check_choice("eviction_policy", self.eviction_policy, EVICTION_POLICIES)
-        if not isinstance(self.disable_radix_cache, bool):
-            raise ConfigError(f"disable_radix_cache={self.disable_radix_cache!r} must be true or false")
+        for name in ("disable_radix_cache", "overlap_steps"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be true or false")
         if not isinstance(self.host_tier_bytes, int) or self.host_tier_bytes < 0:
             raise ConfigError(
                 f"host_tier_bytes={self.host_tier_bytes!r} must be a whole number of bytes, 0 for no tier"

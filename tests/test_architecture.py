@@ -28,7 +28,9 @@ LEVEL = {
     "__main__": 8,
     "__init__": 8,
 }
-CONTROL_PLANE = ["memory", "planning", "serving/scheduler.py", "serving/request.py", "serving/batcher.py"]
+CONTROL_PLANE = ["memory", "planning"] + [
+    f"serving/{name}.py" for name in ("scheduler", "request", "running_rows", "batcher")
+]
 LONGEST_FILE = 400
 
 

@@ -100,11 +100,17 @@ def locate_new_tokens(
         ``positions[T]`` (0 in padding) and ``out_cache_loc[T]`` (-1 in padding), int32.
     """
     tokens = xp.arange(num_tokens, dtype=xp.int32)
-    # side="right" steps over sequences without new tokens, wherever they stand.
-    rows = xp.searchsorted(cu_q_lens, tokens, side="right") - 1
     live = tokens < cu_q_lens[-1]
-    rows = xp.where(live, rows, 0)
+    rows = sequence_of_tokens(cu_q_lens, num_tokens=num_tokens, xp=xp)
     positions = xp.where(live, kv_lens[rows] - cu_q_lens[rows + 1] + tokens, 0)
     slots = page_table[rows, positions // page_size] * page_size + positions % page_size
     # A position below 0 (of lengths that were not checked) has no slot; as an index it would name the last column.
     return positions.astype(xp.int32), xp.where(live & (positions >= 0), slots, -1).astype(xp.int32)
+
+
+def sequence_of_tokens(cu_q_lens: Any, *, num_tokens: int, xp: ModuleType = np) -> Any:
+    """Which sequence of the step each new token belongs to; int32 ``[num_tokens]``, 0 in padding."""
+    tokens = xp.arange(num_tokens, dtype=xp.int32)
+    # side="right" steps over sequences without new tokens, wherever they stand.
+    rows = xp.searchsorted(cu_q_lens, tokens, side="right") - 1
+    return xp.where(tokens < cu_q_lens[-1], rows, 0)

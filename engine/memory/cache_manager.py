@@ -161,33 +161,22 @@ class CacheManager:
         match = self._locked.get(row)
         return 0 if match is None else match.num_tokens // self.page_size
 
-    def can_grow(self, rows: Int32, counts: Int32) -> bool:
+    def can_grow(self, rows: Int32, counts: Int64) -> bool:
         """Whether ``grow`` would find the pages, by eviction if need be."""
-        return self._fresh_pages(rows, counts) <= self.reclaimable_pages
+        return self.page_table.plan_growth(rows, counts).num_pages <= self.reclaimable_pages
 
-    def grow(self, rows: Int32, counts: Int32) -> Int32:
-        """Gives each row slots for ``counts`` more tokens; int32 ``[sum(counts)]``. All rows or none.
+    def grow(self, rows: Int32, counts: Int64) -> None:
+        """Gives each row pages for ``counts`` more tokens. All rows or none.
 
         Raises:
-            ShapeError: a row is not in use, or would exceed the context.
+            ShapeError: a row is not in use or listed twice, would exceed the context, or a count is missing or
+                negative.
             KVPoolExhausted: too few pages are free or evictable.
         """
-        starts = self.page_table.kv_lens(rows).astype(np.int64)
-        if starts.shape != counts.shape or np.unique(rows).size != starts.size or (starts.size and counts.min() < 0):
-            raise ShapeError(
-                f"cannot grow rows {rows.tolist()} by {counts.tolist()} tokens: give distinct rows, a count for each"
-            )
-        ends = starts + counts
-        if ends.size and ends.max() > self.page_table.max_context_tokens:
-            raise ShapeError(
-                f"row {rows[ends.argmax()]} would grow to {ends.max()} tokens; a row holds at most "
-                f"{self.page_table.max_context_tokens}; raise max_context_tokens"
-            )
-        self._make_room(self._fresh_pages(rows, counts))
+        growth = self.page_table.plan_growth(rows, counts)
+        self._make_room(growth.num_pages)
         # All that the page table could refuse has been checked: nothing stands between taking pages and noting them.
-        slots = self.allocator.alloc_extend(starts, ends, self.page_table.last_loc(rows, starts))
-        self.page_table.write_slots(rows, starts, counts, slots)
-        return slots
+        self.page_table.grow(growth, self.allocator.alloc_pages(growth.fresh))
 
     def can_fork(self, row: int, tokens: int) -> bool:
         """Whether ``fork`` keeps the rule by which ``admit`` lets in."""
@@ -218,8 +207,8 @@ class CacheManager:
             each[new_row] = each[row]
         target = np.empty(0, np.int32)
         if rest:
-            index = np.array([new_row], np.int32)
-            target = self.grow(index, np.array([rest], np.int32))[:1] // self.page_size
+            self.grow(np.array([new_row], np.int32), np.array([rest], np.int64))
+            target = self.page_table.row_pages(new_row)[full:]
         self._relock(new_row, self._locked.get(row))
         return new_row, pages[full : full + bool(rest)].copy(), target
 
@@ -272,11 +261,6 @@ class CacheManager:
         if self.host:
             self.host.tier.check_integrity()
         self.allocator.check_integrity(np.concatenate([self.page_table.held_pages(), cached]))
-
-    def _fresh_pages(self, rows: Int32, counts: Int32) -> int:
-        starts = self.page_table.kv_lens(rows).astype(np.int64)
-        size = self.page_size
-        return int((-(-(starts + counts) // size) - -(-starts // size)).sum())
 
     def _reserved_pages(self) -> int:
         """Pages that running requests will need soon by the rule of ``admit``, and do not have yet."""
@@ -331,11 +315,11 @@ class CacheManager:
         if self.host is None:
             return 0
         wanted = token_ids[: len(token_ids) - 1]
-        data = self.host.tier.get(scope, wanted, int(self.page_table.kv_lens([row])[0]) // self.page_size)
+        held = int(self.page_table.kv_lens([row])[0]) // self.page_size
+        data = self.host.tier.get(scope, wanted, held)
         if len(data):
-            index = np.array([row], np.int32)
-            slots = self.grow(index, np.array([len(data) * self.page_size], np.int32))
-            self.host.mover.write(slots[:: self.page_size] // self.page_size, data)
+            self.grow(np.array([row], np.int32), np.array([len(data) * self.page_size], np.int64))
+            self.host.mover.write(self.page_table.row_pages(row)[held:], data)
             self.publish(row, scope, token_ids)
         return len(data)
 

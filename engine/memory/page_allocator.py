@@ -176,6 +176,25 @@ class PagedTokenToKVPoolAllocator:
             slots[~appends] = self._ledger.take_singles(count) * np.int32(self.page_size)
         return self._handed_out(slots)
 
+    def alloc_pages(self, counts: npt.ArrayLike) -> Int32:
+        """Allocates whole pages by their ids, for who keeps a page table; release them by ``release``.
+
+        Args:
+            counts: ``[B]`` pages of each sequence, 0 or more.
+
+        Returns:
+            int32 ``[sum(counts)]`` page ids, one sequence after the other.
+
+        Raises:
+            ShapeError: not a vector of integers, or one is negative.
+            KVPoolExhausted: fewer pages are free.
+        """
+        wanted = integer_vector("counts", counts)
+        if wanted.size and wanted.min() < 0:
+            raise ShapeError(f"sequence {wanted.argmin()}: count is {wanted.min()} pages; it must be 0 or more")
+        self._check_available(wanted.tolist())
+        return self._ledger.take_runs(wanted) if wanted.any() else np.empty(0, np.int32)
+
     def free(self, slots: npt.ArrayLike) -> None:
         """Releases, once each, the pages that ``slots`` lie in.
 

@@ -7,12 +7,37 @@ whose table holds a slot a token: here it is one entry a page.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.errors import DoubleFreeError, IntegrityError, KVPoolExhausted, ShapeError
 from engine.memory.integers import INT32_MAX, Bool, Int32, Int64, equal_lengths, integer_vector, positive_option, ranges
+
+
+@dataclass(frozen=True, eq=False)
+class RowGrowth:
+    """What it takes to grow page-table rows.
+
+    Attributes:
+        rows: ``[B]``.
+        lens, ends: ``[B]`` tokens before and afterwards.
+        held: ``[B]`` pages before.
+        fresh: ``[B]`` pages that the new tokens begin.
+    """
+
+    rows: Int64
+    lens: Int32
+    ends: Int64
+    held: Int64
+    fresh: Int64
+
+    @property
+    def num_pages(self) -> int:
+        """Fresh pages in all."""
+        return int(self.fresh.sum())
 
 
 class ReqToTokenPool:
@@ -39,6 +64,7 @@ class ReqToTokenPool:
         self._table = np.zeros((self.max_requests, self.max_pages), np.int32)
         self._kv_lens = np.zeros(self.max_requests, np.int32)
         self._in_use = np.zeros(self.max_requests, np.bool_)
+        self._taken = np.zeros(self.max_requests, np.int64)  # pages of each row that take_new_pages has given out
         # First in, first out: a row that was just released is the last to be reused, so a stale index is seen.
         self._free_rows = deque(range(self.max_requests))
 
@@ -98,6 +124,7 @@ class ReqToTokenPool:
         pages = self.row_pages(row)
         self._table[row] = 0
         self._kv_lens[row] = 0
+        self._taken[row] = 0
         self._in_use[row] = False
         self._free_rows.append(int(row))
         return pages
@@ -156,6 +183,68 @@ class ReqToTokenPool:
             )
         self._table[token_rows[begins], positions[begins] // self.page_size] = pages[begins]
         self._kv_lens[index] = first + counts
+
+    def plan_growth(self, rows: npt.ArrayLike, counts: npt.ArrayLike) -> RowGrowth:
+        """Works out what it takes to grow rows by new tokens: they fill each last partial page, then fresh ones.
+
+        Args:
+            rows: ``[B]`` distinct rows in use.
+            counts: ``[B]`` new tokens, 0 or more.
+
+        Raises:
+            ShapeError: shapes or rows are wrong, a count is negative, or a row would exceed ``max_context_tokens``.
+        """
+        index, new = self._checked_rows(rows), integer_vector("counts", counts)
+        equal_lengths(rows=index, counts=new)
+        if new.size and new.min() < 0:
+            raise ShapeError(f"row {index[new.argmin()]} cannot grow by {new.min()} tokens; rows do not shrink")
+        lens = self._kv_lens[index]
+        ends = lens + new
+        if ends.size and ends.max() > self.max_context_tokens:
+            self._check_context(index, ends)
+        held = self._pages_of(lens)
+        return RowGrowth(index, lens, ends, held, self._pages_of(ends) - held)
+
+    def grow(self, growth: RowGrowth, pages: Int32) -> None:
+        """Grows rows as planned.
+
+        Args:
+            growth: from ``plan_growth``; the rows have not changed since.
+            pages: the fresh pages, int32 ``[growth.num_pages]``, one sequence after the other.
+
+        Raises:
+            ShapeError: the rows have changed, or there are not just as many distinct pages, other than the null page,
+                as were planned.
+        """
+        if not np.array_equal(self._kv_lens[growth.rows], growth.lens):
+            raise ShapeError("rows have changed since their growth was planned; plan it again")
+        if pages.size != growth.num_pages:
+            raise ShapeError(f"there are {pages.size} pages for {growth.num_pages} that the new tokens begin")
+        if pages.size:
+            self._check_new_pages(pages.astype(np.int64))
+            self._table[np.repeat(growth.rows, growth.fresh), ranges(growth.held, growth.fresh)] = pages
+        self._kv_lens[growth.rows] = growth.ends
+
+    def take_new_pages(self, rows: npt.ArrayLike) -> tuple[Int32, Int32]:
+        """The pages of rows that no call has returned before, for the copy of the table on the device.
+
+        Args:
+            rows: ``[B]`` distinct rows in use.
+
+        Returns:
+            int32 ``[n]`` places, ``row * max_pages + column``, and the pages that stand there.
+
+        Raises:
+            ShapeError: not an integer vector of distinct rows in use.
+        """
+        index = self._checked_rows(rows)
+        taken = self._taken[index]
+        fresh = self._pages_of(self._kv_lens[index]) - taken
+        if not fresh.any():
+            return np.empty(0, np.int32), np.empty(0, np.int32)
+        places = ranges(index * self.max_pages + taken, fresh)
+        self._taken[index] += fresh
+        return places.astype(np.int32), self._table.reshape(-1)[places]
 
     def rows(self, req_pool_indices: npt.ArrayLike) -> Int32:
         """The page-table rows of a batch; int32 ``[B, max_pages]``, a fresh copy each time.
@@ -235,6 +324,11 @@ class ReqToTokenPool:
                 f"page-table row {row} has {np.count_nonzero(self._table[row])} pages and {self._kv_lens[row]} tokens, "
                 f"is {'' if self._in_use[row] else 'not '}in use and {free[row]} times free; this is a bug, report it"
             )
+
+    def _pages_of(self, lens: npt.NDArray[Any]) -> Int64:
+        """Pages that hold ``lens`` tokens."""
+        pages: Int64 = (lens + (self.page_size - 1)).astype(np.int64) // self.page_size
+        return pages
 
     def _slots_at(self, rows: Int64, positions: Int64) -> Int32:
         page, offset = np.divmod(positions, self.page_size)

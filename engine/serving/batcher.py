@@ -6,8 +6,8 @@ from bisect import bisect_left
 
 import numpy as np
 
-from engine.batch import ParcelShape, StepParcel
-from engine.memory.cache_manager import CacheManager
+from engine.batch import LAST_SAMPLED, NOWHERE, SHARED_PAGES, Int32, ParcelShape, StepParcel
+from engine.memory.page_table import ReqToTokenPool
 from engine.serving.scheduler import ScheduledStep
 
 
@@ -22,38 +22,82 @@ def token_buckets(max_running_requests: int, max_step_tokens: int) -> list[int]:
     return buckets
 
 
-def parcel_shapes(rows: int, max_step_tokens: int, pages: int) -> list[ParcelShape]:
-    """The static shapes of steps, the smallest first; ``pages`` is the width of the page table."""
-    return [ParcelShape(tokens, rows, pages) for tokens in token_buckets(rows, max_step_tokens)]
+def parcel_shapes(rows: int, max_step_tokens: int, page_size: int) -> list[ParcelShape]:
+    """The static shapes of steps, the smallest first."""
+    # A sequence's tokens begin at most one page more than they fill. Cached prefixes bring pages with them beside.
+    return [
+        ParcelShape(tokens, rows, min(tokens, rows + tokens // page_size) + SHARED_PAGES)
+        for tokens in token_buckets(rows, max_step_tokens)
+    ]
 
 
 class Batcher:
     """Fills parcels.
 
     Args:
-        cache: where the page table is.
+        page_table: whose new pages the device is told of.
         shapes: as ``parcel_shapes`` makes them.
     """
 
-    def __init__(self, cache: CacheManager, shapes: list[ParcelShape]) -> None:
-        self._cache = cache
+    def __init__(self, page_table: ReqToTokenPool, shapes: list[ParcelShape]) -> None:
+        self._page_table = page_table
         self._shapes = shapes
+        self._tokens = [shape.tokens for shape in shapes]
+        rows = page_table.max_requests
+        # What does not change while a request has its row, by row.
+        self._noted = np.full(rows, -1, np.int64)
+        self._top_k, self._seed = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        self._temperature, self._top_p = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
+        self._wants_logprobs = np.zeros(rows, np.bool_)
 
-    def fill(self, step: ScheduledStep) -> tuple[StepParcel, ParcelShape]:
-        """Makes the parcel of a step, in the smallest shape that holds it."""
-        rows, total = step.rows, len(step.out_cache_loc)
-        shape = self._shapes[bisect_left([s.tokens for s in self._shapes], total)]
+    def fill(self, step: ScheduledStep) -> tuple[StepParcel, ParcelShape, list[Int32]]:
+        """Makes the parcel of a step, in the smallest shape that holds it.
+
+        Returns:
+            The parcel, its shape, and the page-table updates that it has no room for, which must reach the device
+            before it: int32 ``[2, SHARED_PAGES]`` each, places and pages.
+        """
+        rows, batch, total = step.req_pool_idx, len(step.requests), step.num_tokens
+        shape = self._shapes[bisect_left(self._tokens, total)]
         parcel = StepParcel.padding(shape)
-        counts = np.array([row.count for row in rows], np.int32)
-        ends = np.array([row.start + row.count for row in rows], np.int32)
-        batch = len(rows)
-        parcel.cu_q_lens[1 : batch + 1] = np.cumsum(counts)
+        np.cumsum(step.counts, out=parcel.cu_q_lens[1 : batch + 1])
         parcel.cu_q_lens[batch + 1 :] = total
-        parcel.token_ids[:total] = np.concatenate([row.tokens() for row in rows])
-        parcel.positions[:total] = np.arange(total) + np.repeat(ends - parcel.cu_q_lens[1 : batch + 1], counts)
-        parcel.out_cache_loc[:total] = step.out_cache_loc
-        parcel.kv_lens[:batch] = parcel.sample_position[:batch] = ends
-        parcel.page_table[:batch] = self._cache.page_table.rows(np.array([row.request.req_pool_idx for row in rows]))
+        np.add(step.starts, step.counts, out=parcel.kv_lens[:batch], casting="same_kind")
+        parcel.req_pool_idx[:batch] = rows
+        self._fill_tokens(parcel, step, total)
+        self._note_params(step)
         for name in ("top_k", "seed", "temperature", "top_p"):
-            getattr(parcel, name)[:batch] = [getattr(row.request.params, name) for row in rows]
-        return parcel, shape
+            getattr(parcel, name)[:batch] = getattr(self, f"_{name}")[rows]
+        parcel.wants_logprobs[0] = self._wants_logprobs[rows].any()
+        return parcel, shape, self._fill_updates(parcel, rows)
+
+    @staticmethod
+    def _fill_tokens(parcel: StepParcel, step: ScheduledStep, total: int) -> None:
+        parcel.token_ids[:total] = LAST_SAMPLED
+        for index in np.flatnonzero(~step.on_device).tolist():
+            start, count = int(step.starts[index]), int(step.counts[index])
+            first = int(parcel.cu_q_lens[index])
+            parcel.token_ids[first : first + count] = step.requests[index].tokens(start, start + count)
+
+    def _note_params(self, step: ScheduledStep) -> None:
+        """Reads the sampling parameters of requests that are new to their rows."""
+        for index in np.flatnonzero(self._noted[step.req_pool_idx] != step.tenancies).tolist():
+            row, params = step.req_pool_idx[index], step.requests[index].params
+            self._noted[row] = step.tenancies[index]
+            self._top_k[row], self._seed[row] = params.top_k, params.seed
+            self._temperature[row], self._top_p[row] = params.temperature, params.top_p
+            self._wants_logprobs[row] = params.logprobs is not None
+
+    def _fill_updates(self, parcel: StepParcel, rows: Int32) -> list[Int32]:
+        places, pages = self._page_table.take_new_pages(rows)
+        room = parcel.update_at.size
+        parcel.update_at[: places.size] = places[:room]
+        parcel.update_page[: places.size] = pages[:room]
+        earlier = []
+        for start in range(room, places.size, SHARED_PAGES):
+            part = slice(start, start + SHARED_PAGES)
+            updates = np.zeros((2, SHARED_PAGES), np.int32)
+            updates[0] = NOWHERE
+            updates[0, : places[part].size], updates[1, : places[part].size] = places[part], pages[part]
+            earlier.append(updates)
+        return earlier

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, RequestError
@@ -25,11 +23,11 @@ from engine.serving.build import make_backend, make_cache, make_mesh_of, make_po
 from engine.serving.gate import Gate
 from engine.serving.intake import Intake
 from engine.serving.metrics import EngineMetrics, collect_metrics
-from engine.serving.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
+from engine.serving.request import FinishReason, Request, RequestOutput, SamplingParams
 from engine.serving.runner import CompileCounter, ModelRunner
-from engine.serving.sampler import Sampled
-from engine.serving.scheduler import ScheduledStep, Scheduler
+from engine.serving.scheduler import Scheduler
 from engine.serving.stats import EngineStats
+from engine.serving.stepper import Stepper
 
 Progress = Callable[[int, int], None]
 
@@ -76,8 +74,15 @@ class LLM:
             self.config.max_running_requests,
             max(self.config.chunked_prefill_size, self.config.max_running_requests),
         )
-        shapes = parcel_shapes(slots, budget, pages=-(-self.plan.context_length // pool.page_size))
-        self._runner = ModelRunner(self.model, pool, backend, shapes, moves_pages=self.config.host_tier_bytes > 0)
+        shapes = parcel_shapes(slots, budget, pool.page_size)
+        self._runner = ModelRunner(
+            self.model,
+            pool,
+            backend,
+            shapes,
+            max_pages=-(-self.plan.context_length // pool.page_size),
+            moves_pages=self.config.host_tier_bytes > 0,
+        )
         self.cache, self._store = make_cache(self.config, self.model.config, pool, self._runner)
         self.scheduler = Scheduler(self.cache, max_running_requests=slots, max_step_tokens=budget)
         self.stats = EngineStats()
@@ -85,8 +90,9 @@ class LLM:
         self._weights_epoch = 0
         self._layout = LayoutKey.of(pool.layout.to_dict())
         self._intake = Intake(self.model.config, self.tokenizer, self.plan.context_length, self._scope_for)
-        self._batcher = Batcher(self.cache, shapes)
         self._gate = Gate()
+        batcher = Batcher(self.cache.page_table, shapes)
+        self._stepper = Stepper(self.scheduler, batcher, self._runner, self.stats, overlap=self.config.overlap_steps)
         self._unfinished: dict[int, Request] = {}  # leaders: the first of the answers to a prompt
         self._leader_of: dict[int, Request] = {}
         self._unforked: list[Request] = []  # leaders with siblings that have not started
@@ -147,29 +153,18 @@ class LLM:
         return request.request_id
 
     def step(self, *, return_logits: bool = False) -> dict[int, RequestOutput]:
-        """Runs one step and returns the answers that it finished, by request id."""
+        """Advances by one step and returns the answers that are finished, by request id.
+
+        Where steps overlap, what is dispatched now is read and booked by the next call.
+        """
         with self._gate:
             return self._step(return_logits)
 
     def _step(self, return_logits: bool) -> dict[int, RequestOutput]:
-        start = time.perf_counter()
         self._ended += [request for late in self.scheduler.expire() for request in self._with_unstarted(late)]
         self._start_siblings()  # those whose start failed in the last step
         if self.scheduler.has_work:
-            step = self.scheduler.next_step()
-            try:
-                parcel, shape = self._batcher.fill(step)
-                wants_logprobs = any(row.request.params.logprobs is not None for row in step.rows)
-                sampled, logits = self._runner.step(parcel, shape, logprobs=wants_logprobs)
-                tokens, kept_logits = np.asarray(sampled.tokens), np.asarray(logits) if return_logits else None
-            except BaseException:  # an interrupt too: what did not run must not be taken for computed
-                self.scheduler.undo(step)
-                raise
-            _keep_logprobs(step, sampled)
-            if kept_logits is not None:
-                _keep_logits(step, kept_logits)
-            self.stats.note(step, time.perf_counter() - start, self.cache.held_tokens)
-            self._ended += self.scheduler.commit(step, tokens)
+            self._stepper.advance(self._ended, return_logits=return_logits)
             self._start_siblings()
         ended, self._ended = self._ended, []
         self.stats.finished.update(request.finish_reason for request in ended if request.finish_reason)
@@ -313,20 +308,3 @@ class LLM:
             logits=np.stack(request.logits) if request.logits else None,
             siblings=tuple(self._output(sibling) for sibling in request.siblings),
         )
-
-
-def _keep_logits(step: ScheduledStep, logits: npt.NDArray[np.float32]) -> None:
-    for row, values in zip(step.rows, logits, strict=False):  # padding rows follow
-        if row.samples:
-            row.request.logits.append(values)
-
-
-def _keep_logprobs(step: ScheduledStep, sampled: Sampled) -> None:
-    if sampled.logprob is None or sampled.top_ids is None or sampled.top_logprobs is None:
-        return
-    for index, row in enumerate(step.rows):
-        wanted = row.request.params.logprobs
-        if wanted is not None and row.samples:
-            ids, values = sampled.top_ids[index, :wanted].tolist(), sampled.top_logprobs[index, :wanted].tolist()
-            top = tuple(zip(ids, values, strict=True))
-            row.request.logprobs.append(TokenLogprobs(float(sampled.logprob[index]), top))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,12 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
+from engine.attention.backend import FlashAttentionBackend
+from engine.attention.metadata import AttentionMetadata, locate_new_tokens, sequence_of_tokens
 from engine.attention.sharded import MeshAttention
-from engine.batch import ParcelShape, StepParcel, unpack
+from engine.batch import SHARED_PAGES, ParcelShape, StepParcel, unpack
+from engine.errors import ConfigError
 from engine.kv.page_copy import PAGE_BUCKETS, HostPages, Int32, copy_pages, read_pages, write_pages
 from engine.kv.pool import TokenToKVPool
 from engine.models.llama import Llama
+from engine.serving.device_rows import DeviceRows
 from engine.serving.placement import Placement
 from engine.serving.sampler import Sampled, SamplingInputs, sample
 
@@ -34,14 +38,39 @@ class CompileCounter:
         self.count += event == COMPILE_EVENT
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """What a step comes to, on the device; ready when the step has run.
+
+    Attributes:
+        sampled: a token a row; log-probabilities where the parcel asked for them.
+        logits: float32 ``[B, vocab]``.
+    """
+
+    sampled: Sampled
+    logits: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ToSample:
+    """What a step leaves for the sampler: float32 logits ``[B, vocab]``, and how and for which rows to choose."""
+
+    logits: jax.Array
+    inputs: SamplingInputs
+    wants_logprobs: jax.Array
+    row_ids: jax.Array
+
+
 class ModelRunner:
-    """The device half of a step: the model's weights, the pool, and the compiled programs.
+    """The device half of a step: the model's weights, the pool, what the device keeps of rows, the compiled programs.
 
     Args:
         model: the weights.
         pool: its buffers; donated to every step and replaced by the step's result.
         backend: the attention all layers share.
         shapes: the static shapes of parcels; all have the same number of rows.
+        max_pages: pages a row.
         moves_pages: whether pages will go to the host and back.
     """
 
@@ -52,15 +81,20 @@ class ModelRunner:
         backend: FlashAttentionBackend | MeshAttention,
         shapes: list[ParcelShape],
         *,
+        max_pages: int,
         moves_pages: bool,
     ) -> None:
-        graph, self._weights = nnx.split(model)
+        graph, weights = nnx.split(model)
+        # Leaves, not the tree: flattening a tree of Python nodes at every call takes longer than the call.
+        self._weights, structure = jax.tree.flatten(weights)
         self.pool = pool
         self._shapes = shapes
         self._placement = Placement(pool.mesh)
-        self._step_function = partial(_forward, graph, backend, self._placement)
+        self.rows = jax.device_put(DeviceRows.empty(shapes[0].rows, max_pages), self._placement.replicated)
+        self._step_function = partial(_forward, graph, structure, backend, self._placement)
         self._steps: dict[ParcelShape, Callable[..., Any]] = {}
-        self._samplers: dict[tuple[bool, bool], Callable[..., Sampled]] = {}
+        self._sample: Callable[..., tuple[Sampled, DeviceRows]] | None = None
+        self._update_rows: Callable[..., DeviceRows] | None = None
         self._copies_ready = 0
         pages = pool.size // pool.page_size
         self._copies = [partial(self.copy, np.array([1], np.int32), np.array([2], np.int32))] if pages > 1 else []
@@ -74,27 +108,31 @@ class ModelRunner:
     @property
     def num_programs(self) -> int:
         """How many programs ``compile_all`` compiles."""
-        return len(self._shapes) + 4 + len(self._copies)
+        return len(self._shapes) + 2 + len(self._copies)
 
     def compile_all(self, on_compile: Callable[[int, int], None] | None) -> None:
-        """Compiles every step shape and every way to sample; calls ``on_compile`` with (done, in all) after each."""
+        """Compiles a program for every step shape; calls ``on_compile`` with (done, in all) after each."""
 
         def compiled() -> None:
             if on_compile:
-                on_compile(len(self._steps) + len(self._samplers) + self._copies_ready, self.num_programs)
+                others = (self._sample is not None) + (self._update_rows is not None) + self._copies_ready
+                on_compile(len(self._steps) + others, self.num_programs)
 
         for shape in self._shapes:
-            step = jax.jit(partial(self._step_function, shape), donate_argnums=(1,))
+            step = jax.jit(partial(self._step_function, shape), donate_argnums=(1, 2))
             packed = self._placement.like(jax.ShapeDtypeStruct((shape.packed_size,), jnp.int32))
-            lowered = step.lower(self._weights, self.pool, packed)
+            lowered = step.lower(self._weights, self.pool, self.rows, packed)
             self._steps[shape] = lowered.compile()
             compiled()
-        logits, inputs = jax.tree.map(self._placement.like, lowered.out_info[:2])
-        for random in (False, True):
-            for logprobs in (False, True):
-                sampler = jax.jit(partial(sample, random=random, logprobs=logprobs))
-                self._samplers[random, logprobs] = sampler.lower(logits, inputs).compile()
-                compiled()
+        # Apart from the step, because its sort takes longer to compile than a small model, and would for every shape.
+        to_sample = jax.tree.map(self._placement.like, lowered.out_info[0])
+        sampler = jax.jit(partial(_sample, self._placement), donate_argnums=0)
+        self._sample = sampler.lower(self.rows, to_sample).compile()
+        compiled()
+        updates = self._placement.like(jax.ShapeDtypeStruct((2, SHARED_PAGES), jnp.int32))
+        update = jax.jit(partial(_update, self._placement), donate_argnums=0)
+        self._update_rows = update.lower(self.rows, updates).compile()
+        compiled()
         self._warm_up_copies(compiled)
 
     def read(self, pages: Int32) -> HostPages:
@@ -109,25 +147,27 @@ class ModelRunner:
         """Copies pages within the pool, in place, as PageMover."""
         copy_pages(self.pool, sources, targets)
 
-    def step(self, parcel: StepParcel, shape: ParcelShape, *, logprobs: bool) -> tuple[Sampled, jax.Array]:
-        """Runs one step.
+    def step(self, parcel: StepParcel, shape: ParcelShape, earlier_updates: Sequence[Int32] = ()) -> StepResult:
+        """Sends a step to the device and returns without waiting for it.
 
         Args:
-            parcel: what the host decided.
+            parcel: what the host decided; not to be changed any more.
             shape: its static shape, one of those compiled.
-            logprobs: also compute log-probabilities.
-
-        Returns:
-            The sampled tokens (one a row), on the host, and the float32 logits ``[B, vocab]``, still on the device.
+            earlier_updates: see ``Batcher.fill``.
         """
-        packed = self._placement.on_device(parcel.pack())
-        logits, inputs, self.pool = self._steps[shape](self._weights, self.pool, packed)
-        random = bool(np.any(parcel.temperature > 0))
-        return jax.device_get(self._samplers[random, logprobs](logits, inputs)), logits
+        if self._sample is None or self._update_rows is None:
+            raise ConfigError("nothing is compiled; call compile_all before the first step")
+        for updates in earlier_updates:
+            self.rows = self._update_rows(self.rows, self._placement.on_device(updates))
+        packed = self._placement.on_device(parcel.packed)
+        to_sample, self.pool, self.rows = self._steps[shape](self._weights, self.pool, self.rows, packed)
+        sampled, self.rows = self._sample(self.rows, to_sample)
+        sampled.tokens.copy_to_host_async()
+        return StepResult(sampled, to_sample.logits)
 
     def replace_weights(self, model: Llama) -> None:
         """Takes other weights of the same shapes; every program stays compiled."""
-        _, self._weights = nnx.split(model)
+        self._weights = jax.tree.leaves(nnx.split(model)[1])
 
     def _warm_up_copies(self, compiled: Callable[[], None]) -> None:
         """Runs each copy of pages once, while no page holds anything."""
@@ -142,37 +182,49 @@ class ModelRunner:
 
 def _forward(
     graph: Any,
+    structure: Any,
     backend: FlashAttentionBackend | MeshAttention,
     placement: Placement,
     shape: ParcelShape,
-    weights: Any,
+    weights: list[jax.Array],
     pool: TokenToKVPool,
+    rows: DeviceRows,
     packed: jax.Array,
-) -> tuple[jax.Array, SamplingInputs, TokenToKVPool]:
-    """The traced step: unpack, run the layers through the paged cache, and project each row's last token."""
-    model: Llama = nnx.merge(graph, weights)
+) -> tuple[ToSample, TokenToKVPool, DeviceRows]:
+    """The traced step: new pages, where tokens stand, the layers through the paged cache, each row's last logits."""
+    model: Llama = nnx.merge(graph, jax.tree.unflatten(structure, weights))
     parts = unpack(packed, shape)
-    metadata = AttentionMetadata(
-        page_table=parts["page_table"],
-        cu_q_lens=parts["cu_q_lens"],
-        kv_lens=parts["kv_lens"],
-        out_cache_loc=parts["out_cache_loc"],
-        positions=parts["positions"],
-    )
+    bounds, kv_lens, row_ids = parts["cu_q_lens"], parts["kv_lens"], parts["req_pool_idx"]
+    rows = rows.with_pages(parts["update_at"], parts["update_page"])
+    metadata = _locate(rows.pages_of(row_ids), bounds, kv_lens, shape.tokens, pool.page_size)
     buffers = list(pool.buffers)
 
     def attend(layer_id: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         out, buffers[layer_id] = backend(q, k, v, buffers[layer_id], metadata)
         return out
 
-    hidden = model(parts["token_ids"], parts["positions"], attend, placement.hidden)
-    last = jnp.maximum(metadata.cu_q_lens[1:] - 1, 0)
-    inputs = SamplingInputs(
-        temperature=parts["temperature"],
-        top_k=parts["top_k"],
-        top_p=parts["top_p"],
-        seed=parts["seed"],
-        position=parts["sample_position"],
-    )
-    logits, inputs = placement.whole((model.logits(hidden[last]), inputs))
-    return logits, inputs, pool.replace_buffers(buffers)
+    owners = row_ids[sequence_of_tokens(bounds, num_tokens=shape.tokens, xp=jnp)]
+    token_ids = rows.known_tokens(parts["token_ids"], owners)
+    hidden = model(token_ids, jnp.asarray(metadata.positions), attend, placement.hidden)
+    logits = model.logits(hidden[jnp.maximum(bounds[1:] - 1, 0)])
+    inputs = SamplingInputs(parts["temperature"], parts["top_k"], parts["top_p"], parts["seed"], position=kv_lens)
+    to_sample = ToSample(logits, inputs, parts["wants_logprobs"][0] != 0, row_ids)
+    return placement.whole(to_sample), pool.replace_buffers(buffers), placement.whole(rows)
+
+
+def _sample(placement: Placement, rows: DeviceRows, step: ToSample) -> tuple[Sampled, DeviceRows]:
+    sampled = sample(step.logits, step.inputs, step.wants_logprobs)
+    both: tuple[Sampled, DeviceRows] = placement.whole((sampled, rows.with_tokens(step.row_ids, sampled.tokens)))
+    return both
+
+
+def _update(placement: Placement, rows: DeviceRows, updates: jax.Array) -> DeviceRows:
+    updated: DeviceRows = placement.whole(rows.with_pages(updates[0], updates[1]))
+    return updated
+
+
+def _locate(
+    page_table: jax.Array, cu_q_lens: jax.Array, kv_lens: jax.Array, num_tokens: int, page_size: int
+) -> AttentionMetadata:
+    where = locate_new_tokens(page_table, cu_q_lens, kv_lens, num_tokens=num_tokens, page_size=page_size, xp=jnp)
+    return AttentionMetadata(page_table, cu_q_lens, kv_lens, out_cache_loc=where[1], positions=where[0])

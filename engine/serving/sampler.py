@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from engine.serving.request import MAX_LOGPROBS
 
@@ -25,38 +26,52 @@ class SamplingInputs:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampled:
-    """The tokens chosen, int32 ``[B]``, and on request their log-probabilities and the most likely tokens'.
+    """The tokens chosen, int32 ``[B]``, their log-probabilities and the most likely tokens'.
 
     ``logprob`` is float32 ``[B]``; ``top_ids`` and ``top_logprobs`` are ``[B, min(MAX_LOGPROBS, vocab)]``.
     """
 
     tokens: jax.Array
-    logprob: jax.Array | None = None
-    top_ids: jax.Array | None = None
-    top_logprobs: jax.Array | None = None
+    logprob: jax.Array
+    top_ids: jax.Array
+    top_logprobs: jax.Array
 
 
-def sample(logits: jax.Array, inputs: SamplingInputs, *, random: bool, logprobs: bool) -> Sampled:
+def sample(logits: jax.Array, inputs: SamplingInputs, wants_logprobs: jax.Array) -> Sampled:
     """Chooses a token a row.
 
-    A row's draw depends on its seed and position alone, never on its place in the batch.
+    A row's draw depends on its seed and position alone, never on its place in the batch. What no row of the step
+    needs is not run: drawing where every row is greedy, log-probabilities where nobody wants them.
 
     Args:
         logits: float32 ``[B, vocab]``.
         inputs: how each row chooses.
-        random: False if every row is greedy, which saves the sort.
-        logprobs: report log-probabilities too.
+        wants_logprobs: bool scalar; log-probabilities are zeros without it.
     """
-    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if random:
-        drawn = jax.vmap(_draw)(logits, inputs.temperature, inputs.top_k, inputs.top_p, inputs.seed, inputs.position)
-        tokens = jnp.where(inputs.temperature > 0, drawn, tokens)
-    if not logprobs:
-        return Sampled(tokens)
+    tokens = lax.cond(jnp.any(inputs.temperature > 0), _draw_all, _most_likely, logits, inputs)
+    sampled: Sampled = lax.cond(wants_logprobs, _with_logprobs, _without_logprobs, logits, tokens)
+    return sampled
+
+
+def _most_likely(logits: jax.Array, _: SamplingInputs) -> jax.Array:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def _draw_all(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
+    drawn = jax.vmap(_draw)(logits, inputs.temperature, inputs.top_k, inputs.top_p, inputs.seed, inputs.position)
+    return jnp.where(inputs.temperature > 0, drawn, _most_likely(logits, inputs))
+
+
+def _with_logprobs(logits: jax.Array, tokens: jax.Array) -> Sampled:
     distribution = jax.nn.log_softmax(logits, axis=-1)
-    top_logprobs, top_ids = jax.lax.top_k(distribution, min(MAX_LOGPROBS, logits.shape[-1]))
+    top_logprobs, top_ids = lax.top_k(distribution, min(MAX_LOGPROBS, logits.shape[-1]))
     chosen = jnp.take_along_axis(distribution, tokens[:, None], axis=-1)[:, 0]
     return Sampled(tokens, chosen, top_ids.astype(jnp.int32), top_logprobs)
+
+
+def _without_logprobs(logits: jax.Array, tokens: jax.Array) -> Sampled:
+    top = (logits.shape[0], min(MAX_LOGPROBS, logits.shape[-1]))
+    return Sampled(tokens, jnp.zeros(top[:1]), jnp.zeros(top, jnp.int32), jnp.zeros(top))
 
 
 def _draw(

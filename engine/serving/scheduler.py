@@ -23,39 +23,62 @@ import numpy as np
 
 from engine.errors import RequestTooLarge
 from engine.memory.cache_manager import CacheManager
-from engine.memory.integers import Int32
+from engine.memory.integers import Bool, Int32, Int64
 from engine.serving.request import FinishReason, Request
+from engine.serving.running_rows import RunningRows
 
 
 @dataclass(frozen=True)
 class ScheduledRow:
-    """One request's part of a step: ``count`` tokens from position ``start``."""
+    """One request's part of a step: ``count`` tokens from position ``start``.
+
+    Attributes:
+        is_decode: whether it feeds back a generated token.
+        samples: whether its last token is the last one known, so that the next is to be chosen.
+    """
 
     request: Request
     start: int
     count: int
-
-    def tokens(self) -> Int32:
-        """Token ids of the row, int32 ``[count]``."""
-        return self.request.tokens(self.start, self.start + self.count)
-
-    @property
-    def is_decode(self) -> bool:
-        """Whether the row feeds back a generated token."""
-        return self.start >= len(self.request.prompt)
-
-    @property
-    def samples(self) -> bool:
-        """Whether the row's last token is the last one known, so that the next is to be chosen."""
-        return self.start + self.count == self.request.num_tokens
+    is_decode: bool
+    samples: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScheduledStep:
-    """The rows of a step and ``[sum of counts]`` int32 slots for their new tokens; no rows where nothing is to run."""
+    """A step's requests, and for each, ``[n]``, what it feeds; empty where nothing is to run.
 
-    rows: list[ScheduledRow]
-    out_cache_loc: Int32
+    Attributes:
+        requests: one a row of the batch.
+        req_pool_idx: int32, their page-table rows.
+        starts: int64, position of the first token fed.
+        counts: int64, tokens fed.
+        is_decode: whether a generated token is fed back.
+        on_device: whether that token was sampled since the request was admitted, so that the device has it.
+        samples: whether the next token is to be chosen.
+        tenancies: int64, see ``RunningRows.tenancy``.
+    """
+
+    requests: list[Request]
+    req_pool_idx: Int32
+    starts: Int64
+    counts: Int64
+    is_decode: Bool
+    on_device: Bool
+    samples: Bool
+    tenancies: Int64
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens fed."""
+        return int(self.counts.sum())
+
+    @property
+    def rows(self) -> list[ScheduledRow]:
+        """The same, an object a row."""
+        columns = (self.starts, self.counts, self.is_decode, self.samples)
+        parts = zip(self.requests, *(column.tolist() for column in columns), strict=True)
+        return [ScheduledRow(*part) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -89,8 +112,14 @@ class Scheduler:
         self.max_step_tokens = max(max_step_tokens, max_running_requests)
         self.clock = clock
         self.waiting: list[Request] = []  # in order of rank
-        self.running: list[Request] = []
         self.retractions = 0
+        self._plan = RunningRows(cache.page_table.max_requests)
+        self._timed: list[Request] = []  # those whose time may run out
+
+    @property
+    def running(self) -> list[Request]:
+        """Those that have a page-table row, in order of admission."""
+        return self._plan.requests
 
     @property
     def has_work(self) -> bool:
@@ -119,42 +148,61 @@ class Scheduler:
         """Queues a request; raises RequestTooLarge where it could never run."""
         self.check_fits(request)
         request.arrival = self.clock()
+        self._note_timeout(request)
         self._wait(request)
 
-    def next_step(self) -> ScheduledStep:
-        """Chooses the rows of the next step and gives them their slots."""
-        rows, retractions = self._running_rows(), self.retractions
-        while not self.cache.can_grow(*_growth(rows)):
+    def next_step(self, *, settled: bool = True) -> ScheduledStep | None:
+        """Chooses the rows of the next step and gives them their pages.
+
+        Args:
+            settled: whether every step before this one has been committed. If not, what they sample is planned for
+                unseen: who ends by its length is left out, who may stop by a token is not.
+
+        Returns:
+            The step; None if the pool is short while a step is under way: commit that first, since who must give up
+            its pages is decided when all is known.
+        """
+        (rows, counts), retractions = self._running_rows(), self.retractions
+        while not self.cache.can_grow(rows, counts):
+            if not settled:
+                return None
             self._retract(max(self.running, key=lambda request: request.rank))
-            rows = self._running_rows()
-        budget = self.max_step_tokens - sum(row.count for row in rows)
+            rows, counts = self._running_rows()
         # Who was just retracted must not come straight back, or the two would take turns without getting on; but one
         # that runs alone was in its own way, with a copy of pages that are cached, and comes back to share those.
-        may_admit = retractions == self.retractions or not rows
-        while may_admit and budget and self._admit_next():
-            request = self.running[-1]
-            rows.append(ScheduledRow(request, request.num_computed, min(request.num_pending, budget)))
-            budget -= rows[-1].count
-        return ScheduledStep(rows, self.cache.grow(*_growth(rows)))
+        if retractions == self.retractions or not rows.size:
+            rows, counts = self._admit(rows, counts)
+        self.cache.grow(rows, counts)
+        return self._scheduled(rows, counts)
 
     def commit(self, step: ScheduledStep, tokens: Int32) -> list[Request]:
         """Books a step that has run; ``tokens[i]`` was sampled for row ``i``, padding may follow.
 
+        What was computed for a request that has ended or lost its pages since the step was planned is dropped.
+
         Returns:
             The requests that finished; what they held is free or cached.
         """
+        live = self.still_run(step).tolist()
+        parts = (step.counts.tolist(), step.samples.tolist(), live, tokens[: len(live)].tolist())
         finished = []
-        for row, token in zip(step.rows, tokens[: len(step.rows)].tolist(), strict=True):
-            request, samples = row.request, row.samples
-            request.num_computed += row.count
-            if not row.is_decode:
-                self._publish(request)
-            if samples:
-                request.append(token)
-            if request.finish_reason is not None:
-                self._release(request)
-                finished.append(request)
+        for request, count, samples, is_live, token in zip(step.requests, *parts, strict=True):
+            if is_live:
+                request.num_computed += count
+                if samples:
+                    request.append(token)
+                    if request.finish_reason is not None:
+                        finished.append(request)
+        for index in np.flatnonzero(~step.is_decode).tolist():
+            if live[index]:
+                self._publish(step.requests[index])
+        for request in finished:
+            self._release(request)
         return finished
+
+    def still_run(self, step: ScheduledStep) -> Bool:
+        """Which rows of a step are for requests that have not ended or lost their pages since it was planned."""
+        return self._plan.are_live(step.req_pool_idx, step.tenancies)
 
     def undo(self, step: ScheduledStep) -> None:
         """Takes back a step that did not run: its requests give up their rows and wait again.
@@ -162,8 +210,10 @@ class Scheduler:
         The rows have grown by slots that hold nothing, and a row grows at its end only. What was computed before is
         still cached.
         """
-        for row in step.rows:
-            self.give_up(row.request)
+        live = self.still_run(step).tolist()
+        for request, is_live in zip(step.requests, live, strict=True):
+            if is_live:
+                self.give_up(request)
 
     def fork(self, parent: Request, child: Request) -> PageCopy | None:
         """Starts ``child``, another answer to the prompt that ``parent`` has just computed, from the parent's pages.
@@ -181,12 +231,14 @@ class Scheduler:
         row, has_slot = parent.req_pool_idx, len(self.running) < self.max_running_requests
         if row is None or not has_slot or not self.cache.can_fork(row, shared):
             child.arrival = parent.arrival
+            self._note_timeout(child)
             self._wait(child)
             return None
-        child.req_pool_idx, sources, targets = self.cache.fork(row, shared)
+        child_row, sources, targets = self.cache.fork(row, shared)
         child.arrival = parent.arrival
+        self._note_timeout(child)
         child.num_computed = child.cached_tokens = shared
-        self.running.append(child)
+        self._plan.admit(child, child_row)
         return PageCopy(sources, targets) if sources.size else None
 
     def give_up(self, request: Request) -> None:
@@ -197,8 +249,11 @@ class Scheduler:
 
     def expire(self) -> list[Request]:
         """Ends the requests whose time is up; returns them."""
+        if not self._timed:
+            return []
         now = self.clock()
-        late = [request for request in (*self.waiting, *self.running) if request.is_late(now)]
+        self._timed = [request for request in self._timed if request.finish_reason is None]
+        late = [request for request in self._timed if request.is_late(now)]
         for request in late:
             self.end(request, FinishReason.TIMEOUT)
         return late
@@ -213,19 +268,60 @@ class Scheduler:
         else:
             self._release(request)
 
-    def _running_rows(self) -> list[ScheduledRow]:
-        """What those who run already would like to do: decode first, then chunks of prompts in order of rank."""
-        rows = [ScheduledRow(r, r.num_computed, 1) for r in self.running if r.num_pending == 1]
-        budget = self.max_step_tokens - len(rows)
-        for request in sorted(self.running, key=lambda request: request.rank):
-            if request.num_pending > 1 and budget:
-                rows.append(ScheduledRow(request, request.num_computed, min(request.num_pending, budget)))
-                budget -= rows[-1].count
-        return rows
+    def _running_rows(self) -> tuple[Int32, Int64]:
+        """What those who run already would like to do: decode first, then chunks of prompts in order of rank.
 
-    def _admit_next(self) -> bool:
+        Returns:
+            Rows, and tokens of each.
+        """
+        rows = self._plan.in_order()
+        pending = self._plan.pending(rows)
+        decode, prompts = rows[pending == 1], rows[pending > 1]
+        counts = np.ones(decode.size, np.int64)
+        budget = self.max_step_tokens - decode.size
+        if not prompts.size:
+            return decode, counts
+        prompts = prompts[np.lexsort((self._plan.request_id[prompts], self._plan.rank[prompts]))]
+        wanted = self._plan.pending(prompts)
+        chunks = np.minimum(wanted, budget - (wanted.cumsum() - wanted))
+        fits = chunks > 0
+        return np.concatenate([decode, prompts[fits]]), np.concatenate([counts, chunks[fits]])
+
+    def _admit(self, rows: Int32, counts: Int64) -> tuple[Int32, Int64]:
+        """Adds waiting requests to a step while there is room for them in it, in the batch and in the pool."""
+        budget = self.max_step_tokens - int(counts.sum())
+        admitted: list[int] = []
+        chunks: list[int] = []
+        while budget and (row := self._admit_next()) is not None:
+            admitted.append(row)
+            chunks.append(min(self.running[-1].num_pending, budget))
+            budget -= chunks[-1]
+        if not admitted:
+            return rows, counts
+        return np.append(rows, np.array(admitted, np.int32)), np.append(counts, np.array(chunks, np.int64))
+
+    def _scheduled(self, rows: Int32, counts: Int64) -> ScheduledStep:
+        """Notes that ``counts`` tokens of ``rows`` will be computed."""
+        plan = self._plan
+        starts = plan.scheduled[rows]
+        samples = starts + counts == plan.known[rows]
+        plan.scheduled[rows] += counts
+        plan.known[rows] += samples
+        return ScheduledStep(
+            requests=plan.of(rows),
+            req_pool_idx=rows,
+            starts=starts,
+            counts=counts,
+            is_decode=starts >= plan.prompt[rows],
+            on_device=starts >= plan.admitted[rows],
+            samples=samples,
+            tenancies=plan.tenancy[rows],
+        )
+
+    def _admit_next(self) -> int | None:
+        """Admits who waits first; returns the row, or None where there is no room."""
         if not self.waiting or len(self.running) == self.max_running_requests:
-            return False
+            return None
         request = self.waiting[0]
         admission = self.cache.admit(
             request.scope,
@@ -235,13 +331,12 @@ class Scheduler:
             counts_hit=request.cached_tokens is None,
         )
         if admission is None:
-            return False
-        request.req_pool_idx = admission.row
+            return None
         request.num_computed = admission.cached_tokens + admission.loaded_tokens
         if request.cached_tokens is None:
             request.cached_tokens = request.num_computed
-        self.running.append(self.waiting.pop(0))
-        return True
+        self._plan.admit(self.waiting.pop(0), admission.row)
+        return admission.row
 
     def _retract(self, request: Request) -> None:
         self.give_up(request)
@@ -256,14 +351,10 @@ class Scheduler:
             self.cache.publish(request.req_pool_idx, request.scope, request.tokens(0, request.num_computed))
 
     def _release(self, request: Request) -> None:
-        self.running.remove(request)
-        if request.req_pool_idx is not None:
-            # A step that was scheduled and did not run has grown the row by slots that hold nothing yet.
-            computed = request.tokens(0, request.num_computed)
-            self.cache.release(request.req_pool_idx, request.scope, computed)
-            request.req_pool_idx = None
+        # A step that was scheduled and did not run has grown the row by slots that hold nothing yet.
+        computed = request.tokens(0, request.num_computed)
+        self.cache.release(self._plan.release(request), request.scope, computed)
 
-
-def _growth(rows: list[ScheduledRow]) -> tuple[Int32, Int32]:
-    indices = np.array([row.request.req_pool_idx for row in rows], np.int32)
-    return indices, np.array([row.count for row in rows], np.int32)
+    def _note_timeout(self, request: Request) -> None:
+        if request.params.timeout is not None:
+            self._timed.append(request)

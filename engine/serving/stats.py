@@ -17,7 +17,7 @@ class EngineStats:
     Attributes:
         steps: steps run.
         prefill_tokens, decode_tokens: tokens fed.
-        prefill_seconds, decode_seconds: time the steps took, host and device together.
+        prefill_seconds, decode_seconds: time from a step's commit, or its dispatch if that was later, to the next's.
         peak_held_tokens: most tokens in held pages after any step.
         finished: answers by why they ended.
     """
@@ -32,8 +32,7 @@ class EngineStats:
 
     def note(self, step: ScheduledStep, seconds: float, held_tokens: int) -> None:
         """Counts a step that has run."""
-        total = len(step.out_cache_loc)
-        decode = sum(row.count for row in step.rows if row.is_decode)
+        total, decode = step.num_tokens, int(step.counts[step.is_decode].sum())
         self.steps += 1
         self.decode_tokens += decode
         self.prefill_tokens += total - decode

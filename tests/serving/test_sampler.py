@@ -10,7 +10,7 @@ from engine.serving.request import SamplingParams
 from engine.serving.sampler import SamplingInputs, sample
 
 VOCAB, ROWS = 12, 4
-sample = jax.jit(sample, static_argnames=("random", "logprobs"))
+sample = jax.jit(sample)
 
 
 def inputs(temperature=1.0, top_k=0, top_p=1.0, seed=0, position=0):
@@ -27,7 +27,7 @@ def inputs(temperature=1.0, top_k=0, top_p=1.0, seed=0, position=0):
 
 
 def draw(logits, **how):
-    return np.asarray(sample(logits, inputs(**how), random=True, logprobs=False).tokens)
+    return np.asarray(sample(logits, inputs(**how), False).tokens)
 
 
 def random_logits(seed):
@@ -63,9 +63,7 @@ def test_draws_follow_the_distribution():
     logits = np.repeat(random_logits(1)[:1], ROWS, axis=0)
     counts = np.zeros(VOCAB)
     for position in range(1500):
-        drawn = sample(
-            logits, inputs(0.8, 6, 0.9, seed=np.arange(ROWS), position=position), random=True, logprobs=False
-        )
+        drawn = sample(logits, inputs(0.8, 6, 0.9, seed=np.arange(ROWS), position=position), False)
         np.add.at(counts, np.asarray(drawn.tokens), 1)
     kept, expected = nucleus(logits[0], 0.8, 6, 0.9)
     # 6,000 draws: a frequency of p has a standard deviation of at most 0.0065; five of them.
@@ -94,7 +92,7 @@ def test_a_draw_depends_on_seed_and_position_and_not_on_the_row():
 
 def test_logprobs_are_of_the_models_own_distribution():
     logits = random_logits(4)
-    got = sample(logits, inputs(temperature=2.5, top_k=3), random=True, logprobs=True)
+    got = sample(logits, inputs(temperature=2.5, top_k=3), True)
     exact = logits.astype(np.float64)
     exact -= np.log(np.exp(exact).sum(-1, keepdims=True))
     np.testing.assert_allclose(got.logprob, exact[np.arange(ROWS), np.asarray(got.tokens)], atol=1e-5)

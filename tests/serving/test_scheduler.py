@@ -7,6 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.attention.metadata import locate_new_tokens
+from engine.batch import LAST_SAMPLED, NOWHERE
 from engine.errors import RequestTooLarge, ShapeError
 from engine.memory.cache_manager import CacheManager
 from engine.memory.scope import CacheScope, LayoutKey
@@ -267,7 +269,7 @@ def test_every_request_finishes_and_no_step_breaks_a_rule(data):
     size = data.draw(st.sampled_from([16, 32, 64, 128]), label="size")
     slots, budget = data.draw(st.integers(1, 4), label="slots"), data.draw(st.integers(1, 24), label="budget")
     cache, scheduler = make(size, slots, budget)
-    batcher = Batcher(cache, parcel_shapes(slots, scheduler.max_step_tokens, cache.page_table.max_pages))
+    device = PretendDevice(cache.page_table, parcel_shapes(slots, scheduler.max_step_tokens, PAGE))
     waiting = [
         request(n, data.draw(st.integers(1, min(size, CONTEXT) - 8)), data.draw(st.integers(1, 8))) for n in range(1, 7)
     ]
@@ -278,32 +280,57 @@ def test_every_request_finishes_and_no_step_breaks_a_rule(data):
             scheduler.add(waiting.pop(0))
         if scheduler.has_work:
             step = scheduler.next_step()
-            check_step(step, batcher, slots, written)
+            check_step(step, device, slots, written)
             scheduler.commit(step, np.zeros(slots, np.int32))
             cache.check_integrity()
     assert all(r.finish_reason is FinishReason.LENGTH for r in requests)
     assert cache.held_tokens == 0
 
 
-def check_step(step, batcher, slots, written):
+class PretendDevice:
+    """Keeps page table and last tokens as the device does, from nothing but parcels."""
+
+    def __init__(self, page_table, shapes):
+        self.host = page_table
+        self.batcher = Batcher(page_table, shapes)
+        self.page_table = np.zeros((page_table.max_requests, page_table.max_pages), np.int32)
+
+    def receive(self, step):
+        parcel, shape, earlier = self.batcher.fill(step)
+        for places, pages in [*earlier, (parcel.update_at, parcel.update_page)]:
+            real = places != NOWHERE
+            assert len(set(places[real].tolist())) == np.count_nonzero(real)
+            self.page_table.reshape(-1)[places[real]] = pages[real]
+        for row in step.req_pool_idx.tolist():
+            held = self.host.row_pages(row)
+            np.testing.assert_array_equal(self.page_table[row, : held.size], held)
+        rows = np.where(parcel.req_pool_idx == NOWHERE, 0, parcel.req_pool_idx)
+        where = locate_new_tokens(
+            self.page_table[rows], parcel.cu_q_lens, parcel.kv_lens, num_tokens=shape.tokens, page_size=PAGE
+        )
+        return parcel, shape, *where
+
+
+def check_step(step, device, slots, written):
     """Each parcel row leads through its pages to exactly the slots where its tokens were written."""
-    parcel, shape = batcher.fill(step)
+    parcel, shape, all_positions, out_cache_loc = device.receive(step)
     total = sum(row.count for row in step.rows)
     assert 1 <= total <= shape.tokens
     assert 1 <= len(step.rows) <= slots
     assert parcel.cu_q_lens[-1] == total
-    assert (parcel.out_cache_loc[total:] == -1).all()
-    assert len(set(step.out_cache_loc.tolist())) == total
+    assert (out_cache_loc[total:] == -1).all()
+    assert len(set(out_cache_loc[:total].tolist())) == total
     for index, row in enumerate(step.rows):
         start, stop = parcel.cu_q_lens[index], parcel.cu_q_lens[index + 1]
-        positions = parcel.positions[start:stop]
+        positions = all_positions[start:stop]
         np.testing.assert_array_equal(positions, np.arange(row.start, row.start + row.count))
-        np.testing.assert_array_equal(parcel.token_ids[start:stop], row.tokens())
-        for position, slot in zip(positions.tolist(), parcel.out_cache_loc[start:stop].tolist(), strict=True):
+        fed, known = parcel.token_ids[start:stop], row.request.tokens(row.start, row.start + row.count)
+        np.testing.assert_array_equal(np.where(fed == LAST_SAMPLED, row.request.output[-1:] or 0, fed), known)
+        for position, slot in zip(positions.tolist(), out_cache_loc[start:stop].tolist(), strict=True):
             written[slot] = (row.request.request_id, position)
         assert parcel.kv_lens[index] == row.start + row.count
         for position in range(parcel.kv_lens[index]):
-            slot = int(parcel.page_table[index, position // PAGE]) * PAGE + position % PAGE
+            slot = int(device.page_table[parcel.req_pool_idx[index], position // PAGE]) * PAGE + position % PAGE
             assert written[slot] == (row.request.request_id, position)
     assert (parcel.kv_lens[len(step.rows) :] == 0).all()
 
@@ -329,18 +356,21 @@ def test_a_row_that_would_outgrow_the_context_is_refused_and_nothing_changes():
     row = np.array([cache.admit(SCOPE, np.arange(8, dtype=np.int32)).row], np.int32)
     cache.grow(row, np.array([7], np.int32))
     before = cache.held_tokens, cache.page_table.kv_lens(row).tolist()
-    with pytest.raises(ShapeError, match=f"would grow to {CONTEXT + 1} tokens; a row holds at most {CONTEXT}"):
+    with pytest.raises(ShapeError, match=f"cannot grow to {CONTEXT + 1} tokens: max_context_tokens is {CONTEXT}"):
         cache.grow(row, np.array([CONTEXT - 6], np.int32))
     assert (cache.held_tokens, cache.page_table.kv_lens(row).tolist()) == before
     cache.check_integrity()
 
 
-@pytest.mark.parametrize(("twice", "counts"), [(True, [4, 4]), (False, [4]), (False, [4, -1])])
-def test_a_refused_growth_takes_no_page(twice, counts):
+@pytest.mark.parametrize(
+    ("twice", "counts", "message"),
+    [(True, [4, 4], "more than once"), (False, [4], "different lengths"), (False, [4, -1], "cannot grow by -1 tokens")],
+)
+def test_a_refused_growth_takes_no_page(twice, counts, message):
     cache, _ = make()
     first, second = (cache.admit(SCOPE, np.arange(16, dtype=np.int32) + start).row for start in (0, 100))
     rows = np.array([first, first if twice else second], np.int32)
-    with pytest.raises(ShapeError, match="give distinct rows, a count for each"):
+    with pytest.raises(ShapeError, match=message):
         cache.grow(rows, np.array(counts, np.int32))
     assert cache.held_tokens == 0
     cache.check_integrity()

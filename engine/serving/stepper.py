@@ -1,0 +1,118 @@
+"""The engine's loop: plans a step while the device runs the one before it.
+
+    plan n+1 │ fill │ dispatch n+1 │ wait for n │ read n │ commit n │ plan n+2 …
+    device:   ……… step n ……………………………………┤├…… step n+1 ……………………………………………
+
+Programs run on the device in the order of dispatch. So a page that is freed at the commit of one step and handed out
+for the next but one is written by that later program after whatever a step under way still writes there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from engine.serving.batcher import Batcher
+from engine.serving.request import Request, TokenLogprobs
+from engine.serving.runner import ModelRunner, StepResult
+from engine.serving.sampler import Sampled
+from engine.serving.scheduler import ScheduledStep, Scheduler
+from engine.serving.stats import EngineStats
+
+
+@dataclass(frozen=True, eq=False)
+class Flight:
+    """A step that was dispatched and is not committed."""
+
+    step: ScheduledStep
+    result: StepResult
+    dispatched: float
+    keeps_logits: bool
+    keeps_logprobs: bool
+
+
+class Stepper:
+    """Plans, dispatches and commits steps.
+
+    Args:
+        scheduler: decides who runs.
+        batcher: makes parcels.
+        runner: runs them.
+        stats: counts them.
+        overlap: whether a step is dispatched before the one before it is committed.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, batcher: Batcher, runner: ModelRunner, stats: EngineStats, *, overlap: bool
+    ) -> None:
+        self._scheduler = scheduler
+        self._batcher = batcher
+        self._runner = runner
+        self._stats = stats
+        self._most_flights = 1 if overlap else 0
+        self._flights: deque[Flight] = deque()
+        self._landed = 0.0  # when the last step was committed
+
+    def advance(self, finished: list[Request], *, return_logits: bool = False) -> None:
+        """Dispatches the next step and commits the one before it, or the next itself where steps do not overlap.
+
+        A step that fails or is interrupted is taken back, and so is what was dispatched after it: their requests wait
+        again with the tokens that they have.
+
+        Args:
+            finished: the requests that finish are added to it, also where something fails after that.
+            return_logits: keep the logits of the step that is dispatched.
+        """
+        while (step := self._scheduler.next_step(settled=not self._flights)) is None:
+            finished += self._land()
+        if step.requests:
+            self._flights.append(self._dispatch(step, keeps_logits=return_logits))
+        if self._flights and (not step.requests or len(self._flights) > self._most_flights):
+            finished += self._land()
+        if not self._scheduler.has_work:
+            self._flights.clear()  # what they compute is nobody's
+
+    def _dispatch(self, step: ScheduledStep, *, keeps_logits: bool) -> Flight:
+        try:
+            parcel, shape, earlier_updates = self._batcher.fill(step)
+            result = self._runner.step(parcel, shape, earlier_updates)
+        except BaseException:  # an interrupt too: what did not run must not be taken for computed
+            self._scheduler.undo(step)
+            raise
+        return Flight(step, result, time.perf_counter(), keeps_logits, bool(parcel.wants_logprobs[0]))
+
+    def _land(self) -> list[Request]:
+        """Waits for the oldest step and commits it."""
+        flight = self._flights[0]
+        step, result = flight.step, flight.result
+        try:
+            tokens = np.asarray(result.sampled.tokens)
+            logits = np.asarray(result.logits) if flight.keeps_logits else None
+            sampled: Sampled | None = jax.device_get(result.sampled) if flight.keeps_logprobs else None
+        except BaseException:
+            while self._flights:
+                self._scheduler.undo(self._flights.pop().step)
+            raise
+        self._flights.popleft()
+        if logits is not None or sampled is not None:
+            for index in np.flatnonzero(self._scheduler.still_run(step) & step.samples).tolist():
+                _keep(step.requests[index], index, logits, sampled)
+        now = time.perf_counter()
+        self._stats.note(step, now - max(flight.dispatched, self._landed), self._scheduler.cache.held_tokens)
+        self._landed = now
+        return self._scheduler.commit(step, tokens)
+
+
+def _keep(request: Request, index: int, logits: npt.NDArray[np.float32] | None, sampled: Sampled | None) -> None:
+    """Keeps what a caller has asked to see beside the token of row ``index``."""
+    if logits is not None:
+        request.logits.append(logits[index])
+    wanted = request.params.logprobs
+    if sampled is not None and wanted is not None:
+        ids, values = sampled.top_ids[index, :wanted].tolist(), sampled.top_logprobs[index, :wanted].tolist()
+        request.logprobs.append(TokenLogprobs(float(sampled.logprob[index]), tuple(zip(ids, values, strict=True))))
