@@ -166,6 +166,8 @@ class LLM:
         if self.scheduler.has_work:
             self._stepper.advance(self._ended, return_logits=return_logits)
             self._start_siblings()
+        else:
+            self._stepper.drop()
         ended, self._ended = self._ended, []
         self.stats.finished.update(request.finish_reason for request in ended if request.finish_reason)
         return self._outputs_of(ended)

@@ -75,7 +75,11 @@ class Stepper:
         if self._flights and (not step.requests or len(self._flights) > self._most_flights):
             finished += self._land()
         if not self._scheduler.has_work:
-            self._flights.clear()  # what they compute is nobody's
+            self.drop()
+
+    def drop(self) -> None:
+        """Forgets the step under way, when no request is left whose tokens it computes."""
+        self._flights.clear()
 
     def _dispatch(self, step: ScheduledStep, *, keeps_logits: bool) -> Flight:
         try:
