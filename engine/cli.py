@@ -68,6 +68,13 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--mem-fraction-static", type=float, metavar="F", help="device memory for weights and pool")
     group.add_argument("--max-running-requests", type=int, metavar="N", help="slots of the batch")
     group.add_argument("--chunked-prefill-size", type=int, metavar="N", help="most new tokens a step")
+    group.add_argument(
+        "--no-overlap-steps",
+        dest="overlap_steps",
+        action="store_false",
+        default=None,
+        help="commit each step before the next is planned",
+    )
     group.add_argument("--context-length", type=int, metavar="N", help="most tokens of prompt and answer")
     group.add_argument("--attention-impl", choices=IMPLS)
     group.add_argument("--tp", type=int, metavar="N", help="devices that share the heads and the weights")
