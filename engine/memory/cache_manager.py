@@ -27,6 +27,7 @@ from engine.memory.scope import CacheScope
 
 # Of a page's tokens: so many steps ahead each running request finds its pages when another is admitted.
 LOOKAHEAD_SHARE = 4
+EVICT_AT_ONCE = 16  # pages, at most a 64th of the pool
 
 
 @dataclass(frozen=True)
@@ -222,18 +223,15 @@ class CacheManager:
         """
         if self.prefix is None or self._is_forgotten[row]:
             return
-        whole = self._insert(row, scope, token_ids)
-        # The match looks one token short, so that something is computed: here it is to see every page.
-        held = self.prefix.match(scope, np.append(token_ids[:whole], np.int32(0)))
-        self.prefix.lock(held)
-        if row in self._locked:
-            self.prefix.unlock(self._locked[row])
-        self._locked[row] = held
+        tokens, pages = self._full_pages(row, token_ids)
+        priority = int(self._priority[row])
+        self._locked[row] = self.prefix.advance(self._locked[row], scope, tokens, pages, priority=priority)
 
     def release(self, row: int, scope: CacheScope, token_ids: Int32) -> None:
         """Gives back a row and its pages; the full ones stay in the prefix cache."""
         if self.prefix is not None:
-            self._insert(row, scope, token_ids)
+            if not self._is_forgotten[row]:
+                self.prefix.insert(scope, *self._full_pages(row, token_ids), priority=int(self._priority[row]))
             if row in self._locked:
                 self.prefix.unlock(self._locked.pop(row))
         self.allocator.release(self.page_table.release(row))
@@ -293,16 +291,13 @@ class CacheManager:
                 available=(free + evictable) * self.page_size,
             )
         if self.prefix:
-            self.prefix.evict(short)
+            # More than is short where the pool is large: a call costs more than a page, and decoding asks for few.
+            self.prefix.evict(min(max(short, min(EVICT_AT_ONCE, self.size // self.page_size // 64)), evictable))
 
-    def _insert(self, row: int, scope: CacheScope, token_ids: Int32) -> int:
-        """Caches a row's full pages; returns how many tokens they hold."""
-        held = min(int(self.page_table.kv_lens([row])[0]), len(token_ids))
-        full = held // self.page_size
-        if self.prefix and not self._is_forgotten[row]:
-            pages = self.page_table.row_pages(row)[:full]
-            self.prefix.insert(scope, token_ids[: full * self.page_size], pages, priority=int(self._priority[row]))
-        return full * self.page_size
+    def _full_pages(self, row: int, token_ids: Int32) -> tuple[Int32, Int32]:
+        """A row's full pages, and the tokens that they hold as far as they are told."""
+        full = min(int(self.page_table.kv_lens([row])[0]), len(token_ids)) // self.page_size
+        return token_ids[: full * self.page_size], self.page_table.row_pages(row)[:full]
 
     def _relock(self, row: int, match: PrefixMatch | None) -> None:
         if self.prefix and match is not None:

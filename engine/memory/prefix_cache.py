@@ -22,13 +22,15 @@ import numpy.typing as npt
 
 from engine.errors import ConfigError, DoubleFreeError, ShapeError
 from engine.memory.cached_pages import CachedPages
-from engine.memory.integers import Bool, Int32, integer_vector
+from engine.memory.integers import Bool, Int32, Int64, integer_vector
 from engine.memory.node_ledger import NodeLedger
 from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
 from engine.memory.prefix_forest import PrefixForest
 from engine.memory.prefix_match import EvictedPages, PrefixMatch, checked_scope, token_vector
 from engine.memory.radix_tree import RadixNode, Walk
 from engine.memory.scope import CacheScope
+
+_NO_PAGES = np.empty(0, np.int32)
 
 EvictionPolicyName = Literal["lru", "lfu", "priority"]
 
@@ -115,7 +117,7 @@ class RadixCache:
         tokens = token_vector(token_ids)
         tree = self._forest.find(checked_scope(scope))
         if tree is None:
-            return PrefixMatch(np.empty(0, np.int32), 0, tokens.size, self, None)
+            return PrefixMatch(_NO_PAGES, 0, tokens.size, self, None)
         most = max(tokens.size - 1, 0) // self.page_size
         walk = tree.walk(tokens[: most * self.page_size])
         return PrefixMatch(_joined(walk), walk.num_pages * self.page_size, tokens.size, self, walk.node)
@@ -137,11 +139,7 @@ class RadixCache:
         Raises:
             DoubleFreeError: the handle is of another cache or holds no lock.
         """
-        if match.owner is not self or match.locks == 0:
-            raise DoubleFreeError(
-                f"cannot unlock a match of {match.num_tokens} tokens: it holds no lock of this cache; unlock once per "
-                "lock, through the handle that was locked"
-            )
+        self._require_locked(match)
         match.locks -= 1
         if match.node is not None:
             self._nodes.unlock(match.node)
@@ -179,27 +177,52 @@ class RadixCache:
             ShapeError: arrays of a wrong shape or dtype; a page that nobody holds, that is listed twice, or that is
                 already cached as something else.
         """
-        tokens, page_ids = token_vector(token_ids), integer_vector("pages", pages)
-        if page_ids.size != tokens.size // self.page_size:
-            raise ShapeError(
-                f"{page_ids.size} pages of {self.page_size} for {tokens.size} tokens; pass the "
-                f"{tokens.size // self.page_size} full ones, without the partial last page"
-            )
+        tokens, page_ids = self._checked(token_ids, pages)
         if not self._forest.accepts(checked_scope(scope)):
             return 0
-        whole = tokens[: page_ids.size * self.page_size]
-        level = priority if self.policy == "priority" else 0
-        tree = self._forest.find(scope)
-        walk = None if tree is None else tree.walk(whole)
-        known = 0 if walk is None else walk.num_pages
-        if known < page_ids.size:
-            self._pages.add(page_ids[known:])
-            end = self._forest.plant(scope).root if walk is None else self._nodes.ending_at(walk.node, known)
-            fresh = page_ids[known:].astype(np.int32)
-            self._nodes.use(self._nodes.attach(end, whole[known * self.page_size :], fresh, level), least_level=level)
-        elif walk is not None:
-            self._nodes.use(walk.node, least_level=level)
-        return known * self.page_size
+        return self._enter(scope, tokens, page_ids, priority).num_tokens
+
+    def advance(
+        self,
+        match: PrefixMatch,
+        scope: CacheScope,
+        token_ids: npt.ArrayLike,
+        pages: npt.ArrayLike,
+        *,
+        priority: int = 0,
+    ) -> PrefixMatch:
+        """Inserts what a request has computed meanwhile and moves its lock to the end of it.
+
+        The same as ``insert``, ``lock`` of all of it, and one ``unlock`` of ``match``, in one walk. Where the weights
+        have been replaced since the scope was made, nothing changes.
+
+        Args:
+            match: the request's locked handle.
+            scope: as for ``insert``.
+            token_ids: as for ``insert``.
+            pages: as for ``insert``.
+            priority: as for ``insert``.
+
+        Returns:
+            The locked handle from now on.
+
+        Raises:
+            ConfigError, ShapeError: as for ``insert``.
+            DoubleFreeError: as for ``unlock``.
+        """
+        self._require_locked(match)
+        tokens, page_ids = self._checked(token_ids, pages)
+        if not self._forest.accepts(checked_scope(scope)):
+            return match
+        entered = self._enter(scope, tokens, page_ids, priority)
+        known = entered.pages.size
+        cached = (
+            np.concatenate([entered.pages, page_ids[known:].astype(np.int32)]) if known else page_ids.astype(np.int32)
+        )
+        held = PrefixMatch(cached, cached.size * self.page_size, tokens.size, self, entered.node)
+        self.lock(held)
+        self.unlock(match)
+        return held
 
     def evict(self, num_pages: int) -> int:
         """Releases evictable pages in the order of the policy, ends of sequences first.
@@ -278,6 +301,40 @@ class RadixCache:
         """
         self._nodes.check_integrity()
         self._pages.check_integrity([node.pages for tree in self._forest.trees() for node in tree.nodes()])
+
+    def _checked(self, token_ids: npt.ArrayLike, pages: npt.ArrayLike) -> tuple[Int32, Int64]:
+        """A sequence's whole pages of tokens, and as many page ids."""
+        tokens, page_ids = token_vector(token_ids), integer_vector("pages", pages)
+        if page_ids.size != tokens.size // self.page_size:
+            raise ShapeError(
+                f"{page_ids.size} pages of {self.page_size} for {tokens.size} tokens; pass the "
+                f"{tokens.size // self.page_size} full ones, without the partial last page"
+            )
+        return tokens[: page_ids.size * self.page_size], page_ids
+
+    def _enter(self, scope: CacheScope, tokens: Int32, page_ids: Int64, priority: int) -> PrefixMatch:
+        """Inserts whole pages; says what was cached already, with the node around or at the end of them all."""
+        level = priority if self.policy == "priority" else 0
+        tree = self._forest.find(scope)
+        walk = None if tree is None else tree.walk(tokens)
+        known = 0 if walk is None else walk.num_pages
+        node = None if walk is None else walk.node
+        if known < page_ids.size:
+            self._pages.add(page_ids[known:])
+            end = self._forest.plant(scope).root if node is None else self._nodes.ending_at(node, known)
+            fresh = page_ids[known:].astype(np.int32)
+            node = self._nodes.attach(end, tokens[known * self.page_size :], fresh, level)
+        if node is not None:
+            self._nodes.use(node, least_level=level)
+        pages = _NO_PAGES if walk is None else _joined(walk)
+        return PrefixMatch(pages, known * self.page_size, tokens.size, self, node)
+
+    def _require_locked(self, match: PrefixMatch) -> None:
+        if match.owner is not self or match.locks == 0:
+            raise DoubleFreeError(
+                f"cannot unlock a match of {match.num_tokens} tokens: it holds no lock of this cache; unlock once per "
+                "lock, through the handle that was locked"
+            )
 
     def _settle(self, match: PrefixMatch) -> RadixNode | None:
         """The node that ends where the match does, split off if need be; refuses a match that is out of date."""

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from engine.errors import DoubleFreeError
 from engine.memory.cache_manager import CacheManager
 from engine.memory.host_tier import HostTier
 from engine.memory.page_format import PageFormat
@@ -166,3 +167,46 @@ def test_who_is_let_in_leaves_everyone_the_pages_of_the_next_steps():
         cache.grow(index, np.array(lens, np.int64))
         cache.grow(index, np.full(len(rows), 4, np.int64))
         cache.check_integrity()
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "priority"])
+def test_an_advance_is_an_insert_a_lock_and_an_unlock(policy):
+    """Two caches of equal history; few token values, so that much is known already and some ends inside a node."""
+    rng = np.random.default_rng()
+    ours, plain = (make(size=512, policy=policy)[0].prefix for _ in range(2))
+    handles = [cache.match(SCOPE, tokens(0)) for cache in (ours, plain)]
+    ours.lock(handles[0])
+    plain.lock(handles[1])
+    for _ in range(40):
+        sequence = rng.integers(0, 2, int(rng.integers(0, 12))).repeat(PAGE).astype(np.int32)
+        priority = int(rng.integers(3))
+        pages = []
+        for cache in (ours, plain):
+            cache.evict(max(0, 12 - cache.allocator.available_pages()))
+            pages.append(cache.allocator.alloc(sequence.size)[::PAGE] // PAGE)
+        old, handles = handles, [ours.advance(handles[0], SCOPE, sequence, pages[0], priority=priority)]
+        plain.insert(SCOPE, sequence, pages[1], priority=priority)
+        handles.append(plain.match(SCOPE, np.append(sequence, np.int32(0))))
+        plain.lock(handles[1])
+        plain.unlock(old[1])
+        for cache, mine in ((ours, pages[0]), (plain, pages[1])):
+            cache.allocator.release(mine)
+            cache.check_integrity()
+        assert handles[0].num_tokens == handles[1].num_tokens == sequence.size
+        assert handles[0].pages.tolist() == handles[1].pages.tolist()
+        assert (ours.protected_pages, ours.evictable_pages) == (plain.protected_pages, plain.evictable_pages)
+        assert old[0].locks == 0
+
+
+def test_an_advance_under_replaced_weights_keeps_what_was_locked():
+    cache = make()[0].prefix
+    pages = cache.allocator.alloc(8)[::PAGE] // PAGE
+    cache.insert(SCOPE, tokens(8), pages)
+    handle = cache.match(SCOPE, tokens(9))
+    with pytest.raises(DoubleFreeError, match="holds no lock"):
+        cache.advance(handle, SCOPE, tokens(8), pages)
+    cache.lock(handle)
+    cache.raise_weights_epoch("model", 1)
+    assert cache.advance(handle, SCOPE, tokens(8), pages) is handle
+    assert cache.protected_pages == 2
+    cache.unlock(handle)
