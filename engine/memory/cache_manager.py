@@ -27,7 +27,7 @@ from engine.memory.scope import CacheScope
 
 # Of a page's tokens: so many steps ahead each running request finds its pages when another is admitted.
 LOOKAHEAD_SHARE = 4
-EVICT_AT_ONCE = 16  # pages, at most a 64th of the pool
+EVICT_AT_ONCE = 64  # pages, at most a 32nd of the pool
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,7 @@ class CacheManager:
             )
         if self.prefix:
             # More than is short where the pool is large: a call costs more than a page, and decoding asks for few.
-            self.prefix.evict(min(max(short, min(EVICT_AT_ONCE, self.size // self.page_size // 64)), evictable))
+            self.prefix.evict(min(max(short, min(EVICT_AT_ONCE, self.size // self.page_size // 32)), evictable))
 
     def _full_pages(self, row: int, token_ids: Int32) -> tuple[Int32, Int32]:
         """A row's full pages, and the tokens that they hold as far as they are told."""

@@ -80,6 +80,10 @@ class CacheScope:
         if self.weights_epoch < 0:
             raise ConfigError(f"weights_epoch is {self.weights_epoch}; it counts replacements, so it is 0 or more")
 
+    def __hash__(self) -> int:
+        """Of the parts that tell scopes of one engine apart: a scope is looked up several times a step."""
+        return hash((self.model, self.weights_epoch, self.tenant_salt))
+
     def key_bytes(self) -> bytes:
         """The scope as bytes that no other scope has: canonical JSON, the same in every process."""
         adapter = None if self.adapter is None else self.adapter.name
