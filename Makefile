@@ -49,6 +49,7 @@ $(VENV)/.run: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	$(PIP) -e ".[test]"
+	-$(BIN)/python -m engine.bench.tpu.libtpu
 	touch $@
 
 $(VENV)/.lint: pyproject.toml | $(VENV)/bin/python

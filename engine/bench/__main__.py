@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from engine.bench import allocator, attention, prefix, scatter, serve, tpu_static
+from engine.bench import allocator, attention, pods, prefix, scatter, serve, tpu_static
 from engine.errors import EngineError
 
 BENCHMARKS = {
     "allocator": allocator,
     "attention": attention,
+    "pods": pods,
     "prefix": prefix,
     "scatter": scatter,
     "serve": serve,

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.bench.tpu import baseline
-from engine.bench.tpu.aot import TOPOLOGIES, compile_each, libtpu_version
+from engine.bench.tpu.aot import TOPOLOGIES, compile_each
+from engine.bench.tpu.libtpu import libtpu_version
 from engine.bench.tpu.rival import REQUIREMENT, install
 from engine.errors import BackendUnsupported
 

@@ -9,7 +9,7 @@ import jax
 import numpy.typing as npt
 from jax.sharding import Mesh, NamedSharding
 
-from engine.parallel import DATA_AXIS, REPLICATED, named
+from engine.parallel import DATA_AXIS, REPLICATED, TENSOR_AXIS, axis_size, named
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,13 @@ class Placement:
         if self.mesh is None:
             return activations
         placed: jax.Array = jax.lax.with_sharding_constraint(activations, named(self.mesh, DATA_AXIS, None))
+        return placed
+
+    def logits(self, logits: jax.Array) -> jax.Array:
+        """``[rows, vocab]``: split as the weights they come from; else XLA would gather those to make these whole."""
+        if self.mesh is None or logits.shape[1] % axis_size(self.mesh, TENSOR_AXIS):
+            return logits
+        placed: jax.Array = jax.lax.with_sharding_constraint(logits, named(self.mesh, DATA_AXIS, TENSOR_AXIS))
         return placed
 
     def whole(self, tree: Any) -> Any:

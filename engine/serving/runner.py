@@ -206,7 +206,7 @@ def _forward(
     owners = row_ids[sequence_of_tokens(bounds, num_tokens=shape.tokens, xp=jnp)]
     token_ids = rows.known_tokens(parts["token_ids"], owners)
     hidden = model(token_ids, jnp.asarray(metadata.positions), attend, placement.hidden)
-    logits = model.logits(hidden[jnp.maximum(bounds[1:] - 1, 0)])
+    logits = placement.logits(model.logits(hidden[jnp.maximum(bounds[1:] - 1, 0)]))
     inputs = SamplingInputs(parts["temperature"], parts["top_k"], parts["top_p"], parts["seed"], position=kv_lens)
     to_sample = ToSample(logits, inputs, parts["wants_logprobs"][0] != 0, row_ids)
     return placement.whole(to_sample), pool.replace_buffers(buffers), placement.whole(rows)

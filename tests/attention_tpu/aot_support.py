@@ -2,10 +2,11 @@
 
 import pytest
 
-from engine.bench.tpu.aot import missing_compiler
+from engine.bench.tpu.libtpu import missing_compiler
 
 NEEDS_LIBTPU = [
     pytest.mark.aot,
+    pytest.mark.timeout(1800),  # several compiles a test: a minute of work, many on a busy machine
     pytest.mark.skipif(missing_compiler() is not None, reason=f"cannot compile for a TPU: {missing_compiler()}"),
 ]
 VMEM_BYTES = {"v5e": 128 << 20, "v6e": 128 << 20, "v7x": 64 << 20}

@@ -46,7 +46,6 @@ def test_the_call_compiles_in_place_for_each_generation():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("decode", [True, False], ids=["decode", "prefill"])
 @pytest.mark.parametrize("gen", GENERATIONS)
 def test_every_dtype_compiles(gen, decode):
@@ -60,7 +59,6 @@ def test_every_dtype_compiles(gen, decode):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("decode", [True, False], ids=["decode", "prefill"])
 @pytest.mark.parametrize("gen", GENERATIONS)
 def test_every_configured_geometry_compiles(gen, decode):
@@ -85,6 +83,5 @@ def test_every_configured_geometry_compiles(gen, decode):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_every_page_size_compiles():
     check_all([shape("v6e", page_size=page_size, decode=True) for page_size in (16, 32, 64, 128, 256)])

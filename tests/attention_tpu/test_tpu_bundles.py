@@ -7,7 +7,7 @@ import pytest
 from engine.bench.tpu import baseline
 from engine.bench.tpu.bundles import read_program
 from engine.bench.tpu.figures import find_lanes, rival_figures
-from engine.bench.tpu.hlo import instructions, kernel_vmem_bytes, moves_of_at_least
+from engine.bench.tpu.hlo import collectives, instructions, kernel_vmem_bytes, moves_of_at_least
 from engine.errors import BackendUnsupported
 
 # (loop begins here, depth, MXU instructions) of each bundle: a loop of two blocks' loops as the kernel has them.
@@ -71,11 +71,18 @@ def test_the_rivals_blocks_are_counted_with_what_is_around_the_loop(tmp_path):
 
 
 HLO = """
+%inner (q: bf16[4,8]) -> bf16[4,8] {
+  %q = bf16[4,8]{1,0} parameter(0)
+  ROOT %held = bf16[4,8]{1,0} copy(%q)
+}
+
 ENTRY %main (p: bf16[4,8]) -> bf16[4,8] {
   %p = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
   %kernel.1 = (bf16[2,8]{1,0}, /*index=1*/bf16[4,8]{1,0}) custom-call(%p), custom_call_target="tpu_custom_call", \
 backend_config={"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"4096"}]}
   %copy.2 = bf16[4,8]{0,1} copy(%p)
+  %fusion.3 = bf16[3]{0} fusion(%p), kind=kLoop, calls=%inner
+  %gather = (bf16[2]{0}, bf16[16]{0}) all-gather-start(%p), dimensions={0}
   %small = f8e4m3fn[3]{0} negate(%p)
   ROOT %out = bf16[4,8]{1,0} get-tuple-element(%kernel.1), index=1
 }
@@ -87,6 +94,7 @@ def test_instructions_carry_the_bytes_of_their_largest_array():
     assert found["kernel.1"] == ("custom-call", 64)
     assert found["small"] == ("negate", 3)
     assert moves_of_at_least(HLO, 64) == ["copy copy.2: 64 bytes"]
+    assert collectives(HLO) == ["all-gather bf16[16]"]
     assert kernel_vmem_bytes(HLO) == {"kernel.1": 4096}
 
 

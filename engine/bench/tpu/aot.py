@@ -7,8 +7,6 @@ function with each, and prints a JSON line after each.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-import importlib.util
 import json
 import os
 import subprocess
@@ -18,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from engine.bench.tpu.libtpu import SITE, require_compiler
 from engine.errors import BackendUnsupported
 
 # The smallest topology of each generation; kernels are compiled for its first device.
@@ -38,25 +37,6 @@ DUMP_FLAGS = (
 MARK = "aot-result "
 
 
-def missing_compiler() -> str | None:
-    """Why nothing can be compiled for a TPU here, or None where it can."""
-    if not sys.platform.startswith("linux"):
-        return f"libtpu compiles on Linux, not on {sys.platform}"
-    if importlib.util.find_spec("libtpu") is None:
-        return "libtpu is not installed; pip install -e '.[tpu]'"
-    return None
-
-
-def libtpu_version() -> str:
-    """The version of the compiler, e.g. "0.0.50.1"; what it emits differs from one to the next.
-
-    Raises:
-        BackendUnsupported: there is no libtpu here.
-    """
-    _require_compiler()
-    return importlib.metadata.version("libtpu")
-
-
 def compile_each(target: str, cases: Sequence[dict[str, Any]], *, dump: bool = False) -> Iterator[dict[str, Any]]:
     """Calls ``target`` once a case in one process of its own, and yields what it returns as it comes.
 
@@ -71,9 +51,11 @@ def compile_each(target: str, cases: Sequence[dict[str, Any]], *, dump: bool = F
     Raises:
         BackendUnsupported: there is no libtpu here, or the process died.
     """
-    _require_compiler()
+    require_compiler()
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
-        environment = os.environ | ENVIRONMENT
+        # The compiler of this environment first, then whatever the caller's path has.
+        path = os.pathsep.join([str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | ENVIRONMENT | {"PYTHONPATH": path}
         if dump:
             environment["LIBTPU_INIT_ARGS"] = DUMP_FLAGS.format(folder)
             cases = [{**case, "folder": folder} for case in cases]
@@ -103,11 +85,6 @@ def _pipes(process: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
     if process.stdin is None or process.stdout is None:
         raise BackendUnsupported("the compiler's process has no pipes")
     return process.stdin, process.stdout
-
-
-def _require_compiler() -> None:
-    if reason := missing_compiler():
-        raise BackendUnsupported(f"cannot compile for a TPU: {reason}")
 
 
 def fresh_dumps(folder: Path, pattern: str, seen: set[Path]) -> list[Path]:

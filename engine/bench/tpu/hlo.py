@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 _NAME = re.compile(r"^\s*(?:ROOT )?%?([\w.\-<>]+) = ")
+_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-<>]+) \(.*\{\s*$")
+_CALLS = re.compile(r"fusion\(.*\bcalls=%?([\w.\-<>]+)")
 _SCOPED = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
 # They name memory and move none of it.
 _FREE = {"parameter", "bitcast", "tuple", "get-tuple-element", "custom-call", "while", "conditional", "call"}
@@ -22,24 +24,29 @@ class Instruction:
     Attributes:
         name: its name.
         opcode: e.g. "fusion".
-        largest_bytes: bytes of the largest array among its results.
+        largest: the largest array among its results, e.g. "bf16[8,128]".
+        largest_bytes: its bytes.
         line: its whole line.
     """
 
     name: str
     opcode: str
+    largest: str
     largest_bytes: int
     line: str
 
 
 def instructions(text: str) -> Iterator[Instruction]:
-    """Instructions of every computation of a program, in the order of its text."""
+    """Instructions of a program in the order of its text, but for those inside fusions, whose values are no arrays."""
+    fused, inside = set(_CALLS.findall(text)), False
     for line in text.splitlines():
-        match = _NAME.match(line)
-        if match:
+        if header := _HEADER.match(line):
+            inside = header[1] in fused
+        elif not inside and (match := _NAME.match(line)):
             shape, rest = _split_shape(line[match.end() :])
             opcode = rest.lstrip().split("(", 1)[0]
-            yield Instruction(match[1], opcode, max(map(_bytes, _ARRAY.finditer(shape)), default=0), line)
+            largest = max(_ARRAY.finditer(shape), key=_bytes, default=None)
+            yield Instruction(match[1], opcode, largest[0] if largest else "", _bytes(largest) if largest else 0, line)
 
 
 def moves_of_at_least(text: str, size: int) -> list[str]:
@@ -58,6 +65,12 @@ def kernel_vmem_bytes(text: str) -> dict[str, int]:
     """VMEM that each Pallas kernel of a program takes, by the name of its call."""
     calls = (i for i in instructions(text) if i.opcode == "custom-call" and '"tpu_custom_call"' in i.line)
     return {call.name: int(found[1]) if (found := _SCOPED.search(call.line)) else 0 for call in calls}
+
+
+def collectives(text: str) -> list[str]:
+    """The collectives of a program, each as "opcode shape"; one that is started and awaited counts once."""
+    found = ((i.opcode.removesuffix("-start"), i.largest) for i in instructions(text))
+    return [f"{opcode} {shape}" for opcode, shape in found if opcode in COLLECTIVES]
 
 
 def _split_shape(text: str) -> tuple[str, str]:

@@ -1,0 +1,144 @@
+"""What Llama 3 steps take on pods: compiled for each with no TPU at hand, bytes as planned, and the bandwidth floor.
+
+A decode step of every replica is compiled with the TPU kernel and two layers; what is said of the whole model is those
+two layers' figures times the number of layers, and the plan's own arithmetic for all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from engine.bench.tpu.aot import compile_each
+from engine.bench.tpu.libtpu import libtpu_version
+from engine.config import read_toml
+from engine.planning.sizing import format_bytes
+
+TARGET = "engine.bench.tpu.pod:compile_pod"
+MODELS = {"Llama 3 8B": "llama-3-8b", "Llama 3 70B": "llama-3-70b"}
+BEGIN, END = "<!-- written by python -m engine.bench pods --write -->", "<!-- end -->"
+HEADER = (
+    "pod", "model", "mesh", "weights a device", "KV a device", "tokens of KV a pod", "HBM bytes a step and device",
+    "floor", "sent a step and device", "compiled as planned",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pod:
+    """A TPU slice.
+
+    Attributes:
+        name: what people call it.
+        topology: what libtpu calls it.
+        device_bytes: memory of what JAX calls a device; of a v7x chip there are two.
+        bandwidth: bytes a second of that memory.
+    """
+
+    name: str
+    topology: str
+    device_bytes: int
+    bandwidth: float
+
+
+PODS = (
+    Pod("v5e 2x4", "v5e:2x4", 16 << 30, 0.82e12),
+    Pod("v6e 4x4", "v6e:4x4", 32 << 30, 1.64e12),
+    Pod("v7x 2x2x2", "tpu7x:2x2x2", 96 << 30, 3.7e12),
+    Pod("v5e 16x16", "v5e:16x16", 16 << 30, 0.82e12),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command line."""
+    parser.add_argument("--rows", type=int, default=32, help="sequences that each replica decodes")
+    parser.add_argument("--context", type=int, default=4096, help="tokens of each")
+    parser.add_argument(
+        "--write", type=Path, nargs="?", const=Path("docs/scaling.md"), metavar="FILE",
+        help="put the tables into this page (default: %(const)s)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compiles every pod and model, and prints or writes the tables."""
+    models = {name: read_toml(Path("configs") / f"{file}.toml")["model"] for name, file in MODELS.items()}
+    pairs = [(pod, name) for pod in PODS for name in models]
+    cases = [
+        {"topology": pod.topology, "model": models[name], "device_bytes": pod.device_bytes, "rows": args.rows,
+         "context": args.context}
+        for pod, name in pairs
+    ]  # fmt: skip
+    rows, exchanged = [], []
+    with Console(stderr=True).status("compiling") as status:
+        for (pod, name), found in zip(pairs, compile_each(TARGET, cases), strict=True):
+            rows.append(describe(pod, name, models[name], args.rows, found))
+            exchanged.append(f"* {pod.name}, {name}: {collectives(found)}")
+            status.update(f"compiled {len(rows)} of {len(pairs)}")
+    page = "\n".join([
+        f"jax {jax.__version__}, libtpu {libtpu_version()}, {datetime.date.today()}; each replica decodes {args.rows} "
+        f"sequences of {args.context:,} tokens, bfloat16, pages of 128.\n",
+        "| " + " | ".join(HEADER) + " |",
+        "|" + "---|" * len(HEADER),
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "\nCollectives of the compiled programs, two layers each:\n",
+        *exchanged,
+    ])  # fmt: skip
+    if args.write is None:
+        print(page)
+        return
+    replace_tables(args.write, page)
+    print(f"{len(rows)} rows written to {args.write}")
+
+
+def describe(pod: Pod, name: str, model: dict[str, Any], rows: int, found: dict[str, Any]) -> tuple[str, ...]:
+    """One row of the table, from what ``compile_pod`` found."""
+    if "failed" in found:
+        return (pod.name, name, *[""] * (len(HEADER) - 3), f"no: {found['failed'][:80]}")
+    tp = found["tp"]
+    mesh = f"tensor {tp} x data {found['dp']}"
+    weights = found["model weight bytes"]
+    head = (pod.name, name, mesh, format_bytes(weights))
+    compiled = faults(found) or "yes"
+    if not found["tokens"]:
+        return (*head, f"none: a device has {format_bytes(pod.device_bytes)}", *[""] * 4, compiled)
+    read = weights - found["unread bytes"] + found["context bytes"]
+    # A ring moves each byte of an all-reduce 2 (tp - 1) / tp times; after embedding, attention and MLP.
+    reduces = 1 + 2 * model["num_hidden_layers"]
+    sent = reduces * rows * model["hidden_size"] * 2 * 2 * (tp - 1) // tp
+    return (
+        *head, format_bytes(found["model pool bytes"]), f"{found['tokens']:,}", format_bytes(read),
+        f"{read / pod.bandwidth * 1e3:.2f} ms", format_bytes(sent), compiled,
+    )  # fmt: skip
+
+
+def faults(found: dict[str, Any]) -> str:
+    """Where the compiled program is not as planned; empty where it is."""
+    integers = found["argument bytes"] - found["weight bytes"] - found["pool bytes"]
+    wrong = []
+    if not 0 <= integers < 1 << 20:
+        wrong.append(f"{integers:,} bytes of arguments beside weights and pool")
+    if found["alias bytes"] != found["pool bytes"]:
+        wrong.append("pool not in place")
+    if found["temporary bytes"] > found["pool bytes"] / 8:
+        wrong.append(f"{format_bytes(found['temporary bytes'])} of temporaries")
+    return "; ".join(wrong + found["moves"])
+
+
+def collectives(found: dict[str, Any]) -> str:
+    """What devices exchange, in words."""
+    if "failed" in found:
+        return "not compiled"
+    return ", ".join(f"{count} {name}" for name, count in found["collectives"].items()) or "none"
+
+
+def replace_tables(path: Path, page: str) -> None:
+    """Puts ``page`` between the two marks of a document, or at its end."""
+    text = path.read_text() if path.exists() else "# Scaling\n"
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    path.write_text(f"{before.rstrip()}\n\n{BEGIN}\n\n{page}\n\n{END}\n{after.lstrip()}")

@@ -1,0 +1,100 @@
+"""What a Llama's step takes on each device of a pod, planned and compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from engine.bench.tpu.step import DTYPE, compile_step
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.models.llama_config import LlamaConfig
+from engine.models.sharding import abstract_llama, split_config, weight_bytes
+from engine.parallel import make_mesh
+from engine.planning.sizing import PoolPlan
+from engine.serving.build import plan_pool
+
+PAGE_SIZE = 128
+LAYERS = 2  # compiled; all layers are alike, so what each takes is known from these
+MEMORY_SHARE = 0.9
+
+
+def compile_pod(*, topology: str, model: dict[str, Any], device_bytes: int, rows: int, context: int) -> dict[str, Any]:
+    """Plans the pool that fits beside the weights, and compiles a decode step of ``LAYERS`` layers over it.
+
+    One KV head lies on each device of a tensor group; where the weights would not fit, twice as many devices share the
+    heads, and each KV head lies on two. All other devices are replicas.
+
+    Args:
+        topology: name of the TPU slice.
+        model: the geometry, a ``[model]`` table.
+        device_bytes: memory of one device.
+        rows: sequences of each replica.
+        context: tokens of each.
+
+    Returns:
+        ``compile_step``'s findings; how the mesh is made; bytes and tokens of the whole model as planned, with no
+        tokens where the weights do not fit.
+    """
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    config = LlamaConfig.from_mapping(model)
+    tp = min(config.num_key_value_heads, len(devices))
+    while (plan := _plan(config, devices, tp, device_bytes, context)) is None and 2 * tp <= len(devices):
+        tp *= 2
+    dp = len(devices) // tp
+    replica_tokens = plan.size_tokens // dp if plan else rows * context
+    found = compile_step(
+        topology=topology,
+        model=model,
+        layers=LAYERS,
+        pool_tokens=replica_tokens,
+        page_size=PAGE_SIZE,
+        tokens=rows,
+        rows=rows,
+        context=context,
+        tp=tp,
+        dp=dp,
+    )
+    embedding = config.vocab_size * config.hidden_size * jnp.dtype(DTYPE).itemsize
+    token_bytes = 2 * max(1, config.num_key_value_heads // tp) * config.head_dim * jnp.dtype(DTYPE).itemsize
+    return found | {
+        "devices": len(devices),
+        "tp": tp,
+        "dp": dp,
+        "model weight bytes": _weights(config, devices, tp),
+        "model pool bytes": plan.device_bytes if plan else 0,
+        "tokens": plan.size_tokens if plan else 0,
+        # An embedding table that is not the output projection is read by the row.
+        "unread bytes": 0 if config.tie_word_embeddings else embedding // tp,
+        "context bytes": rows * context * token_bytes * config.num_hidden_layers,
+    }
+
+
+def _weights(config: LlamaConfig, devices: Any, tp: int) -> int:
+    mesh = make_mesh(tp=tp, dp=len(devices) // tp, devices=devices)
+    return weight_bytes(abstract_llama(split_config(config, tp), DTYPE, mesh))
+
+
+def _plan(config: LlamaConfig, devices: Any, tp: int, device_bytes: int, context: int) -> PoolPlan | None:
+    """The largest pool beside the weights, or None where there is no room for one request a replica."""
+    dp = len(devices) // tp
+    unlimited = dp * (1 << 20)  # requests: memory is what limits the pool
+    engine = EngineConfig(
+        page_size=PAGE_SIZE,
+        mem_fraction_static=MEMORY_SHARE,
+        max_running_requests=unlimited,
+        chunked_prefill_size=unlimited,
+        context_length=context,
+        tp=tp,
+        dp=dp,
+    )
+    weights = _weights(config, devices, tp)
+    try:
+        plan = plan_pool(
+            engine, config, DTYPE, platform="tpu", device_bytes=device_bytes, weight_bytes=weights
+        )  # fmt: skip
+    except ConfigError:
+        return None
+    return plan if plan.size_tokens >= dp * context else None

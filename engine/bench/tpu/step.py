@@ -1,0 +1,174 @@
+"""The whole step of a Llama, from token ids to logits over the paged pool, compiled for TPUs that need not be there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+
+from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
+from engine.attention.sharded import MeshAttention
+from engine.bench.tpu.hlo import collectives, kernel_vmem_bytes, moves_of_at_least
+from engine.kv.pool import TokenToKVPool
+from engine.kv.split import buffer_spec
+from engine.models.llama import Llama
+from engine.models.llama_config import LlamaConfig
+from engine.models.sharding import abstract_llama, split_config, weight_bytes
+from engine.parallel import DATA_AXIS, make_mesh, named
+from engine.serving.placement import Placement
+
+DTYPE = jnp.bfloat16
+
+
+def compile_step(
+    *,
+    topology: str,
+    model: dict[str, Any],
+    layers: int,
+    pool_tokens: int,
+    page_size: int,
+    tokens: int,
+    rows: int,
+    context: int,
+    tp: int = 1,
+    dp: int = 1,
+) -> dict[str, Any]:
+    """Compiles one step of bfloat16 weights over a donated bfloat16 pool, as the serving runner's does it.
+
+    Args:
+        topology: name of the TPU slice, e.g. "v5e:2x4".
+        model: the geometry, a ``[model]`` table.
+        layers: how many of its layers; all are alike, so a few are enough to see what each does.
+        pool_tokens: usable token slots of each replica.
+        page_size: tokens a page.
+        tokens: new tokens of each replica, T.
+        rows: sequences of each replica, B.
+        context: longest context in tokens.
+        tp: devices that share the heads and weights.
+        dp: replicas.
+
+    Returns:
+        Bytes a device: planned for weights and pool, and as compiled for arguments, alias and temporaries; kernels,
+        collectives (opcode and shape to count), and what is moved of a layer's buffer's size.
+    """
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = make_mesh(tp=tp, dp=dp, devices=devices)
+    config = dataclasses.replace(split_config(LlamaConfig.from_mapping(model), tp), num_hidden_layers=layers)
+    place = _Places(mesh, devices[0])
+    llama, pool = place.model(config), place.pool(config, pool_tokens, page_size)
+    backend: Any = FlashAttentionBackend(
+        page_size=page_size,
+        num_q_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        sliding_window=config.sliding_window,
+        impl="tpu",
+    )
+    backend = backend if mesh is None else MeshAttention.over(backend, mesh)
+    graph, weights = nnx.split(llama)
+
+    def step(
+        weights: Any, pool: TokenToKVPool, token_ids: jax.Array, metadata: AttentionMetadata
+    ) -> tuple[Any, TokenToKVPool]:
+        merged: Llama = nnx.merge(graph, weights)
+        return _forward(merged, backend, Placement(mesh), pool, token_ids, metadata)
+
+    arguments = (weights, pool, place.tokens(dp * tokens), place.metadata(dp, tokens, rows, -(-context // page_size)))
+    with jax.sharding.use_abstract_mesh((mesh or Mesh(devices[:1], ("x",))).abstract_mesh):
+        compiled = jax.jit(step, donate_argnums=1).lower(*arguments).compile()
+    memory: Any = compiled.memory_analysis()
+    text = compiled.as_text() or ""
+    layer_bytes = pool.device_bytes // layers
+    return {
+        "weight bytes": weight_bytes(llama),
+        "pool bytes": pool.device_bytes,
+        "argument bytes": memory.argument_size_in_bytes,
+        "alias bytes": memory.alias_size_in_bytes,
+        "temporary bytes": memory.temp_size_in_bytes,
+        "VMEM bytes": list(kernel_vmem_bytes(text).values()),
+        "collectives": dict(Counter(collectives(text))),
+        "moves": moves_of_at_least(text, layer_bytes // 2),
+    }
+
+
+def _forward(
+    model: Llama,
+    backend: Any,
+    placement: Placement,
+    pool: TokenToKVPool,
+    token_ids: jax.Array,
+    metadata: AttentionMetadata,
+) -> tuple[Any, TokenToKVPool]:
+    """As the runner's traced step, with its metadata as arguments; the logits of each row's last token."""
+    buffers = list(pool.buffers)
+
+    def attend(layer_id: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        out: jax.Array
+        out, buffers[layer_id] = backend(q, k, v, buffers[layer_id], metadata)
+        return out
+
+    hidden = model(token_ids, jnp.asarray(metadata.positions), attend, placement.hidden)
+    replicas = pool.replicas
+    ends = jnp.asarray(metadata.cu_q_lens).reshape(replicas, -1)[:, 1:]
+    last = jnp.maximum(ends - 1, 0) + jnp.arange(replicas)[:, None] * (token_ids.shape[0] // replicas)
+    logits = placement.logits(model.logits(hidden[last.reshape(-1)]))
+    return placement.whole(logits), pool.replace_buffers(buffers)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Places:
+    """Shapes that say where they lie: over a mesh, or on one device."""
+
+    mesh: Mesh | None
+    device: jax.Device
+
+    def _on(self, array: Any, *entries: str | None) -> jax.ShapeDtypeStruct:
+        sharding = SingleDeviceSharding(self.device) if self.mesh is None else named(self.mesh, *entries)
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    def model(self, config: LlamaConfig) -> Llama:
+        llama = abstract_llama(config, DTYPE, self.mesh)
+        if self.mesh is None:
+            nnx.update(llama, jax.tree.map(self._on, nnx.state(llama)))
+        return llama
+
+    def pool(self, config: LlamaConfig, size: int, page_size: int) -> TokenToKVPool:
+        def make() -> TokenToKVPool:
+            heads, layers = config.num_key_value_heads, config.num_hidden_layers
+            return TokenToKVPool(
+                size, page_size, DTYPE, heads, config.head_dim, layers, self.mesh, platform="tpu"
+            )  # fmt: skip
+
+        pool: TokenToKVPool = jax.eval_shape(make)
+        sharding = (
+            SingleDeviceSharding(self.device) if self.mesh is None else NamedSharding(self.mesh, buffer_spec(self.mesh))
+        )
+        return TokenToKVPool.tree_unflatten(
+            (pool.size, pool.layout, pool.mesh),
+            (tuple(jax.ShapeDtypeStruct(b.shape, b.dtype, sharding=sharding) for b in pool.buffers),),
+        )
+
+    def tokens(self, count: int) -> jax.ShapeDtypeStruct:
+        return self._on(np.empty(count, np.int32), DATA_AXIS)
+
+    def metadata(self, replicas: int, tokens: int, rows: int, pages: int) -> AttentionMetadata:
+        """R times as long on every axis of tokens and sequences, one replica after the other."""
+        shapes = {
+            "page_table": (rows, pages),
+            "cu_q_lens": (rows + 1,),
+            "kv_lens": (rows,),
+            "out_cache_loc": (tokens,),
+            "positions": (tokens,),
+        }
+        arrays: dict[str, Any] = {
+            name: self._on(np.empty((replicas * shape[0], *shape[1:]), np.int32), DATA_AXIS)
+            for name, shape in shapes.items()
+        }
+        return AttentionMetadata(**arrays)

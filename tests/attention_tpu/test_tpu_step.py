@@ -1,0 +1,74 @@
+"""The whole step of a Llama, compiled for TPUs: the pool in place, nothing of its size moved, what devices exchange."""
+
+from pathlib import Path
+
+import pytest
+from aot_support import NEEDS_LIBTPU, VMEM_BYTES
+
+from engine.bench.tpu.aot import compile_each
+from engine.config import read_toml
+
+pytestmark = NEEDS_LIBTPU
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+STEP = "engine.bench.tpu.step:compile_step"
+
+
+def case(topology, name="llama-3-8b", *, layers=2, tokens=32, tp=1, dp=1):
+    return {
+        "topology": topology,
+        "model": read_toml(CONFIGS / f"{name}.toml")["model"],
+        "layers": layers,
+        "pool_tokens": 1 << 17,
+        "page_size": 128,
+        "tokens": tokens,
+        "rows": 32,
+        "context": 4096,
+        "tp": tp,
+        "dp": dp,
+    }
+
+
+def check(case, found):
+    assert "failed" not in found, found["failed"]
+    # Nothing but weights, pool and the step's few integers goes in, and the pool comes out in the same memory.
+    integers = found["argument bytes"] - found["weight bytes"] - found["pool bytes"]
+    assert 0 <= integers < 1 << 20, case
+    assert found["alias bytes"] == found["pool bytes"], case
+    assert found["moves"] == [], case
+    assert found["temporary bytes"] < found["pool bytes"] / 8, case
+    assert len(found["VMEM bytes"]) == case["layers"]
+    assert max(found["VMEM bytes"]) < VMEM_BYTES["v7x" if "7x" in case["topology"] else "v6e"]
+    reduced = {name: count for name, count in found["collectives"].items() if name.startswith("all-reduce")}
+    if case["tp"] == 1:
+        assert found["collectives"] == {}
+        return
+    # The embedding's, and after attention and MLP of each layer; then the logits, a few rows, are made whole.
+    hidden, vocab = case["model"]["hidden_size"], case["model"]["vocab_size"]
+    assert reduced == {f"all-reduce bf16[{case['tokens']},{hidden}]": 1 + 2 * case["layers"]}
+    for name in found["collectives"].keys() - reduced.keys():
+        assert name.startswith("all-gather f32["), name
+        assert str(vocab // case["tp"]) in name or str(vocab) in name
+
+
+def check_all(cases):
+    results = list(compile_each(STEP, cases))
+    assert len(results) == len(cases)
+    for case, found in zip(cases, results, strict=True):
+        check(case, found)
+
+
+def test_a_step_moves_nothing_of_the_pool():
+    check_all([case("v6e:2x2", layers=1), case("v5e:2x4", tp=8)])
+
+
+@pytest.mark.slow
+def test_larger_steps_move_nothing_of_the_pool():
+    check_all(
+        [
+            case("tpu7x:2x2x1", tokens=1024),
+            case("v6e:2x2", "mistral-7b", tokens=1024),
+            case("v6e:2x2", "qwen2.5-7b"),
+            case("v6e:4x4", "llama-3-70b", tp=8, dp=2),
+        ]
+    )
