@@ -1,0 +1,215 @@
+"""Which block sizes to try for the TPU kernel, what was found so far, and the table that ``choose_blocks`` reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from engine.attention.spec import AttentionSpec
+from engine.attention.tpu.api import make_geometry
+from engine.attention.tpu.block_sizes import OVERRIDE_KEYS, VMEM_BYTES, VMEM_SHARE, choose_blocks, load_overrides
+from engine.attention.tpu.geometry import BlockSizes
+from engine.attention.tpu.kernel import scratch_shapes
+from engine.kv.layout import KVLayout
+
+Mode = Literal["decode", "prefill"]
+MODES: tuple[Mode, ...] = ("decode", "prefill")
+CONTEXT = 8192  # tokens of the longest context that is tuned for
+FETCH_TOKENS = (512, 1024, 2048, 4096)
+CHUNK_TOKENS = (256, 512, 1024, 2048)
+PREFILL_ROWS = (256, 512, 1024, 2048)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one entry of the table is for.
+
+    Attributes:
+        generation: "v5e", "v6e" or "v7x".
+        heads: KV heads on a device.
+        group: query heads a KV head.
+        head_dim: elements a head.
+        page_size: tokens a page.
+        dtype: of the cache, by name.
+    """
+
+    generation: str
+    heads: int
+    group: int
+    head_dim: int
+    page_size: int
+    dtype: str
+
+    @property
+    def layout(self) -> KVLayout:
+        """How a pool on a TPU stores it."""
+        return KVLayout.create(
+            head_num=self.heads, head_dim=self.head_dim, dtype=self.dtype, page_size=self.page_size, platform="tpu"
+        )
+
+    @property
+    def query_dtype(self) -> Any:
+        """float32 beside a float32 cache, else bfloat16."""
+        return jnp.float32 if self.dtype == "float32" else jnp.bfloat16
+
+    def entry(self, blocks: BlockSizes) -> dict[str, Any]:
+        """Its entry in the table of overrides."""
+        values = dataclasses.asdict(self) | {"lanes": self.layout.lanes}
+        return {key: values[key] for key in OVERRIDE_KEYS} | {"blocks": dataclasses.asdict(blocks)}
+
+
+Timer = Callable[[Target, Mode, BlockSizes], float]
+"""Median seconds of one call; raises where the sizes do not compile."""
+
+
+def formula(target: Target) -> BlockSizes:
+    """What the kernel takes today: where the search begins."""
+    return choose_blocks(
+        generation=target.generation,
+        heads=target.heads,
+        group=target.group,
+        lanes=target.layout.lanes,
+        dtype=target.dtype,
+        page_size=target.page_size,
+        longest=CONTEXT,
+    )
+
+
+def candidates(target: Target, mode: Mode, start: BlockSizes) -> list[BlockSizes]:
+    """``start`` and the sizes of one mode to try in its place; decode and prefill do not feel each other's.
+
+    Chunks divide their fetch block and are whole pages, and all of the kernel's scratch fits the share of VMEM that the
+    formula keeps to.
+    """
+    found = [start]
+    for fetch, chunk in product(FETCH_TOKENS, CHUNK_TOKENS):
+        if chunk > fetch or chunk % target.page_size:
+            continue
+        pages = {
+            f"{mode}_fetch_pages": fetch // target.page_size,
+            f"{mode}_chunk_pages": chunk // target.page_size,
+        }
+        if mode == "decode":
+            found.append(dataclasses.replace(start, **pages))
+            continue
+        for rows in PREFILL_ROWS:
+            queries = max(8, rows // target.group // 8 * 8)
+            found.append(dataclasses.replace(start, prefill_queries=queries, **pages))
+    budget = VMEM_BYTES[target.generation] * VMEM_SHARE
+    return [blocks for blocks in dict.fromkeys(found) if scratch_bytes(target, blocks) <= budget]
+
+
+def scratch_bytes(target: Target, blocks: BlockSizes) -> int:
+    """VMEM that the kernel's buffers take with these sizes."""
+    layout = target.layout
+    cache = jax.ShapeDtypeStruct(layout.buffer_shape(2 * target.page_size), layout.dtype)
+    q = jax.ShapeDtypeStruct((8, target.heads * target.group, target.head_dim), target.query_dtype)
+    geo = make_geometry(
+        q,
+        target.heads,
+        cache,
+        AttentionSpec(target.page_size, 1.0),
+        CONTEXT // target.page_size,
+        generation=target.generation,
+        blocks=blocks,
+    )
+    buffers = (buffer for scratch in scratch_shapes(geo) for buffer in scratch)
+    return sum(math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize for buffer in buffers)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One measurement; ``seconds`` is None where the sizes do not compile, and ``failed`` says why."""
+
+    target: Target
+    mode: Mode
+    blocks: BlockSizes
+    seconds: float | None
+    failed: str = ""
+
+
+class Journal:
+    """Trials on disk, a line each as soon as it is done, so that an interrupted search goes on where it was.
+
+    Args:
+        path: the file; made where there is none. A last line that was cut off is left out, and measured again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.trials: list[Trial] = []
+        text = path.read_text() if path.exists() else ""
+        for line in text.splitlines(keepends=True):
+            if line.endswith("\n"):
+                values = json.loads(line)
+                parts = {"target": Target(**values["target"]), "blocks": BlockSizes(**values["blocks"])}
+                self.trials.append(Trial(**values | parts))
+        if text and not text.endswith("\n"):
+            path.write_text(text[: text.rfind("\n") + 1])
+
+    def find(self, target: Target, mode: Mode, blocks: BlockSizes) -> Trial | None:
+        """The trial of these sizes, if it was made."""
+        return next((t for t in self.trials if (t.target, t.mode, t.blocks) == (target, mode, blocks)), None)
+
+    def add(self, trial: Trial) -> None:
+        """Remembers a trial, on disk too."""
+        self.trials.append(trial)
+        with self._path.open("a") as file:
+            file.write(json.dumps(dataclasses.asdict(trial)) + "\n")
+
+
+def search(targets: Sequence[Target], timer: Timer, journal: Journal) -> Iterator[tuple[Target, Trial]]:
+    """Makes every trial that the journal does not have, and yields each, old ones too.
+
+    Prefill's are made with the fastest sizes of decode. What fails to compile is noted and passed over.
+    """
+    for target in targets:
+        start = formula(target)
+        for mode in MODES:
+            for blocks in candidates(target, mode, start):
+                trial = journal.find(target, mode, blocks)
+                if trial is None:
+                    trial = _try(target, mode, blocks, timer)
+                    journal.add(trial)
+                yield target, trial
+            start = best(journal, target, mode) or start
+
+
+def _try(target: Target, mode: Mode, blocks: BlockSizes, timer: Timer) -> Trial:
+    try:
+        return Trial(target, mode, blocks, timer(target, mode, blocks))
+    except Exception as error:  # the compiler's refusals have no type of their own
+        return Trial(target, mode, blocks, None, f"{type(error).__name__}: {error}"[:500])
+
+
+def best(journal: Journal, target: Target, mode: Mode) -> BlockSizes | None:
+    """The fastest sizes of a mode, or None where none compiled."""
+    timed = [(t.seconds, t) for t in journal.trials if (t.target, t.mode) == (target, mode) and t.seconds is not None]
+    return min(timed, key=lambda pair: pair[0])[1].blocks if timed else None
+
+
+def write_overrides(path: Path, targets: Sequence[Target], journal: Journal) -> int:
+    """Puts the fastest sizes of each target into the table, whole or not at all; entries of others stay.
+
+    Returns:
+        Targets that have an entry now: those of which a trial of prefill, the last mode, compiled.
+    """
+    found = [target.entry(blocks) for target in targets if (blocks := best(journal, target, MODES[-1]))]
+    keys = [[entry[key] for key in OVERRIDE_KEYS] for entry in found]
+    kept = json.loads(path.read_text()) if path.exists() else []
+    kept = [entry for entry in kept if [entry[key] for key in OVERRIDE_KEYS] not in keys]
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps([*kept, *found], indent=2) + "\n")
+    os.replace(partial, path)
+    load_overrides.cache_clear()
+    return len(found)
