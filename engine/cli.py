@@ -1,8 +1,9 @@
-"""The commands people type: ``python -m engine generate | plan | train``."""
+"""The commands people type: ``python -m engine generate | launch | plan | train``."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from engine import launch
 from engine.config import DTYPES, EVICTION_POLICIES, IMPLS, EngineConfig, read_toml
-from engine.errors import ConfigError, EngineError, RequestError
+from engine.errors import ConfigError, EngineError, ProcessLost, RequestError
 from engine.models import train
 from engine.models.llama_config import LlamaConfig
 from engine.planning.sizing import format_bytes
+from engine.processes import is_first, join_from, leave_at_once
 from engine.serving.build import plan_pool
 from engine.serving.check import check_against_dense
 from engine.serving.exporter import serve_metrics
@@ -33,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         return int(args.run(args) or 0)
+    except ProcessLost as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return leave_at_once(launch.FAILED)
     except EngineError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
@@ -51,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("config", type=Path, nargs="+", help="TOML files with [model] and [engine] tables")
     plan.add_argument("--platform", choices=("cpu", "gpu", "tpu"), default="tpu", help="whose padding to count")
     plan.set_defaults(run=run_plan)
+    several = commands.add_parser("launch", help="run a command in several processes on this machine")
+    launch.add_arguments(several)
+    several.set_defaults(run=launch.run)
     training = commands.add_parser("train", help="train the small Llama that ships with the package")
     train.add_arguments(training)
     training.set_defaults(run=train.run)
@@ -111,6 +120,7 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
 def run_generate(args: argparse.Namespace) -> int:
     """``generate``: prints what the pool holds, the answers, and what the run cost."""
     console = Console(highlight=False, soft_wrap=True)
+    join_from(os.environ)
     params = SamplingParams(
         **{f.name: getattr(args, f.name) for f in fields(SamplingParams) if hasattr(args, f.name)},
     )
@@ -147,7 +157,7 @@ def run_plan(args: argparse.Namespace) -> int:
 def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
     options = dict(read_toml(args.config).get("engine", {})) if args.config else {}
     for field in fields(EngineConfig):
-        if getattr(args, field.name) is not None:
+        if getattr(args, field.name, None) is not None:
             options[field.name] = getattr(args, field.name)
     return options
 
@@ -174,7 +184,7 @@ def _prompts(texts: list[str], llm: LLM) -> list[str] | list[list[int]]:
 @contextmanager
 def _progress(what: str) -> Iterator[Any]:
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=not is_first()) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

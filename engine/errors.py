@@ -9,6 +9,7 @@
     ├── KVPoolExhausted        (RuntimeError)         the pool has too few free tokens; retry after a free
     │   └── RequestTooLarge                           … and no free will ever help
     ├── DoubleFreeError        (RuntimeError)         what is being freed is not held
+    ├── ProcessLost            (RuntimeError)         another process of this engine died or stopped answering
     ├── IntegrityError         (RuntimeError)         the books do not balance: a bug, never the caller's fault
     └── BackendUnsupported     (NotImplementedError)  this backend cannot, another might
 
@@ -64,6 +65,10 @@ class DoubleFreeError(EngineError, RuntimeError):
 
 class IntegrityError(EngineError, RuntimeError):
     """An invariant of the bookkeeping does not hold."""
+
+
+class ProcessLost(EngineError, RuntimeError):
+    """Another process of this engine died or stopped answering; this one cannot go on."""
 
 
 class BackendUnsupported(EngineError, NotImplementedError):

@@ -16,6 +16,8 @@ LEVEL = {
     "config": 1,
     "batch": 1,
     "parallel": 1,
+    "processes": 1,
+    "launch": 2,
     "native": 2,
     "planning": 2,
     "kv": 3,

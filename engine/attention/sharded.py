@@ -48,11 +48,6 @@ class MeshAttention:
         )
         return cls(local, mesh)
 
-    @property
-    def page_size(self) -> int:
-        """Tokens a page, on all devices that share it."""
-        return self.local.page_size * axis_size(self.mesh, CONTEXT_AXIS)
-
     def prepare(self, metadata: AttentionMetadata) -> AttentionMetadata | ContextRows:
         """What each device needs of a step's metadata; once a step, for all layers.
 

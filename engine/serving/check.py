@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from engine.errors import ConfigError
 from engine.models.dense import dense_logits
 from engine.models.llama import Llama
+from engine.parallel import REPLICATED
 from engine.serving.request import RequestOutput
 
 # In float32 the two differ by the order of sums alone. In 16 bits every layer rounds its activations (8 and 11 bits
@@ -57,13 +59,16 @@ def check_against_dense(
         ConfigError: an answer carries no logits.
     """
     graph, weights = nnx.split(model)
-    dense = jax.jit(lambda weights, tokens: dense_logits(nnx.merge(graph, weights), tokens))
+    sharding = jax.tree.leaves(weights)[0].sharding
+    # Whole on every device, so that every process can read it.
+    out = NamedSharding(sharding.mesh, REPLICATED) if isinstance(sharding, NamedSharding) else None
+    dense = jax.jit(lambda weights, tokens: dense_logits(nnx.merge(graph, weights), tokens), out_shardings=out)
     differences, differs, count = [0.0], 0, 0
     for output in outputs:
         fed = np.asarray([*output.prompt_token_ids, *output.token_ids[:-1]], np.int32)
         padded = np.zeros(1 << (len(fed) - 1).bit_length(), np.int32)  # causal: what follows changes nothing before
         padded[: len(fed)] = fed
-        expected = np.asarray(dense(weights, jnp.asarray(padded)))[len(output.prompt_token_ids) - 1 : len(fed)]
+        expected = np.asarray(dense(weights, padded))[len(output.prompt_token_ids) - 1 : len(fed)]
         if output.logits is None:
             raise ConfigError("the answers carry no logits; generate them with return_logits=True")
         got = output.logits

@@ -30,7 +30,7 @@ def device_memory(devices: Sequence[jax.Device]) -> DeviceMemory | None:
         None where some device does not say its memory, such as a CPU.
     """
     local = [device for device in devices if device.process_index == jax.process_index()]
-    reports = [device.memory_stats() or {} for device in local]
+    reports = [report_of(device) for device in local]
     limit = min((report.get("bytes_limit", 0) for report in reports), default=0)
     used = max((report.get("bytes_in_use", 0) for report in reports), default=0)
     if jax.process_count() > 1:
@@ -40,3 +40,8 @@ def device_memory(devices: Sequence[jax.Device]) -> DeviceMemory | None:
         totals = gathered[..., 0] * 2**31 + gathered[..., 1]
         limit, used = int(totals[:, 0].min()), int(totals[:, 1].max())
     return DeviceMemory(limit, used) if limit else None
+
+
+def report_of(device: jax.Device) -> dict[str, int]:
+    """What a device says about its memory; empty where it says nothing."""
+    return device.memory_stats() or {}

@@ -15,6 +15,8 @@ from engine.models.llama_config import LlamaConfig
 from engine.models.text import Tokenizer
 from engine.serving.request import Request, SamplingParams
 
+Checked = tuple[npt.NDArray[np.int32], SamplingParams]
+
 
 class Intake:
     """Checks prompts and numbers requests.
@@ -40,14 +42,17 @@ class Intake:
         self._context_length = context_length
         self._made = 0
 
-    def requests(
+    def check(
         self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[Request]:
-        """Makes the requests of one call.
+    ) -> list[Checked]:
+        """Checks the requests of one call.
 
         Args:
             prompts: texts, or lists of token ids.
             params: for all, or one for each prompt; None is the default.
+
+        Returns:
+            The tokens of each prompt, int32 ``[n]``, and its parameters, for ``make``.
 
         Raises:
             RequestError: a prompt can never be served, or the counts differ.
@@ -61,10 +66,17 @@ class Intake:
         for param in params:
             if not isinstance(param, SamplingParams):
                 raise RequestError(f"sampling_params holds {param!r}; give a SamplingParams for each prompt")
-        return [self.request(prompt, param) for prompt, param in zip(prompts, params, strict=True)]
+        return [self._cut(prompt, param) for prompt, param in zip(prompts, params, strict=True)]
 
-    def request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
-        """Makes one request, and those of its siblings; an answer is cut to what the context leaves."""
+    def make(self, checked: Checked) -> Request:
+        """Makes a request, and those of its siblings."""
+        ids, params = checked
+        first, *siblings = [self._make(ids, params, index) for index in range(params.n)]
+        first.siblings = siblings
+        return first
+
+    def _cut(self, prompt: str | Sequence[int], params: SamplingParams) -> Checked:
+        """The prompt as tokens, and the answer cut to what the context leaves."""
         ids = self._token_ids(prompt)
         room = self._context_length - len(ids)
         if room < 1:
@@ -72,10 +84,7 @@ class Intake:
                 f"prompt of {len(ids)} tokens leaves no room for an answer in a context of {self._context_length}"
                 f" tokens; shorten it to at most {self._context_length - 1}"
             )
-        params = dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, room))
-        first, *siblings = [self._make(ids, params, index) for index in range(params.n)]
-        first.siblings = siblings
-        return first
+        return ids, dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, room))
 
     def _make(self, ids: npt.NDArray[np.int32], params: SamplingParams, index: int) -> Request:
         self._made += 1

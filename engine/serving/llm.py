@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from engine.config import EngineConfig
-from engine.errors import ConfigError, RequestError
+from engine.errors import ConfigError, EngineError, RequestError
 from engine.kv.pool import TokenToKVPool
 from engine.memory.scope import CacheScope, LayoutKey
 from engine.models.checkpoint import load_llama
@@ -18,6 +18,8 @@ from engine.models.default_model import DEFAULT_MODEL_DIR
 from engine.models.llama import Llama
 from engine.models.sharding import shard_llama
 from engine.models.text import Tokenizer, load_tokenizer
+from engine.processes import SharedPlan, lost
+from engine.serving.agreement import Agreement
 from engine.serving.batcher import Batcher, parcel_shapes
 from engine.serving.build import make_backend, make_cache, make_mesh_of, make_pool, weights_dtype, weights_identity
 from engine.serving.gate import Gate
@@ -84,7 +86,10 @@ class LLM:
             moves_pages=self.config.host_tier_bytes > 0,
         )
         self.cache, self._store = make_cache(self.config, self.model.config, pool, self._runner)
-        self.scheduler = Scheduler(self.cache, max_running_requests=slots, max_step_tokens=budget)
+        self._agreement = Agreement(SharedPlan())
+        self.scheduler = Scheduler(
+            self.cache, max_running_requests=slots, max_step_tokens=budget, clock=self._agreement.plan.clock
+        )
         self.stats = EngineStats()
         self._identity = weights_identity(self.model, directory)
         self._weights_epoch = 0
@@ -130,7 +135,8 @@ class LLM:
                 f"generate needs an idle engine, and {len(self._unfinished)} added requests are unfinished; "
                 "call step until they are done, or abort them"
             )
-        requests = self._intake.requests(prompts, sampling_params)
+        checked = self._agreement.on_requests(lambda: self._intake.check(prompts, sampling_params))
+        requests = [self._intake.make(request) for request in checked]
         for request in requests:
             self.scheduler.check_fits(request)
         for request in requests:
@@ -143,12 +149,13 @@ class LLM:
                     on_progress(len(done), len(requests))
         finally:  # an interrupted call leaves no page behind
             for request in requests:
-                self.abort(request.request_id)
+                self._abort(request.request_id)
         return [done.get(request.request_id) or self._output(request) for request in requests]  # who was aborted: as is
 
     def add_request(self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None) -> int:
         """Queues a request for ``step`` and returns its id; raises RequestError if it can never be served."""
-        request = self._intake.request(prompt, sampling_params or SamplingParams())
+        (checked,) = self._agreement.on_requests(lambda: self._intake.check([prompt], sampling_params))
+        request = self._intake.make(checked)
         self._add(request)
         return request.request_id
 
@@ -158,7 +165,16 @@ class LLM:
         Where steps overlap, what is dispatched now is read and booked by the next call.
         """
         with self._gate:
-            return self._step(return_logits)
+            if not self._agreement.plan.is_shared:
+                return self._step(return_logits)
+            try:
+                for request_id in self._agreement.on_step(self._runner.parcels):
+                    self._abort(request_id)
+                return self._step(return_logits)
+            except (RuntimeError, ValueError) as error:  # as jax reports that a collective lost its partner
+                if isinstance(error, EngineError):
+                    raise
+                raise lost(f"the step failed: {error}") from error
 
     def _step(self, return_logits: bool) -> dict[int, RequestOutput]:
         self._ended += [request for late in self.scheduler.expire() for request in self._with_unstarted(late)]
@@ -173,7 +189,16 @@ class LLM:
         return self._outputs_of(ended)
 
     def abort(self, request_id: int) -> None:
-        """Ends a request, with its siblings, and gives back every page; does nothing if it has ended."""
+        """Ends a request, with its siblings, and gives back every page; does nothing if it has ended.
+
+        Of several processes it is process 0's call that counts, and all of them do it before their next step.
+        """
+        if self._agreement.plan.is_shared:
+            self._agreement.later_abort(request_id)
+        else:
+            self._abort(request_id)
+
+    def _abort(self, request_id: int) -> None:
         with self._gate:
             leader = self._unfinished.pop(request_id, None)
             if leader is not None:

@@ -19,6 +19,11 @@ class Placement:
     mesh: Mesh | None = None
 
     @property
+    def is_shared(self) -> bool:
+        """Whether other processes hold a part."""
+        return self.mesh is not None and self.mesh.is_multi_process
+
+    @property
     def replicated(self) -> NamedSharding | None:
         """The sharding of what every device, and so every process, holds whole."""
         return None if self.mesh is None else NamedSharding(self.mesh, REPLICATED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -95,6 +96,7 @@ class ModelRunner:
         self._steps: dict[ParcelShape, Callable[..., Any]] = {}
         self._sample: Callable[..., tuple[Sampled, DeviceRows]] | None = None
         self._update_rows: Callable[..., DeviceRows] | None = None
+        self.parcels = 0  # checksum of all parcels, where other processes must have sent the same
         self._copies_ready = 0
         pages = pool.size // pool.page_size
         self._copies = [partial(self.copy, np.array([1], np.int32), np.array([2], np.int32))] if pages > 1 else []
@@ -159,6 +161,8 @@ class ModelRunner:
             raise ConfigError("nothing is compiled; call compile_all before the first step")
         for updates in earlier_updates:
             self.rows = self._update_rows(self.rows, self._placement.on_device(updates))
+        if self._placement.is_shared:
+            self.parcels = zlib.crc32(parcel.packed.tobytes(), self.parcels)
         packed = self._placement.on_device(parcel.packed)
         to_sample, self.pool, self.rows = self._steps[shape](self._weights, self.pool, self.rows, packed)
         sampled, self.rows = self._sample(self.rows, to_sample)
@@ -197,10 +201,12 @@ def _forward(
     bounds, kv_lens, row_ids = parts["cu_q_lens"], parts["kv_lens"], parts["req_pool_idx"]
     rows = rows.with_pages(parts["update_at"], parts["update_page"])
     metadata = _locate(rows.pages_of(row_ids), bounds, kv_lens, shape.tokens, pool.page_size)
+    attention: Callable[..., tuple[jax.Array, ...]] = backend
+    prepared = backend.prepare(metadata) if isinstance(backend, MeshAttention) else metadata
     buffers = list(pool.buffers)
 
     def attend(layer_id: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        out, buffers[layer_id] = backend(q, k, v, buffers[layer_id], metadata)
+        out, buffers[layer_id] = attention(q, k, v, buffers[layer_id], prepared)
         return out
 
     owners = row_ids[sequence_of_tokens(bounds, num_tokens=shape.tokens, xp=jnp)]

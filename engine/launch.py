@@ -1,0 +1,109 @@
+"""``python -m engine launch``: one command in several processes on this machine, which live and die together."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from engine.errors import ConfigError
+from engine.processes import COORDINATOR, COUNT, INDEX
+
+POLL_SECONDS = 0.05
+GRACE_SECONDS = 5.0  # to end by themselves, before they are killed
+FAILED = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the command."""
+    parser.add_argument("--processes", type=int, required=True, metavar="N", help="how many, at least 1")
+    parser.add_argument(
+        "--virtual-devices", type=int, metavar="N", help="CPU devices a process; default: what XLA_FLAGS says, else 1"
+    )
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="a command of this program")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Starts the processes, passes on what process 0 prints, and waits; returns the exit code.
+
+    Where one process fails the others are stopped within ``GRACE_SECONDS``, and the message says which it was.
+
+    Raises:
+        ConfigError: there is no command to run, or a number is below 1.
+    """
+    words = [word for index, word in enumerate(args.words) if index or word != "--"]
+    if not words or words[0] == "launch":
+        raise ConfigError("launch needs a command of this program after --, e.g. launch --processes 2 -- generate")
+    for name in ("processes", "virtual_devices"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    address = f"localhost:{_free_port()}"
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        for index in range(args.processes):
+            children.append(_start(words, index, args.processes, address, args.virtual_devices))
+        return _wait(children)
+    finally:
+        _stop(children)
+
+
+def _start(
+    words: Sequence[str], index: int, count: int, address: str, virtual_devices: int | None
+) -> subprocess.Popen[bytes]:
+    environment = os.environ | {COORDINATOR: address, COUNT: str(count), INDEX: str(index)}
+    if virtual_devices:
+        flags = environment.get("XLA_FLAGS", "")
+        environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={virtual_devices}"
+    output = None if index == 0 else subprocess.DEVNULL
+    return subprocess.Popen([sys.executable, "-m", "engine", *words], env=environment, stdout=output)
+
+
+def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Waits until all are done or one has failed; returns the exit code."""
+    while True:
+        codes = [child.poll() for child in children]
+        failed = [index for index, code in enumerate(codes) if code]
+        if failed:
+            # Who was killed, before who missed it.
+            first = min(failed, key=lambda index: ((codes[index] or 0) > 0, index))
+            code = codes[first] or FAILED
+            running = sum(code is None for code in codes)
+            print(
+                f"process {first} of {len(children)} {_how_it_ended(code)}; stopping the {running} that still run",
+                file=sys.stderr,
+                flush=True,
+            )
+            return code if code > 0 else FAILED
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(POLL_SECONDS)
+
+
+def _how_it_ended(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def _stop(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ends whoever still runs: first asked, then killed."""
+    running = [child for child in children if child.poll() is None]
+    for child in running:
+        child.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for child in running:
+        try:
+            child.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,79 @@
+"""What the processes of one engine agree on before they act: requests, aborts, the time, and that they did the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from engine.errors import IntegrityError, RequestError
+from engine.processes import SharedPlan
+from engine.serving.intake import Checked
+from engine.serving.request import SamplingParams
+
+
+class Agreement:
+    """Process 0's requests and aborts, in every process; with one process, its own at once.
+
+    Args:
+        plan: carries them.
+    """
+
+    def __init__(self, plan: SharedPlan) -> None:
+        self.plan = plan
+        self._aborts: list[int] = []
+
+    def on_requests(self, check: Callable[[], list[Checked]]) -> list[Checked]:
+        """The requests that process 0's ``check`` lets pass, or its refusal, in every process.
+
+        Raises:
+            RequestError: a request can never be served.
+            ProcessLost: process 0 is gone.
+        """
+        if not self.plan.is_shared:
+            return check()
+        refused: RequestError | None = None
+        offer: object = None
+        if self.plan.leads:
+            try:
+                offer = [[ids.tolist(), dataclasses.asdict(params)] for ids, params in check()]
+            except RequestError as error:
+                refused, offer = error, str(error)
+        agreed = self.plan.agree(offer)
+        if isinstance(agreed, str):
+            raise refused or RequestError(agreed)
+        return [(np.array(ids, np.int32), _params(values)) for ids, values in agreed]
+
+    def later_abort(self, request_id: int) -> None:
+        """Has every process abort a request before the next step; counts in process 0 alone."""
+        if self.plan.leads:
+            self._aborts.append(request_id)
+
+    def on_step(self, parcels: int) -> Sequence[int]:
+        """What process 0 says about the next step.
+
+        Args:
+            parcels: a checksum of all parcels that this process has sent to its devices.
+
+        Returns:
+            The requests to abort before it.
+
+        Raises:
+            IntegrityError: this process did not send what process 0 sent.
+            ProcessLost: process 0 is gone.
+        """
+        aborts: Sequence[int]
+        aborts, of_first = self.plan.agree([self._aborts, parcels])
+        self._aborts = []
+        if parcels != of_first:
+            raise IntegrityError(
+                f"the steps of this process (checksum {parcels:#x}) are not those of process 0 ({of_first:#x}): the "
+                "processes were not given the same configuration or did not make the same calls"
+            )
+        return aborts
+
+
+def _params(values: dict[str, object]) -> SamplingParams:
+    stops = values["stop_token_ids"]
+    return SamplingParams(**{**values, "stop_token_ids": tuple(stops)})  # type: ignore[arg-type]

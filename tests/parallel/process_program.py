@@ -1,0 +1,101 @@
+"""One of several processes that are an engine together; prints what it saw as one line of JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+
+import jax
+from serving_support import make_llama
+
+from engine import LLM, SamplingParams
+from engine.config import EngineConfig
+from engine.errors import ProcessLost, RequestError
+from engine.models.sharding import shard_llama
+from engine.processes import join_from, leave_at_once
+from engine.serving import device_memory
+from engine.serving.build import make_mesh_of, make_pool
+
+SKEW = 1e6  # seconds: what a process that is not the first believes of the time
+
+join_from(os.environ)
+index = jax.process_index()
+
+
+def tokens_of(outputs):
+    return [[output.token_ids, *(sibling.token_ids for sibling in output.siblings)] for output in outputs]
+
+
+def one_by_one(llm, prompts):
+    """Adds requests, aborts the second after three steps, and runs to the end."""
+    ids = [llm.add_request(prompt, SamplingParams(max_new_tokens=10, timeout=1000.0)) for prompt in prompts]
+    seen, steps = {}, 0
+    while llm.scheduler.has_work:
+        if steps == 3:
+            llm.abort(ids[1])
+        seen |= llm.step()
+        steps += 1
+    return [seen[i].token_ids if i in seen else None for i in ids]
+
+
+def skewed(llm):
+    """Everything that process 0 alone may know is otherwise in the others."""
+    if index:
+        true_time = time.monotonic
+        time.monotonic = lambda: true_time() + SKEW * (1 + true_time() % 1)
+    return index == 0
+
+
+def refused(llm):
+    try:
+        llm.generate([[1] * 10_000] if index == 0 else [[1]], SamplingParams(max_new_tokens=2))
+    except RequestError as error:
+        return str(error)
+    return None
+
+
+def compare(options, prompts, params):
+    params = [SamplingParams(**values) for values in params]
+    llm = LLM(make_llama(seed=5, num_attention_heads=8, num_key_value_heads=2), **options)
+    first = skewed(llm)
+    report = {"index": index, "refused": refused(llm), "size": llm.pool.size, "devices": jax.device_count()}
+    report["answers"] = tokens_of(llm.generate(prompts if first else [[index]], params if first else None))
+    report["stepped"] = one_by_one(llm, prompts[:3])
+    report["compiles"] = llm.compiles_after_warmup
+    llm.cache.check_integrity()
+    report["parcels"] = llm._runner.parcels
+    print(json.dumps(report), flush=True)
+
+
+def die(options, prompts, how):
+    """The last process ends in mid-run; the others must notice."""
+    llm = LLM(make_llama(seed=5, num_attention_heads=8, num_key_value_heads=2), **options)
+    for prompt in prompts:
+        llm.add_request(prompt, SamplingParams(max_new_tokens=120))
+    print(json.dumps({"index": index, "pid": os.getpid()}), flush=True)
+    try:
+        for step in range(1000):
+            if step == 5 and index == jax.process_count() - 1:
+                print(json.dumps({"dies": time.time()}), flush=True)
+                os.kill(os.getpid(), getattr(signal, how))
+            llm.step()
+    except ProcessLost as error:
+        print(json.dumps({"lost": str(error)}), flush=True)
+        leave_at_once(3)
+
+
+def size(reports, options):
+    """Devices that say different things about their memory must lead to one pool."""
+    mine = reports[index]
+    device_memory.report_of = lambda device: mine
+    config = EngineConfig(**options)
+    mesh = make_mesh_of(config)
+    _, pool = make_pool(config, shard_llama(make_llama(seed=5), mesh), mesh)
+    print(json.dumps({"index": index, "size": pool.size}), flush=True)
+
+
+mode, *arguments = (json.loads(argument) for argument in sys.argv[1:])
+{"compare": compare, "die": die, "size": size}[mode](*arguments)
