@@ -21,7 +21,7 @@ from jax._src import distributed  # the coordination service's client has no pub
 from engine.errors import ConfigError, ProcessLost
 
 COORDINATOR, COUNT, INDEX = "ENGINE_COORDINATOR", "ENGINE_PROCESSES", "ENGINE_PROCESS"
-HEARTBEAT_SECONDS = 10  # after which a process that says nothing counts as dead, and the others are ended
+HEARTBEAT_SECONDS = 30  # after which a process that says nothing counts as dead, and the others are ended
 JOIN_SECONDS = 120
 LEAVE_SECONDS = 10
 PLAN_SECONDS = 600  # a plan follows a step: longer than any step, or the first compile of one

@@ -20,11 +20,16 @@ def check(kv_heads, cases):
         assert result["whole"] / tp <= result["weights"][0] < result["whole"] * (1 / tp + 0.15)
 
 
-def test_heads_split_two_ways_and_repeated_for_four():
-    check(2, [{"tp": 2}, {"tp": 4}])
+def test_heads_split_and_repeated_and_pages_shared():
+    check(2, [{"tp": 2}, {"tp": 4}, {"cp": 2}])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [8, 4, 2, 1])
 def test_every_split_of_the_heads(kv_heads):
     check(kv_heads, [{"tp": 2}, {"tp": 4}, {"tp": 8}])
+
+
+@pytest.mark.slow
+def test_every_split_of_the_tokens():
+    check(4, [{"cp": 2}, {"cp": 4}, {"cp": 8}, {"cp": 2, "tp": 4}])
