@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from engine.bench import allocator, attention, pods, prefix, scatter, serve, tpu_static, tune
+from engine.bench import allocator, attention, pods, prefix, scaling, scatter, serve, tpu_static, tune
 from engine.errors import EngineError
 
 BENCHMARKS = {
@@ -13,6 +13,7 @@ BENCHMARKS = {
     "attention": attention,
     "pods": pods,
     "prefix": prefix,
+    "scaling": scaling,
     "scatter": scatter,
     "serve": serve,
     "tpu-static": tpu_static,

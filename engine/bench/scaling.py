@@ -1,0 +1,124 @@
+"""Step time and host time of the engine against devices: decode over meshes of virtual or real ones.
+
+Each number of devices runs in a process of its own, because virtual devices are fixed when jax starts. Virtual devices
+share the cores of this machine, so that more of them can only show what splitting costs, never what it gains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+SPLITS = ("tp", "cp")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the benchmark."""
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help="numbers of devices")
+    parser.add_argument("--split", choices=SPLITS, default="tp", help="what they share: heads or tokens (default: tp)")
+    parser.add_argument("--requests", type=int, default=8, metavar="N", help="rows of the batch (default: 8)")
+    parser.add_argument("--context", type=int, default=512, metavar="N", help="tokens of each prompt (default: 512)")
+    parser.add_argument("--steps", type=int, default=60, metavar="N", help="decode steps measured (default: 60)")
+    parser.add_argument("--virtual", action=argparse.BooleanOptionalAction, default=True, help="virtual CPU devices")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints a row for each number of devices."""
+    table = Table(title=f"decode, {args.requests} requests of {args.context} tokens, split by {args.split}")
+    for column in ("devices", "step ms", "host ms", "pool bytes a device", "against one device"):
+        table.add_column(column, justify="right")
+    first = None
+    for devices in args.devices:
+        result = _in_own_process(args, devices)
+        first = first or result["step"]
+        table.add_row(
+            str(devices),
+            f"{result['step'] * 1e3:.2f}",
+            f"{result['host'] * 1e3:.2f}",
+            f"{result['bytes']:,}",
+            f"{first / result['step']:.2f}x",
+        )
+    console = Console()
+    console.print(table)
+    if args.virtual:
+        console.print(f"The devices are virtual and share {os.cpu_count()} cores: more of them cannot be faster.")
+
+
+def _in_own_process(args: argparse.Namespace, devices: int) -> dict[str, Any]:
+    environment = dict(os.environ)
+    if args.virtual:
+        flags = environment.get("XLA_FLAGS", "")
+        environment |= {
+            "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+            "JAX_PLATFORMS": "cpu",
+        }
+    words = [str(getattr(args, name)) for name in ("split", "requests", "context", "steps")]
+    command = [sys.executable, "-m", "engine.bench.scaling", str(devices), *words]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def measure(devices: int, split: str, requests: int, context: int, steps: int) -> dict[str, float]:
+    """Medians over decode steps: seconds of a step, and processor seconds of the thread that plans and dispatches it.
+
+    Args:
+        devices: that share the work.
+        split: "tp" or "cp".
+        requests: rows of the batch.
+        context: tokens of each prompt.
+        steps: decode steps.
+    """
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    from engine.models.llama import Llama
+    from engine.models.llama_config import LlamaConfig
+    from engine.serving.llm import LLM
+    from engine.serving.request import SamplingParams
+
+    geometry = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=context + steps + 16,
+    )
+    options: dict[str, Any] = {split: devices}
+    llm = LLM(
+        Llama(geometry, dtype=jnp.float32, rngs=nnx.Rngs(0)),
+        page_size=32,
+        max_running_requests=requests,
+        chunked_prefill_size=max(requests, 128),
+        context_length=context + steps + 16,
+        **options,
+    )
+    rng = np.random.default_rng(0)
+    for _ in range(requests):
+        llm.add_request(rng.integers(0, 4096, context).tolist(), SamplingParams(max_new_tokens=steps + 8))
+    while any(request.num_computed < context for request in (*llm.scheduler.waiting, *llm.scheduler.running)):
+        llm.step()
+    seconds, host_seconds = [], []
+    for _ in range(steps):
+        start, start_host = time.perf_counter(), time.thread_time()
+        llm.step()
+        seconds.append(time.perf_counter() - start)
+        host_seconds.append(time.thread_time() - start_host)
+    return {"step": median(seconds), "host": median(host_seconds), "bytes": llm.plan.device_bytes}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:6]))))
