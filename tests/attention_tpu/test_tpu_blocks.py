@@ -1,21 +1,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tpu_cases import SMALL
 
+from engine.attention.metadata import AttentionMetadata
+from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.attention.tpu import block_sizes
+from engine.attention.tpu.api import ragged_paged_attention_tpu
 from engine.attention.tpu.block_sizes import OVERRIDE_KEYS, VMEM_BYTES, choose_blocks, load_overrides, run_pages
 from engine.attention.tpu.geometry import Geometry
 from engine.attention.tpu.kernel import scratch_shapes
 from engine.attention.tpu.schedule import make_schedule
-from engine.errors import ConfigError
+from engine.errors import BackendUnsupported, ConfigError
 
 
 @pytest.mark.parametrize("generation", VMEM_BYTES)
@@ -91,3 +96,22 @@ def test_the_table_of_overrides_goes_before_the_formula(tmp_path: Path, monkeypa
 
 def test_the_shipped_table_loads() -> None:
     load_overrides()
+
+
+@pytest.mark.parametrize(("page_size", "fits"), [(16, False), (128, True)])
+def test_a_page_table_that_scalar_memory_cannot_hold_is_refused_with_the_arithmetic(page_size: int, fits: bool) -> None:
+    """256 sequences of 32,768 tokens: 2 MiB of page ids at 16 tokens a page, 256 KiB at 128."""
+    pages, like = 32_768 // page_size, jax.ShapeDtypeStruct
+    metadata = AttentionMetadata(*(like(shape, jnp.int32) for shape in ((256, pages), (257,), (256,), (256,), (256,))))
+    kv = like((256, 1, 128), jnp.bfloat16)
+    call = functools.partial(
+        ragged_paged_attention_tpu, heads=HeadArrays(), spec=AttentionSpec(page_size, 1.0), generation="v6e"
+    )
+    shapes = (like((256, 8, 128), jnp.bfloat16), kv, kv, like((4096, 2, 128), jnp.bfloat16), metadata)
+    if fits:
+        assert jax.eval_shape(call, *shapes)[0].shape == (256, 8, 128)
+    else:
+        with pytest.raises(
+            BackendUnsupported, match=r"256 sequences of 2048 pages of 16 tokens need 2,1.*of 1,040,384"
+        ):
+            jax.eval_shape(call, *shapes)

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tpu_cases import check, make_step, oracle
 
+from engine.attention.tpu.geometry import BlockSizes
+
 MIXED = [(1, 5), (0, 40), (1, 300), (40, 170), (3, 3), (1, 129)]
 
 
@@ -76,27 +78,48 @@ def test_positions_past_32767() -> None:
     check(make_step(10, [(1, 5), (1, 33_000), (20, 33_100)], heads=1, page_size=128))
 
 
+def blocks_of(page_size: int) -> BlockSizes:
+    """Small blocks whatever the page: 256 tokens fetched, 128 computed, or one page where it is larger."""
+    fetch, chunk = max(1, 256 // page_size), max(1, 128 // page_size)
+    return BlockSizes(fetch, chunk, 16, fetch, chunk)
+
+
 @pytest.mark.slow
-@settings(max_examples=12)
+@pytest.mark.timeout(1800)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_any_step_equals_the_oracle(data: st.DataObject) -> None:
-    page_size = data.draw(st.sampled_from([16, 32, 64]))
+    page_size = data.draw(st.sampled_from([16, 32, 48, 64, 128, 256]))
     edges = [1, page_size - 1, page_size, page_size + 1, 127, 128, 129, 255, 256, 257, 500]
     seqs = [(1, 3)]
     for _ in range(data.draw(st.integers(1, 4))):
         kv_len = data.draw(st.sampled_from(edges))
         seqs.append((min(kv_len, data.draw(st.sampled_from([0, 1, 2, 15, 16, 17, 60]))), kv_len))
+    heads, group = data.draw(st.sampled_from([(1, 1), (3, 1), (1, 4), (2, 4), (1, 8), (2, 7)]))
+    dtype = data.draw(st.sampled_from([jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn, jnp.float8_e5m2]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 1 << 30)))
+    scales = {name: 2 ** rng.uniform(-1, 0.5, heads).astype(np.float32) for name in ("k_scale", "v_scale")}
     step = make_step(
         data.draw(st.integers(0, 1 << 30)),
         seqs,
-        heads=data.draw(st.sampled_from([1, 2, 3])),
-        group=data.draw(st.sampled_from([1, 4, 8])),
-        head_dim=data.draw(st.sampled_from([64, 128])),
+        heads=heads,
+        group=group,
+        head_dim=data.draw(st.sampled_from([64, 80, 128, 192, 256])),
         page_size=page_size,
-        dtype=data.draw(st.sampled_from([jnp.bfloat16, jnp.float32])),
+        dtype=dtype,
         contiguous=data.draw(st.booleans()),
     )
-    check(step, races=True, sliding_window=data.draw(st.sampled_from([None, 1, 16, 100])))
+    check(
+        step,
+        races=True,
+        # A chunk of three pages of 48 tokens does not fill whole registers.
+        blocks=blocks_of(page_size) if page_size != 48 else BlockSizes(8, 8, 16, 8, 8),
+        sliding_window=data.draw(st.sampled_from([None, 1, 16, 100])),
+        soft_cap=data.draw(st.sampled_from([None, 3.0])),
+        sinks=rng.standard_normal(heads * group).astype(np.float32) if data.draw(st.booleans()) else None,
+        return_lse=data.draw(st.booleans()),
+        **scales if jnp.dtype(dtype).itemsize == 1 else {},
+    )
 
 
 def test_the_oracle_itself_knows_one_token() -> None:

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from engine.attention.metadata import AttentionMetadata
 from engine.attention.spec import AttentionSpec, HeadArrays
-from engine.attention.tpu.block_sizes import VMEM_BYTES, choose_blocks, run_pages
+from engine.attention.tpu.block_sizes import SMEM_BYTES, VMEM_BYTES, choose_blocks, run_pages
 from engine.attention.tpu.flash import LOG2_E
 from engine.attention.tpu.geometry import LANES, BlockSizes, Geometry
 from engine.attention.tpu.kernel import call_kernel
-from engine.attention.tpu.schedule import make_schedule
+from engine.attention.tpu.schedule import Schedule, make_schedule
 from engine.errors import BackendUnsupported
 from engine.kv.layout import merge_kv, packing, pad_fused
 from engine.kv.tpu_view import unview_words, view_is_free, view_words
@@ -77,6 +77,7 @@ def ragged_paged_attention_tpu(
         run_pages=geo.run_pages,
     )
     _, k, v = heads.scale(q, k, v)
+    _check_scalars(schedule, page_size=spec.page_size, table=table.shape)
     grouped = _scaled_queries(geo, q, spec.sm_scale, heads.k_scale)
     *results, cache = call_kernel(
         geo,
@@ -166,6 +167,17 @@ def _check(heads: int, fused_kv: jax.ShapeDtypeStruct | jax.Array, page_size: in
         raise BackendUnsupported(
             f"page_size={page_size} is no multiple of the packing {packing(fused_kv.dtype)} of {fused_kv.dtype}; "
             "choose one that is"
+        )
+
+
+def _check_scalars(schedule: Schedule, *, page_size: int, table: tuple[int, ...]) -> None:
+    """Refuses a step whose description the compiler could not place in scalar memory."""
+    needed = sum(4 * array.size for array in schedule)
+    if needed > SMEM_BYTES:
+        raise BackendUnsupported(
+            f"the TPU kernel keeps a page table and lengths in scalar memory: {table[0]} sequences of {table[1]} "
+            f"pages of {page_size} tokens need {needed:,} bytes of {SMEM_BYTES:,}; use larger pages, a shorter context "
+            "or fewer sequences a step"
         )
 
 

@@ -14,6 +14,8 @@ from engine.kv.layout import packing, padded_rows
 
 # VMEM of one core in bytes, by the generation that pltpu.get_tpu_info names.
 VMEM_BYTES = {"v5e": 128 << 20, "v6e": 128 << 20, "v7x": 64 << 20}
+# Scalar memory for a step's page table and lengths: 1 MiB, less what the kernel itself takes (measured below 5 KiB).
+SMEM_BYTES = (1 << 20) - (8 << 10)
 # The kernel keeps to this share; the rest is the compiler's for spills and for what XLA holds across the call.
 VMEM_SHARE = 0.75
 RUN_TOKENS = 512  # tokens of one coalesced DMA: 2 MiB at 8 heads of 128 in bf16

@@ -17,7 +17,7 @@ class Schedule(NamedTuple):
 
     Attributes:
         table: ``[B * P']`` page ids.
-        runs: ``[B * P' / run_pages]``, 1 where the pages of a group are contiguous.
+        runs: ``[B * P' / run_pages]``, 1 where the pages of a group are contiguous; ``[1]`` where a group is a page.
         cu_q_lens: ``[B + 1]``.
         kv_lens: ``[B]``.
         slots: ``[T]`` where each new token goes, -1 for nowhere.
@@ -95,6 +95,8 @@ def make_schedule(
 def _find_runs(page_table: jax.Array, run_pages: int) -> tuple[jax.Array, jax.Array]:
     """Pads the table to whole groups, and says of each whether its pages are contiguous; both flat."""
     batch, pages = page_table.shape
+    if run_pages == 1:
+        return page_table.reshape(-1), jnp.ones(1, jnp.int32)
     table = jnp.pad(page_table, [(0, 0), (0, -pages % run_pages)])
     groups = table.reshape(batch, -1, run_pages)
     runs = (groups[:, :, 1:] - groups[:, :, :-1] == 1).all(-1)

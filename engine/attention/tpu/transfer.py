@@ -121,27 +121,36 @@ def start_block(
 
     def copy_group(group: Scalar, _: None) -> None:
         index = group * size
-        run = schedule.runs[item.seq * (geo.table_pages // size) + group] > 0
-        whole = (index >= first) & (index + size <= last)
+        run = schedule.runs[item.seq * (geo.table_pages // size) + group]
+        target = buffer.at[pl.ds(index - block * fetch_pages, size), :, words]
 
-        @pl.when(whole & run)
+        @pl.when(run > 0)
         def copy_run() -> None:
             source = cache.at[pl.ds(page_id(geo, schedule, item.seq, index), size)]
-            pltpu.make_async_copy(source, buffer.at[pl.ds(index - block * fetch_pages, size), :, words], sem).start()
+            pltpu.make_async_copy(source, target, sem).start()
 
         def copy_each(_: Scalar, __: None) -> None:
-            for i in range(size):
-                copy_page(index + i, None)
+            # All page ids before the first DMA: a load from SMEM does not pass the DMA before it.
+            pages = [page_id(geo, schedule, item.seq, index + i) for i in range(size)]
+            for i, page in enumerate(pages):
+                pltpu.make_async_copy(cache.at[page], target.at[i], sem).start()
 
-        # Loops of one turn or none: the compiler predicates a conditional, and all would wait for all of its DMAs.
-        jax.lax.fori_loop(0, (whole & jnp.logical_not(run)).astype(jnp.int32), copy_each, None)
-        start, end = jnp.maximum(index, first), jnp.minimum(index + size, last)
-        jax.lax.fori_loop(start, jnp.where(whole, start, end), copy_page, None)
+        # A loop of one turn or none: the compiler predicates a conditional, and all would wait for all of its DMAs.
+        jax.lax.fori_loop(run, 1, copy_each, None)
 
     if size == 1:
         jax.lax.fori_loop(first, last, copy_page, None)
-    else:
-        jax.lax.fori_loop(first // size, pl.cdiv(last, size), copy_group, None)
+        return
+    head = pl.cdiv(first, size)
+    tail = jnp.maximum(last // size, head)
+    jax.lax.fori_loop(head, tail, copy_group, None)
+    # The pages before and after the whole groups, one by one.
+    before, after = jnp.minimum(head * size, last) - first, jnp.maximum(last - tail * size, 0)
+
+    def copy_loose(i: Scalar, _: None) -> None:
+        copy_page(jnp.where(i < before, first, tail * size - before) + i, None)
+
+    jax.lax.fori_loop(0, before + after, copy_loose, None)
 
 
 def wait_block(geo: Geometry, buffer: Ref, sem: Ref, item: Item, block: Scalar, fetch_pages: int) -> None:
