@@ -250,6 +250,8 @@ class LLM:
         with self._gate:
             if self.cache.prefix:
                 self.cache.prefix.evict(self.cache.prefix.evictable_pages)
+            if not self._agreement.plan.leads:
+                return 0  # every process has the same prefixes, and a directory takes one writer
             return self._store.save(self.cache.host.tier.segments())
 
     @property
