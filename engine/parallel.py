@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from engine.errors import ConfigError
@@ -52,7 +53,9 @@ def make_mesh(*, tp: int = 1, dp: int = 1, cp: int = 1, devices: Sequence[jax.De
         )
     if wanted == 1:
         return None
-    return jax.make_mesh((dp, cp, tp), AXES, axis_types=(AxisType.Auto,) * 3, devices=available[:wanted])
+    # Eight of a slice of 4 x 4 are no whole row of it: jax.make_mesh would refuse them.
+    grid = create_device_mesh((dp, cp, tp), available[:wanted], allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def axis_size(mesh: Mesh | None, axis: str) -> int:

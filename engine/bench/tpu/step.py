@@ -94,7 +94,7 @@ def compile_step(
         "temporary bytes": memory.temp_size_in_bytes,
         "VMEM bytes": list(kernel_vmem_bytes(text).values()),
         "collectives": dict(Counter(collectives(text))),
-        "moves": moves_of_at_least(text, layer_bytes // 2),
+        "moves": moves_of_at_least(text, layer_bytes),
     }
 
 
