@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from engine.bench import allocator, attention, pods, prefix, scaling, scatter, serve, tpu_static, tune
+from engine.bench import allocator, attention, pods, prefix, scaling, scatter, serve, step, tpu_static, tune
 from engine.errors import EngineError
 
 BENCHMARKS = {
@@ -16,6 +16,7 @@ BENCHMARKS = {
     "scaling": scaling,
     "scatter": scatter,
     "serve": serve,
+    "step": step,
     "tpu-static": tpu_static,
     "tune": tune,
 }

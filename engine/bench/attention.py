@@ -10,15 +10,16 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
-from engine.bench.timing import median_ratio, print_table, time_in_turn
+from engine.bench.timing import Timings, median_ratio, print_table, time_in_turn
 from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv
 from engine.kv.scatter import set_kv_buffer
 
@@ -72,6 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--impl", default="auto", help="ours: auto, xla, cpu, tpu or gpu")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        nargs="?",
+        const=Path("docs/img"),
+        metavar="DIR",
+        help="also sweep context and batch of decode and draw bandwidths (the extra plot), into docs/img by default",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -79,25 +88,9 @@ def run(args: argparse.Namespace) -> None:
     q_len = 1 if args.mode == "decode" else args.context
     sizes = (args.q_heads, args.kv_heads, args.head_dim, args.page_size, args.dtype)
     problem = Problem(args.batch, args.context, q_len, *sizes)
-    step = make_step(problem)
-    backend = FlashAttentionBackend(
-        page_size=problem.page_size,
-        num_q_heads=problem.q_heads,
-        num_kv_heads=problem.kv_heads,
-        head_dim=problem.head_dim,
-        impl=args.impl,
-    )
-    contenders = {
-        "ours": _in_place(backend, step),
-        "gather, softmax": _in_place(functools.partial(gather_then_softmax, problem), step),
-        **_torch(problem),
-        "read a buffer": _reader(),
-    }
-    timings = time_in_turn(contenders, rounds=args.rounds)
-    bandwidth = BANDWIDTH_BUFFER_BYTES / timings["read a buffer"].median
+    timings, bandwidth = measure(problem, {"ours": args.impl}, args.rounds)
     rows = []
-    for name in [name for name in contenders if name != "read a buffer"]:
-        timing = timings[name]
+    for name, timing in timings.items():
         ratio = median_ratio(timings["gather, softmax"], timing)
         share = problem.context_bytes / timing.median / bandwidth
         rows.append([name, f"{timing.median * 1e3:.1f}", f"{ratio:.2f}x", f"{share:.1%}"])
@@ -107,6 +100,38 @@ def run(args: argparse.Namespace) -> None:
         f"{jax.default_backend()}; memory reads at {bandwidth / 1e9:.1f} GB/s"
     )
     print_table(["", "ms a call", "speed", "of bandwidth"], rows)
+    if args.plot:
+        from engine.bench import attention_plot  # here, because it needs matplotlib
+
+        attention_plot.draw(problem, args.impl, args.rounds, args.plot)
+
+
+def measure(problem: Problem, ours: Mapping[str, str], rounds: int) -> tuple[dict[str, Timings], float]:
+    """Times a problem side by side.
+
+    Args:
+        problem: the step.
+        ours: names of contenders to their impl.
+        rounds: measured rounds.
+
+    Returns:
+        The timings of ours, of gather-then-softmax and of torch where it is there; and bytes a second of a plain read.
+    """
+    step = make_step(problem)
+    contenders: dict[str, Callable[[], object]] = {}
+    for name, impl in ours.items():
+        backend = FlashAttentionBackend(
+            page_size=problem.page_size,
+            num_q_heads=problem.q_heads,
+            num_kv_heads=problem.kv_heads,
+            head_dim=problem.head_dim,
+            impl=impl,
+        )
+        contenders[name] = _in_place(backend, step)
+    contenders["gather, softmax"] = _in_place(functools.partial(gather_then_softmax, problem), step)
+    contenders |= {**_torch(problem), "read a buffer": _reader()}
+    timings = time_in_turn(contenders, rounds=rounds)
+    return timings, BANDWIDTH_BUFFER_BYTES / timings.pop("read a buffer").median
 
 
 def make_step(problem: Problem) -> Step:

@@ -20,7 +20,7 @@ from engine.memory.host_tier import HostTier
 from engine.memory.integers import Int32, Int64
 from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
 from engine.memory.page_mover import HostPages, PageMover
-from engine.memory.page_table import ReqToTokenPool
+from engine.memory.page_table import ReqToTokenPool, RowGrowth
 from engine.memory.prefix_cache import EvictionPolicyName, RadixCache
 from engine.memory.prefix_match import EvictedPages, PrefixMatch
 from engine.memory.scope import CacheScope
@@ -162,9 +162,25 @@ class CacheManager:
         match = self._locked.get(row)
         return 0 if match is None else match.num_tokens // self.page_size
 
-    def can_grow(self, rows: Int32, counts: Int64) -> bool:
-        """Whether ``grow`` would find the pages, by eviction if need be."""
-        return self.page_table.plan_growth(rows, counts).num_pages <= self.reclaimable_pages
+    def plan_growth(self, rows: Int32, counts: Int64) -> RowGrowth:
+        """What it takes to give each row ``counts`` more tokens, see ``ReqToTokenPool.plan_growth``."""
+        return self.page_table.plan_growth(rows, counts)
+
+    def has_room_for(self, growth: RowGrowth) -> bool:
+        """Whether ``grow_as_planned`` would find the pages, by eviction if need be."""
+        return growth.num_pages <= self.reclaimable_pages
+
+    def grow_as_planned(self, growth: RowGrowth) -> None:
+        """Gives rows their pages. All rows or none.
+
+        Raises:
+            ShapeError: the rows have changed since the growth was planned.
+            KVPoolExhausted: too few pages are free or evictable.
+        """
+        self._make_room(growth.num_pages)
+        # All else that the page table could refuse was checked: nothing stands between taking pages and noting them.
+        self.page_table.check_unchanged(growth)
+        self.page_table.grow(growth, self.allocator.alloc_pages(growth.fresh))
 
     def grow(self, rows: Int32, counts: Int64) -> None:
         """Gives each row pages for ``counts`` more tokens. All rows or none.
@@ -174,10 +190,7 @@ class CacheManager:
                 negative.
             KVPoolExhausted: too few pages are free or evictable.
         """
-        growth = self.page_table.plan_growth(rows, counts)
-        self._make_room(growth.num_pages)
-        # All that the page table could refuse has been checked: nothing stands between taking pages and noting them.
-        self.page_table.grow(growth, self.allocator.alloc_pages(growth.fresh))
+        self.grow_as_planned(self.plan_growth(rows, counts))
 
     def can_fork(self, row: int, tokens: int) -> bool:
         """Whether ``fork`` keeps the rule by which ``admit`` lets in."""

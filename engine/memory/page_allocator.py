@@ -192,8 +192,9 @@ class PagedTokenToKVPoolAllocator:
         wanted = integer_vector("counts", counts)
         if wanted.size and wanted.min() < 0:
             raise ShapeError(f"sequence {wanted.argmin()}: count is {wanted.min()} pages; it must be 0 or more")
+        wanted = wanted[wanted > 0]  # in a step of decoding few sequences begin a page
         self._check_available(wanted.tolist())
-        return self._ledger.take_runs(wanted) if wanted.any() else np.empty(0, np.int32)
+        return self._ledger.take_runs(wanted) if wanted.size else np.empty(0, np.int32)
 
     def free(self, slots: npt.ArrayLike) -> None:
         """Releases, once each, the pages that ``slots`` lie in.

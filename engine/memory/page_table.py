@@ -216,14 +216,18 @@ class ReqToTokenPool:
             ShapeError: the rows have changed, or there are not just as many distinct pages, other than the null page,
                 as were planned.
         """
-        if not np.array_equal(self._kv_lens[growth.rows], growth.lens):
-            raise ShapeError("rows have changed since their growth was planned; plan it again")
+        self.check_unchanged(growth)
         if pages.size != growth.num_pages:
             raise ShapeError(f"there are {pages.size} pages for {growth.num_pages} that the new tokens begin")
         if pages.size:
             self._check_new_pages(pages.astype(np.int64))
             self._table[np.repeat(growth.rows, growth.fresh), ranges(growth.held, growth.fresh)] = pages
         self._kv_lens[growth.rows] = growth.ends
+
+    def check_unchanged(self, growth: RowGrowth) -> None:
+        """Raises ShapeError where rows have changed since their growth was planned."""
+        if (self._kv_lens[growth.rows] != growth.lens).any():
+            raise ShapeError("rows have changed since their growth was planned; plan it again")
 
     def take_new_pages(self, rows: npt.ArrayLike) -> tuple[Int32, Int32]:
         """The pages of rows that no call has returned before, for the copy of the table on the device.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +50,8 @@ class Batcher:
         self._top_k, self._seed = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         self._temperature, self._top_p = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
         self._wants_logprobs = np.zeros(rows, np.bool_)
+        self._params: dict[str, Any] = {}  # of the rows of the last step
+        self._last_rows: Int32 | None = None
 
     def fill(self, step: ScheduledStep) -> tuple[StepParcel, ParcelShape, list[Int32]]:
         """Makes the parcel of a step, in the smallest shape that holds it.
@@ -65,10 +68,14 @@ class Batcher:
         np.add(step.starts, step.counts, out=parcel.kv_lens[:batch], casting="same_kind")
         parcel.req_pool_idx[:batch] = rows
         self._fill_tokens(parcel, step, total)
-        self._note_params(step)
-        for name in ("top_k", "seed", "temperature", "top_p"):
-            getattr(parcel, name)[:batch] = getattr(self, f"_{name}")[rows]
-        parcel.wants_logprobs[0] = self._wants_logprobs[rows].any()
+        if rows is not self._last_rows:  # while nobody comes or goes, decoding rows are the same array
+            self._note_params(step)
+            named = {"top_k": self._top_k, "seed": self._seed, "temperature": self._temperature, "top_p": self._top_p}
+            self._params = {name: values[rows] for name, values in named.items()}
+            self._params["wants_logprobs"] = self._wants_logprobs[rows].any()
+            self._last_rows = rows
+        for name, values in self._params.items():
+            getattr(parcel, name)[:batch] = values
         return parcel, shape, self._fill_updates(parcel, rows)
 
     @staticmethod

@@ -207,10 +207,10 @@ class Request:
         generated = np.asarray(self.output[max(start - split, 0) : stop - split], np.int32)
         return generated if start >= split else np.concatenate([self.prompt[start:], generated])
 
-    def append(self, token: int) -> None:
-        """Takes a generated token and notes whether it ends the answer."""
-        self.output.append(token)
-        if token in self.stop_ids:
+    def note_end(self) -> bool:
+        """Whether the last generated token ends the answer; notes why."""
+        if self.output[-1] in self.stop_ids:
             self.finish_reason = FinishReason.STOP
         elif len(self.output) == self.params.max_new_tokens:
             self.finish_reason = FinishReason.LENGTH
+        return self.finish_reason is not None

@@ -23,7 +23,7 @@ from engine.kv.pool import TokenToKVPool
 from engine.models.llama import Llama
 from engine.serving.device_rows import DeviceRows
 from engine.serving.placement import Placement
-from engine.serving.sampler import Sampled, SamplingInputs, sample
+from engine.serving.sampler import Sampled, SamplingInputs, most_likely, sample
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -44,11 +44,13 @@ class StepResult:
     """What a step comes to, on the device; ready when the step has run.
 
     Attributes:
-        sampled: a token a row; log-probabilities where the parcel asked for them.
+        tokens: int32 ``[B]``, a token a row.
+        sampled: beside them the log-probabilities, where the parcel asked for them; None in a greedy step.
         logits: float32 ``[B, vocab]``.
     """
 
-    sampled: Sampled
+    tokens: jax.Array
+    sampled: Sampled | None
     logits: jax.Array
 
 
@@ -126,7 +128,7 @@ class ModelRunner:
             lowered = step.lower(self._weights, self.pool, self.rows, packed)
             self._steps[shape] = lowered.compile()
             compiled()
-        # Apart from the step, because its sort takes longer to compile than a small model, and would for every shape.
+        # Apart from the step, which is greedy: the sort takes longer to compile than a small model, for every shape.
         to_sample = jax.tree.map(self._placement.like, lowered.out_info[0])
         sampler = jax.jit(partial(_sample, self._placement), donate_argnums=0)
         self._sample = sampler.lower(self.rows, to_sample).compile()
@@ -164,10 +166,14 @@ class ModelRunner:
         if self._placement.is_shared:
             self.parcels = zlib.crc32(parcel.packed.tobytes(), self.parcels)
         packed = self._placement.on_device(parcel.packed)
-        to_sample, self.pool, self.rows = self._steps[shape](self._weights, self.pool, self.rows, packed)
-        sampled, self.rows = self._sample(self.rows, to_sample)
-        sampled.tokens.copy_to_host_async()
-        return StepResult(sampled, to_sample.logits)
+        run = self._steps[shape]
+        to_sample, tokens, self.pool, self.rows = run(self._weights, self.pool, self.rows, packed)
+        sampled = None
+        if parcel.wants_logprobs[0] or parcel.temperature.any():
+            sampled, self.rows = self._sample(self.rows, to_sample)
+            tokens = sampled.tokens
+        tokens.copy_to_host_async()
+        return StepResult(tokens, sampled, to_sample.logits)
 
     def replace_weights(self, model: Llama) -> None:
         """Takes other weights of the same shapes; every program stays compiled."""
@@ -194,8 +200,8 @@ def _forward(
     pool: TokenToKVPool,
     rows: DeviceRows,
     packed: jax.Array,
-) -> tuple[ToSample, TokenToKVPool, DeviceRows]:
-    """The traced step: new pages, where tokens stand, the layers through the paged cache, each row's last logits."""
+) -> tuple[ToSample, jax.Array, TokenToKVPool, DeviceRows]:
+    """The traced step: new pages, where tokens stand, the layers through the paged cache, each row's best token."""
     model: Llama = nnx.merge(graph, jax.tree.unflatten(structure, weights))
     parts = unpack(packed, shape)
     bounds, kv_lens, row_ids = parts["cu_q_lens"], parts["kv_lens"], parts["req_pool_idx"]
@@ -215,7 +221,9 @@ def _forward(
     logits = placement.logits(model.logits(hidden[jnp.maximum(bounds[1:] - 1, 0)]))
     inputs = SamplingInputs(parts["temperature"], parts["top_k"], parts["top_p"], parts["seed"], position=kv_lens)
     to_sample = ToSample(logits, inputs, parts["wants_logprobs"][0] != 0, row_ids)
-    return placement.whole(to_sample), pool.replace_buffers(buffers), placement.whole(rows)
+    tokens = most_likely(logits)
+    to_sample, tokens, rows = placement.whole((to_sample, tokens, rows.with_tokens(row_ids, tokens)))
+    return to_sample, tokens, pool.replace_buffers(buffers), rows
 
 
 def _sample(placement: Placement, rows: DeviceRows, step: ToSample) -> tuple[Sampled, DeviceRows]:

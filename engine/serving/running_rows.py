@@ -17,6 +17,7 @@ class RunningRows:
 
     Attributes:
         known: tokens, those included that steps under way will sample.
+        committed: tokens that are known now.
         scheduled: tokens whose keys and values the pool holds once the steps under way have run.
         limit: tokens when the request ends by its length.
         prompt: tokens of the prompt.
@@ -27,6 +28,7 @@ class RunningRows:
 
     def __init__(self, rows: int) -> None:
         self.known = np.zeros(rows, np.int64)
+        self.committed = np.zeros(rows, np.int64)
         self.scheduled = np.zeros(rows, np.int64)
         self.limit = np.zeros(rows, np.int64)
         self.prompt = np.zeros(rows, np.int64)
@@ -37,14 +39,15 @@ class RunningRows:
         self.requests: list[Request] = []  # in order of admission
         self._by_row: list[Request | None] = [None] * rows
         self._in_order: Int32 | None = None
+        self._stop_ids: frozenset[int] | None = None
 
     def admit(self, request: Request, row: int) -> None:
         """Begins to plan for a request that has got ``row``."""
         request.req_pool_idx = row
         self.requests.append(request)
         self._by_row[row] = request
-        self._in_order = None
-        self.known[row] = self.admitted[row] = request.num_tokens
+        self._in_order = self._stop_ids = None
+        self.known[row] = self.committed[row] = self.admitted[row] = request.num_tokens
         self.scheduled[row] = request.num_computed
         self.rank[row], self.request_id[row] = request.rank
         self.prompt[row] = len(request.prompt)
@@ -58,7 +61,7 @@ class RunningRows:
         request.req_pool_idx = None
         self.requests.remove(request)
         self._by_row[row] = None
-        self._in_order = None
+        self._in_order = self._stop_ids = None
         self.tenancy[row] += 1
         return row
 
@@ -68,8 +71,16 @@ class RunningRows:
             self._in_order = np.array([request.req_pool_idx for request in self.requests], np.int32)
         return self._in_order
 
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end any of the requests."""
+        if self._stop_ids is None:
+            self._stop_ids = frozenset().union(*{request.stop_ids for request in self.requests})
+        return self._stop_ids
+
     def of(self, rows: Int32) -> list[Request]:
         """The requests that have these rows."""
+        if rows is self._in_order:
+            return self.requests.copy()
         by_row = self._by_row
         return [request for row in rows.tolist() if (request := by_row[row]) is not None]
 

@@ -53,13 +53,18 @@ def sample(logits: jax.Array, inputs: SamplingInputs, wants_logprobs: jax.Array)
     return sampled
 
 
-def _most_likely(logits: jax.Array, _: SamplingInputs) -> jax.Array:
+def most_likely(logits: jax.Array) -> jax.Array:
+    """The greedy choice: int32 ``[B]`` of float32 ``[B, vocab]``."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def _most_likely(logits: jax.Array, _: SamplingInputs) -> jax.Array:
+    return most_likely(logits)
 
 
 def _draw_all(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
     drawn = jax.vmap(_draw)(logits, inputs.temperature, inputs.top_k, inputs.top_p, inputs.seed, inputs.position)
-    return jnp.where(inputs.temperature > 0, drawn, _most_likely(logits, inputs))
+    return jnp.where(inputs.temperature > 0, drawn, most_likely(logits))
 
 
 def _with_logprobs(logits: jax.Array, tokens: jax.Array) -> Sampled:

@@ -163,16 +163,17 @@ class Scheduler:
             its pages is decided when all is known.
         """
         (rows, counts), retractions = self._running_rows(), self.retractions
-        while not self.cache.can_grow(rows, counts):
+        while not self.cache.has_room_for(growth := self.cache.plan_growth(rows, counts)):
             if not settled:
                 return None
             self._retract(max(self.running, key=lambda request: request.rank))
             rows, counts = self._running_rows()
         # Who was just retracted must not come straight back, or the two would take turns without getting on; but one
         # that runs alone was in its own way, with a copy of pages that are cached, and comes back to share those.
-        if retractions == self.retractions or not rows.size:
+        if self.waiting and (retractions == self.retractions or not rows.size):
             rows, counts = self._admit(rows, counts)
-        self.cache.grow(rows, counts)
+            growth = self.cache.plan_growth(rows, counts)
+        self.cache.grow_as_planned(growth)
         return self._scheduled(rows, counts)
 
     def commit(self, step: ScheduledStep, tokens: Int32) -> list[Request]:
@@ -183,19 +184,17 @@ class Scheduler:
         Returns:
             The requests that finished; what they held is free or cached.
         """
-        live = self.still_run(step).tolist()
-        parts = (step.counts.tolist(), step.samples.tolist(), live, tokens[: len(live)].tolist())
-        finished = []
-        for request, count, samples, is_live, token in zip(step.requests, *parts, strict=True):
+        live = self.still_run(step)
+        chosen = tokens[: live.size].tolist()
+        columns = (step.counts.tolist(), live.tolist(), step.samples.tolist(), chosen)
+        for request, count, is_live, samples, token in zip(step.requests, *columns, strict=True):
             if is_live:
                 request.num_computed += count
                 if samples:
-                    request.append(token)
-                    if request.finish_reason is not None:
-                        finished.append(request)
-        for index in np.flatnonzero(~step.is_decode).tolist():
-            if live[index]:
-                self._publish(step.requests[index])
+                    request.output.append(token)
+        for index in np.flatnonzero(live & ~step.is_decode).tolist():
+            self._publish(step.requests[index])
+        finished = self._ended(step, live & step.samples, chosen)
         for request in finished:
             self._release(request)
         return finished
@@ -276,11 +275,11 @@ class Scheduler:
         """
         rows = self._plan.in_order()
         pending = self._plan.pending(rows)
+        if (pending == 1).all():
+            return rows, pending
         decode, prompts = rows[pending == 1], rows[pending > 1]
         counts = np.ones(decode.size, np.int64)
         budget = self.max_step_tokens - decode.size
-        if not prompts.size:
-            return decode, counts
         prompts = prompts[np.lexsort((self._plan.request_id[prompts], self._plan.rank[prompts]))]
         wanted = self._plan.pending(prompts)
         chunks = np.minimum(wanted, budget - (wanted.cumsum() - wanted))
@@ -299,6 +298,16 @@ class Scheduler:
         if not admitted:
             return rows, counts
         return np.append(rows, np.array(admitted, np.int32)), np.append(counts, np.array(chunks, np.int64))
+
+    def _ended(self, step: ScheduledStep, sampled: Bool, chosen: list[int]) -> list[Request]:
+        """Notes which rows have a token more; returns the requests that this ends."""
+        plan, rows = self._plan, step.req_pool_idx
+        plan.committed[rows] += sampled
+        may_end = plan.committed[rows] == plan.limit[rows]
+        if not plan.stop_ids().isdisjoint(chosen):
+            may_end |= np.isin(chosen, list(plan.stop_ids()))
+        candidates = [step.requests[index] for index in np.flatnonzero(may_end & sampled).tolist()]
+        return [request for request in candidates if request.note_end()]
 
     def _scheduled(self, rows: Int32, counts: Int64) -> ScheduledStep:
         """Notes that ``counts`` tokens of ``rows`` will be computed."""

@@ -95,7 +95,7 @@ class Stepper:
         flight = self._flights[0]
         step, result = flight.step, flight.result
         try:
-            tokens = np.asarray(result.sampled.tokens)
+            tokens = np.asarray(result.tokens)
             logits = np.asarray(result.logits) if flight.keeps_logits else None
             sampled: Sampled | None = jax.device_get(result.sampled) if flight.keeps_logprobs else None
         except BaseException:

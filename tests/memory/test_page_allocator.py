@@ -370,3 +370,17 @@ def test_a_negative_prefix_is_refused() -> None:
         with pytest.raises(ShapeError, match="a length is 0 or more"):
             allocator.alloc_extend([prefix], [end], [held[3]])
     assert allocator.available_size() == 12
+
+
+def test_pages_are_handed_out_by_sequence_and_all_or_none(allocator):
+    pages = allocator.alloc_pages([2, 0, 1])
+    assert pages.dtype == np.int32
+    assert len(set(pages.tolist())) == 3
+    assert 0 not in pages
+    allocator.check_integrity(pages)
+    most = allocator.available_pages()
+    refuses(allocator, KVPoolExhausted, lambda: allocator.alloc_pages([1, most]))
+    refuses(allocator, ShapeError, lambda: allocator.alloc_pages([1, -1]), "0 or more")
+    assert allocator.alloc_pages([0, 0]).size == 0
+    allocator.release(pages)
+    allocator.check_integrity([])

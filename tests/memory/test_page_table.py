@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.errors import ConfigError, DoubleFreeError, IntegrityError, KVPoolExhausted, ShapeError
 from engine.memory.page_table import ReqToTokenPool
@@ -198,3 +200,60 @@ def test_check_integrity_names_the_wrong_row(table, harm):
     harm(table)
     with pytest.raises(IntegrityError, match="row 1 "):
         table.check_integrity()
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_growing_by_pages_is_growing_by_slots(data):
+    """The same rows twice: from slots, and from pages alone; and a copy that hears of new pages only."""
+    by_slots, by_pages = (ReqToTokenPool(max_requests=3, max_context_tokens=18, page_size=PAGE) for _ in range(2))
+    copy, fresh = np.zeros((3, by_pages.max_pages), np.int32), iter(range(1, 1000))
+    for table in (by_slots, by_pages):
+        assert table.alloc_rows(3).tolist() == [0, 1, 2]
+    for _ in range(data.draw(st.integers(1, 12))):
+        rows = data.draw(st.permutations([0, 1, 2]))[: data.draw(st.integers(1, 3))]
+        starts = by_slots.kv_lens(rows)
+        counts = [data.draw(st.integers(0, 18 - int(start))) for start in starts]
+        growth = by_pages.plan_growth(rows, counts)
+        pages = np.array([next(fresh) for _ in range(growth.num_pages)], np.int32)
+        by_pages.grow(growth, pages)
+        slots = [by_pages.slots(row, int(s), int(s) + n) for row, s, n in zip(rows, starts, counts, strict=True)]
+        by_slots.write_slots(rows, starts, counts, np.concatenate(slots))
+        assert contents(by_slots) == contents(by_pages)
+        by_pages.check_integrity()
+        places, new = by_pages.take_new_pages(rows)
+        assert sorted(new.tolist()) == sorted(pages.tolist())
+        copy.reshape(-1)[places] = new
+        np.testing.assert_array_equal(copy, by_pages.rows([0, 1, 2]))
+        assert by_pages.take_new_pages(rows)[0].size == 0
+
+
+def test_a_row_that_changes_hands_tells_of_all_its_pages_again(table):
+    row = table.alloc_row()
+    table.append_pages(row, [3, 5])
+    assert table.take_new_pages([row])[1].tolist() == [3, 5]
+    table.release(row)
+    while (again := table.alloc_row()) != row:
+        pass
+    table.append_pages(again, [5, 7])
+    places, pages = table.take_new_pages([again])
+    assert (places.tolist(), pages.tolist()) == ([row * table.max_pages, row * table.max_pages + 1], [5, 7])
+
+
+def test_a_growth_that_does_not_fit_changes_nothing(table):
+    a, b, _ = table.alloc_rows(3)
+    table.append_pages(a, [3])
+    for rows, counts, message in (
+        ([a, a], [1, 1], "more than once"),
+        ([a], [1, 1], "different lengths"),
+        ([a], [-1], "cannot grow by -1 tokens"),
+        ([b, a], [1, 15], "cannot grow to 19 tokens"),
+        ([9], [1], "rows go from 9"),
+    ):
+        refuses(table, ShapeError, lambda rows=rows, counts=counts: table.plan_growth(rows, counts), message)
+    growth = table.plan_growth([a, b], [2, 5])
+    assert growth.fresh.tolist() == [1, 2]
+    for pages, message in (([1, 2], "2 pages for 3"), ([1, 2, 2], "begins twice"), ([0, 1, 2], "null page")):
+        refuses(table, ShapeError, lambda pages=pages: table.grow(growth, np.array(pages, np.int32)), message)
+    table.grow(table.plan_growth([b], [1]), np.array([9], np.int32))
+    refuses(table, ShapeError, lambda: table.grow(growth, np.array([1, 2, 4], np.int32)), "have changed")

@@ -198,8 +198,8 @@ def test_a_step_that_fails_with_another_under_way_is_run_again(llm, dense_greedy
             patched.setattr(llm._runner, "step", boom)
         else:
             flight = flights(llm)[0]
-            unreadable = dataclasses.replace(flight.result.sampled, tokens=Unreadable())
-            flights(llm)[0] = dataclasses.replace(flight, result=dataclasses.replace(flight.result, sampled=unreadable))
+            unreadable = dataclasses.replace(flight.result, tokens=Unreadable())
+            flights(llm)[0] = dataclasses.replace(flight, result=unreadable)
         with pytest.raises(Boom):
             llm.step()
     assert [r.request_id for r in llm.scheduler.waiting] == owned

@@ -1,0 +1,215 @@
+"""The host's share of a decode step, part by part, and what it is worth to hide it behind the device.
+
+Every sequence decodes one token a step, with a model so small that the device is soon done. For the parts, each step is
+waited for before its tokens are read, so that no part contains time of the device; what it takes is told apart. The
+rival is the plain way to feed a step, on the same sequences: a loop over requests, whole page-table rows and slots a
+token, one transfer an array. Overlapped and one after the other are two engines that take turns, whole steps timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from engine.bench.timing import median_ratio, print_table, time_in_turn
+from engine.models.llama import Llama
+from engine.models.llama_config import LlamaConfig
+from engine.serving.llm import LLM
+from engine.serving.request import SamplingParams
+
+PAGE_SIZE, CONTEXT = 16, 2048
+PARTS = ("schedule", "fill", "transfer, dispatch", "commit")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this benchmark's options."""
+    parser.add_argument("--batch", type=int, nargs="+", default=[16, 64, 256], help="running sequences")
+    parser.add_argument("--steps", type=int, default=200, help="measured steps")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of ten steps, overlapped and not")
+    parser.add_argument("--hidden", type=int, default=64, help="width of the model")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the parts for every batch, then whole steps with and without overlap."""
+    model = make_model(args.hidden)
+    rows: list[list[str]] = []
+    totals: dict[int, float] = {}
+    for batch in args.batch:
+        engine = DecodingEngine(model, batch, overlap=False)
+        parts, device, moved, compiles = engine.measure(args.steps)
+        totals[batch] = sum(parts.values())
+        plain = median(engine.timed(engine.feed_plainly) for _ in range(args.steps)) * 1e6
+        values = [*parts.values(), totals[batch]]
+        cells = [f"{value:.0f}" for value in (*values, device, plain)]
+        rows.append([f"{batch} sequences", *cells, moved])
+        print(f"{batch} sequences: {compiles} compiles after warm-up", flush=True)
+    print(f"host microseconds a step, medians of {args.steps}; jax {jax.__version__} on {jax.default_backend()}")
+    print_table(["", *PARTS, "read, rest", "host", "device", "plain feed", "sent, read a step"], rows)
+    least, most = min(args.batch), max(args.batch)
+    print(f"{most / least:.0f} times the batch costs the host {totals[most] / totals[least]:.1f} times as much")
+    _compare(model, most, args.rounds)
+
+
+def make_model(hidden: int) -> Llama:
+    """A Llama of one layer with random weights."""
+    geometry = LlamaConfig(
+        vocab_size=256,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=CONTEXT,
+        eos_token_id=(),
+    )
+    return Llama(geometry, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+
+class DecodingEngine:
+    """An engine whose slots all decode, at positions that spread evenly over a page.
+
+    Args:
+        model: the weights.
+        batch: sequences.
+        overlap: as EngineConfig.overlap_steps.
+    """
+
+    def __init__(self, model: Llama, batch: int, *, overlap: bool) -> None:
+        self.llm = LLM(
+            model,
+            page_size=PAGE_SIZE,
+            max_running_requests=batch,
+            chunked_prefill_size=batch,
+            max_total_tokens=batch * CONTEXT // 2,
+            overlap_steps=overlap,
+        )
+        params = SamplingParams(max_new_tokens=CONTEXT // 2 - PAGE_SIZE)
+        for index in range(batch):
+            self.llm.add_request([index % 256] * (1 + index % PAGE_SIZE), params)
+        while not all(request.output for request in self.llm.scheduler.running) or self.llm.scheduler.waiting:
+            self.llm.step()
+
+    def measure(self, steps: int) -> tuple[dict[str, float], float, str, int]:
+        """Steps, one after the other.
+
+        Returns:
+            Median microseconds of each part of the host's; of the device; arrays moved a step; programs compiled.
+        """
+        llm = self.llm
+        clock: dict[str, list[float]] = {name: [] for name in (*PARTS, "device", "whole")}
+        compiles, runner, batcher = llm.compiles_after_warmup, llm._runner, llm._stepper._batcher
+        dispatch = _timed(clock["transfer, dispatch"], runner.step)
+
+        def step_then_wait(*arguments: Any) -> Any:
+            result = dispatch(*arguments)
+            _timed(clock["device"], result.tokens.block_until_ready)()
+            return result
+
+        with contextlib.ExitStack() as wrapped:
+            for owner, name, call in (
+                (llm.scheduler, "next_step", _timed(clock["schedule"], llm.scheduler.next_step)),
+                (batcher, "fill", _timed(clock["fill"], batcher.fill)),
+                (llm.scheduler, "commit", _timed(clock["commit"], llm.scheduler.commit)),
+                (runner, "step", step_then_wait),
+            ):
+                wrapped.enter_context(_replaced(owner, name, call))
+            for _ in range(steps):
+                _timed(clock["whole"], llm.step)()
+        parts = {name: median(clock[name]) * 1e6 for name in PARTS}
+        named = zip(*(clock[name] for name in (*PARTS, "device")), strict=True)
+        rest = [whole - sum(own) for whole, own in zip(clock["whole"], named, strict=True)]
+        parts["read, rest"] = median(rest) * 1e6
+        return parts, median(clock["device"]) * 1e6, self._moved(20), llm.compiles_after_warmup - compiles
+
+    def _moved(self, steps: int) -> str:
+        """Host arrays among the arguments of all programs, and device arrays that were read, a step."""
+        runner, sent, read, asarray = self.llm._runner, [0], [0], np.asarray
+
+        def reading(array: Any, *args: Any, **kwargs: Any) -> Any:
+            read[0] += isinstance(array, jax.Array)
+            return asarray(array, *args, **kwargs)
+
+        with contextlib.ExitStack() as wrapped:
+            for owner, name, call in (
+                (np, "asarray", reading),
+                (runner, "_steps", {shape: _counting(call, sent) for shape, call in runner._steps.items()}),
+                (runner, "_sample", _counting(runner._sample, sent)),
+                (runner, "_update_rows", _counting(runner._update_rows, sent)),
+            ):
+                wrapped.enter_context(_replaced(owner, name, call))
+            for _ in range(steps):
+                self.llm.step()
+        return f"{sent[0] / steps:g}, {read[0] / steps:g}"
+
+    def timed(self, call: Callable[[], object]) -> float:
+        """Seconds that a call takes."""
+        seconds: list[float] = []
+        _timed(seconds, call)()
+        return seconds[0]
+
+    def feed_plainly(self) -> None:
+        """What a step needs, gathered request by request and sent array by array; the pages are there already."""
+        llm = self.llm
+        tokens, positions, params = [], [], []
+        rows: list[int] = []
+        for request in llm.scheduler.running:
+            tokens.append(request.output[-1])
+            positions.append(request.num_computed)
+            rows.append(request.req_pool_idx or 0)
+            params.append((request.params.temperature, request.params.top_p, request.params.top_k, request.params.seed))
+        table = llm.cache.page_table.rows(rows)
+        at = np.array(positions) - 1
+        slots = table[np.arange(len(rows)), at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE
+        arrays = (tokens, positions, slots, at + 1, np.arange(len(rows) + 1), *zip(*params, strict=True))
+        jax.block_until_ready([jax.device_put(np.array(array)) for array in (*arrays, table)])
+
+
+def _compare(model: Llama, batch: int, rounds: int) -> None:
+    engines = {name: DecodingEngine(model, batch, overlap=name == "overlapped") for name in ("in turn", "overlapped")}
+    calls = {name: engine.llm.step for name, engine in engines.items()}
+    timings = time_in_turn(calls, rounds=rounds, calls=10)
+    ratio = median_ratio(timings["in turn"], timings["overlapped"])
+    whole = ", ".join(f"{name} {timing.median * 1e6:.0f}" for name, timing in timings.items())
+    print(f"microseconds a whole step of {batch} sequences: {whole}; overlapped is {ratio:.2f} times as fast")
+
+
+def _timed(seconds: list[float], call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same call, that notes how long it takes."""
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = call(*args, **kwargs)
+        seconds.append(time.perf_counter() - start)
+        return result
+
+    return wrapper
+
+
+def _counting(program: Callable[..., Any] | None, sent: list[int]) -> Callable[..., Any]:
+    """The same program, that counts which of its arguments are the host's."""
+
+    def wrapper(*args: Any) -> Any:
+        sent[0] += sum(not isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(args))
+        return program(*args) if program else None
+
+    return wrapper
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = owner.__dict__.get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name) if before is None else setattr(owner, name, before)
