@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from engine.serving.interrupts import HeldInterrupts
+
 _POLL_SECONDS = 1e-4
 
 
@@ -22,17 +24,20 @@ class Gate:
         self._depth = 0  # of the engine's calls; written by who has the lock
         self._count_lock = threading.Lock()
         self._lookers = 0
+        self.interrupts = HeldInterrupts()  # of a call that changes the engine
 
     def __enter__(self) -> None:
         """Begins a call that changes the engine, perhaps within another one."""
         while self._lookers and not self._depth:
             time.sleep(_POLL_SECONDS)
+        self.interrupts.__enter__()
         self._lock.acquire()
         self._depth += 1
 
     def __exit__(self, *_: object) -> None:
         self._depth -= 1
         self._lock.release()
+        self.interrupts.__exit__()
 
     @contextmanager
     def looking(self) -> Iterator[None]:

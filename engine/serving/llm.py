@@ -139,10 +139,10 @@ class LLM:
         requests = [self._intake.make(request) for request in checked]
         for request in requests:
             self.scheduler.check_fits(request)
-        for request in requests:
-            self._add(request)
         done: dict[int, RequestOutput] = {}
         try:
+            for request in requests:
+                self._add(request)
             while self._unfinished:
                 done |= self.step(return_logits=return_logits)
                 if on_progress:
@@ -184,6 +184,7 @@ class LLM:
             self._start_siblings()
         else:
             self._stepper.drop()
+        self._gate.interrupts.let_in()  # while what has ended is still to be reported
         ended, self._ended = self._ended, []
         self.stats.finished.update(request.finish_reason for request in ended if request.finish_reason)
         return self._outputs_of(ended)
