@@ -28,7 +28,7 @@ def view_words(stored: jax.Array) -> jax.Array:
     slots, rows, lanes = stored.shape
     tile, pack = min(rows, TILE_ROWS), packing(stored.dtype)
     tiles = stored.reshape(slots, rows // tile, tile, lanes // LANES, LANES).swapaxes(2, 3)
-    return tiles.reshape(slots, -1, pack, LANES)
+    return tiles.reshape(slots, rows // pack * (lanes // LANES), pack, LANES)
 
 
 def unview_words(words: jax.Array, rows: int, lanes: int) -> jax.Array:

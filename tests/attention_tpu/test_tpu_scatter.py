@@ -50,6 +50,14 @@ def test_rows_land_in_their_slots_and_dropped_ones_nowhere(dtype: jnp.dtype, hea
     np.testing.assert_array_equal(np.asarray(xla).view(np.uint8), want.view(np.uint8))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
+def test_no_tokens_leave_the_buffer_as_it_is(dtype: jnp.dtype) -> None:
+    fused = jnp.ones((16, 4, 128), dtype)
+    none = jnp.zeros((0, 2, 128), dtype)
+    found = set_kv_buffer(fused, jnp.zeros(0, jnp.int32), none, none)
+    np.testing.assert_array_equal(np.asarray(found).view(np.uint8), np.asarray(fused).view(np.uint8))
+
+
 SHAPES = (
     jax.ShapeDtypeStruct((64, 4, 128), jnp.bfloat16),
     jax.ShapeDtypeStruct((5,), jnp.int32),
