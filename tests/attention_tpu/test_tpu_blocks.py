@@ -15,7 +15,7 @@ from tpu_cases import SMALL
 from engine.attention.metadata import AttentionMetadata
 from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.attention.tpu import block_sizes
-from engine.attention.tpu.api import ragged_paged_attention_tpu
+from engine.attention.tpu.api import make_geometry, ragged_paged_attention_tpu
 from engine.attention.tpu.block_sizes import OVERRIDE_KEYS, VMEM_BYTES, choose_blocks, load_overrides, run_pages
 from engine.attention.tpu.geometry import Geometry
 from engine.attention.tpu.kernel import scratch_shapes
@@ -48,6 +48,32 @@ def test_scratch_fits_vmem_and_blocks_nest(generation: str, page_size: int, head
     )  # fmt: skip
     used = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for part in scratch_shapes(geo) for x in part)
     assert used < 0.9 * VMEM_BYTES[generation], f"{used >> 20} MiB"
+
+
+@pytest.mark.parametrize(
+    ("heads", "lanes", "dtype", "page_size", "fits"),
+    [
+        (32, 128, "float32", 16, True),
+        (8, 256, "float32", 128, True),
+        (16, 256, "bfloat16", 128, True),
+        (8, 128, "bfloat16", 250, False),  # the least common multiple with 128 is 16,000 tokens
+        (64, 256, "float32", 128, False),
+    ],
+)
+def test_blocks_shrink_for_wide_tokens_and_are_refused_where_even_the_smallest_do_not_fit(
+    heads: int, lanes: int, dtype: str, page_size: int, fits: bool
+) -> None:
+    like = jax.ShapeDtypeStruct
+    q, kv = like((256, heads, lanes), jnp.bfloat16), like((64 * page_size, 2 * heads, lanes), jnp.dtype(dtype))
+    call = functools.partial(
+        make_geometry, q, heads, kv, AttentionSpec(page_size, 1.0), 32_768 // page_size, generation="v7x"
+    )
+    if fits:
+        used = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for part in scratch_shapes(call()) for x in part)
+        assert used < 0.9 * VMEM_BYTES["v7x"], f"{used >> 20} MiB"
+    else:
+        with pytest.raises(BackendUnsupported, match=r"bytes of VMEM of 60,.* on v7x"):
+            call()
 
 
 def test_items_cover_every_new_token_once() -> None:

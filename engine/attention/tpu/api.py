@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -9,10 +10,10 @@ import jax.numpy as jnp
 
 from engine.attention.metadata import AttentionMetadata
 from engine.attention.spec import AttentionSpec, HeadArrays
-from engine.attention.tpu.block_sizes import SMEM_BYTES, VMEM_BYTES, choose_blocks, run_pages
+from engine.attention.tpu.block_sizes import SMEM_BYTES, choose_blocks, run_pages, vmem_limit
 from engine.attention.tpu.flash import LOG2_E
 from engine.attention.tpu.geometry import LANES, BlockSizes, Geometry
-from engine.attention.tpu.kernel import call_kernel
+from engine.attention.tpu.kernel import call_kernel, scratch_shapes
 from engine.attention.tpu.schedule import Schedule, make_schedule
 from engine.errors import BackendUnsupported
 from engine.kv.layout import merge_kv, packing, pad_fused
@@ -57,7 +58,8 @@ def ragged_paged_attention_tpu(
         ``out [T, Hq, D]`` in q's dtype, the buffer, and where the spec wants it the log-sum-exp ``[T, Hq]`` float32.
 
     Raises:
-        BackendUnsupported: the storage has a dtype or padding that this kernel cannot take.
+        BackendUnsupported: the storage has a dtype or padding that this kernel cannot take, or the step is too large
+            for scalar memory or the smallest blocks for VMEM.
     """
     tokens, q_heads, head_dim = q.shape
     kv_heads = k.shape[1]
@@ -87,7 +89,7 @@ def ragged_paged_attention_tpu(
         view_words(pad_fused(merge_kv(k.astype(geo.kv_dtype), v.astype(geo.kv_dtype)), *fused_kv.shape[1:])),
         None if heads.sinks is None else _sink_rows(geo, heads.sinks),
         view_words(fused_kv).reshape(-1, geo.page_size, geo.words, geo.pack, LANES),
-        vmem_limit_bytes=int(VMEM_BYTES[generation] * 0.9),
+        vmem_limit_bytes=vmem_limit(generation),
         interpret=interpret,
     )
     is_decode, live, seq = _token_kinds(cu_q_lens, tokens)
@@ -118,7 +120,8 @@ def make_geometry(
     """The static sizes of a call; arguments as in ``ragged_paged_attention_tpu``, of which only shapes are read.
 
     Raises:
-        BackendUnsupported: the storage has a dtype or padding that the kernel cannot take.
+        BackendUnsupported: the storage has a dtype or padding that the kernel cannot take, or VMEM cannot hold the
+            smallest blocks.
     """
     _check(kv_heads, fused_kv, spec.page_size)
     rows, lanes = fused_kv.shape[1:]
@@ -134,7 +137,7 @@ def make_geometry(
         longest=table_pages * spec.page_size,
     )
     pages_in_run = run_pages(spec.page_size, blocks)
-    return Geometry(
+    geo = Geometry(
         heads=kv_heads,
         group=group,
         lanes=lanes,
@@ -151,6 +154,8 @@ def make_geometry(
         interpret=interpret,
         blocks=blocks,
     )
+    _check_vmem(geo, generation)
+    return geo
 
 
 def _check(heads: int, fused_kv: jax.ShapeDtypeStruct | jax.Array, page_size: int) -> None:
@@ -167,6 +172,18 @@ def _check(heads: int, fused_kv: jax.ShapeDtypeStruct | jax.Array, page_size: in
         raise BackendUnsupported(
             f"page_size={page_size} is no multiple of the packing {packing(fused_kv.dtype)} of {fused_kv.dtype}; "
             "choose one that is"
+        )
+
+
+def _check_vmem(geo: Geometry, generation: str) -> None:
+    """Refuses blocks that the compiler could not place: it would fail where no other backend is tried any more."""
+    buffers = [buffer for part in scratch_shapes(geo) for buffer in part]
+    needed = sum(math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize for buffer in buffers)
+    if needed > vmem_limit(generation):
+        raise BackendUnsupported(
+            f"the TPU kernel's smallest blocks for {geo.heads} KV heads of {geo.lanes} in {geo.kv_dtype}, page_size="
+            f"{geo.page_size}, take {needed:,} bytes of VMEM of {vmem_limit(generation):,} on {generation}; use pages "
+            f"whose size divides {LANES} or is a multiple of it, or shard the heads"
         )
 
 

@@ -54,6 +54,11 @@ def load_overrides(path: Path = OVERRIDES) -> dict[tuple[str | int, ...], BlockS
     return table
 
 
+def vmem_limit(generation: str) -> int:
+    """Bytes of VMEM that the compiler may use for the kernel."""
+    return int(VMEM_BYTES[generation] * 0.9)
+
+
 def run_pages(page_size: int, blocks: BlockSizes) -> int:
     """Pages of one coalesced DMA: a divisor of both fetch blocks, or 1 where pages are large."""
     if page_size >= LARGE_PAGE:
@@ -85,7 +90,7 @@ def choose_blocks(
         mean: context of a usual decode row in tokens; None takes half of the longest.
 
     Returns:
-        Sizes that fit ``VMEM_SHARE`` of the target's VMEM.
+        Sizes that fit ``VMEM_SHARE`` of the target's VMEM, or the smallest there are, where none do.
     """
     found = load_overrides().get((generation, heads, group, lanes, page_size, dtype))
     if found is not None:
@@ -103,11 +108,11 @@ def choose_blocks(
     rows = PREFILL_ROWS
     while rows > 128 and _prefill_bytes(heads, rows, lanes) > budget // 2:
         rows //= 2
+    room = max(budget - _prefill_bytes(heads, rows, lanes), budget // 4) // (4 * bytes_per_token)
     # A chunk is computed whole, so one far longer than a usual row would be mostly masked.
     usual = max(LANES, mean or longest // 2)
-    decode_chunk = pages(min(max(256, DECODE_HEAD_TOKENS // heads), DECODE_FETCH_TOKENS, usual))
-    prefill_chunk = pages(PREFILL_CHUNK_TOKENS)
-    room = max(budget - _prefill_bytes(heads, rows, lanes), budget // 4) // (4 * bytes_per_token)
+    decode_chunk = pages(min(max(256, DECODE_HEAD_TOKENS // heads), DECODE_FETCH_TOKENS, usual, room))
+    prefill_chunk = pages(min(PREFILL_CHUNK_TOKENS, room))
     return BlockSizes(
         decode_fetch_pages=_multiple(pages(min(DECODE_FETCH_TOKENS, room)), decode_chunk),
         decode_chunk_pages=decode_chunk,
