@@ -44,12 +44,12 @@ def interrupt(llm, where, monkeypatch):
         steps = {shape: interrupted(step) for shape, step in llm._runner._steps.items()}
         monkeypatch.setattr(llm._runner, "_steps", steps)
     else:
-        owner = {"_sample": llm._runner, "alloc_pages": llm.cache.allocator, "fill": llm._stepper._batcher}
+        owner = {"alloc_pages": llm.cache.allocator, "fill": llm._stepper._batcher}
         owner = owner.get(where, llm.scheduler)
         monkeypatch.setattr(owner, where, interrupted(getattr(owner, where)))
 
 
-PLACES = ["steps", "_sample", "alloc_pages", "fill", "still_run", "commit", "_release", "add"]
+PLACES = ["steps", "alloc_pages", "fill", "still_run", "commit", "_release", "add"]
 
 
 @pytest.mark.parametrize("where", PLACES)
