@@ -67,6 +67,18 @@ def _check_fused(fused: jax.Array) -> None:
         )
 
 
+def to_stored(values: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Casts keys or values to the dtype they are stored in; an 8-bit float takes its largest finite value for more.
+
+    Without that e4m3fn would make NaN of whatever its scale does not reach, and one NaN spoils its whole sequence.
+    """
+    target = jnp.dtype(dtype)
+    if jnp.issubdtype(target, jnp.floating) and target.itemsize == 1 and values.dtype != target:
+        most = float(jnp.finfo(target).max)
+        values = jnp.clip(values, -most, most)
+    return values.astype(target)
+
+
 def packing(dtype: DTypeLike) -> int:
     """Rows of ``dtype`` that share one 32-bit lane of a TPU register: f32 1, bf16 2, fp8 4; at least 1."""
     return max(1, 4 // jnp.dtype(dtype).itemsize)

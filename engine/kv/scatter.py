@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from engine.errors import ShapeError
-from engine.kv.layout import bits_of, check_storage, merge_kv, pad_fused
+from engine.kv.layout import bits_of, check_storage, merge_kv, pad_fused, to_stored
 from engine.kv.tpu_view import view_is_free
 from engine.native import library
 
@@ -26,7 +26,7 @@ def set_kv_buffer(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) 
     Args:
         fused: ``[S, 2H, D]``, or padded storage ``[S, 2H', D']``, whose padding is written as zeros.
         loc: ``[T]``, any integer type: slots. What is negative or not below S is dropped; of equal ones the last wins.
-        k: ``[T, H, D]``, cast to the buffer's dtype.
+        k: ``[T, H, D]``, cast to the buffer's dtype; an 8-bit float saturates.
         v: as ``k``.
 
     Returns:
@@ -40,7 +40,7 @@ def set_kv_buffer(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) 
         loc = np.where((loc < 0) | (loc >= fused.shape[0]), np.int64(-1), loc).astype(np.int32)
     fused, loc, k, v = (jnp.asarray(array) for array in (fused, loc, k, v))
     _check(fused, loc, k, v)
-    written: jax.Array = _scatter(fused, _clean(loc, fused.shape[0]), k.astype(fused.dtype), v.astype(fused.dtype))
+    written: jax.Array = _scatter(fused, _clean(loc, fused.shape[0]), *(to_stored(half, fused.dtype) for half in (k, v)))
     return written
 
 

@@ -37,6 +37,15 @@ def test_writes_the_rows_and_nothing_else(dtype):
     assert_same_bits(set_kv_buffer(fused, loc, k, v), expected(fused, loc, k, v))
 
 
+@pytest.mark.parametrize(("dtype", "most"), [("float8_e4m3fn", 448.0), ("float8_e5m2", 57344.0)])
+@pytest.mark.parametrize("given", ["float32", "bfloat16"])
+def test_what_an_8_bit_float_cannot_reach_becomes_its_largest_value_and_not_nan(dtype, most, given):
+    k = jnp.asarray(np.array([[[1e6, -1e6, most, -0.5, np.nan, np.inf]]]), given)
+    written = set_kv_buffer(jnp.zeros((2, 2, 6), dtype), jnp.array([1]), k, -k)
+    row = np.array([most, -most, most, -0.5, np.nan, most])
+    np.testing.assert_array_equal(np.asarray(written[1], np.float32), np.stack([row, -row]))
+
+
 def test_negative_and_out_of_range_slots_are_dropped():
     fused, k, v = random_case(SLOTS, 2, 8, 6, "bfloat16")
     loc = jnp.array([-1, -SLOTS, SLOTS, np.iinfo(np.int32).min, np.iinfo(np.int32).max, -2])

@@ -16,7 +16,7 @@ from engine.attention.tpu.geometry import LANES, BlockSizes, Geometry
 from engine.attention.tpu.kernel import call_kernel, scratch_shapes
 from engine.attention.tpu.schedule import Schedule, make_schedule
 from engine.errors import BackendUnsupported
-from engine.kv.layout import merge_kv, packing, pad_fused
+from engine.kv.layout import merge_kv, packing, pad_fused, to_stored
 from engine.kv.tpu_view import unview_words, view_is_free, view_words
 
 KV_DTYPES = ("bfloat16", "float32", "float8_e4m3fn", "float8_e5m2")
@@ -86,7 +86,7 @@ def ragged_paged_attention_tpu(
         schedule,
         _decode_queries(geo, grouped, cu_q_lens),
         _prefill_queries(geo, grouped),
-        view_words(pad_fused(merge_kv(k.astype(geo.kv_dtype), v.astype(geo.kv_dtype)), *fused_kv.shape[1:])),
+        view_words(pad_fused(merge_kv(*(to_stored(half, geo.kv_dtype) for half in (k, v))), *fused_kv.shape[1:])),
         None if heads.sinks is None else _sink_rows(geo, heads.sinks),
         view_words(fused_kv).reshape(-1, geo.page_size, geo.words, geo.pack, LANES),
         vmem_limit_bytes=vmem_limit(generation),
