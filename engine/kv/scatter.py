@@ -40,7 +40,8 @@ def set_kv_buffer(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) 
         loc = np.where((loc < 0) | (loc >= fused.shape[0]), np.int64(-1), loc).astype(np.int32)
     fused, loc, k, v = (jnp.asarray(array) for array in (fused, loc, k, v))
     _check(fused, loc, k, v)
-    written: jax.Array = _scatter(fused, _clean(loc, fused.shape[0]), *(to_stored(half, fused.dtype) for half in (k, v)))
+    k, v = (to_stored(half, fused.dtype) for half in (k, v))
+    written: jax.Array = _scatter(fused, _clean(loc, fused.shape[0]), k, v)
     return written
 
 
