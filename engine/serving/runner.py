@@ -94,7 +94,7 @@ class ModelRunner:
         self._shapes = shapes
         self._placement = Placement(pool.mesh)
         self.rows = jax.device_put(DeviceRows.empty(shapes[0].rows, max_pages), self._placement.replicated)
-        self._step_function = partial(_forward, graph, structure, backend, self._placement)
+        self._step_function = partial(forward_step, graph, structure, backend, self._placement)
         self._steps: dict[ParcelShape, Callable[..., Any]] = {}
         self._sample: Callable[..., tuple[Sampled, DeviceRows]] | None = None
         self._update_rows: Callable[..., DeviceRows] | None = None
@@ -190,7 +190,7 @@ class ModelRunner:
         self.write(pages, self.read(pages))
 
 
-def _forward(
+def forward_step(
     graph: Any,
     structure: Any,
     backend: FlashAttentionBackend | MeshAttention,
@@ -201,7 +201,25 @@ def _forward(
     rows: DeviceRows,
     packed: jax.Array,
 ) -> tuple[ToSample, jax.Array, TokenToKVPool, DeviceRows]:
-    """The traced step: new pages, where tokens stand, the layers through the paged cache, each row's best token."""
+    """The traced step: new pages, where tokens stand, the layers through the paged cache, each row's best token.
+
+    The first five arguments are static.
+
+    Args:
+        graph: the model's ``nnx.split`` graph.
+        structure: the tree of its weights, as ``jax.tree.structure`` has it.
+        backend: the attention all layers share.
+        placement: where the step's arrays lie.
+        shape: T tokens, B rows and U new pages.
+        weights: the leaves of that tree.
+        pool: to be donated.
+        rows: page table ``[R, P]`` and last tokens ``[R]``; to be donated.
+        packed: int32 ``[shape.packed_size]``, a packed StepParcel.
+
+    Returns:
+        What the sampler takes (logits ``[B, vocab]``), greedy tokens int32 ``[B]``, and the pool and the rows as they
+        are then.
+    """
     model: Llama = nnx.merge(graph, jax.tree.unflatten(structure, weights))
     parts = unpack(packed, shape)
     bounds, kv_lens, row_ids = parts["cu_q_lens"], parts["kv_lens"], parts["req_pool_idx"]

@@ -12,6 +12,7 @@ _NAME = re.compile(r"^\s*(?:ROOT )?%?([\w.\-<>]+) = ")
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-<>]+) \(.*\{\s*$")
 _CALLS = re.compile(r"fusion\(.*\bcalls=%?([\w.\-<>]+)")
 _SCOPED = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
+_ALIAS = re.compile(r"\{[\d, ]*\}: \(\d+, \{[\d, ]*\}, (?:may|must)-alias\)")
 # They name memory and move none of it.
 _FREE = {"parameter", "bitcast", "tuple", "get-tuple-element", "custom-call", "while", "conditional", "call"}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -65,6 +66,11 @@ def kernel_vmem_bytes(text: str) -> dict[str, int]:
     """VMEM that each Pallas kernel of a program takes, by the name of its call."""
     calls = (i for i in instructions(text) if i.opcode == "custom-call" and '"tpu_custom_call"' in i.line)
     return {call.name: int(found[1]) if (found := _SCOPED.search(call.line)) else 0 for call in calls}
+
+
+def aliases(text: str) -> int:
+    """How many results of a program lie in the memory of an argument."""
+    return len(_ALIAS.findall(text.split("\n", 1)[0]))
 
 
 def collectives(text: str) -> list[str]:

@@ -1,9 +1,10 @@
-"""The whole step of a Llama, from token ids to logits over the paged pool, compiled for TPUs that need not be there."""
+"""The serving runner's own step of a Llama, parcel to tokens, compiled for TPUs that need not be there."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,14 +16,17 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
 from engine.attention.sharded import MeshAttention
-from engine.bench.tpu.hlo import collectives, kernel_vmem_bytes, moves_of_at_least
+from engine.bench.tpu.hlo import aliases, collectives, kernel_vmem_bytes, moves_of_at_least
 from engine.kv.pool import TokenToKVPool
 from engine.kv.split import buffer_spec
 from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
 from engine.models.sharding import abstract_llama, split_config, weight_bytes
 from engine.parallel import DATA_AXIS, make_mesh, named
+from engine.serving.batcher import parcel_shapes
+from engine.serving.device_rows import DeviceRows
 from engine.serving.placement import Placement
+from engine.serving.runner import forward_step
 
 DTYPE = jnp.bfloat16
 
@@ -40,7 +44,7 @@ def compile_step(
     tp: int = 1,
     dp: int = 1,
 ) -> dict[str, Any]:
-    """Compiles one step of bfloat16 weights over a donated bfloat16 pool, as the serving runner's does it.
+    """Compiles one step of bfloat16 weights over a donated bfloat16 pool: with one replica the runner's own step.
 
     Args:
         topology: name of the TPU slice, e.g. "v5e:2x4".
@@ -55,8 +59,9 @@ def compile_step(
         dp: replicas.
 
     Returns:
-        Bytes a device: planned for weights and pool, and as compiled for arguments, alias and temporaries; kernels,
-        collectives (opcode and shape to count), and what is moved of a layer's buffer's size.
+        Bytes a device: planned for weights and pool, and as compiled for arguments, alias and temporaries; how many
+        arrays are donated and how many results lie in their argument's memory; kernels, collectives (opcode and shape
+        to count), and what is moved of a layer's buffer's size.
     """
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(tp=tp, dp=dp, devices=devices)
@@ -73,16 +78,19 @@ def compile_step(
     )
     backend = backend if mesh is None else MeshAttention.over(backend, mesh)
     graph, weights = nnx.split(llama)
-
-    def step(
-        weights: Any, pool: TokenToKVPool, token_ids: jax.Array, metadata: AttentionMetadata
-    ) -> tuple[Any, TokenToKVPool]:
-        merged: Llama = nnx.merge(graph, weights)
-        return _forward(merged, backend, Placement(mesh), pool, token_ids, metadata)
-
-    arguments = (weights, pool, place.tokens(dp * tokens), place.metadata(dp, tokens, rows, -(-context // page_size)))
+    pages = -(-context // page_size)
+    if dp == 1:
+        shape = parcel_shapes(rows, tokens, page_size)[-1]
+        leaves, structure = jax.tree.flatten(weights)
+        donated: tuple[int, ...] = (1, 2)
+        step: Any = partial(forward_step, graph, structure, backend, Placement(mesh), shape)
+        arguments: tuple[Any, ...] = (leaves, pool, place.rows(rows, pages), place.whole((shape.packed_size,)))
+    else:
+        donated = (1,)
+        step = partial(_replicated_step, graph, backend, Placement(mesh))
+        arguments = (weights, pool, place.tokens(dp * tokens), place.metadata(dp, tokens, rows, pages))
     with jax.sharding.use_abstract_mesh((mesh or Mesh(devices[:1], ("x",))).abstract_mesh):
-        compiled = jax.jit(step, donate_argnums=1).lower(*arguments).compile()
+        compiled = jax.jit(step, donate_argnums=donated).lower(*arguments).compile()
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
     layer_bytes = pool.device_bytes // layers
@@ -90,6 +98,8 @@ def compile_step(
         "weight bytes": weight_bytes(llama),
         "pool bytes": pool.device_bytes,
         "argument bytes": memory.argument_size_in_bytes,
+        "donated arrays": len(jax.tree.leaves([arguments[n] for n in donated])),
+        "aliased arrays": aliases(text),
         "alias bytes": memory.alias_size_in_bytes,
         "temporary bytes": memory.temp_size_in_bytes,
         "VMEM bytes": list(kernel_vmem_bytes(text).values()),
@@ -98,15 +108,17 @@ def compile_step(
     }
 
 
-def _forward(
-    model: Llama,
+def _replicated_step(
+    graph: Any,
     backend: Any,
     placement: Placement,
+    weights: Any,
     pool: TokenToKVPool,
     token_ids: jax.Array,
     metadata: AttentionMetadata,
 ) -> tuple[Any, TokenToKVPool]:
-    """As the runner's traced step, with its metadata as arguments; the logits of each row's last token."""
+    """The layers of a step of several replicas, whose parcels the runner, which serves one, cannot unpack yet."""
+    model: Llama = nnx.merge(graph, weights)
     buffers = list(pool.buffers)
 
     def attend(layer_id: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -154,6 +166,12 @@ class _Places:
             (pool.size, pool.layout, pool.mesh),
             (tuple(jax.ShapeDtypeStruct(b.shape, b.dtype, sharding=sharding) for b in pool.buffers),),
         )
+
+    def whole(self, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        return self._on(jax.ShapeDtypeStruct(shape, np.int32))
+
+    def rows(self, rows: int, pages: int) -> DeviceRows:
+        return DeviceRows(page_table=self.whole((rows, pages)), last_token=self.whole((rows,)))  # type: ignore[arg-type]
 
     def tokens(self, count: int) -> jax.ShapeDtypeStruct:
         return self._on(np.empty(count, np.int32), DATA_AXIS)
