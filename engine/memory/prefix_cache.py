@@ -238,7 +238,7 @@ class RadixCache:
         Raises:
             ShapeError: ``num_pages`` is not an integer, or negative.
         """
-        if isinstance(num_pages, bool) or not isinstance(num_pages, int | np.integer) or num_pages < 0:
+        if not (type(num_pages) is int or isinstance(num_pages, np.integer)) or num_pages < 0:
             raise ShapeError(f"cannot evict {num_pages!r} pages: the count must be an integer, 0 or more")
         wanted = left = min(int(num_pages), self._nodes.evictable)
         runs: list[Int32] = []

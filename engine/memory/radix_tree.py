@@ -110,23 +110,27 @@ class RadixTree:
             tokens: int32, whole pages.
         """
         data, total = tokens.tobytes(), tokens.size // self.page_size
-        node, at = self.root, 0
+        node, at, block = self.root, 0, 1
         runs: list[Int32] = []
         singles: list[int] = []  # pages of nodes of one page since the last run: joined at once, they cost a fifth
-        keys: list[bytes] = []
-        first, block = 0, 1
         while at < total:
-            if at - first >= len(keys):  # likewise keys, cut out in blocks that double
-                first, block = at, min(2 * block, total - at)
-                keys = np.frombuffer(data, self._key_type, block, at * self._key_type.itemsize).tolist()
-            child = node.children.get(keys[at - first])
+            block = min(block, total - at)  # keys are cut out in blocks, which double from one page a node to the next
+            keys = np.frombuffer(data, self._key_type, block, at * self._key_type.itemsize).tolist()
+            before = len(singles)
+            child = None
+            for key in keys:
+                child = node.children.get(key)
+                if child is None or not child.only_page:
+                    break
+                node = child
+                singles.append(child.only_page)  # whose tokens the lookup has compared
+            at += len(singles) - before
             if child is None:
                 break
-            node = child
-            if node.only_page:  # whose tokens the lookup has compared
-                singles.append(node.only_page)
-                at += 1
+            if child.only_page:
+                block *= 2
                 continue
+            node, block = child, 1
             whole = data.startswith(node.tokens.data, at * self._key_type.itemsize)
             shared = node.pages.size if whole else self._shared_pages(tokens, at, node)
             runs += _joined(singles)

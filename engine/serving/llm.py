@@ -185,9 +185,14 @@ class LLM:
         else:
             self._stepper.drop()
         self._gate.interrupts.let_in()  # while what has ended is still to be reported
+        outputs = self._outputs_of(self._ended)  # decodes text, which may fail; nothing is forgotten before
+        for request in self._ended:
+            self._leader_of.pop(request.request_id, None)
+        for request_id in outputs:
+            del self._unfinished[request_id]
         ended, self._ended = self._ended, []
         self.stats.finished.update(request.finish_reason for request in ended if request.finish_reason)
-        return self._outputs_of(ended)
+        return outputs
 
     def abort(self, request_id: int) -> None:
         """Ends a request, with its siblings, and gives back every page; does nothing if it has ended.
@@ -207,6 +212,8 @@ class LLM:
                     self._leader_of.pop(request.request_id, None)
                     self.stats.finished[FinishReason.ABORT] += request.finish_reason is None
                     self._end(request, FinishReason.ABORT)
+                if not self.scheduler.has_work:
+                    self._stepper.drop()  # or the idle time until the next step would count as its own
 
     def metrics(self) -> EngineMetrics:
         """What the engine does and holds now; from another thread, once the step that runs is done."""
@@ -317,12 +324,10 @@ class LLM:
         """The answers that are complete now: a leader's, once its siblings have ended too."""
         outputs = {}
         for request in ended:
-            leader = self._leader_of.pop(request.request_id, None)
-            if leader is None:  # aborted since it ended
+            leader = self._leader_of.get(request.request_id)
+            if leader is None or leader.request_id in outputs:  # aborted since it ended; or a sibling brought it
                 continue
-            ended_all = all(member.finish_reason is not None for member in (leader, *leader.siblings))
-            if ended_all and leader.request_id in self._unfinished:
-                del self._unfinished[leader.request_id]
+            if all(member.finish_reason is not None for member in (leader, *leader.siblings)):
                 outputs[leader.request_id] = self._output(leader)
         return outputs
 

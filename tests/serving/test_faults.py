@@ -87,6 +87,27 @@ def test_who_is_aborted_after_it_ended_in_a_failed_step_is_forgotten(llm, monkey
     assert late not in finish(llm)
 
 
+def test_an_answer_whose_text_cannot_be_decoded_is_reported_once_it_can(llm, monkeypatch):
+    ids = [llm.add_request([token], SamplingParams(max_new_tokens=2, n=n)) for token, n in ((4, 1), (5, 1), (6, 2))]
+    before, calls = llm.stats.finished["length"], []
+
+    class Text:
+        def decode(self, tokens):
+            calls.append(tokens)
+            if len(calls) == 2:  # the first answer has been made, and must not be lost
+                raise Boom
+            return "text"
+
+    monkeypatch.setattr(llm, "tokenizer", Text())
+    with pytest.raises(Boom):
+        finish(llm)  # the first two end in the same step, before anything was returned
+    finished = finish(llm)
+    assert sorted(finished) == ids
+    assert [len(finished[request_id].siblings) for request_id in ids] == [0, 0, 1]
+    assert llm.stats.finished["length"] == before + 4
+    assert llm.generate([[6]], SamplingParams(max_new_tokens=1))[0].finish_reason == "length"  # the engine is idle
+
+
 def test_weights_in_memory_have_a_name_of_their_own(llama):
     assert weights_identity(llama, None) == weights_identity(llama, None)
     assert len({weights_identity(make_llama(), None) for _ in range(5)}) == 5  # also where an address is used again

@@ -152,6 +152,19 @@ def test_an_abort_between_dispatch_and_commit_harms_nobody(llm, dense_greedy):
         assert finished[request_id].token_ids == dense_greedy(prompt, 8)
 
 
+def test_when_the_last_is_aborted_its_step_is_forgotten_and_idle_time_is_nobodys(llm):
+    (request_id,) = run_to_flight(llm, [[1, 2, 3]], SamplingParams(max_new_tokens=9))
+    llm.abort(request_id)
+    assert not flights(llm)
+    steps, seconds = llm.stats.steps, llm.stats.decode_seconds + llm.stats.prefill_seconds
+    time.sleep(0.5)
+    resumed = time.perf_counter()
+    llm.generate([[4]], SamplingParams(max_new_tokens=1))
+    assert llm.stats.steps == steps + 1
+    worked = llm.stats.decode_seconds + llm.stats.prefill_seconds - seconds
+    assert worked <= time.perf_counter() - resumed
+
+
 def test_who_runs_out_of_time_with_a_step_under_way_keeps_what_was_committed(llm, dense_greedy):
     prompts = random_prompts([9, 14], seed=54)
     ids = run_to_flight(llm, prompts, SamplingParams(max_new_tokens=8, timeout=1e9), tokens=3)
