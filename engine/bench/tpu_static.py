@@ -59,6 +59,8 @@ def measure_rival(shape: dict[str, Any]) -> dict[str, Any]:
     except BackendUnsupported as error:
         if "memory space vmem" not in str(error):
             raise
+        fact = f"{REQUIREMENT}: its default prefill blocks do not fit the VMEM of {shape['gen']}"
+        Console(stderr=True).print(f"{fact}; compiling it with halves of them")
         return measure([shape | site | {"shrink": 2}], RIVAL)[0]
 
 

@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+from engine.bench import tpu_static
 from engine.bench.tpu import baseline
 from engine.bench.tpu.bundles import read_program
 from engine.bench.tpu.figures import find_lanes, rival_figures
-from engine.bench.tpu.hlo import collectives, instructions, kernel_vmem_bytes, moves_of_at_least
+from engine.bench.tpu.hlo import aliases, collectives, instructions, kernel_vmem_bytes, moves_of_at_least
 from engine.errors import BackendUnsupported
 
 # (loop begins here, depth, MXU instructions) of each bundle: a loop of two blocks' loops as the kernel has them.
@@ -133,3 +134,36 @@ def test_a_baseline_is_kept_by_version(tmp_path):
     assert baseline.read(path, "0.2")["a"]["VMEM bytes"] == 1
     assert baseline.read(path, "0.3") == {}
     assert sorted(json.loads(path.read_text())) == ["0.1", "0.2"]
+
+
+def test_a_rival_whose_blocks_do_not_fit_is_compiled_with_halves_and_that_is_said(monkeypatch, capsys):
+    tried = []
+
+    def measure(shapes, target):
+        tried.append(shapes[0].get("shrink", 1))
+        if tried[-1] == 1:
+            raise BackendUnsupported("Ran out of memory in memory space vmem. Used 72.32M of 63.94M vmem.")
+        return [{"prefill blocks": [128]}]
+
+    monkeypatch.setattr(tpu_static, "install", lambda: "nowhere")
+    monkeypatch.setattr(tpu_static, "measure", measure)
+    assert tpu_static.measure_rival({"gen": "v7x"}) == {"prefill blocks": [128]}
+    assert tried == [1, 2]
+    assert "do not fit the VMEM of v7x" in " ".join(capsys.readouterr().err.split())
+
+
+def test_another_failure_of_the_rival_is_passed_on(monkeypatch):
+    def measure(shapes, target):
+        raise BackendUnsupported("no such instruction")
+
+    monkeypatch.setattr(tpu_static, "install", lambda: "nowhere")
+    monkeypatch.setattr(tpu_static, "measure", measure)
+    with pytest.raises(BackendUnsupported, match="no such instruction"):
+        tpu_static.measure_rival({"gen": "v7x"})
+
+
+def test_results_that_lie_in_an_argument_are_counted():
+    head = "HloModule jit_step, is_scheduled=true, input_output_alias="
+    both = "{ {2}: (7, {}, may-alias), {3}: (8, {}, must-alias) }, entry_computation_layout={()->f32[8]{0}}\n"
+    assert aliases(head + both) == 2
+    assert aliases("HloModule jit_step, entry_computation_layout={()->f32[8]{0}}\n" + both) == 0
