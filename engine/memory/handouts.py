@@ -54,9 +54,13 @@ class Handouts:
 
     def void_serials(self) -> frozenset[int]:
         """Names the arrays that are void now, for ``rewind``."""
-        return frozenset(handout.serial for handout in self._by_id.values() if handout.is_void)
+        return frozenset(handout.serial for handout in self._all() if handout.is_void)
 
     def rewind(self, time: int, void: frozenset[int]) -> None:
         """Returns to a moment: what was handed out after ``time``, or was ``void`` then, is void; the rest is not."""
-        for handout in self._by_id.values():
+        for handout in self._all():
             handout.is_void = handout.time > time or handout.serial in void
+
+    def _all(self) -> list[_Handout]:
+        # A copy: the garbage collector may find a dead array, and take its entry out, in the middle of a loop.
+        return list(self._by_id.values())
