@@ -18,7 +18,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from engine.attention.metadata import AttentionMetadata
 from engine.attention.spec import AttentionSpec, HeadArrays
-from engine.attention.tpu.api import ragged_paged_attention_tpu
 from engine.attention.tpu.backend import target_generation
 from engine.attention.tpu.block_sizes import OVERRIDES
 from engine.attention.tpu.geometry import BlockSizes
@@ -85,6 +84,8 @@ class _Step:
     """A compiled call over random pages, its cache donated to every next one."""
 
     def __init__(self, target: Target, mode: Mode, blocks: BlockSizes) -> None:
+        from engine.attention.tpu.api import ragged_paged_attention_tpu  # only here: Pallas takes long to import
+
         decode = mode == "decode"
         rows, new, kv_len = (BATCH, 1, CONTEXT // 2) if decode else (1, PREFILL_TOKENS, PREFILL_TOKENS)
         layout, page = target.layout, target.page_size

@@ -20,9 +20,10 @@ def llm(llama):
 
 @pytest.fixture(autouse=True)
 def handler_stays():
-    before = signal.getsignal(signal.SIGINT)
+    # Python's own, for a run in the background may have been started with Ctrl-C ignored.
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.signal(signal.SIGINT, outside) is signal.default_int_handler
 
 
 def interrupted(call):

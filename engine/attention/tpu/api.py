@@ -181,7 +181,7 @@ def _check_vmem(geo: Geometry, generation: str) -> None:
     needed = sum(math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize for buffer in buffers)
     if needed > vmem_limit(generation):
         raise BackendUnsupported(
-            f"the TPU kernel's smallest blocks for {geo.heads} KV heads of {geo.lanes} in {geo.kv_dtype}, page_size="
+            f"the TPU kernel's blocks for {geo.heads} KV heads of {geo.lanes} in {geo.kv_dtype}, page_size="
             f"{geo.page_size}, take {needed:,} bytes of VMEM of {vmem_limit(generation):,} on {generation}; use pages "
             f"whose size divides {LANES} or is a multiple of it, or shard the heads"
         )

@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from engine.attention.spec import AttentionSpec
-from engine.attention.tpu.api import make_geometry
 from engine.attention.tpu.block_sizes import OVERRIDE_KEYS, VMEM_BYTES, VMEM_SHARE, choose_blocks, load_overrides
 from engine.attention.tpu.geometry import BlockSizes
-from engine.attention.tpu.kernel import scratch_shapes
+from engine.errors import BackendUnsupported
 from engine.kv.layout import KVLayout
 
 Mode = Literal["decode", "prefill"]
@@ -89,9 +88,9 @@ def candidates(target: Target, mode: Mode, start: BlockSizes) -> list[BlockSizes
     """``start`` and the sizes of one mode to try in its place; decode and prefill do not feel each other's.
 
     Chunks divide their fetch block and are whole pages, and all of the kernel's scratch fits the share of VMEM that the
-    formula keeps to.
+    formula keeps to. Where not even ``start`` can be had, its trial fails and says why.
     """
-    found = [start]
+    found: list[BlockSizes] = []
     for fetch, chunk in product(FETCH_TOKENS, CHUNK_TOKENS):
         if chunk > fetch or chunk % target.page_size:
             continue
@@ -105,12 +104,24 @@ def candidates(target: Target, mode: Mode, start: BlockSizes) -> list[BlockSizes
         for rows in PREFILL_ROWS:
             queries = max(8, rows // target.group // 8 * 8)
             found.append(dataclasses.replace(start, prefill_queries=queries, **pages))
-    budget = VMEM_BYTES[target.generation] * VMEM_SHARE
-    return [blocks for blocks in dict.fromkeys(found) if scratch_bytes(target, blocks) <= budget]
+    others = [blocks for blocks in dict.fromkeys(found) if blocks != start]
+    return [start, *(blocks for blocks in others if fits(target, blocks))]
+
+
+def fits(target: Target, blocks: BlockSizes) -> bool:
+    """Whether the kernel's buffers keep to the share of VMEM that the formula keeps to."""
+    try:
+        return scratch_bytes(target, blocks) <= VMEM_BYTES[target.generation] * VMEM_SHARE
+    except BackendUnsupported:
+        return False
 
 
 def scratch_bytes(target: Target, blocks: BlockSizes) -> int:
-    """VMEM that the kernel's buffers take with these sizes."""
+    """VMEM that the kernel's buffers take with these sizes; BackendUnsupported where the core has less."""
+    # Only here: Pallas takes long to import, and no other benchmark needs it.
+    from engine.attention.tpu.api import make_geometry
+    from engine.attention.tpu.kernel import scratch_shapes
+
     layout = target.layout
     cache = jax.ShapeDtypeStruct(layout.buffer_shape(2 * target.page_size), layout.dtype)
     q = jax.ShapeDtypeStruct((8, target.heads * target.group, target.head_dim), target.query_dtype)
