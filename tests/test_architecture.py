@@ -31,7 +31,8 @@ LEVEL = {
     "__init__": 8,
 }
 CONTROL_PLANE = ["memory", "planning"] + [
-    f"serving/{name}.py" for name in ("scheduler", "request", "running_rows", "batcher")
+    f"serving/{name}.py"
+    for name in ("scheduler", "scheduled_step", "request", "request_queue", "running_rows", "batcher")
 ]
 LONGEST_FILE = 400
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from engine.batch import LAST_SAMPLED, NOWHERE, SHARED_PAGES, Int32, ParcelShape, StepParcel
 from engine.memory.page_table import ReqToTokenPool
-from engine.serving.scheduler import ScheduledStep
+from engine.serving.scheduled_step import ScheduledStep
 
 
 def token_buckets(max_running_requests: int, max_step_tokens: int) -> list[int]:

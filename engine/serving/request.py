@@ -149,6 +149,7 @@ class Request:
         params: how to choose its tokens.
         stop_ids: every token that ends it.
         req_pool_idx: its page-table row while it runs, else None.
+        replica: whose row that is, where there are several.
         num_computed: tokens whose keys and values are in the pool.
         output: tokens generated so far.
         scope: under which its prefix may be shared.
@@ -165,6 +166,7 @@ class Request:
     scope: CacheScope
     arrival: float | None = None
     req_pool_idx: int | None = None
+    replica: int = 0
     num_computed: int = 0
     cached_tokens: int | None = None
     retractions: int = 0

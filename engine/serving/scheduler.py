@@ -15,9 +15,7 @@ higher priority is worth a bounded head start, so that nobody starves.
 from __future__ import annotations
 
 import time
-from bisect import insort
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -25,68 +23,9 @@ from engine.errors import RequestTooLarge
 from engine.memory.cache_manager import CacheManager
 from engine.memory.integers import Bool, Int32, Int64
 from engine.serving.request import FinishReason, Request
+from engine.serving.request_queue import RequestQueue
 from engine.serving.running_rows import RunningRows
-
-
-@dataclass(frozen=True)
-class ScheduledRow:
-    """One request's part of a step: ``count`` tokens from position ``start``.
-
-    Attributes:
-        is_decode: whether it feeds back a generated token.
-        samples: whether its last token is the last one known, so that the next is to be chosen.
-    """
-
-    request: Request
-    start: int
-    count: int
-    is_decode: bool
-    samples: bool
-
-
-@dataclass(frozen=True, eq=False)
-class ScheduledStep:
-    """A step's requests, and for each, ``[n]``, what it feeds; empty where nothing is to run.
-
-    Attributes:
-        requests: one a row of the batch.
-        req_pool_idx: int32, their page-table rows.
-        starts: int64, position of the first token fed.
-        counts: int64, tokens fed.
-        is_decode: whether a generated token is fed back.
-        on_device: whether that token was sampled since the request was admitted, so that the device has it.
-        samples: whether the next token is to be chosen.
-        tenancies: int64, see ``RunningRows.tenancy``.
-    """
-
-    requests: list[Request]
-    req_pool_idx: Int32
-    starts: Int64
-    counts: Int64
-    is_decode: Bool
-    on_device: Bool
-    samples: Bool
-    tenancies: Int64
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens fed."""
-        return int(self.counts.sum())
-
-    @property
-    def rows(self) -> list[ScheduledRow]:
-        """The same, an object a row."""
-        columns = (self.starts, self.counts, self.is_decode, self.samples)
-        parts = zip(self.requests, *(column.tolist() for column in columns), strict=True)
-        return [ScheduledRow(*part) for part in parts]
-
-
-@dataclass(frozen=True)
-class PageCopy:
-    """Pages that the device must copy before the next step, for answers that share a prompt."""
-
-    sources: Int32
-    targets: Int32
+from engine.serving.scheduled_step import PageCopy, ScheduledStep, StepPlan
 
 
 class Scheduler:
@@ -97,6 +36,7 @@ class Scheduler:
         max_running_requests: slots.
         max_step_tokens: most new tokens in a step; at least ``max_running_requests``, so that everyone can decode.
         clock: seconds, for arrival and timeouts.
+        queue: where requests wait; schedulers of several replicas share one.
     """
 
     def __init__(
@@ -106,15 +46,16 @@ class Scheduler:
         max_running_requests: int,
         max_step_tokens: int,
         clock: Callable[[], float] = time.monotonic,
+        queue: RequestQueue | None = None,
     ) -> None:
         self.cache = cache
         self.max_running_requests = max_running_requests
         self.max_step_tokens = max(max_step_tokens, max_running_requests)
         self.clock = clock
-        self.waiting: list[Request] = []  # in order of rank
         self.retractions = 0
+        self._queue = queue or RequestQueue()
+        self.waiting = self._queue.waiting  # in order of rank
         self._plan = RunningRows(cache.page_table.max_requests)
-        self._timed: list[Request] = []  # those whose time may run out
 
     @property
     def running(self) -> list[Request]:
@@ -125,6 +66,21 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
         return bool(self.waiting or self.running)
+
+    @property
+    def replicas(self) -> Sequence[Scheduler]:
+        """The schedulers of all replicas: this one."""
+        return (self,)
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens in pages that running requests keep."""
+        return self.cache.held_tokens
+
+    @property
+    def known_tokens(self) -> int:
+        """Prompt and generated tokens of the running requests, those included that steps under way will sample."""
+        return int(self._plan.known[self._plan.in_order()].sum())
 
     def check_fits(self, request: Request) -> None:
         """Refuses a request that could never run.
@@ -147,9 +103,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queues a request; raises RequestTooLarge where it could never run."""
         self.check_fits(request)
-        request.arrival = self.clock()
-        self._note_timeout(request)
-        self._wait(request)
+        self._queue.arrive(request, self.clock())
+        self._queue.wait(request)
 
     def next_step(self, *, settled: bool = True) -> ScheduledStep | None:
         """Chooses the rows of the next step and gives them their pages.
@@ -162,6 +117,19 @@ class Scheduler:
             The step; None if the pool is short while a step is under way: commit that first, since who must give up
             its pages is decided when all is known.
         """
+        plan = self.plan_running(settled=settled)
+        if plan is None:
+            return None
+        while self.waiting and self.has_place(plan) and self.admit_first(plan):
+            pass
+        return self.schedule(plan)
+
+    def plan_running(self, *, settled: bool) -> StepPlan | None:
+        """What those who run already do in the next step, once those who are in their way have been retracted.
+
+        Returns:
+            The plan; None as ``next_step``. Nothing has been noted, and no page taken.
+        """
         (rows, counts), retractions = self._running_rows(), self.retractions
         while not self.cache.has_room_for(growth := self.cache.plan_growth(rows, counts)):
             if not settled:
@@ -170,8 +138,39 @@ class Scheduler:
             rows, counts = self._running_rows()
         # Who was just retracted must not come straight back, or the two would take turns without getting on; but one
         # that runs alone was in its own way, with a copy of pages that are cached, and comes back to share those.
-        if self.waiting and (retractions == self.retractions or not rows.size):
-            rows, counts = self._admit(rows, counts)
+        return StepPlan(rows, counts, growth, may_admit=retractions == self.retractions or not rows.size)
+
+    def has_place(self, plan: StepPlan) -> bool:
+        """Whether the step and the batch have room for one more request."""
+        return plan.may_admit and len(self.running) < self.max_running_requests and self._budget(plan) > 0
+
+    def admit_first(self, plan: StepPlan) -> bool:
+        """Admits who waits first to a step that has a place; returns whether the pool has room for it."""
+        request = self.waiting[0]
+        admission = self.cache.admit(
+            request.scope,
+            request.tokens(0, request.num_tokens),
+            most_tokens=request.max_tokens,
+            priority=request.params.priority,
+            counts_hit=request.cached_tokens is None,
+        )
+        if admission is None:
+            return False
+        request.num_computed = admission.cached_tokens + admission.loaded_tokens
+        if request.cached_tokens is None:
+            request.cached_tokens = request.num_computed
+        self._plan.admit(self.waiting.pop(0), admission.row)
+        chunk = min(request.num_pending, self._budget(plan))
+        plan.admitted.append(admission.row)
+        plan.chunks.append(chunk)
+        return True
+
+    def schedule(self, plan: StepPlan) -> ScheduledStep:
+        """Gives the requests of a plan their pages, and notes that their tokens will be computed."""
+        rows, counts, growth = plan.rows, plan.counts, plan.growth
+        if plan.admitted:
+            rows = np.append(rows, np.array(plan.admitted, np.int32))
+            counts = np.append(counts, np.array(plan.chunks, np.int64))
             growth = self.cache.plan_growth(rows, counts)
         self.cache.grow_as_planned(growth)
         return self._scheduled(rows, counts)
@@ -229,30 +228,25 @@ class Scheduler:
         shared = len(parent.prompt) - 1
         row, has_slot = parent.req_pool_idx, len(self.running) < self.max_running_requests
         if row is None or not has_slot or not self.cache.can_fork(row, shared):
-            child.arrival = parent.arrival
-            self._note_timeout(child)
-            self._wait(child)
+            self._queue.arrive(child, parent.arrival or 0.0)
+            self._queue.wait(child)
             return None
         child_row, sources, targets = self.cache.fork(row, shared)
-        child.arrival = parent.arrival
-        self._note_timeout(child)
+        self._queue.arrive(child, parent.arrival or 0.0)
+        child.replica = parent.replica
         child.num_computed = child.cached_tokens = shared
         self._plan.admit(child, child_row)
-        return PageCopy(sources, targets) if sources.size else None
+        return PageCopy(sources, targets, parent.replica) if sources.size else None
 
     def give_up(self, request: Request) -> None:
         """Sends a running request back to wait with the tokens it has; what it computed may stay cached."""
         self._release(request)
         request.num_computed = 0
-        self._wait(request)
+        self._queue.wait(request)
 
     def expire(self) -> list[Request]:
         """Ends the requests whose time is up; returns them."""
-        if not self._timed:
-            return []
-        now = self.clock()
-        self._timed = [request for request in self._timed if request.finish_reason is None]
-        late = [request for request in self._timed if request.is_late(now)]
+        late = self._queue.late(self.clock)
         for request in late:
             self.end(request, FinishReason.TIMEOUT)
         return late
@@ -286,18 +280,9 @@ class Scheduler:
         fits = chunks > 0
         return np.concatenate([decode, prompts[fits]]), np.concatenate([counts, chunks[fits]])
 
-    def _admit(self, rows: Int32, counts: Int64) -> tuple[Int32, Int64]:
-        """Adds waiting requests to a step while there is room for them in it, in the batch and in the pool."""
-        budget = self.max_step_tokens - int(counts.sum())
-        admitted: list[int] = []
-        chunks: list[int] = []
-        while budget and (row := self._admit_next()) is not None:
-            admitted.append(row)
-            chunks.append(min(self.running[-1].num_pending, budget))
-            budget -= chunks[-1]
-        if not admitted:
-            return rows, counts
-        return np.append(rows, np.array(admitted, np.int32)), np.append(counts, np.array(chunks, np.int64))
+    def _budget(self, plan: StepPlan) -> int:
+        """Tokens that a step can feed yet."""
+        return self.max_step_tokens - int(plan.counts.sum()) - sum(plan.chunks)
 
     def _ended(self, step: ScheduledStep, sampled: Bool, chosen: list[int]) -> list[Request]:
         """Notes which rows have a token more; returns the requests that this ends."""
@@ -327,33 +312,10 @@ class Scheduler:
             tenancies=plan.tenancy[rows],
         )
 
-    def _admit_next(self) -> int | None:
-        """Admits who waits first; returns the row, or None where there is no room."""
-        if not self.waiting or len(self.running) == self.max_running_requests:
-            return None
-        request = self.waiting[0]
-        admission = self.cache.admit(
-            request.scope,
-            request.tokens(0, request.num_tokens),
-            most_tokens=request.max_tokens,
-            priority=request.params.priority,
-            counts_hit=request.cached_tokens is None,
-        )
-        if admission is None:
-            return None
-        request.num_computed = admission.cached_tokens + admission.loaded_tokens
-        if request.cached_tokens is None:
-            request.cached_tokens = request.num_computed
-        self._plan.admit(self.waiting.pop(0), admission.row)
-        return admission.row
-
     def _retract(self, request: Request) -> None:
         self.give_up(request)
         request.retractions += 1
         self.retractions += 1
-
-    def _wait(self, request: Request) -> None:
-        insort(self.waiting, request, key=lambda request: request.rank)
 
     def _publish(self, request: Request) -> None:
         if request.req_pool_idx is not None:
@@ -363,7 +325,3 @@ class Scheduler:
         # A step that was scheduled and did not run has grown the row by slots that hold nothing yet.
         computed = request.tokens(0, request.num_computed)
         self.cache.release(self._plan.release(request), request.scope, computed)
-
-    def _note_timeout(self, request: Request) -> None:
-        if request.params.timeout is not None:
-            self._timed.append(request)

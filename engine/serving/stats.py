@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from engine.serving.scheduler import ScheduledStep
+from engine.serving.scheduled_step import ScheduledStep
 
 
 @dataclass

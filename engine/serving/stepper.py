@@ -21,7 +21,8 @@ from engine.serving.batcher import Batcher
 from engine.serving.request import Request, TokenLogprobs
 from engine.serving.runner import ModelRunner, StepResult
 from engine.serving.sampler import Sampled
-from engine.serving.scheduler import ScheduledStep, Scheduler
+from engine.serving.scheduled_step import ScheduledStep
+from engine.serving.scheduler import Scheduler
 from engine.serving.stats import EngineStats
 
 
