@@ -129,8 +129,11 @@ def _replicated_step(
     hidden = model(token_ids, jnp.asarray(metadata.positions), attend, placement.hidden)
     replicas = pool.replicas
     ends = jnp.asarray(metadata.cu_q_lens).reshape(replicas, -1)[:, 1:]
-    last = jnp.maximum(ends - 1, 0) + jnp.arange(replicas)[:, None] * (token_ids.shape[0] // replicas)
-    logits = placement.logits(model.logits(hidden[last.reshape(-1)]))
+    # Each replica takes rows of its own tokens: XLA would exchange them for an index into all replicas' tokens.
+    last = jax.vmap(lambda rows, ends: rows[jnp.maximum(ends - 1, 0)])(
+        hidden.reshape(replicas, -1, hidden.shape[1]), ends
+    )
+    logits = placement.logits(model.logits(last.reshape(-1, hidden.shape[1])))
     return placement.whole(logits), pool.replace_buffers(buffers)
 
 
