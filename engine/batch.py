@@ -42,13 +42,18 @@ class ParcelShape:
     def bounds(self) -> tuple[tuple[int, int], ...]:
         """Where each field of StepParcel begins and ends in the packed parcel, in their order."""
         rows, updates = self.rows, self.updates
-        sizes = (self.tokens, rows + 1, rows, rows, updates, updates, 1, rows, rows, rows, rows)
+        sizes = (rows, rows, rows, rows, rows, rows, 1, rows + 1, self.tokens, updates, updates)
         return tuple(pairwise(accumulate(sizes, initial=0)))
 
     @property
     def packed_size(self) -> int:
         """Words (4 bytes each) of the packed parcel."""
         return self.bounds[-1][1]
+
+    @property
+    def sampling_size(self) -> int:
+        """Words that it begins with, in which is all that the sampler reads; they depend on ``rows`` alone."""
+        return self.bounds[SAMPLING_FIELDS - 1][1]
 
 
 @dataclass(frozen=True)
@@ -58,28 +63,28 @@ class StepParcel:
     All int32 but ``temperature`` and ``top_p``, which are float32.
 
     Attributes:
-        token_ids: ``[T]`` new tokens of all sequences, one sequence after the other; ``LAST_SAMPLED`` where the device
-            has it.
-        cu_q_lens: ``[B + 1]`` running sum of new tokens per sequence, from 0.
         kv_lens: ``[B]`` cached plus new tokens, which is also the position of the token to be sampled; 0 in padding.
         req_pool_idx: ``[B]`` page-table rows; ``NOWHERE`` in padding.
+        top_k, seed, temperature, top_p: ``[B]`` as in SamplingParams.
+        wants_logprobs: ``[1]`` whether any request of the step wants log-probabilities.
+        cu_q_lens: ``[B + 1]`` running sum of new tokens per sequence, from 0.
+        token_ids: ``[T]`` new tokens of all sequences, one sequence after the other; ``LAST_SAMPLED`` where the device
+            has it.
         update_at: ``[U]`` places in the page table, row by row, that get a page; ``NOWHERE`` in padding.
         update_page: ``[U]`` those pages.
-        wants_logprobs: ``[1]`` whether any request of the step wants log-probabilities.
-        top_k, seed, temperature, top_p: ``[B]`` as in SamplingParams.
     """
 
-    token_ids: Int32
-    cu_q_lens: Int32
     kv_lens: Int32
     req_pool_idx: Int32
-    update_at: Int32
-    update_page: Int32
-    wants_logprobs: Int32
     top_k: Int32
     seed: Int32
     temperature: npt.NDArray[np.float32]
     top_p: npt.NDArray[np.float32]
+    wants_logprobs: Int32
+    cu_q_lens: Int32
+    token_ids: Int32
+    update_at: Int32
+    update_page: Int32
     packed: Int32
 
     @classmethod
@@ -104,12 +109,19 @@ class StepParcel:
 
 FIELDS = tuple(field.name for field in fields(StepParcel))[:-1]
 FLOAT_FIELDS = ("temperature", "top_p")
+SAMPLING_FIELDS = 1 + FIELDS.index("wants_logprobs")
 
 
 def unpack(packed: jax.Array, shape: ParcelShape) -> dict[str, jax.Array]:
-    """Takes a packed parcel apart on the device; ``packed`` is int32 ``[shape.packed_size]``, traced or not."""
+    """Takes a packed parcel apart on the device.
+
+    Args:
+        packed: int32 ``[shape.packed_size]``, or no more of it than the ``[shape.sampling_size]`` of the sampler.
+        shape: of the parcel.
+    """
     from jax import lax  # the host half of this module stays free of jax
     from jax import numpy as jnp
 
-    parts = {name: packed[start:stop] for name, (start, stop) in zip(FIELDS, shape.bounds, strict=True)}
+    names = FIELDS if packed.size == shape.packed_size else FIELDS[:SAMPLING_FIELDS]
+    parts = {name: packed[start:stop] for name, (start, stop) in zip(names, shape.bounds, strict=False)}
     return parts | {name: lax.bitcast_convert_type(parts[name], jnp.float32) for name in FLOAT_FIELDS}

@@ -57,12 +57,15 @@ class StepResult:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ToSample:
-    """What a step leaves for the sampler: float32 logits ``[B, vocab]``, and how and for which rows to choose."""
+    """What a step leaves for the sampler: two arrays, since every result of a program costs the host microseconds.
+
+    Attributes:
+        logits: float32 ``[B, vocab]``.
+        words: int32 ``[sampling_size]``, how and for which rows to choose: what the packed parcel begins with.
+    """
 
     logits: jax.Array
-    inputs: SamplingInputs
-    wants_logprobs: jax.Array
-    row_ids: jax.Array
+    words: jax.Array
 
 
 class ModelRunner:
@@ -99,6 +102,7 @@ class ModelRunner:
         self._sample: Callable[..., tuple[Sampled, DeviceRows]] | None = None
         self._update_rows: Callable[..., DeviceRows] | None = None
         self.parcels = 0  # checksum of all parcels, where other processes must have sent the same
+        self._copies_ahead = jax.default_backend() != "cpu"  # a CPU's arrays are the host's to read, no copy needed
         self._copies_ready = 0
         pages = pool.size // pool.page_size
         self._copies = [partial(self.copy, np.array([1], np.int32), np.array([2], np.int32))] if pages > 1 else []
@@ -130,7 +134,7 @@ class ModelRunner:
             compiled()
         # Apart from the step, which is greedy: the sort takes longer to compile than a small model, for every shape.
         to_sample = jax.tree.map(self._placement.like, lowered.out_info[0])
-        sampler = jax.jit(partial(_sample, self._placement), donate_argnums=0)
+        sampler = jax.jit(partial(_sample, self._placement, self._shapes[0]), donate_argnums=0)
         self._sample = sampler.lower(self.rows, to_sample).compile()
         compiled()
         updates = self._placement.like(jax.ShapeDtypeStruct((2, SHARED_PAGES), jnp.int32))
@@ -172,7 +176,8 @@ class ModelRunner:
         if parcel.wants_logprobs[0] or parcel.temperature.any():
             sampled, self.rows = self._sample(self.rows, to_sample)
             tokens = sampled.tokens
-        tokens.copy_to_host_async()
+        if self._copies_ahead:
+            tokens.copy_to_host_async()
         return StepResult(tokens, sampled, to_sample.logits)
 
     def replace_weights(self, model: Llama) -> None:
@@ -237,16 +242,18 @@ def forward_step(
     token_ids = rows.known_tokens(parts["token_ids"], owners)
     hidden = model(token_ids, jnp.asarray(metadata.positions), attend, placement.hidden)
     logits = placement.logits(model.logits(hidden[jnp.maximum(bounds[1:] - 1, 0)]))
-    inputs = SamplingInputs(parts["temperature"], parts["top_k"], parts["top_p"], parts["seed"], position=kv_lens)
-    to_sample = ToSample(logits, inputs, parts["wants_logprobs"][0] != 0, row_ids)
+    to_sample = ToSample(logits, packed[: shape.sampling_size])
     tokens = most_likely(logits)
     to_sample, tokens, rows = placement.whole((to_sample, tokens, rows.with_tokens(row_ids, tokens)))
     return to_sample, tokens, pool.replace_buffers(buffers), rows
 
 
-def _sample(placement: Placement, rows: DeviceRows, step: ToSample) -> tuple[Sampled, DeviceRows]:
-    sampled = sample(step.logits, step.inputs, step.wants_logprobs)
-    both: tuple[Sampled, DeviceRows] = placement.whole((sampled, rows.with_tokens(step.row_ids, sampled.tokens)))
+def _sample(placement: Placement, shape: ParcelShape, rows: DeviceRows, step: ToSample) -> tuple[Sampled, DeviceRows]:
+    parts = unpack(step.words, shape)
+    how = SamplingInputs(parts["temperature"], parts["top_k"], parts["top_p"], parts["seed"], position=parts["kv_lens"])
+    sampled = sample(step.logits, how, parts["wants_logprobs"][0] != 0)
+    noted = rows.with_tokens(parts["req_pool_idx"], sampled.tokens)
+    both: tuple[Sampled, DeviceRows] = placement.whole((sampled, noted))
     return both
 
 
