@@ -94,17 +94,21 @@ class StepParcel:
         Its memory is fresh, because the CPU backend may alias a NumPy argument: filling a vector that was sent before
         would change the step that is running.
         """
-        packed = np.zeros(shape.packed_size, np.int32)
+        parcel = cls.over(np.zeros(shape.packed_size, np.int32), shape)
+        parcel.req_pool_idx.fill(NOWHERE)
+        parcel.update_at.fill(NOWHERE)
+        parcel.top_p.fill(1.0)
+        return parcel
+
+    @classmethod
+    def over(cls, packed: Int32, shape: ParcelShape) -> StepParcel:
+        """The fields of a packed parcel, as views of it."""
         views: dict[str, Any] = {
             name: packed[start:stop] for name, (start, stop) in zip(FIELDS, shape.bounds, strict=True)
         }
         for name in FLOAT_FIELDS:
             views[name] = views[name].view(np.float32)
-        parcel = cls(**views, packed=packed)
-        parcel.req_pool_idx.fill(NOWHERE)
-        parcel.update_at.fill(NOWHERE)
-        parcel.top_p.fill(1.0)
-        return parcel
+        return cls(**views, packed=packed)
 
 
 FIELDS = tuple(field.name for field in fields(StepParcel))[:-1]

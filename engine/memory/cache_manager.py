@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.errors import KVPoolExhausted, ShapeError
+from engine.memory.decoding_rows import DecodingRows
 from engine.memory.host_tier import HostTier
 from engine.memory.integers import Int32, Int64
 from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
@@ -191,6 +192,21 @@ class CacheManager:
             KVPoolExhausted: too few pages are free or evictable.
         """
         self.grow_as_planned(self.plan_growth(rows, counts))
+
+    def grow_decoding(self, rows: DecodingRows) -> bool:
+        """Gives each row a page where it begins one, and a token more; False, with nothing changed, without room.
+
+        Raises:
+            ShapeError: the rows have changed otherwise.
+        """
+        beginning = rows.beginning()
+        if beginning.size > self.allocator.available_pages():
+            if beginning.size > self.reclaimable_pages:
+                return False
+            self._make_room(beginning.size)
+        rows.check_unchanged()  # nothing stands between taking pages and noting them
+        rows.grow(beginning, self.allocator.alloc_single_pages(beginning.size))
+        return True
 
     def can_fork(self, row: int, tokens: int) -> bool:
         """Whether ``fork`` keeps the rule by which ``admit`` lets in."""

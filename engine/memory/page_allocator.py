@@ -196,6 +196,21 @@ class PagedTokenToKVPoolAllocator:
         self._check_available(wanted.tolist())
         return self._ledger.take_runs(wanted) if wanted.size else np.empty(0, np.int32)
 
+    def alloc_single_pages(self, count: int) -> Int32:
+        """Allocates pages that need not be neighbours, from the shortest runs, by their ids; see ``alloc_pages``.
+
+        Args:
+            count: pages, 0 or more.
+
+        Returns:
+            int32 ``[count]`` page ids.
+
+        Raises:
+            KVPoolExhausted: fewer pages are free.
+        """
+        self._check_available([count])
+        return self._ledger.take_singles(count)
+
     def free(self, slots: npt.ArrayLike) -> None:
         """Releases, once each, the pages that ``slots`` lie in.
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import DoubleFreeError, IntegrityError, KVPoolExhausted, ShapeError
+from engine.memory.decoding_rows import DecodingRows
 from engine.memory.integers import INT32_MAX, Bool, Int32, Int64, equal_lengths, integer_vector, positive_option, ranges
 
 
@@ -228,6 +229,11 @@ class ReqToTokenPool:
         """Raises ShapeError where rows have changed since their growth was planned."""
         if (self._kv_lens[growth.rows] != growth.lens).any():
             raise ShapeError("rows have changed since their growth was planned; plan it again")
+
+    def decoding_rows(self, rows: npt.ArrayLike) -> DecodingRows:
+        """Takes distinct rows in use together, to grow by a token a step; raises ShapeError where they are not."""
+        shared = self._table, self._kv_lens, self._taken
+        return DecodingRows(self._checked_rows(rows), *shared, self.page_size, self.max_context_tokens)
 
     def take_new_pages(self, rows: npt.ArrayLike) -> tuple[Int32, Int32]:
         """The pages of rows that no call has returned before, for the copy of the table on the device.

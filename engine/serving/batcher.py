@@ -52,6 +52,7 @@ class Batcher:
         self._wants_logprobs = np.zeros(rows, np.bool_)
         self._params: dict[str, Any] = {}  # of the rows of the last step
         self._last_rows: Int32 | None = None
+        self._pattern: tuple[ParcelShape, Int32] | None = None  # the last parcel, if no token had to be sent in it
 
     def fill(self, step: ScheduledStep) -> tuple[StepParcel, ParcelShape, list[Int32]]:
         """Makes the parcel of a step, in the smallest shape that holds it.
@@ -61,6 +62,11 @@ class Batcher:
             before it: int32 ``[2, SHARED_PAGES]`` each, places and pages.
         """
         rows, batch, total = step.req_pool_idx, len(step.requests), step.num_tokens
+        if step.growth is not None and self._pattern is not None and rows is self._last_rows:
+            shape, pattern = self._pattern
+            parcel = StepParcel.over(pattern.copy(), shape)
+            parcel.kv_lens[:batch] = step.growth.lens
+            return parcel, shape, self._fill_updates(parcel, *step.growth.take_new_pages())
         shape = self._shapes[bisect_left(self._tokens, total)]
         parcel = StepParcel.padding(shape)
         np.cumsum(step.counts, out=parcel.cu_q_lens[1 : batch + 1])
@@ -76,7 +82,8 @@ class Batcher:
             self._last_rows = rows
         for name, values in self._params.items():
             getattr(parcel, name)[:batch] = values
-        return parcel, shape, self._fill_updates(parcel, rows)
+        self._pattern = (shape, parcel.packed.copy()) if step.on_device.all() else None
+        return parcel, shape, self._fill_updates(parcel, *self._page_table.take_new_pages(rows))
 
     @staticmethod
     def _fill_tokens(parcel: StepParcel, step: ScheduledStep, total: int) -> None:
@@ -95,8 +102,8 @@ class Batcher:
             self._temperature[row], self._top_p[row] = params.temperature, params.top_p
             self._wants_logprobs[row] = params.logprobs is not None
 
-    def _fill_updates(self, parcel: StepParcel, rows: Int32) -> list[Int32]:
-        places, pages = self._page_table.take_new_pages(rows)
+    @staticmethod
+    def _fill_updates(parcel: StepParcel, places: Int32, pages: Int32) -> list[Int32]:
         room = parcel.update_at.size
         parcel.update_at[: places.size] = places[:room]
         parcel.update_page[: places.size] = pages[:room]

@@ -150,7 +150,8 @@ class Request:
         stop_ids: every token that ends it.
         req_pool_idx: its page-table row while it runs, else None.
         replica: whose row that is, where there are several.
-        num_computed: tokens whose keys and values are in the pool.
+        num_prefilled: tokens whose keys and values were in the pool after its last step that was not of decoding.
+        is_decoding: whether it has generated a token since it was admitted.
         output: tokens generated so far.
         scope: under which its prefix may be shared.
         arrival: seconds on the scheduler's clock; None until the scheduler has it.
@@ -167,7 +168,8 @@ class Request:
     arrival: float | None = None
     req_pool_idx: int | None = None
     replica: int = 0
-    num_computed: int = 0
+    num_prefilled: int = 0
+    is_decoding: bool = False
     cached_tokens: int | None = None
     retractions: int = 0
     siblings: list[Request] = field(default_factory=list)
@@ -192,6 +194,11 @@ class Request:
         return len(self.prompt) + len(self.output)
 
     @property
+    def num_computed(self) -> int:
+        """Tokens whose keys and values are in the pool: while decoding, all but the last one."""
+        return self.num_tokens - 1 if self.is_decoding else self.num_prefilled
+
+    @property
     def max_tokens(self) -> int:
         """Most tokens whose keys and values it can ever need: the last generated token is never fed back."""
         return len(self.prompt) + self.params.max_new_tokens - 1
@@ -208,6 +215,10 @@ class Request:
             return self.prompt[start:stop]
         generated = np.asarray(self.output[max(start - split, 0) : stop - split], np.int32)
         return generated if start >= split else np.concatenate([self.prompt[start:], generated])
+
+    def begin(self, num_computed: int) -> None:
+        """Notes for how many of its tokens the pool holds keys and values, before any step of it."""
+        self.num_prefilled, self.is_decoding = num_computed, False
 
     def note_end(self) -> bool:
         """Whether the last generated token ends the answer; notes why."""

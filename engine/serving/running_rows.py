@@ -6,6 +6,9 @@ that it samples are not known yet. Committed tokens are in ``Request``; here is 
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
+
 import numpy as np
 
 from engine.memory.integers import Bool, Int32, Int64
@@ -17,7 +20,6 @@ class RunningRows:
 
     Attributes:
         known: tokens, those included that steps under way will sample.
-        committed: tokens that are known now.
         scheduled: tokens whose keys and values the pool holds once the steps under way have run.
         limit: tokens when the request ends by its length.
         prompt: tokens of the prompt.
@@ -28,7 +30,6 @@ class RunningRows:
 
     def __init__(self, rows: int) -> None:
         self.known = np.zeros(rows, np.int64)
-        self.committed = np.zeros(rows, np.int64)
         self.scheduled = np.zeros(rows, np.int64)
         self.limit = np.zeros(rows, np.int64)
         self.prompt = np.zeros(rows, np.int64)
@@ -39,6 +40,8 @@ class RunningRows:
         self.requests: list[Request] = []  # in order of admission
         self._by_row: list[Request | None] = [None] * rows
         self._in_order: Int32 | None = None
+        self._sharing: tuple[Request, ...] = ()  # the requests as they were when _in_order was made
+        self._outputs: list[list[int]] = []  # theirs
         self._stop_ids: frozenset[int] | None = None
 
     def admit(self, request: Request, row: int) -> None:
@@ -47,7 +50,7 @@ class RunningRows:
         self.requests.append(request)
         self._by_row[row] = request
         self._in_order = self._stop_ids = None
-        self.known[row] = self.committed[row] = self.admitted[row] = request.num_tokens
+        self.known[row] = self.admitted[row] = request.num_tokens
         self.scheduled[row] = request.num_computed
         self.rank[row], self.request_id[row] = request.rank
         self.prompt[row] = len(request.prompt)
@@ -66,10 +69,20 @@ class RunningRows:
         return row
 
     def in_order(self) -> Int32:
-        """The rows in order of admission; not to be changed."""
+        """The rows in order of admission: the same array until a request comes or goes; not to be changed."""
         if self._in_order is None:
             self._in_order = np.array([request.req_pool_idx for request in self.requests], np.int32)
+            self._sharing = tuple(self.requests)
+            self._outputs = [request.output for request in self.requests]
         return self._in_order
+
+    def is_current(self, rows: Int32) -> bool:
+        """Whether this is the array that ``in_order`` returns, so that nobody has come or gone since it was made."""
+        return rows is self._in_order
+
+    def append(self, tokens: list[int]) -> None:
+        """Gives each request its next token, in order of admission."""
+        deque(map(list.append, self._outputs, tokens), maxlen=0)  # a loop in C: this is done at every step
 
     def stop_ids(self) -> frozenset[int]:
         """The tokens that end any of the requests."""
@@ -77,10 +90,10 @@ class RunningRows:
             self._stop_ids = frozenset().union(*{request.stop_ids for request in self.requests})
         return self._stop_ids
 
-    def of(self, rows: Int32) -> list[Request]:
+    def of(self, rows: Int32) -> Sequence[Request]:
         """The requests that have these rows."""
         if rows is self._in_order:
-            return self.requests.copy()
+            return self._sharing
         by_row = self._by_row
         return [request for row in rows.tolist() if (request := by_row[row]) is not None]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from engine.memory.decoding_rows import DecodingRows
 from engine.memory.integers import Bool, Int32, Int64
 from engine.memory.page_table import RowGrowth
 from engine.serving.request import Request
@@ -37,24 +39,27 @@ class ScheduledStep:
         is_decode: whether a generated token is fed back.
         on_device: whether that token was sampled since the request was admitted, so that the device has it.
         samples: whether the next token is to be chosen.
+        ends: whether that token is the last by the request's length.
         tenancies: int64, see ``RunningRows.tenancy``.
+        num_tokens: tokens fed.
+        num_decode_tokens: those of them that are generated ones, fed back.
+        growth: where this is the step before it a token further: its rows in the page table, else None.
         parts: the steps of the replicas, where this is all of them, one after the other; else empty.
     """
 
-    requests: list[Request]
+    requests: Sequence[Request]
     req_pool_idx: Int32
     starts: Int64
     counts: Int64
     is_decode: Bool
     on_device: Bool
     samples: Bool
+    ends: Bool
     tenancies: Int64
+    num_tokens: int
+    num_decode_tokens: int
+    growth: DecodingRows | None = None
     parts: tuple[ScheduledStep, ...] = ()
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens fed."""
-        return int(self.counts.sum())
 
     @property
     def rows(self) -> list[ScheduledRow]:

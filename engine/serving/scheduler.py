@@ -22,6 +22,7 @@ import numpy as np
 from engine.errors import RequestTooLarge
 from engine.memory.cache_manager import CacheManager
 from engine.memory.integers import Bool, Int32, Int64
+from engine.serving.decode_run import DecodeRun
 from engine.serving.request import FinishReason, Request
 from engine.serving.request_queue import RequestQueue
 from engine.serving.running_rows import RunningRows
@@ -56,6 +57,8 @@ class Scheduler:
         self._queue = queue or RequestQueue()
         self.waiting = self._queue.waiting  # in order of rank
         self._plan = RunningRows(cache.page_table.max_requests)
+        self._run: DecodeRun | None = None  # of the last step
+        self._last_rows: Int32 | None = None  # likewise
 
     @property
     def running(self) -> list[Request]:
@@ -117,6 +120,8 @@ class Scheduler:
             The step; None if the pool is short while a step is under way: commit that first, since who must give up
             its pages is decided when all is known.
         """
+        if (step := self._repeat()) is not None:
+            return step
         plan = self.plan_running(settled=settled)
         if plan is None:
             return None
@@ -156,7 +161,7 @@ class Scheduler:
         )
         if admission is None:
             return False
-        request.num_computed = admission.cached_tokens + admission.loaded_tokens
+        request.begin(admission.cached_tokens + admission.loaded_tokens)
         if request.cached_tokens is None:
             request.cached_tokens = request.num_computed
         self._plan.admit(self.waiting.pop(0), admission.row)
@@ -183,20 +188,20 @@ class Scheduler:
         Returns:
             The requests that finished; what they held is free or cached.
         """
+        chosen = tokens[: len(step.requests)].tolist()
+        if step.growth is not None and self._plan.is_current(step.req_pool_idx):
+            self._plan.append(chosen)
+            return self._release_ended(step, step.ends, chosen)
         live = self.still_run(step)
-        chosen = tokens[: live.size].tolist()
-        columns = (step.counts.tolist(), live.tolist(), step.samples.tolist(), chosen)
-        for request, count, is_live, samples, token in zip(step.requests, *columns, strict=True):
-            if is_live:
-                request.num_computed += count
-                if samples:
-                    request.output.append(token)
+        sampled = live & step.samples
+        for index in np.flatnonzero(sampled).tolist():
+            step.requests[index].output.append(chosen[index])
+        for index in np.flatnonzero(live & ~step.on_device).tolist():
+            request, samples = step.requests[index], bool(sampled[index])
+            request.num_prefilled, request.is_decoding = int(step.starts[index] + step.counts[index]), samples
         for index in np.flatnonzero(live & ~step.is_decode).tolist():
             self._publish(step.requests[index])
-        finished = self._ended(step, live & step.samples, chosen)
-        for request in finished:
-            self._release(request)
-        return finished
+        return self._release_ended(step, step.ends, chosen, sampled)
 
     def still_run(self, step: ScheduledStep) -> Bool:
         """Which rows of a step are for requests that have not ended or lost their pages since it was planned."""
@@ -234,14 +239,15 @@ class Scheduler:
         child_row, sources, targets = self.cache.fork(row, shared)
         self._queue.arrive(child, parent.arrival or 0.0)
         child.replica = parent.replica
-        child.num_computed = child.cached_tokens = shared
+        child.begin(shared)
+        child.cached_tokens = shared
         self._plan.admit(child, child_row)
         return PageCopy(sources, targets, parent.replica) if sources.size else None
 
     def give_up(self, request: Request) -> None:
         """Sends a running request back to wait with the tokens it has; what it computed may stay cached."""
         self._release(request)
-        request.num_computed = 0
+        request.begin(0)
         self._queue.wait(request)
 
     def expire(self) -> list[Request]:
@@ -284,15 +290,29 @@ class Scheduler:
         """Tokens that a step can feed yet."""
         return self.max_step_tokens - int(plan.counts.sum()) - sum(plan.chunks)
 
-    def _ended(self, step: ScheduledStep, sampled: Bool, chosen: list[int]) -> list[Request]:
-        """Notes which rows have a token more; returns the requests that this ends."""
-        plan, rows = self._plan, step.req_pool_idx
-        plan.committed[rows] += sampled
-        may_end = plan.committed[rows] == plan.limit[rows]
-        if not plan.stop_ids().isdisjoint(chosen):
-            may_end |= np.isin(chosen, list(plan.stop_ids()))
-        candidates = [step.requests[index] for index in np.flatnonzero(may_end & sampled).tolist()]
-        return [request for request in candidates if request.note_end()]
+    def _release_ended(
+        self, step: ScheduledStep, may_end: Bool, chosen: list[int], sampled: Bool | None = None
+    ) -> list[Request]:
+        """Releases the requests that the tokens of a step have ended; ``sampled`` tells whose these are, None all."""
+        stop_ids = self._plan.stop_ids()
+        if not stop_ids.isdisjoint(chosen):
+            may_end = may_end | np.isin(chosen, list(stop_ids))
+        if sampled is not None:
+            may_end = may_end & sampled
+        finished = [step.requests[index] for index in may_end.nonzero()[0].tolist()]
+        finished = [request for request in finished if request.note_end()]
+        for request in finished:
+            self._release(request)
+        return finished
+
+    def _repeat(self) -> ScheduledStep | None:
+        """The step before this one, a token further, where that is the plan and there is room for it."""
+        run = self._run
+        if run is None or not run.steps_left or not self._plan.is_current(run.step.req_pool_idx):
+            return None
+        if self.waiting and len(self.running) < self.max_running_requests:
+            return None
+        return run.next_step(self._plan) if self.cache.grow_decoding(run.growth) else None
 
     def _scheduled(self, rows: Int32, counts: Int64) -> ScheduledStep:
         """Notes that ``counts`` tokens of ``rows`` will be computed."""
@@ -301,16 +321,25 @@ class Scheduler:
         samples = starts + counts == plan.known[rows]
         plan.scheduled[rows] += counts
         plan.known[rows] += samples
-        return ScheduledStep(
+        is_decode = starts >= plan.prompt[rows]
+        step = ScheduledStep(
             requests=plan.of(rows),
             req_pool_idx=rows,
             starts=starts,
             counts=counts,
-            is_decode=starts >= plan.prompt[rows],
+            is_decode=is_decode,
             on_device=starts >= plan.admitted[rows],
             samples=samples,
+            ends=samples & (plan.known[rows] == plan.limit[rows]),
             tenancies=plan.tenancy[rows],
+            num_tokens=int(counts.sum()),
+            num_decode_tokens=int(counts[is_decode].sum()),
         )
+        # The second of its kind: making a run costs as much as a step, and often somebody comes or goes.
+        is_second = rows.size > 0 and plan.is_current(rows) and rows is self._last_rows and step.on_device.all()
+        self._run = DecodeRun.after(step, plan, self.cache.page_table.decoding_rows(rows)) if is_second else None
+        self._last_rows = rows
+        return step
 
     def _retract(self, request: Request) -> None:
         self.give_up(request)

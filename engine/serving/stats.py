@@ -32,7 +32,7 @@ class EngineStats:
 
     def note(self, step: ScheduledStep, seconds: float, held_tokens: int) -> None:
         """Counts a step that has run."""
-        total, decode = step.num_tokens, int(step.counts[step.is_decode].sum())
+        total, decode = step.num_tokens, step.num_decode_tokens
         self.steps += 1
         self.decode_tokens += decode
         self.prefill_tokens += total - decode

@@ -5,10 +5,11 @@ import itertools
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import event as hypothesis_event
 from hypothesis import strategies as st
 
 from engine.attention.metadata import locate_new_tokens
-from engine.batch import LAST_SAMPLED, NOWHERE
+from engine.batch import FIELDS, LAST_SAMPLED, NOWHERE
 from engine.errors import RequestTooLarge, ShapeError
 from engine.memory.cache_manager import CacheManager
 from engine.memory.scope import CacheScope, LayoutKey
@@ -285,6 +286,105 @@ def test_every_request_finishes_and_no_step_breaks_a_rule(data):
             cache.check_integrity()
     assert all(r.finish_reason is FinishReason.LENGTH for r in requests)
     assert cache.held_tokens == 0
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.large_base_example, HealthCheck.too_slow])
+@given(st.data())
+def test_a_repeated_step_is_the_one_that_planning_anew_would_make(data):
+    """Two schedulers under the same traffic, overlapped; one of them plans every step from the beginning."""
+    size = data.draw(st.sampled_from([32, 64, 256]), label="size")
+    slots, overlap = data.draw(st.integers(1, 5), label="slots"), data.draw(st.booleans(), label="overlap")
+    sides = [make(size, slots, 16) for _ in range(2)]
+    planner = sides[1][1]
+    planner._repeat = lambda: None
+    devices = [PretendDevice(cache.page_table, parcel_shapes(slots, 16, PAGE)) for cache, _ in sides]
+    stop_at = data.draw(st.integers(2, 60), label="stop at")
+    shapes = [(data.draw(st.integers(1, 8)), data.draw(st.integers(1, 24))) for _ in range(5)]
+    flights, number, repeats = [], 0, 0
+    while number < len(shapes) or sides[0][1].has_work:
+        event = data.draw(st.sampled_from(["step"] * 12 + ["add", "end"]), label="event")
+        if event == "add" or not sides[0][1].has_work:
+            if number < len(shapes):
+                for _, scheduler in sides:
+                    scheduler.add(stoppable(number, *shapes[number]))
+                number += 1
+        elif event == "end" and sides[0][1].running:
+            at = data.draw(st.integers(0, len(sides[0][1].running) - 1))
+            for _, scheduler in sides:
+                scheduler.end(scheduler.running[at], FinishReason.ABORT)
+        steps = [scheduler.next_step(settled=not flights) for _, scheduler in sides]
+        if steps[0] is not None and steps[0].requests:
+            assert_same(*steps)
+            repeats += steps[0].growth is not None
+            parcels = [device.receive(step) for device, step in zip(devices, steps, strict=True)]
+            for name in FIELDS:
+                if not name.startswith("update"):  # pages may be others, but lead to the same tokens
+                    np.testing.assert_array_equal(*(getattr(parcel[0], name) for parcel in parcels))
+            flights.append((steps, STOP if len(flights) + sum(r.num_tokens for r in planner.running) > stop_at else 7))
+        else:
+            assert (steps[1] is None) == (steps[0] is None)
+        while flights and (len(flights) > overlap or steps[0] is None or not steps[0].requests):
+            both, token = flights.pop(0)
+            ended = [
+                scheduler.commit(step, np.full(slots, token, np.int32))
+                for (_, scheduler), step in zip(sides, both, strict=True)
+            ]
+            assert len({tuple((r.request_id, r.finish_reason) for r in each) for each in ended}) == 1
+        for cache, _ in sides:
+            cache.check_integrity()
+    assert [cache.held_tokens for cache, _ in sides] == [0, 0]
+    hypothesis_event("repeated" if repeats else "never repeated")
+
+
+STOP = 99
+
+
+def stoppable(number, prompt_len, new):
+    prompt = np.arange(prompt_len, dtype=np.int32) + 100 * number
+    return Request(number, prompt, SamplingParams(max_new_tokens=new), frozenset({STOP}), SCOPE)
+
+
+def assert_same(step, other):
+    assert [r.request_id for r in step.requests] == [r.request_id for r in other.requests]
+    assert [r.output for r in step.requests] == [r.output for r in other.requests]
+    assert [r.num_computed for r in step.requests] == [r.num_computed for r in other.requests]
+    for name in ("req_pool_idx", "starts", "counts", "is_decode", "on_device", "samples", "ends", "tenancies"):
+        np.testing.assert_array_equal(getattr(step, name), getattr(other, name), name)
+    assert (step.num_tokens, step.num_decode_tokens) == (other.num_tokens, other.num_decode_tokens)
+    assert step.num_tokens == step.counts.sum()
+    assert step.num_decode_tokens == step.counts[step.is_decode].sum()
+
+
+def test_while_nobody_comes_or_goes_a_step_is_not_planned_anew(monkeypatch):
+    cache, scheduler = make(size=128)
+    for number in (1, 2, 3):
+        scheduler.add(request(number, 5 + number, new=20))
+    for _ in range(5):
+        run_step(scheduler)
+    monkeypatch.setattr(cache, "plan_growth", None)
+    for _ in range(10):
+        step, _ = run_step(scheduler)
+        assert step.growth is not None
+    monkeypatch.undo()
+    scheduler.end(scheduler.running[1], FinishReason.ABORT)
+    assert run_step(scheduler)[0].growth is None
+    while scheduler.has_work:
+        run_step(scheduler)
+    assert cache.held_tokens == 0
+
+
+def test_a_repeated_step_waits_for_no_room_and_retracts():
+    cache, scheduler = make(size=32, slots=2)
+    requests = [request(number, 4, new=20) for number in (1, 2)]
+    for each in requests:
+        scheduler.add(each)
+    kinds = []
+    while scheduler.has_work:
+        kinds.append(run_step(scheduler)[0].growth is not None)
+        cache.check_integrity()
+    assert scheduler.retractions
+    assert True in kinds
+    assert [len(each.output) for each in requests] == [20, 20]
 
 
 class PretendDevice:

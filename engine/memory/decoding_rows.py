@@ -1,0 +1,84 @@
+"""Page-table rows that all grow by one token a step: checked once, so that a step costs a few array operations."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.errors import ShapeError
+from engine.memory.integers import Int32, Int64
+
+
+class DecodingRows:
+    """Rows of a page table that decode together, as ``ReqToTokenPool.decoding_rows`` makes them.
+
+    They may grow in no other way meanwhile: then ``check_unchanged`` refuses them, and others are to be made.
+
+    Args:
+        rows: ``[B]`` distinct rows in use.
+        table: int32 ``[max_requests, max_pages]`` of the page table, shared with it.
+        kv_lens: int32 ``[max_requests]``, likewise.
+        taken: int64 ``[max_requests]``, likewise: the pages of each row that the device was told of.
+        page_size: tokens a page.
+        max_context_tokens: most tokens of a row.
+
+    Attributes:
+        steps_left: how often they can grow until one of them is full.
+    """
+
+    def __init__(
+        self, rows: Int64, table: Int32, kv_lens: Int32, taken: Int64, page_size: int, max_context_tokens: int
+    ) -> None:
+        self._rows = rows
+        self._places = table.reshape(-1)
+        self._first_places = rows * table.shape[1]
+        self._kv_lens = kv_lens
+        self._taken = taken
+        self._page_size = page_size
+        self._lens = kv_lens[rows]
+        self.steps_left = max_context_tokens - int(self._lens.max(initial=0))
+        self._untaken: list[tuple[Int64, Int32, Int32]] = []  # rows that began pages, their places, those pages
+
+    @property
+    def lens(self) -> Int32:
+        """Tokens of each row, int32 ``[B]``; not to be changed."""
+        return self._lens
+
+    def beginning(self) -> Int64:
+        """Which of the rows begin a page with their next token: indices, int64 ``[n]``."""
+        indices: Int64 = (self._lens % self._page_size == 0).nonzero()[0]
+        return indices
+
+    def check_unchanged(self) -> None:
+        """Raises ShapeError where a row is full or has changed other than by ``grow``."""
+        if self.steps_left < 1:
+            raise ShapeError("one of the rows that decode together holds max_context_tokens; stop its request")
+        if (self._kv_lens[self._rows] != self._lens).any():
+            raise ShapeError("rows that decode together have changed in another way; take them together anew")
+
+    def grow(self, beginning: Int64, pages: Int32) -> None:
+        """Every row grows by a token.
+
+        Args:
+            beginning: from ``beginning``; ``check_unchanged`` accepts the rows.
+            pages: their pages, int32 ``[n]``, held by nobody else.
+        """
+        if beginning.size:
+            places = (self._first_places[beginning] + self._lens[beginning] // self._page_size).astype(np.int32)
+            self._places[places] = pages
+            self._untaken.append((self._rows[beginning], places, pages))
+        self.steps_left -= 1
+        self._lens = self._lens + np.int32(1)  # a fresh array: who has the old one may keep it
+        self._kv_lens[self._rows] = self._lens
+
+    def take_new_pages(self) -> tuple[Int32, Int32]:
+        """Places and pages that no call has returned before, as ``ReqToTokenPool.take_new_pages`` of these rows."""
+        for rows, _, _ in self._untaken:
+            self._taken[rows] += 1
+        untaken, self._untaken = self._untaken, []
+        if len(untaken) == 1:
+            return untaken[0][1:]
+        none = [np.empty(0, np.int32)]
+        return (
+            np.concatenate([places for _, places, _ in untaken] or none),
+            np.concatenate([pages for _, _, pages in untaken] or none),
+        )
