@@ -235,11 +235,16 @@ class CacheManager:
         self._known[new_row] = tokens + 1
         for each in (self._most, self._priority, self._is_forgotten):
             each[new_row] = each[row]
-        target = np.empty(0, np.int32)
-        if rest:
-            self.grow(np.array([new_row], np.int32), np.array([rest], np.int64))
-            target = self.page_table.row_pages(new_row)[full:]
-        self._relock(new_row, self._locked.get(row))
+        try:
+            if self.prefix and row in self._locked:
+                self.prefix.lock(self._locked[row])  # once more: a handle may be shared
+                self._locked[new_row] = self._locked[row]
+            if rest:
+                self.grow(np.array([new_row], np.int32), np.array([rest], np.int64))
+        except BaseException:  # an interrupt too: the caller never learns of this row
+            self._give_back(new_row)
+            raise
+        target = self.page_table.row_pages(new_row)[full:]
         return new_row, pages[full : full + bool(rest)].copy(), target
 
     def publish(self, row: int, scope: CacheScope, token_ids: Int32) -> None:
@@ -258,14 +263,9 @@ class CacheManager:
 
     def release(self, row: int, scope: CacheScope, token_ids: Int32) -> None:
         """Gives back a row and its pages; the full ones stay in the prefix cache."""
-        if self.prefix is not None:
-            if not self._is_forgotten[row]:
-                self.prefix.insert(scope, *self._full_pages(row, token_ids), priority=int(self._priority[row]))
-            if row in self._locked:
-                self.prefix.unlock(self._locked.pop(row))
-        self.allocator.release(self.page_table.release(row))
-        self._known[row] = 0
-        self._is_forgotten[row] = False
+        if self.prefix is not None and not self._is_forgotten[row]:
+            self.prefix.insert(scope, *self._full_pages(row, token_ids), priority=int(self._priority[row]))
+        self._give_back(row)
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached prefix, on the device and on the host.
@@ -328,11 +328,13 @@ class CacheManager:
         full = min(int(self.page_table.kv_lens([row])[0]), len(token_ids)) // self.page_size
         return token_ids[: full * self.page_size], self.page_table.row_pages(row)[:full]
 
-    def _relock(self, row: int, match: PrefixMatch | None) -> None:
-        if self.prefix and match is not None:
-            again = PrefixMatch(match.pages, match.num_tokens, match.num_queried, match.owner, match.node)
-            self.prefix.lock(again)
-            self._locked[row] = again
+    def _give_back(self, row: int) -> None:
+        """Ends a row and all that it holds: its lock, its pages, what is known of its request."""
+        if self.prefix and row in self._locked:
+            self.prefix.unlock(self._locked.pop(row))
+        self.allocator.release(self.page_table.release(row))
+        self._known[row] = 0
+        self._is_forgotten[row] = False
 
     def _load(self, row: int, scope: CacheScope, token_ids: Int32) -> int:
         """Brings back from the host what follows the row's tokens there; returns the pages."""

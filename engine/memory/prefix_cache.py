@@ -125,10 +125,13 @@ class RadixCache:
     def lock(self, match: PrefixMatch) -> None:
         """Protects the pages of a match from eviction, once more if they are already; undone by ``unlock``.
 
+        Who holds a lock of the handle may add another also when its pages cannot be found any more.
+
         Raises:
-            DoubleFreeError: the match is of another cache, or one of its pages has been evicted or invalidated since.
+            DoubleFreeError: the match is of another cache, or not locked and one of its pages has been evicted or
+                invalidated since.
         """
-        node = self._settle(match)
+        node = match.node if match.locks and match.owner is self else self._settle(match)
         match.locks += 1
         if node is not None:
             self._nodes.lock(node)

@@ -113,6 +113,39 @@ def test_what_was_computed_before_a_reset_is_not_cached_after_it():
     assert compute(cache, token_ids).cached_tokens == 20
 
 
+def test_who_forks_after_a_reset_shares_pages_that_are_not_cached_any_more():
+    cache, _ = make(policy="lru")
+    row = compute(cache, tokens(10)).row
+    cache.reset_prefix_cache()
+    child, sources, targets = cache.fork(row, 9)
+    assert (sources.size, targets.size) == (1, 1)
+    cache.check_integrity()
+    cache.release(row, SCOPE, tokens(10))
+    assert cache.held_tokens == 3 * PAGE  # by the child
+    cache.release(child, SCOPE, tokens(9))
+    cache.check_integrity()
+    assert cache.held_tokens == 0
+
+
+@pytest.mark.parametrize("broken", ["grow", "lock"])
+def test_a_fork_that_fails_half_way_leaves_nothing(monkeypatch, broken):
+    cache, _ = make(policy="lru")
+    row = compute(cache, tokens(10)).row
+    before = cache.page_table.available_rows, cache.allocator.available_pages(), cache.prefix.protected_pages
+
+    def fail(*_):
+        raise Boom
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache if broken == "grow" else cache.prefix, broken, fail)
+        with pytest.raises(Boom):
+            cache.fork(row, 9)
+    assert (cache.page_table.available_rows, cache.allocator.available_pages(), cache.prefix.protected_pages) == before
+    cache.check_integrity()
+    cache.release(row, SCOPE, tokens(10))
+    assert cache.held_tokens == 0
+
+
 def test_a_return_of_the_same_request_is_no_query():
     cache, _ = make()
     token_ids = tokens(12)

@@ -15,7 +15,8 @@ CONTEXT = 40
 
 def cache_with_rows(lens, page_size=4, pages=40, policy=None):
     cache = CacheManager(pages * page_size, page_size, len(lens) + 1, CONTEXT, policy=policy)
-    rows = [cache.admit(SCOPE, np.arange(length, dtype=np.int32) + 100 * i).row for i, length in enumerate(lens)]
+    prompts = [np.arange(length, dtype=np.int32) + 100 * i for i, length in enumerate(lens)]
+    rows = [cache.admit(SCOPE, prompt, most_tokens=prompt.size).row for prompt in prompts]
     rows = np.array(rows, np.int32)
     cache.grow(rows, np.array(lens, np.int64))
     return cache, rows
@@ -55,7 +56,7 @@ def test_pages_of_several_steps_are_told_together():
     for _ in range(5):
         cache.grow_decoding(together)
     places, pages = together.take_new_pages()
-    np.testing.assert_array_equal(cache.page_table.rows(np.arange(4 - 1)).reshape(-1)[places], pages)
+    np.testing.assert_array_equal(cache.page_table.rows(np.arange(3)).reshape(-1)[places], pages)
     assert places.size == cache.page_table.held_pages().size - 4
     assert cache.page_table.take_new_pages(rows)[0].size == 0
 
