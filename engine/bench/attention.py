@@ -24,6 +24,7 @@ from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv
 from engine.kv.scatter import set_kv_buffer
 
 BANDWIDTH_BUFFER_BYTES = 256 << 20  # far beyond any cache
+DEFAULT_SIZES = {"decode": (32, 2048), "prefill": (1, 1024)}  # batch, context; gathering makes every score at once
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class Step:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this benchmark's options."""
     parser.add_argument("--mode", choices=("decode", "prefill"), default="decode", help="1 new token, or all of them")
-    parser.add_argument("--batch", type=int, default=32, help="sequences")
-    parser.add_argument("--context", type=int, default=2048, help="tokens of each, the new ones included")
+    parser.add_argument("--batch", type=int, help="sequences; by default 32, in prefill 1")
+    parser.add_argument("--context", type=int, help="tokens of each, the new ones included; 2048, in prefill 1024")
     parser.add_argument("--q-heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
@@ -85,9 +86,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints ours against gather-then-softmax, side by side."""
-    q_len = 1 if args.mode == "decode" else args.context
+    batch, context = DEFAULT_SIZES[args.mode]
+    batch, context = args.batch or batch, args.context or context
     sizes = (args.q_heads, args.kv_heads, args.head_dim, args.page_size, args.dtype)
-    problem = Problem(args.batch, args.context, q_len, *sizes)
+    problem = Problem(batch, context, 1 if args.mode == "decode" else context, *sizes)
     timings, bandwidth = measure(problem, {"ours": args.impl}, args.rounds)
     rows = []
     for name, timing in timings.items():
