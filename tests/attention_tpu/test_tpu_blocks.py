@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 from pathlib import Path
 
 import jax
@@ -17,8 +16,8 @@ from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.attention.tpu import block_sizes
 from engine.attention.tpu.api import make_geometry, ragged_paged_attention_tpu
 from engine.attention.tpu.block_sizes import OVERRIDE_KEYS, VMEM_BYTES, choose_blocks, load_overrides, run_pages
-from engine.attention.tpu.geometry import Geometry
-from engine.attention.tpu.kernel import scratch_shapes
+from engine.attention.tpu.geometry import BlockSizes, Geometry
+from engine.attention.tpu.kernel import scratch_bytes
 from engine.attention.tpu.schedule import make_schedule
 from engine.errors import BackendUnsupported, ConfigError
 
@@ -46,7 +45,7 @@ def test_scratch_fits_vmem_and_blocks_nest(generation: str, page_size: int, head
         kv_dtype=jnp.dtype(jnp.bfloat16), compute_dtype=jnp.dtype(jnp.bfloat16), io_dtype=io, soft_cap=None,
         window=None, has_lse=False, interpret=False, blocks=blocks,
     )  # fmt: skip
-    used = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for part in scratch_shapes(geo) for x in part)
+    used = scratch_bytes(geo)
     assert used < 0.9 * VMEM_BYTES[generation], f"{used >> 20} MiB"
 
 
@@ -69,31 +68,59 @@ def test_blocks_shrink_for_wide_tokens_and_are_refused_where_even_the_smallest_d
         make_geometry, q, heads, kv, AttentionSpec(page_size, 1.0), 32_768 // page_size, generation="v7x"
     )
     if fits:
-        used = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for part in scratch_shapes(call()) for x in part)
+        used = scratch_bytes(call())
         assert used < 0.9 * VMEM_BYTES["v7x"], f"{used >> 20} MiB"
     else:
         with pytest.raises(BackendUnsupported, match=r"bytes of VMEM of 60,.* on v7x"):
             call()
 
 
-def test_items_cover_every_new_token_once() -> None:
+def geometry(blocks: BlockSizes, group: int, tokens: int = 1024) -> Geometry:
+    q = jax.ShapeDtypeStruct((tokens, group, 128), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((1024, 2, 128), jnp.bfloat16)
+    return make_geometry(q, 1, kv, AttentionSpec(16, 1.0), 10, generation="v6e", blocks=blocks)
+
+
+@pytest.mark.parametrize("group", [1, 16])
+def test_items_cover_every_new_token_once_each_in_the_smallest_kind_that_holds_it(group: int) -> None:
+    geo = geometry(dataclasses.replace(SMALL, prefill_queries=32), group)
+    sizes = [tile.queries for tile in geo.tiles]
+    assert sizes == ([1, 8, 32] if group == 16 else [1, 32])
     rng = np.random.default_rng(0)
     for _ in range(20):
-        q_lens = rng.choice([0, 1, 2, 7, 8, 9, 40], size=6)
+        q_lens = rng.choice([0, 1, 2, 7, 8, 9, 32, 33, 70], size=6)
         kv_lens = (q_lens + rng.integers(0, 50, 6)).astype(np.int32)
         cu = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
         table = rng.permutation(60).reshape(6, 10).astype(np.int32)
-        plan = make_schedule(
-            jnp.asarray(table), jnp.asarray(cu), jnp.asarray(kv_lens), jnp.zeros(6 * 40, jnp.int32),
-            prefill_queries=8, run_pages=4,
-        )  # fmt: skip
-        decode, prefill = (int(x) for x in plan.counts)
-        tokens = [int(cu[seq]) for seq in plan.decode_seq[:decode]]
-        for i in range(prefill):
-            first, count, seq = (int(x[i]) for x in (plan.item_token, plan.item_queries, plan.item_seq))
-            tokens += range(first, first + count)
-            assert int(plan.item_position[i]) == kv_lens[seq] - q_lens[seq] + first - cu[seq]
+        slots = np.zeros(6 * 70, np.int32)
+        plan = make_schedule(geo, AttentionMetadata(table, cu, kv_lens, slots, slots), cache_pages=64)
+        tokens: list[int] = []
+        kinds = np.repeat(np.arange(len(sizes)), plan.counts)
+        for kind, seq, first in zip(kinds, plan.item_seq, plan.item_token, strict=False):
+            assert kind == next(at for at, size in enumerate(sizes) if q_lens[seq] <= size or size == sizes[-1])
+            tokens += range(int(first), min(int(first) + sizes[kind], int(cu[seq + 1])))
         assert sorted(tokens) == list(range(cu[-1]))
+
+
+def test_no_item_has_more_queries_than_the_step() -> None:
+    assert [geometry(SMALL, 4, tokens).tiles[-1].queries for tokens in (1, 8, 9, 16, 17)] == [8, 8, 16, 16, 16]
+
+
+def test_a_schedule_names_nothing_outside_its_arrays_whatever_the_step_holds() -> None:
+    geo = geometry(SMALL, 4)
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        arrays = (rng.integers(-(2**31), 2**31, shape, np.int32) for shape in ((6, 10), 7, 6, 40, 40))
+        plan = make_schedule(geo, AttentionMetadata(*arrays), cache_pages=64)
+        assert 0 <= int(plan.table.min()) <= int(plan.table.max()) < 64
+        assert 0 <= int(plan.kv_lens.min()) <= int(plan.kv_lens.max()) <= 10 * 16
+        assert int(plan.slots.max()) < 64 * 16
+        assert 0 <= int(plan.cu_q_lens[0]) <= int(plan.cu_q_lens[-1]) <= 40
+        items = int(plan.counts.sum())
+        assert items <= plan.item_seq.shape[0]
+        assert (np.diff(plan.cu_q_lens) >= 0).all()
+        assert (plan.cu_q_lens[plan.item_seq] <= plan.item_token)[:items].all()
+        assert (plan.item_token < plan.cu_q_lens[plan.item_seq + 1])[:items].all()
 
 
 def test_a_shorter_usual_context_takes_smaller_decode_chunks() -> None:

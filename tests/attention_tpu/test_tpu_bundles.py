@@ -49,7 +49,7 @@ def test_loops_nest_as_they_are_marked(tmp_path):
 
 
 def test_a_block_costs_its_turns(tmp_path):
-    decode, prefill = find_lanes(read_program(dump(tmp_path)))
+    decode, prefill = find_lanes(read_program(dump(tmp_path)), 2)
     assert decode.block.first < prefill.block.first
     # 4 chunks of 2, 3 groups of 2 (of 5 when their pages go one by one), and 4 more; the edge is not the steady state.
     assert decode.bundles(4, 3, 1, scattered=False) == 4 * 2 + 3 * 2 + 4
@@ -59,7 +59,7 @@ def test_a_block_costs_its_turns(tmp_path):
 
 def test_a_program_that_is_not_the_kernel_is_refused(tmp_path):
     with pytest.raises(BackendUnsupported, match="1 loops over blocks"):
-        find_lanes(read_program(dump(tmp_path, BUNDLES[:17])))
+        find_lanes(read_program(dump(tmp_path, BUNDLES[:17])), 2)
 
 
 def test_the_rivals_blocks_are_counted_with_what_is_around_the_loop(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tpu_cases import check, make_step, oracle
+from tpu_cases import SMALL, check, make_step, oracle, run
 
 from engine.attention.tpu.geometry import BlockSizes
 
@@ -25,6 +25,26 @@ def test_contiguous_runs_read_the_same_as_scattered_pages() -> None:
 @pytest.mark.slow
 def test_no_semaphore_is_left_over_where_every_copy_runs_at_once() -> None:
     check(make_step(12, MIXED), eager=True)
+
+
+def test_short_extends_beside_decode_rows_and_whole_blocks() -> None:
+    """A group of 16 makes the short kind of item, of 8 queries, within few rows."""
+    blocks = dataclasses.replace(SMALL, prefill_queries=32)
+    step = make_step(14, [(1, 5), (3, 140), (8, 300), (9, 60), (40, 170), (1, 129)], heads=1, group=16)
+    check(step, races=True, blocks=blocks, return_lse=True)
+
+
+def test_a_step_of_wild_page_ids_and_slots_touches_no_page_but_those_it_can_name() -> None:
+    """The interpreter fails on an access outside an array; what another sequence owns stays as it is."""
+    step = make_step(15, [(1, 5), (20, 170), (1, 129)])
+    tokens = step.q.shape[0]
+    wild = np.full_like(step.page_table, 2**31 - 1)
+    wild[1] = -(2**31)
+    slots = np.full(tokens, 2**31 - 1, np.int32)
+    slots[1] = step.fused.shape[0] - 1  # the first of 20 rows that should lie together: there is room for one
+    results = run(step, page_table=wild, slots=slots)
+    changed = (results[1].view(np.uint16) != step.fused.view(np.uint16)).any((1, 2)).nonzero()[0]
+    assert changed.tolist() == [step.fused.shape[0] - 1]
 
 
 def test_window_sinks_and_lse() -> None:
@@ -78,10 +98,10 @@ def test_positions_past_32767() -> None:
     check(make_step(10, [(1, 5), (1, 33_000), (20, 33_100)], heads=1, page_size=128))
 
 
-def blocks_of(page_size: int) -> BlockSizes:
+def blocks_of(page_size: int, queries: int) -> BlockSizes:
     """Small blocks whatever the page: 256 tokens fetched, 128 computed, or one page where it is larger."""
     fetch, chunk = max(1, 256 // page_size), max(1, 128 // page_size)
-    return BlockSizes(fetch, chunk, 16, fetch, chunk)
+    return BlockSizes(fetch, chunk, queries, fetch, chunk)
 
 
 @pytest.mark.slow
@@ -95,8 +115,9 @@ def test_any_step_equals_the_oracle(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 4))):
         kv_len = data.draw(st.sampled_from(edges))
         seqs.append((min(kv_len, data.draw(st.sampled_from([0, 1, 2, 15, 16, 17, 60]))), kv_len))
-    heads, group = data.draw(st.sampled_from([(1, 1), (3, 1), (1, 4), (2, 4), (1, 8), (2, 7)]))
+    heads, group = data.draw(st.sampled_from([(1, 1), (3, 1), (1, 4), (2, 4), (1, 8), (2, 7), (1, 16)]))
     dtype = data.draw(st.sampled_from([jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn, jnp.float8_e5m2]))
+    queries = 32 if group == 16 else 16  # of 16 query heads, 8 queries are a short extend
     rng = np.random.default_rng(data.draw(st.integers(0, 1 << 30)))
     scales = {name: 2 ** rng.uniform(-1, 0.5, heads).astype(np.float32) for name in ("k_scale", "v_scale")}
     step = make_step(
@@ -113,7 +134,7 @@ def test_any_step_equals_the_oracle(data: st.DataObject) -> None:
         step,
         races=True,
         # A chunk of three pages of 48 tokens does not fill whole registers.
-        blocks=blocks_of(page_size) if page_size != 48 else BlockSizes(8, 8, 16, 8, 8),
+        blocks=blocks_of(page_size, queries) if page_size != 48 else BlockSizes(8, 8, queries, 8, 8),
         sliding_window=data.draw(st.sampled_from([None, 1, 16, 100])),
         soft_cap=data.draw(st.sampled_from([None, 3.0])),
         sinks=rng.standard_normal(heads * group).astype(np.float32) if data.draw(st.booleans()) else None,

@@ -19,6 +19,11 @@ def expect_caught(**options: Any) -> None:
         check(make_step(0, STEP), races=True, **options)
 
 
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 4}, {"eager": True}], ids=str)
+def test_without_a_mistake_the_same_steps_pass(options: dict[str, Any]) -> None:
+    check(make_step(0, STEP), races=True, **options)
+
+
 def test_missing_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "wait_block", lambda *args: None)
     expect_caught()
@@ -58,9 +63,9 @@ def test_window_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_row_sum_not_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = flash.reset
 
-    def forgetful(state: flash.State, sinks: Any) -> None:
+    def forgetful(state: flash.State, *args: Any) -> None:
         total = state.total[...]
-        plain(state, sinks)
+        plain(state, *args)
         state.total[...] = total
 
     monkeypatch.setattr(flash, "reset", forgetful)

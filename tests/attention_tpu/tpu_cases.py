@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 from dataclasses import dataclass
 from typing import Any
@@ -150,20 +151,23 @@ def run(
     sinks: Any = None,
     k_scale: Any = None,
     v_scale: Any = None,
+    page_table: np.ndarray | None = None,
+    slots: np.ndarray | None = None,
     **options: Any,
 ) -> tuple[np.ndarray, ...]:
     """Runs the kernel in the interpreter, all memory NaN at first; a surplus semaphore or a race fails.
 
     A copy runs when it is waited for, which finds a missing wait; with ``eager`` it runs at once, which finds a start
-    that nobody waits for.
+    that nobody waits for. ``page_table`` and ``slots`` replace the step's.
     """
     mode: Any = "eager" if eager else "on_wait"
     params = pltpu.InterpretParams(detect_races=races, dma_execution_mode=mode)
     printed = io.StringIO()
     spec = AttentionSpec(step.page_size, step.q.shape[2] ** -0.5, **options)
     described = (step.page_table, step.cu_q_lens, step.kv_lens)
-    positions, slots = locate_new_tokens(*described, num_tokens=step.q.shape[0], page_size=step.page_size, xp=np)
-    metadata = AttentionMetadata(*described, slots, positions)
+    positions, located = locate_new_tokens(*described, num_tokens=step.q.shape[0], page_size=step.page_size, xp=np)
+    metadata = AttentionMetadata(*described, located if slots is None else slots, positions)
+    metadata = dataclasses.replace(metadata, **{} if page_table is None else {"page_table": page_table})
     heads = HeadArrays(*(None if x is None else jnp.asarray(x) for x in (sinks, k_scale, v_scale)))
     try:
         with contextlib.redirect_stdout(printed):

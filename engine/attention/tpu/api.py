@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,8 +12,8 @@ from engine.attention.metadata import AttentionMetadata
 from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.attention.tpu.block_sizes import SMEM_BYTES, choose_blocks, run_pages, vmem_limit
 from engine.attention.tpu.flash import LOG2_E
-from engine.attention.tpu.geometry import LANES, BlockSizes, Geometry
-from engine.attention.tpu.kernel import call_kernel, scratch_shapes
+from engine.attention.tpu.geometry import LANES, SUBLANES, BlockSizes, Geometry
+from engine.attention.tpu.kernel import call_kernel, scratch_bytes
 from engine.attention.tpu.schedule import Schedule, make_schedule
 from engine.errors import BackendUnsupported
 from engine.kv.layout import merge_kv, packing, pad_fused, to_stored
@@ -61,49 +61,32 @@ def ragged_paged_attention_tpu(
         BackendUnsupported: the storage has a dtype or padding that this kernel cannot take, or the step is too large
             for scalar memory or the smallest blocks for VMEM.
     """
-    tokens, q_heads, head_dim = q.shape
-    kv_heads = k.shape[1]
-    table, cu_q_lens, kv_lens, slots_new = (
-        jnp.asarray(array, jnp.int32)
-        for array in (metadata.page_table, metadata.cu_q_lens, metadata.kv_lens, metadata.out_cache_loc)
-    )
     geo = make_geometry(
-        q, kv_heads, fused_kv, spec, table.shape[1], generation=generation, blocks=blocks, interpret=bool(interpret)
-    )
-    schedule = make_schedule(
-        table,
-        cu_q_lens,
-        kv_lens,
-        slots_new,
-        prefill_queries=geo.blocks.prefill_queries,
-        run_pages=geo.run_pages,
-    )
-    _, k, v = heads.scale(q, k, v)
-    _check_scalars(schedule, page_size=spec.page_size, table=table.shape)
-    grouped = _scaled_queries(geo, q, spec.sm_scale, heads.k_scale)
-    *results, cache = call_kernel(
+        q, k.shape[1], fused_kv, spec, metadata.page_table.shape[1], generation=generation, blocks=blocks,
+        interpret=bool(interpret),
+    )  # fmt: skip
+    schedule = make_schedule(geo, metadata, cache_pages=fused_kv.shape[0] // geo.page_size)
+    _check_scalars(schedule, page_size=geo.page_size, table=metadata.page_table.shape)
+    scaled, k, v = heads.scale(q.astype(jnp.float32), k, v)
+    k, v = (to_stored(half, geo.kv_dtype) for half in (k, v))
+    out, *lse, cache = call_kernel(
         geo,
         schedule,
-        _decode_queries(geo, grouped, cu_q_lens),
-        _prefill_queries(geo, grouped),
-        view_words(pad_fused(merge_kv(*(to_stored(half, geo.kv_dtype) for half in (k, v))), *fused_kv.shape[1:])),
+        _queries_by_head(geo, scaled, spec.sm_scale),
+        view_words(pad_fused(merge_kv(k, v), *fused_kv.shape[1:])),
         None if heads.sinks is None else _sink_rows(geo, heads.sinks),
         view_words(fused_kv).reshape(-1, geo.page_size, geo.words, geo.pack, LANES),
         vmem_limit_bytes=vmem_limit(generation),
         interpret=interpret,
     )
-    is_decode, live, seq = _token_kinds(cu_q_lens, tokens)
-    decode_out = results[0][seq][:, :, : geo.group, :head_dim]
-    prefill_out = results[1].reshape(kv_heads, -1, geo.group, geo.lanes)[:, :tokens, :, :head_dim].swapaxes(0, 1)
-    out = jnp.where(is_decode[:, None, None, None], decode_out, prefill_out)
-    out = heads.unscale(jnp.where(live[:, None, None, None], out, 0).reshape(q.shape)).astype(q.dtype)
+    live = (jnp.arange(q.shape[0]) < schedule.cu_q_lens[-1])[:, None, None]
+    by_head = out.reshape(geo.heads, -1, geo.group, geo.lanes)[..., : q.shape[2]]
+    out = heads.unscale(jnp.where(live, by_head.swapaxes(0, 1).reshape(q.shape), 0)).astype(q.dtype)
     buffer = unview_words(cache.reshape(fused_kv.shape[0], *cache.shape[2:]), *fused_kv.shape[1:])
     if not spec.return_lse:
         return out, buffer
-    lse = jnp.where(
-        is_decode[:, None, None], results[2][seq][:, :, : geo.group, 0], results[3][:, :tokens, :, 0].swapaxes(0, 1)
-    )
-    return out, buffer, jnp.where(live[:, None, None], lse, -jnp.inf).reshape(tokens, q_heads)
+    rows = lse[0][..., 0, 0].swapaxes(0, 1).reshape(q.shape[:2])
+    return out, buffer, jnp.where(live[:, 0], rows, -jnp.inf)
 
 
 def make_geometry(
@@ -136,6 +119,9 @@ def make_geometry(
         page_size=spec.page_size,
         longest=table_pages * spec.page_size,
     )
+    # No item has more queries than the step.
+    most_queries = -(-q.shape[0] // SUBLANES) * SUBLANES
+    blocks = dataclasses.replace(blocks, prefill_queries=min(blocks.prefill_queries, most_queries))
     pages_in_run = run_pages(spec.page_size, blocks)
     geo = Geometry(
         heads=kv_heads,
@@ -177,8 +163,7 @@ def _check(heads: int, fused_kv: jax.ShapeDtypeStruct | jax.Array, page_size: in
 
 def _check_vmem(geo: Geometry, generation: str) -> None:
     """Refuses blocks that the compiler could not place: it would fail where no other backend is tried any more."""
-    buffers = [buffer for part in scratch_shapes(geo) for buffer in part]
-    needed = sum(math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize for buffer in buffers)
+    needed = scratch_bytes(geo)
     if needed > vmem_limit(generation):
         raise BackendUnsupported(
             f"the TPU kernel's blocks for {geo.heads} KV heads of {geo.lanes} in {geo.kv_dtype}, page_size="
@@ -198,41 +183,17 @@ def _check_scalars(schedule: Schedule, *, page_size: int, table: tuple[int, ...]
         )
 
 
-def _scaled_queries(geo: Geometry, q: jax.Array, sm_scale: float, k_scale: jax.Array | None) -> jax.Array:
-    """Queries as ``[T, H, G, D']`` float32 with every factor of the logits in it: the kernel multiplies none."""
+def _queries_by_head(geo: Geometry, q: jax.Array, sm_scale: float) -> jax.Array:
+    """``[T, Hq, D]`` float32 to ``[H, T, G / p, p, D']``, every factor of the logits in it: the kernel has none."""
     scale = sm_scale * LOG2_E if geo.soft_cap is None else sm_scale / geo.soft_cap
-    grouped = q.reshape(q.shape[0], geo.heads, geo.group, q.shape[-1]).astype(jnp.float32) * scale
-    if k_scale is not None:
-        grouped = grouped * k_scale[None, :, None, None].astype(jnp.float32)
-    return jnp.pad(grouped, [(0, 0)] * 3 + [(0, geo.lanes - q.shape[-1])])
+    padded = jnp.pad(q * scale, [(0, 0), (0, 0), (0, geo.lanes - q.shape[2])]).astype(geo.io_dtype)
+    grouped = padded.reshape(q.shape[0], geo.heads, geo.group // geo.io_pack, geo.io_pack, geo.lanes)
+    return grouped.swapaxes(0, 1)
 
 
-def _decode_queries(geo: Geometry, grouped: jax.Array, cu_q_lens: jax.Array) -> jax.Array:
-    """The first query of each sequence, ``[B, H, decode_rows, D']``."""
-    first = jnp.minimum(cu_q_lens[:-1], grouped.shape[0] - 1)
-    rows = grouped[first].astype(geo.compute_dtype)
-    return jnp.pad(rows, [(0, 0), (0, 0), (0, geo.decode_rows - geo.group), (0, 0)])
-
-
-def _prefill_queries(geo: Geometry, grouped: jax.Array) -> jax.Array:
-    """``[H, T + block, G / p, p, D']``: a block that starts at the last token still reads within the array."""
-    padded = jnp.pad(grouped.astype(geo.io_dtype), [(0, geo.blocks.prefill_queries), (0, 0), (0, 0), (0, 0)])
-    shape = (geo.heads, padded.shape[0], geo.group // geo.io_pack, geo.io_pack, geo.lanes)
-    return padded.swapaxes(0, 1).reshape(shape)
-
-
-def _sink_rows(geo: Geometry, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sinks in the log2 domain, one row of lanes a row of q: for decode and for prefill."""
+def _sink_rows(geo: Geometry, sinks: jax.Array) -> jax.Array:
+    """Sinks in the log2 domain, one row of lanes a row of q: ``[H, most rows, 128]`` float32."""
     logits = sinks.astype(jnp.float32).reshape(geo.heads, geo.group) * LOG2_E
-    decode = jnp.pad(logits, [(0, 0), (0, geo.decode_rows - geo.group)])
-    prefill = jnp.tile(logits, (1, geo.blocks.prefill_queries))
-    decode_rows, prefill_rows = (jnp.broadcast_to(rows[..., None], (*rows.shape, LANES)) for rows in (decode, prefill))
-    return decode_rows, prefill_rows
-
-
-def _token_kinds(cu_q_lens: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of each token: whether it is a decode row, whether it is live, and its sequence."""
-    index = jnp.arange(tokens)
-    batch = cu_q_lens.shape[0] - 1
-    seq = jnp.minimum(jnp.searchsorted(cu_q_lens[1:], index, side="right"), batch - 1)
-    return (cu_q_lens[seq + 1] - cu_q_lens[seq]) == 1, index < cu_q_lens[-1], seq
+    rows = max(tile.rows for tile in geo.tiles)
+    tiled = jnp.tile(logits, (1, -(-rows // geo.group)))[:, :rows]
+    return jnp.broadcast_to(tiled[..., None], (*tiled.shape, LANES))

@@ -106,9 +106,9 @@ def choose_blocks(
         return unit * max(1, min(tokens, -(-longest // unit_tokens) * unit_tokens) // unit_tokens)
 
     rows = PREFILL_ROWS
-    while rows > 128 and _prefill_bytes(heads, rows, lanes) > budget // 2:
+    while rows > 128 and _prefill_bytes(heads, rows, lanes) > 0.6 * budget:
         rows //= 2
-    room = max(budget - _prefill_bytes(heads, rows, lanes), budget // 4) // (4 * bytes_per_token)
+    room = max(budget - _prefill_bytes(heads, rows, lanes), budget // 4) // (2 * bytes_per_token)
     # A chunk is computed whole, so one far longer than a usual row would be mostly masked.
     usual = max(LANES, mean or longest // 2)
     decode_chunk = pages(min(max(256, DECODE_HEAD_TOKENS // heads), DECODE_FETCH_TOKENS, usual, room))

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from engine.attention.tpu.geometry import LANES, Geometry
-from engine.attention.tpu.registers import Ref, load_kv
+from engine.attention.tpu.geometry import LANES, Geometry, Tile
+from engine.attention.tpu.registers import Ref, load_kv, load_queries
 from engine.attention.tpu.transfer import Item, Scalar
 
 LOG2_E = 1.4426950408889634
 # A row whose keys so far are all masked has this maximum; what it summed is wiped by exp2(MASKED - m) = 0 later.
 MASKED = -1e30
+DECODE_LAG = 4  # heads between the keys of a head and its values
 
 
 class State(NamedTuple):
@@ -28,33 +29,35 @@ class State(NamedTuple):
     acc: Ref  # [H, rows, D']
 
 
-def reset(state: State, sinks: Ref | None) -> None:
+def reset(state: State, rows: int, sinks: Ref | None) -> None:
     """Starts anew; a sink is a logit that is there from the start and has no value.
 
     Args:
         state: the state.
-        sinks: ``[H, rows, 128]`` float32 in the log2 domain, or None.
+        rows: how many of its rows an item takes.
+        sinks: ``[H, at least rows, 128]`` float32 in the log2 domain, or None.
     """
-    state.acc[...] = jnp.zeros_like(state.acc)
+    heads = state.peak.shape[0]
+    state.acc[:, :rows] = jnp.zeros((heads, rows, state.acc.shape[2]), jnp.float32)
+    shape = (heads, rows, LANES)
     if sinks is None:
-        state.peak[...] = jnp.full_like(state.peak, MASKED)
-        state.total[...] = jnp.zeros_like(state.total)
+        state.peak[:, :rows] = jnp.full(shape, MASKED, jnp.float32)
+        state.total[:, :rows] = jnp.zeros(shape, jnp.float32)
         return
-    state.peak[...] = sinks[...]
-    lane = jax.lax.broadcasted_iota(jnp.int32, state.total.shape, 2)
-    state.total[...] = jnp.where(lane == 0, 1.0, 0.0)
+    state.peak[:, :rows] = sinks[:, :rows]
+    state.total[:, :rows] = jnp.where(jax.lax.broadcasted_iota(jnp.int32, shape, 2) == 0, 1.0, 0.0)
 
 
-def result(state: State, head: Any) -> tuple[jax.Array, jax.Array]:
+def result(state: State, head: Scalar, rows: int) -> tuple[jax.Array, jax.Array]:
     """Attention output ``[rows, D']`` and log-sum-exp ``[rows, 128]`` (natural log) of one head, float32.
 
     A row that has seen no key has output 0 and minus infinity.
     """
-    total = jnp.sum(state.total[head], axis=-1, keepdims=True)
-    peak = state.peak[head]
+    total = jnp.sum(state.total[head, :rows], axis=-1, keepdims=True)
+    peak = state.peak[head, :rows]
     seen = peak[:, :1] > MASKED
     lse = jnp.where(seen, (peak + jnp.log2(total)) / LOG2_E, -jnp.inf)
-    return jnp.where(seen, state.acc[head] / total, 0.0), lse
+    return jnp.where(seen, state.acc[head, :rows] / total, 0.0), lse
 
 
 def scores(geo: Geometry, q: jax.Array, k: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -65,7 +68,7 @@ def scores(geo: Geometry, q: jax.Array, k: jax.Array, mask: jax.Array | None) ->
     return s if mask is None else jnp.where(mask, s, MASKED)
 
 
-def update_softmax(geo: Geometry, s: jax.Array, state: State, head: Any) -> tuple[jax.Array, jax.Array]:
+def update_softmax(geo: Geometry, s: jax.Array, state: State, head: Scalar) -> tuple[jax.Array, jax.Array]:
     """Moves maximum and sum on by one chunk.
 
     Returns:
@@ -76,21 +79,22 @@ def update_softmax(geo: Geometry, s: jax.Array, state: State, head: Any) -> tupl
     for column in columns[1:]:
         highest = jnp.maximum(highest, column)
     top = jnp.max(highest, axis=-1, keepdims=True)
-    before = state.peak[head]
+    rows = s.shape[0]
+    before = state.peak[head, :rows]
     peak = jnp.maximum(before, jnp.broadcast_to(top, before.shape))
     shrink = jnp.exp2(before - peak)
     p = [jnp.exp2(column - peak) for column in columns]
-    state.total[head] = shrink * state.total[head] + sum(p[1:], p[0])
-    state.peak[head] = peak
+    state.total[head, :rows] = shrink * state.total[head, :rows] + sum(p[1:], p[0])
+    state.peak[head, :rows] = peak
     return shrink, jnp.concatenate([x.astype(geo.compute_dtype) for x in p], axis=1)
 
 
-def accumulate(geo: Geometry, shrink: jax.Array, p: jax.Array, v: jax.Array, state: State, head: Any) -> None:
+def accumulate(geo: Geometry, state: State, head: Scalar, shrink: jax.Array, p: jax.Array, v: jax.Array) -> None:
     """Adds ``p @ v`` to the shrunk accumulator."""
     pv = jnp.dot(p, v, precision=geo.precision, preferred_element_type=jnp.float32)
     folds = geo.lanes // LANES
     wide = shrink if folds == 1 else jnp.concatenate([shrink] * folds, axis=1)
-    state.acc[head] = wide * state.acc[head] + pv
+    state.acc[head, : len(pv)] = wide * state.acc[head, : len(pv)] + pv
 
 
 def key_positions(start: Scalar, shape: tuple[int, int], axis: int) -> jax.Array:
@@ -99,7 +103,7 @@ def key_positions(start: Scalar, shape: tuple[int, int], axis: int) -> jax.Array
     return positions
 
 
-def visible(geo: Geometry, item: Item, start: Scalar, shape: tuple[int, int], group: int) -> jax.Array:
+def visible(geo: Geometry, item: Item, start: Scalar, shape: tuple[int, int]) -> jax.Array:
     """Which keys each row sees, ``[rows, tokens]``: none after it, none before its window.
 
     Args:
@@ -107,10 +111,9 @@ def visible(geo: Geometry, item: Item, start: Scalar, shape: tuple[int, int], gr
         item: the queries.
         start: position of the chunk's first key.
         shape: (rows, tokens).
-        group: rows a query; the rows of a decode item are one query.
     """
     keys = key_positions(start, shape, 1)
-    query = item.position + jax.lax.broadcasted_iota(jnp.int32, shape, 0) // group
+    query = item.position + jax.lax.broadcasted_iota(jnp.int32, shape, 0) // geo.group
     seen: jax.Array = keys <= query
     return seen if geo.window is None else seen & (keys > query - geo.window)
 
@@ -122,61 +125,40 @@ def fetched(geo: Geometry, item: Item, start: Scalar, tokens: int) -> jax.Array:
     return inside
 
 
-def attend_decode(geo: Geometry, pages: Ref, q: Ref, state: State, item: Item, start: Scalar, *, edge: bool) -> None:
-    """One chunk of one decode row, all heads unrolled.
-
-    The values of a head are used ``lag`` heads after its keys, so that the matrix unit works on one head's logits
-    while another's are in the softmax; the compiler loads V again where registers run out rather than spill.
-
-    Args:
-        geo: the kernel's sizes.
-        pages: ``[chunk pages, page_size, stride, p, 128]`` in VMEM.
-        q: ``[H, rows, D']`` in VMEM.
-        state: softmax state.
-        item: the row.
-        start: position of the chunk's first key.
-        edge: whether some key of the chunk is not seen.
-    """
-    tokens = pages.shape[0] * geo.page_size
-    keep = fetched(geo, item, start, tokens) if edge else None
-    mask = visible(geo, item, start, (geo.decode_rows, tokens), geo.decode_rows) if edge else None
-    pending: list[tuple[int, jax.Array, jax.Array, jax.Array]] = []
-    lag = min(DECODE_LAG, geo.heads)
-    for head in range(geo.heads):
-        k, v = load_kv(geo, pages, head, keep)
-        shrink, p = update_softmax(geo, scores(geo, q[head], k, mask), state, head)
-        pending.append((head, shrink, p, v))
-        if len(pending) > lag:
-            done, *late = pending.pop(0)
-            accumulate(geo, late[0], late[1], late[2], state, done)
-    for done, *late in pending:
-        accumulate(geo, late[0], late[1], late[2], state, done)
-
-
-DECODE_LAG = 4
-
-
-def attend_prefill(
-    geo: Geometry, pages: Ref, load_q: Any, state: State, item: Item, start: Scalar, *, edge: bool
+def attend(
+    geo: Geometry, tile: Tile, pages: Ref, q: Ref, state: State, item: Item, start: Scalar, *, edge: bool
 ) -> None:
-    """One chunk of one block of queries, a loop over the heads.
+    """One chunk of one item: of a decode row with all heads unrolled, else in a loop over the heads.
+
+    Unrolled, the values of a head are used some heads after its keys, so that the matrix unit works on one head's
+    logits while another's are in the softmax; the compiler loads V again where registers run out rather than spill.
 
     Args:
         geo: the kernel's sizes.
+        tile: of this kind of item.
         pages: ``[chunk pages, page_size, stride, p, 128]`` in VMEM.
-        load_q: head to the query rows ``[rows, D']``.
+        q: ``[H, queries, G / p, p, D']`` in VMEM.
         state: softmax state.
         item: the queries.
         start: position of the chunk's first key.
         edge: whether some key of the chunk is not seen by some query.
     """
-    tokens = pages.shape[0] * geo.page_size
+    tokens = tile.chunk_pages * geo.page_size
 
-    def one_head(head: Scalar, _: None) -> None:
+    def weigh(head: Scalar) -> tuple[jax.Array, jax.Array, jax.Array]:
         keep = fetched(geo, item, start, tokens) if edge else None
-        mask = visible(geo, item, start, (geo.prefill_rows, tokens), geo.group) if edge else None
+        mask = visible(geo, item, start, (tile.rows, tokens)) if edge else None
         k, v = load_kv(geo, pages, head, keep)
-        shrink, p = update_softmax(geo, scores(geo, load_q(head), k, mask), state, head)
-        accumulate(geo, shrink, p, v, state, head)
+        s = scores(geo, load_queries(geo, q.at[head], tile.rows), k, mask)
+        return *update_softmax(geo, s, state, head), v
 
-    jax.lax.fori_loop(0, geo.heads, one_head, None)
+    if tile.queries > 1:
+        jax.lax.fori_loop(0, geo.heads, lambda head, _: accumulate(geo, state, head, *weigh(head)), None)
+        return
+    late: list[tuple[Any, ...]] = []
+    for head in range(geo.heads):
+        late.append((head, *weigh(head)))
+        if len(late) > DECODE_LAG:
+            accumulate(geo, state, *late.pop(0))
+    for weighed in late:
+        accumulate(geo, state, *weighed)

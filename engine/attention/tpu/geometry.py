@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +12,9 @@ from engine.kv.layout import LANES, SUBLANES
 from engine.kv.tpu_view import TILE_ROWS, word_of
 
 __all__ = ["LANES", "SUBLANES", "BlockSizes", "Geometry"]
+
+
+SHORT_ROWS = 128  # rows of q of a short extend: one tile of the matrix unit
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,22 @@ class BlockSizes:
     prefill_queries: int
     prefill_fetch_pages: int
     prefill_chunk_pages: int
+
+
+class Tile(NamedTuple):
+    """How one kind of item is computed.
+
+    Attributes:
+        queries: most query tokens of an item.
+        rows: rows of q a KV head, row ``t * G + g``, in whole sublanes; those past the queries hold anything.
+        fetch_pages: pages of one DMA block.
+        chunk_pages: pages of one compute chunk.
+    """
+
+    queries: int
+    rows: int
+    fetch_pages: int
+    chunk_pages: int
 
 
 @dataclass(frozen=True)
@@ -96,14 +115,19 @@ class Geometry:
         return self.words | 1
 
     @property
-    def decode_rows(self) -> int:
-        """Rows of q a KV head in decode: the group in whole sublanes."""
-        return -(-self.group // SUBLANES) * SUBLANES
-
-    @property
-    def prefill_rows(self) -> int:
-        """Rows of q a KV head in a prefill item, row ``t * G + g``."""
-        return self.blocks.prefill_queries * self.group
+    def tiles(self) -> tuple[Tile, ...]:
+        """The kinds of item: decode rows, short extends where a whole block would be far too large, and blocks."""
+        blocks, group = self.blocks, self.group
+        whole = blocks.prefill_queries
+        short = max(SUBLANES, SHORT_ROWS // group // SUBLANES * SUBLANES)
+        decode_rows = -(-group // SUBLANES) * SUBLANES
+        return (
+            Tile(1, decode_rows, blocks.decode_fetch_pages, blocks.decode_chunk_pages),
+            *(
+                Tile(queries, queries * group, blocks.prefill_fetch_pages, blocks.prefill_chunk_pages)
+                for queries in ((short, whole) if 4 * short <= whole else (whole,))
+            ),
+        )
 
     @property
     def precision(self) -> str:

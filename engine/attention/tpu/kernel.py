@@ -1,13 +1,13 @@
 """Ragged paged flash attention over the fused cache: the kernel body and its call.
 
-One launch does a step of one layer: it writes the new rows into their pages, then walks the decode items and then the
-prefill items. Pages stream from HBM through two buffers; the next block, be it of the next item, is fetched while this
-one is computed. The online softmax is that of FlashAttention-2, the cache layout that of tpu_commons' kernel v3.
+One launch does a step of one layer: it writes the new rows into their pages, then walks the items, one kind after the
+other. Pages stream from HBM through two buffers; the next block, be it of the next item, is fetched while this one is
+computed. The online softmax is that of FlashAttention-2, the cache layout that of tpu_commons' kernel v3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -16,59 +16,141 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from engine.attention.tpu import flash, registers, transfer
-from engine.attention.tpu.geometry import LANES, Geometry
+from engine.attention.tpu.geometry import LANES, SUBLANES, Geometry, Tile
 from engine.attention.tpu.registers import Ref
 from engine.attention.tpu.schedule import Schedule
 from engine.attention.tpu.transfer import Item, Scalar
 
 
-class Lane(NamedTuple):
-    """What one kind of item, decode or prefill, works with.
+class Operands(NamedTuple):
+    """HBM refs, but for the sinks in VMEM; all as in ``call_kernel``."""
+
+    q: Ref
+    new: Ref
+    sinks: Ref | None
+    out: Ref
+    lse: Ref | None
+    cache: Ref
+
+
+class Scratch(NamedTuple):
+    """VMEM, two buffers of each but the softmax state; every kind of item takes a part of it.
 
     Attributes:
-        pages: ``[2, fetch_pages, page_size, stride, p, 128]``, the two page buffers.
-        q: two buffers of queries.
-        out: two buffers of results.
-        lse: two buffers of log-sum-exp, or None.
+        pages: ``[2, fetch_pages, page_size, stride, p, 128]``.
+        q: ``[2, H, queries, G / p, p, D']``.
+        out: as ``q``.
+        lse: ``[2, H, queries, G, 1, 128]``, or as good as nothing.
         state: softmax state.
-        sinks: ``[H, rows, 128]`` float32 in VMEM, or None.
-        fetch_pages: pages of one fetch block.
-        chunk_pages: pages of one compute chunk.
-        count: items of this kind.
-        item: index to the item.
-        q_copy: (index, buffer) to the (source, target) of the queries' DMA.
-        out_copies: (index, buffer) to the (source, target) pairs of the results' DMAs.
-        attend: (pages, buffer, item, start, edge) computes one chunk.
-        finish: (buffer) writes the results of an item into its buffers.
     """
 
-    pages: Ref
+    pages: Any
+    q: Any
+    out: Any
+    lse: Any
     state: flash.State
-    sinks: Ref | None
-    fetch_pages: int
-    chunk_pages: int
-    count: Scalar
-    item: Callable[[Scalar], Item]
-    q_copy: Callable[[Scalar, Scalar], tuple[Ref, Ref]]
-    out_copies: Callable[[Scalar, Scalar], list[tuple[Ref, Ref]]]
-    attend: Callable[..., None]
-    finish: Callable[[Scalar], None]
 
 
 class Semaphores(NamedTuple):
     """DMA semaphores: two a stream, one a buffer."""
 
-    pages: Ref
-    q: Ref
-    out: Ref
-    write: Ref
+    pages: Any
+    q: Any
+    out: Any
+    write: Any
 
 
-def _attend_block(geo: Geometry, lane: Lane, item: Item, block: Scalar, slot: Scalar, buffer: Scalar) -> None:
+class Lane(NamedTuple):
+    """What the walk over the items of one kind works with; ``first`` and ``count`` say which items they are."""
+
+    geo: Geometry
+    tile: Tile
+    schedule: Schedule
+    ops: Operands
+    scratch: Scratch
+    sems: Semaphores
+    first: Scalar
+    count: Scalar
+
+    def item(self, index: Scalar) -> Item:
+        """The ``index``-th item of this kind."""
+        return transfer.make_item(self.geo, self.schedule, self.first + index, self.tile.queries)
+
+    def q_copy(self, item: Item, buffer: Scalar) -> tuple[Ref, Ref]:
+        """Source and target of the queries' DMA."""
+        source = self.ops.q.at[:, pl.ds(item.token, item.queries)]
+        return source, self.scratch.q.at[buffer, :, pl.ds(0, item.queries)]
+
+    def out_copies(self, item: Item, buffer: Scalar) -> list[tuple[Ref, Ref]]:
+        """Sources and targets of the results' DMAs."""
+        pairs = [(self.scratch.out, self.ops.out), (self.scratch.lse, self.ops.lse)]
+        return [
+            (source.at[buffer, :, pl.ds(0, item.queries)], target.at[:, pl.ds(item.token, item.queries)])
+            for source, target in pairs
+            if target is not None
+        ]
+
+
+def _run_lane(lane: Lane) -> None:
+    """Walks all items of one kind; the buffers' turns run on across blocks and items."""
+    sems, scratch, fetch_pages = lane.sems, lane.scratch, lane.tile.fetch_pages
+
+    def start_block(item: Item, block: Scalar, slot: Scalar) -> None:
+        pages, sem = scratch.pages.at[slot], sems.pages.at[slot]
+        transfer.start_block(lane.geo, lane.schedule, lane.ops.cache, pages, sem, item, block, fetch_pages)
+
+    def first_block(item: Item) -> Scalar:
+        return transfer.block_range(lane.geo, item, fetch_pages)[0]
+
+    def run_item(index: Scalar, slot: Scalar) -> Scalar:
+        item, buffer, more = lane.item(index), index % 2, index + 1 < lane.count
+        following = lane.item(jnp.minimum(index + 1, lane.count - 1))
+        first, last = transfer.block_range(lane.geo, item, fetch_pages)
+
+        @pl.when(more)
+        def _() -> None:
+            transfer.start_copy(*lane.q_copy(following, 1 - buffer), sems.q.at[1 - buffer])
+
+        transfer.wait_in(*lane.q_copy(item, buffer), sems.q.at[buffer])
+        flash.reset(scratch.state, lane.tile.rows, lane.ops.sinks)
+
+        def run_block(block: Scalar, slot: Scalar) -> Scalar:
+            stays = block + 1 < last
+            ahead = Item(*(jnp.where(stays, here, there) for here, there in zip(item, following, strict=True)))
+
+            @pl.when(stays | more)
+            def _() -> None:
+                start_block(ahead, jnp.where(stays, block + 1, first_block(following)), 1 - slot)
+
+            transfer.wait_block(lane.geo, scratch.pages.at[slot], sems.pages.at[slot], item, block, fetch_pages)
+            _attend_block(lane, item, block, slot, buffer)
+            return 1 - slot
+
+        slot = jax.lax.fori_loop(first, last, run_block, slot)
+
+        @pl.when(index >= 2)
+        def _() -> None:
+            _wait_results(lane, index - 2)
+
+        _finish(lane, item, buffer)
+        return slot
+
+    @pl.when(lane.count > 0)
+    def _() -> None:
+        item = lane.item(0)
+        start_block(item, first_block(item), 0)
+        transfer.start_copy(*lane.q_copy(item, 0), sems.q.at[0])
+        jax.lax.fori_loop(0, lane.count, run_item, 0)
+        left = jnp.maximum(lane.count - 2, 0)
+        jax.lax.fori_loop(left, lane.count, lambda index, _: _wait_results(lane, index), None)
+
+
+def _attend_block(lane: Lane, item: Item, block: Scalar, slot: Scalar, buffer: Scalar) -> None:
     """Computes the chunks of a fetched block: those that every query sees whole without a mask, then the edges."""
-    chunk = lane.chunk_pages * geo.page_size
-    base = block * lane.fetch_pages * geo.page_size
-    end = jnp.minimum(item.high, base + lane.fetch_pages * geo.page_size)
+    geo, tile = lane.geo, lane.tile
+    chunk = tile.chunk_pages * geo.page_size
+    base = block * tile.fetch_pages * geo.page_size
+    end = jnp.minimum(item.high, base + tile.fetch_pages * geo.page_size)
     first, last = jnp.maximum(item.low - base, 0) // chunk, pl.cdiv(end - base, chunk)
     # Whole for all: not after the first query, and not before the window of the last.
     whole_low = item.low * 0 if geo.window is None else item.position + item.queries - geo.window
@@ -76,8 +158,10 @@ def _attend_block(geo: Geometry, lane: Lane, item: Item, block: Scalar, slot: Sc
     whole_last = jnp.clip((item.position + 1 - base) // chunk, whole_first, last)
 
     def attend(index: Scalar, edge: bool) -> None:
-        pages = lane.pages.at[slot, pl.ds(index * lane.chunk_pages, lane.chunk_pages)]
-        lane.attend(pages, buffer, item, base + index * chunk, edge=edge)
+        pages = lane.scratch.pages.at[slot, pl.ds(index * tile.chunk_pages, tile.chunk_pages)]
+        flash.attend(
+            geo, tile, pages, lane.scratch.q.at[buffer], lane.scratch.state, item, base + index * chunk, edge=edge
+        )
 
     jax.lax.fori_loop(whole_first, whole_last, lambda index, _: attend(index, edge=False), None)
 
@@ -87,218 +171,53 @@ def _attend_block(geo: Geometry, lane: Lane, item: Item, block: Scalar, slot: Sc
     jax.lax.fori_loop(first, last - (whole_last - whole_first), attend_edge, None)
 
 
-def _run_lane(geo: Geometry, schedule: Any, cache: Ref, sems: Semaphores, lane: Lane) -> None:
-    """Walks all items of one kind; the buffers' turns run on across blocks and items."""
+def _finish(lane: Lane, item: Item, buffer: Scalar) -> None:
+    """Starts the results of an item on their way."""
+    scratch = lane.scratch
 
-    def start_block(item: Item, block: Scalar, slot: Scalar) -> None:
-        transfer.start_block(
-            geo, schedule, cache, lane.pages.at[slot], sems.pages.at[slot], item, block, lane.fetch_pages
-        )
+    def one_head(head: Scalar, _: None) -> None:
+        rows, lse = flash.result(scratch.state, head, lane.tile.rows)
+        registers.store_rows(lane.geo, scratch.out.at[buffer, head], rows)
+        if lane.geo.has_lse:
+            registers.store_rows(lane.geo, scratch.lse.at[buffer, head], lse)
 
-    def first_block(item: Item) -> Scalar:
-        return transfer.block_range(geo, item, lane.fetch_pages)[0]
-
-    def run_item(index: Scalar, slot: Scalar) -> Scalar:
-        item, buffer = lane.item(index), index % 2
-        following = lane.item(jnp.minimum(index + 1, lane.count - 1))
-        first, last = transfer.block_range(geo, item, lane.fetch_pages)
-
-        @pl.when(index + 1 < lane.count)
-        def _() -> None:
-            transfer.start_copy(*lane.q_copy(index + 1, 1 - buffer), sems.q.at[1 - buffer])
-
-        transfer.wait_in(*lane.q_copy(index, buffer), sems.q.at[buffer])
-        flash.reset(lane.state, lane.sinks)
-
-        def run_block(block: Scalar, slot: Scalar) -> Scalar:
-            stays = block + 1 < last
-            ahead = Item(*(jnp.where(stays, here, there) for here, there in zip(item, following, strict=True)))
-
-            @pl.when(stays | (index + 1 < lane.count))
-            def _() -> None:
-                start_block(ahead, jnp.where(stays, block + 1, first_block(following)), 1 - slot)
-
-            transfer.wait_block(geo, lane.pages.at[slot], sems.pages.at[slot], item, block, lane.fetch_pages)
-            _attend_block(geo, lane, item, block, slot, buffer)
-            return 1 - slot
-
-        slot = jax.lax.fori_loop(first, last, run_block, slot)
-
-        @pl.when(index >= 2)
-        def _() -> None:
-            _wait_results(lane, sems, index - 2)
-
-        lane.finish(buffer)
-        for source, target in lane.out_copies(index, buffer):
-            transfer.start_copy(source, target, sems.out.at[buffer])
-        return slot
-
-    @pl.when(lane.count > 0)
-    def _() -> None:
-        start_block(lane.item(0), first_block(lane.item(0)), 0)
-        transfer.start_copy(*lane.q_copy(0, 0), sems.q.at[0])
-        jax.lax.fori_loop(0, lane.count, run_item, 0)
-        jax.lax.fori_loop(
-            jnp.maximum(lane.count - 2, 0), lane.count, lambda index, _: _wait_results(lane, sems, index), None
-        )
+    jax.lax.fori_loop(0, lane.geo.heads, one_head, None)
+    for source, target in lane.out_copies(item, buffer):
+        transfer.start_copy(source, target, lane.sems.out.at[buffer])
 
 
-def _wait_results(lane: Lane, sems: Semaphores, index: Scalar) -> None:
-    for source, target in lane.out_copies(index, index % 2):
-        transfer.wait_out(source, target, sems.out.at[index % 2])
+def _wait_results(lane: Lane, index: Scalar) -> None:
+    for source, target in lane.out_copies(lane.item(index), index % 2):
+        transfer.wait_out(source, target, lane.sems.out.at[index % 2])
 
 
-class Operands(NamedTuple):
-    """HBM refs, but for the sinks in VMEM; ``decode_*`` and ``prefill_*`` as in ``call_kernel``."""
-
-    decode_q: Ref
-    prefill_q: Ref
-    new: Ref
-    sinks: tuple[Ref, Ref] | None
-    decode_out: Ref
-    prefill_out: Ref
-    decode_lse: Ref | None
-    prefill_lse: Ref | None
-    cache: Ref
-
-
-class Scratch(NamedTuple):
-    """VMEM of one kind of item."""
-
-    pages: Any
-    q: Any
-    out: Any
-    lse: Any
-    peak: Any
-    total: Any
-    acc: Any
-
-
-def _decode_lane(geo: Geometry, schedule: Any, ops: Operands, scratch: Scratch) -> Lane:
-    state = flash.State(scratch.peak, scratch.total, scratch.acc)
-
-    def item(index: Scalar) -> Item:
-        seq = schedule.decode_seq[index]
-        return transfer.make_item(geo, seq, schedule.kv_lens[seq] - 1, 1)
-
-    def out_copies(index: Scalar, buffer: Scalar) -> list[tuple[Ref, Ref]]:
-        seq = schedule.decode_seq[index]
-        copies = [(scratch.out.at[buffer], ops.decode_out.at[seq])]
-        return copies if ops.decode_lse is None else [*copies, (scratch.lse.at[buffer], ops.decode_lse.at[seq])]
-
-    def finish(buffer: Scalar) -> None:
-        for head in range(geo.heads):
-            rows, lse = flash.result(state, head)
-            scratch.out[buffer, head] = rows.astype(scratch.out.dtype)
-            if geo.has_lse:
-                scratch.lse[buffer, head] = lse
-
-    return Lane(
-        pages=scratch.pages,
-        state=state,
-        sinks=None if ops.sinks is None else ops.sinks[0],
-        fetch_pages=geo.blocks.decode_fetch_pages,
-        chunk_pages=geo.blocks.decode_chunk_pages,
-        count=schedule.counts[0],
-        item=item,
-        q_copy=lambda index, buffer: (ops.decode_q.at[schedule.decode_seq[index]], scratch.q.at[buffer]),
-        out_copies=out_copies,
-        attend=lambda pages, buffer, item, start, edge: flash.attend_decode(
-            geo, pages, scratch.q.at[buffer], state, item, start, edge=edge
-        ),
-        finish=finish,
-    )
-
-
-def _prefill_lane(geo: Geometry, schedule: Any, ops: Operands, scratch: Scratch) -> Lane:
-    state = flash.State(scratch.peak, scratch.total, scratch.acc)
-    size = geo.blocks.prefill_queries
-
-    def item(index: Scalar) -> Item:
-        return transfer.make_item(
-            geo, schedule.item_seq[index], schedule.item_position[index], schedule.item_queries[index]
-        )
-
-    def q_copy(index: Scalar, buffer: Scalar) -> tuple[Ref, Ref]:
-        return ops.prefill_q.at[:, pl.ds(schedule.item_token[index], size)], scratch.q.at[buffer]
-
-    def out_copies(index: Scalar, buffer: Scalar) -> list[tuple[Ref, Ref]]:
-        token, count = schedule.item_token[index], schedule.item_queries[index]
-        pairs = [(scratch.out, ops.prefill_out), (scratch.lse, ops.prefill_lse)]
-        return [
-            (source.at[buffer, :, pl.ds(0, count)], target.at[:, pl.ds(token, count)])
-            for source, target in pairs
-            if target is not None
-        ]
-
-    def finish(buffer: Scalar) -> None:
-        def one_head(head: Scalar, _: None) -> None:
-            rows, lse = flash.result(state, head)
-            registers.store_rows(geo, scratch.out.at[buffer, head], rows)
-            if geo.has_lse:
-                scratch.lse[buffer, head] = lse.reshape(size, geo.group, LANES)
-
-        jax.lax.fori_loop(0, geo.heads, one_head, None)
-
-    def attend(pages: Ref, buffer: Scalar, item: Item, start: Scalar, *, edge: bool) -> None:
-        flash.attend_prefill(
-            geo,
-            pages,
-            lambda head: registers.load_queries(geo, scratch.q.at[buffer, head]),
-            state,
-            item,
-            start,
-            edge=edge,
-        )
-
-    return Lane(
-        pages=scratch.pages,
-        state=state,
-        sinks=None if ops.sinks is None else ops.sinks[1],
-        fetch_pages=geo.blocks.prefill_fetch_pages,
-        chunk_pages=geo.blocks.prefill_chunk_pages,
-        count=schedule.counts[1],
-        item=item,
-        q_copy=q_copy,
-        out_copies=out_copies,
-        attend=attend,
-        finish=finish,
-    )
-
-
-def _scratch(geo: Geometry, rows: int, fetch_pages: int, q: tuple[int, ...], q_dtype: Any, out_dtype: Any) -> Scratch:
-    state = (geo.heads, rows)
-    lse = (2, *q[:2], geo.group, LANES) if len(q) > 3 else (2, *q[:2], LANES)
+def scratch_shapes(geo: Geometry) -> Scratch:
+    """VMEM scratch of the kernel."""
+    rows, fetch_pages = (max(tile[at] for tile in geo.tiles) for at in (1, 2))
+    queries = -(-rows // geo.group)
+    q = pltpu.VMEM((2, geo.heads, queries, geo.group // geo.io_pack, geo.io_pack, geo.lanes), geo.io_dtype)
+    lse = (2, geo.heads, queries, geo.group, 1, LANES) if geo.has_lse else (SUBLANES, LANES)
     return Scratch(
         pages=pltpu.VMEM((2, fetch_pages, geo.page_size, geo.stride, geo.pack, LANES), geo.kv_dtype),
-        q=pltpu.VMEM((2, *q), q_dtype),
-        out=pltpu.VMEM((2, *q), out_dtype),
-        lse=pltpu.VMEM(lse if geo.has_lse else (1, 1, LANES), jnp.float32),
-        peak=pltpu.VMEM((*state, LANES), jnp.float32),
-        total=pltpu.VMEM((*state, LANES), jnp.float32),
-        acc=pltpu.VMEM((*state, geo.lanes), jnp.float32),
+        q=q,
+        out=q,
+        lse=pltpu.VMEM(lse, jnp.float32),
+        state=flash.State(*(pltpu.VMEM((geo.heads, rows, width), jnp.float32) for width in (LANES, LANES, geo.lanes))),
     )
 
 
-def scratch_shapes(geo: Geometry) -> tuple[Scratch, Scratch]:
-    """VMEM scratch of the decode and of the prefill items."""
-    blocks = geo.blocks
-    decode_q = (geo.heads, geo.decode_rows, geo.lanes)
-    prefill_q = (geo.heads, blocks.prefill_queries, geo.group // geo.io_pack, geo.io_pack, geo.lanes)
-    compute = geo.compute_dtype
-    return (
-        _scratch(geo, geo.decode_rows, blocks.decode_fetch_pages, decode_q, compute, geo.io_dtype),
-        _scratch(geo, geo.prefill_rows, blocks.prefill_fetch_pages, prefill_q, geo.io_dtype, geo.io_dtype),
-    )
+def scratch_bytes(geo: Geometry) -> int:
+    """Bytes of the kernel's scratch."""
+    buffers = jax.tree.leaves(scratch_shapes(geo))
+    return sum(math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize for buffer in buffers)
 
 
 def call_kernel(
     geo: Geometry,
     schedule: Schedule,
-    decode_q: jax.Array,
-    prefill_q: jax.Array,
+    q: jax.Array,
     new: jax.Array,
-    sinks: tuple[jax.Array, jax.Array] | None,
+    sinks: jax.Array | None,
     cache: jax.Array,
     *,
     vmem_limit_bytes: int,
@@ -309,67 +228,54 @@ def call_kernel(
     Args:
         geo: static sizes.
         schedule: the step's items.
-        decode_q: ``[B, H, decode_rows, D']`` of the compute dtype, scaled into the log2 domain.
-        prefill_q: ``[H, T + prefill_queries, G / p, p, D']`` of the io dtype, scaled alike.
+        q: ``[H, T, G / p, p, D']`` of the io dtype, scaled into the log2 domain.
         new: ``[T, words, p, 128]`` of the cache's dtype, the merged new rows.
-        sinks: ``[H, decode_rows, 128]`` and ``[H, prefill_rows, 128]`` float32 in the log2 domain, or None.
+        sinks: ``[H, rows, 128]`` float32 in the log2 domain for the most rows of an item, or None.
         cache: ``[pages, page_size, words, p, 128]``, aliased to the last result.
         vmem_limit_bytes: VMEM that the compiler may use.
         interpret: False, or ``pltpu.InterpretParams``.
 
     Returns:
-        decode out ``[B, H, decode_rows, D']``, prefill out shaped as ``prefill_q``, then with lse
-        ``[B, H, decode_rows, 128]`` and ``[H, T + prefill_queries, G, 128]`` float32, then the cache.
+        out shaped as ``q``, with lse ``[H, T, G, 1, 128]`` float32, then the cache; tokens of no item hold anything.
     """
-    lse_shapes = (
-        (
-            jax.ShapeDtypeStruct((*decode_q.shape[:3], LANES), jnp.float32),
-            jax.ShapeDtypeStruct((*prefill_q.shape[:2], geo.group, LANES), jnp.float32),
-        )
-        if geo.has_lse
-        else ()
-    )
-    out_shape = (
-        jax.ShapeDtypeStruct(decode_q.shape, geo.io_dtype),
-        jax.ShapeDtypeStruct(prefill_q.shape, geo.io_dtype),
-        *lse_shapes,
-        jax.ShapeDtypeStruct(cache.shape, cache.dtype),
-    )
-    sink_operands = () if sinks is None else sinks
+    scalars, has_sinks = len(schedule), sinks is not None
+    lse_shape = [jax.ShapeDtypeStruct((*q.shape[:2], geo.group, 1, LANES), jnp.float32)] * geo.has_lse
+    out_shape = [
+        jax.ShapeDtypeStruct(q.shape, q.dtype), *lse_shape, jax.ShapeDtypeStruct(cache.shape, cache.dtype)
+    ]  # fmt: skip
+    shapes, pair = scratch_shapes(geo), pltpu.SemaphoreType.DMA((2,))
     hbm, vmem = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.VMEM)
-    scalars = len(schedule)
-    inputs = 4 + len(sink_operands)
 
     def body(*refs: Any) -> None:
-        steps = Schedule(*refs[:scalars])
-        q_refs, cache_in = refs[scalars : scalars + 3], scalars + 3
-        sink_refs = refs[cache_in + 1 : scalars + inputs] or None
-        outs, rest = refs[scalars + inputs :][: len(out_shape)], refs[scalars + inputs + len(out_shape) :]
-        lse_refs = outs[2:4] if geo.has_lse else (None, None)
-        ops = Operands(q_refs[0], q_refs[1], q_refs[2], sink_refs, outs[0], outs[1], lse_refs[0], lse_refs[1], outs[-1])
-        decode_scratch, prefill_scratch, sems = Scratch(*rest[:7]), Scratch(*rest[7:14]), Semaphores(*rest[14:])
+        left = list(refs)
+        steps = Schedule(*(left.pop(0) for _ in range(scalars)))
+        q_ref, new_ref, _ = (left.pop(0) for _ in range(3))
+        sinks_ref = left.pop(0) if has_sinks else None
+        out_ref, lse_ref = left.pop(0), left.pop(0) if geo.has_lse else None
+        ops = Operands(q_ref, new_ref, sinks_ref, out_ref, lse_ref, left.pop(0))
+        scratch, sems = left
         transfer.write_new_rows(geo, steps, ops.new, ops.cache, sems.write)
-        _run_lane(geo, steps, ops.cache, sems, _decode_lane(geo, steps, ops, decode_scratch))
-        _run_lane(geo, steps, ops.cache, sems, _prefill_lane(geo, steps, ops, prefill_scratch))
+        first = steps.counts[0] * 0
+        for kind, tile in enumerate(geo.tiles):
+            lane = Lane(geo, tile, steps, ops, scratch, sems, first, steps.counts[kind])
+            _run_lane(lane)
+            first += lane.count
 
-    decode_scratch, prefill_scratch = scratch_shapes(geo)
-    pair = pltpu.SemaphoreType.DMA((2,))
-    return tuple(
-        pl.pallas_call(
-            body,
-            out_shape=out_shape,
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=scalars,
-                grid=(1,),
-                in_specs=[hbm] * 4 + [vmem] * len(sink_operands),
-                out_specs=[hbm] * len(out_shape),
-                scratch_shapes=[*decode_scratch, *prefill_scratch, pair, pair, pair, pltpu.SemaphoreType.DMA],
-            ),
-            input_output_aliases={scalars + 3: len(out_shape) - 1},
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_limit_bytes, disable_bounds_checks=True
-            ),
-            interpret=interpret,
-            name="ragged_paged_attention",
-        )(*schedule, decode_q, prefill_q, new, cache, *sink_operands)
+    call = pl.pallas_call(
+        body,
+        out_shape=out_shape,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=scalars,
+            grid=(1,),
+            in_specs=[hbm] * 3 + [vmem] * has_sinks,
+            out_specs=[hbm] * len(out_shape),
+            scratch_shapes=[shapes, Semaphores(pair, pair, pair, pltpu.SemaphoreType.DMA)],
+        ),
+        input_output_aliases={scalars + 2: len(out_shape) - 1},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_limit_bytes, disable_bounds_checks=True
+        ),
+        interpret=interpret,
+        name="ragged_paged_attention",
     )
+    return tuple(call(*schedule, q, new, cache, *([sinks] if has_sinks else [])))

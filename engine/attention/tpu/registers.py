@@ -73,27 +73,25 @@ def _zeroed(rows: jax.Array, keep: jax.Array | None) -> jax.Array:
     return rows if keep is None else jnp.where(keep, rows, jnp.zeros_like(rows))
 
 
-def load_queries(geo: Geometry, ref: Ref) -> jax.Array:
-    """Reads ``[tokens, G / p, p, D']`` of q as the matrix ``[tokens * G, D']`` of the compute dtype."""
-    tokens = ref.shape[0]
+def load_queries(geo: Geometry, ref: Ref, rows: int) -> jax.Array:
+    """Reads the first ``rows`` of ``[queries, G / p, p, D']`` as a matrix ``[rows, D']`` of the compute dtype."""
+    total = ref.shape[0] * geo.group
     if geo.interpret:
-        plain: jax.Array = ref[...].reshape(tokens * geo.group, geo.lanes)
+        plain: jax.Array = ref[...].reshape(total, geo.lanes)[:rows]
         return plain.astype(geo.compute_dtype)
-    words = tokens * geo.group // geo.io_pack
-    flat = ref.bitcast(jnp.uint32).reshape(words * geo.folds, LANES)
-    rows = jnp.concatenate([flat[pl.ds(i, words, geo.folds), :] for i in range(geo.folds)], axis=1)
-    return pltpu.bitcast(rows, geo.io_dtype).astype(geo.compute_dtype)
+    flat = ref.bitcast(jnp.uint32).reshape(total // geo.io_pack * geo.folds, LANES)
+    words = [flat[pl.ds(i, rows // geo.io_pack, geo.folds), :] for i in range(geo.folds)]
+    return pltpu.bitcast(jnp.concatenate(words, axis=1), geo.io_dtype).astype(geo.compute_dtype)
 
 
 def store_rows(geo: Geometry, ref: Ref, rows: jax.Array) -> None:
-    """Writes ``[tokens * G, D']`` float32 into ``[tokens, G / p, p, D']``: the inverse of ``load_queries``."""
+    """Writes ``[rows, D']`` float32 as the first rows of ``[queries, G / p, p, D']``."""
     rows = rows.astype(ref.dtype)
+    total = ref.shape[0] * geo.group
     if geo.interpret:
-        ref[...] = rows.reshape(ref.shape)
+        ref[...] = jnp.pad(rows, [(0, total - rows.shape[0]), (0, 0)]).reshape(ref.shape)
         return
-    words = rows.shape[0] * ref.dtype.itemsize // 4
-    packed = pltpu.bitcast(rows, jnp.uint32)
-    folds = rows.shape[1] // LANES
-    flat = ref.bitcast(jnp.uint32).reshape(words * folds, LANES)
+    folds, packed = rows.shape[1] // LANES, pltpu.bitcast(rows, jnp.uint32)
+    flat = ref.bitcast(jnp.uint32).reshape(total * ref.dtype.itemsize // 4 * folds, LANES)
     for i in range(folds):
-        flat[pl.ds(i, words, folds), :] = packed[:, i * LANES : (i + 1) * LANES]
+        flat[pl.ds(i, packed.shape[0], folds), :] = packed[:, i * LANES : (i + 1) * LANES]

@@ -1,7 +1,7 @@
 """The work of one step as flat integer arrays, made in XLA from the page table and the lengths.
 
-A decode item is a sequence with one new token; a prefill item is a block of queries of a sequence with more. Sequences
-with none make no item. These arrays depend on the step alone, so that XLA computes them once for all layers.
+An item is a block of queries of one sequence: its only one in decode. Sequences without new tokens make no item. These
+arrays depend on the step alone, so that XLA computes them once for all layers.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from engine.attention.metadata import AttentionMetadata
+from engine.attention.tpu.geometry import Geometry
 
 
 class Schedule(NamedTuple):
@@ -21,12 +24,9 @@ class Schedule(NamedTuple):
         cu_q_lens: ``[B + 1]``.
         kv_lens: ``[B]``.
         slots: ``[T]`` where each new token goes, -1 for nowhere.
-        counts: ``[2]``, decode and prefill items.
-        decode_seq: ``[B]`` sequence of each decode item.
-        item_seq: ``[N]`` sequence of each prefill item.
+        counts: ``[kinds]`` items of each kind, in the order of ``Geometry.tiles``.
+        item_seq: ``[N]`` sequence of each item, one kind after the other.
         item_token: ``[N]`` index of its first query among the step's tokens.
-        item_position: ``[N]`` position of its first query in the sequence.
-        item_queries: ``[N]`` queries in it, at most the block size.
     """
 
     table: jax.Array
@@ -35,60 +35,52 @@ class Schedule(NamedTuple):
     kv_lens: jax.Array
     slots: jax.Array
     counts: jax.Array
-    decode_seq: jax.Array
     item_seq: jax.Array
     item_token: jax.Array
-    item_position: jax.Array
-    item_queries: jax.Array
 
 
-def make_schedule(
-    page_table: jax.Array,
-    cu_q_lens: jax.Array,
-    kv_lens: jax.Array,
-    slots: jax.Array,
-    *,
-    prefill_queries: int,
-    run_pages: int,
-) -> Schedule:
-    """Flattens one step into decode and prefill items.
+def make_schedule(geo: Geometry, metadata: AttentionMetadata, *, cache_pages: int) -> Schedule:
+    """Flattens one step into items.
+
+    What the metadata cannot mean is cut off here, once a step, so that no DMA leaves the arrays whatever a traced step
+    holds: pages and slots outside the cache, lengths beyond the page table, tokens past the last.
 
     Args:
-        page_table: ``[B, P]`` int32 page ids.
-        cu_q_lens: ``[B + 1]`` int32.
-        kv_lens: ``[B]`` int32, new tokens included.
-        slots: ``[T]`` int32, where each new token goes, -1 for nowhere.
-        prefill_queries: query tokens of one prefill item.
-        run_pages: pages that one DMA may move.
+        geo: the kernel's sizes.
+        metadata: the step's.
+        cache_pages: pages of the cache, the null page included.
 
     Returns:
-        The schedule; N is the most prefill items that T tokens of B sequences can make.
+        The schedule; N is the most items that T tokens of B sequences can make.
     """
-    batch = page_table.shape[0]
-    q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
-    decode = q_lens == 1
-    # A stable sort by "is not decode" puts the decode sequences first, in order.
-    decode_seq = jnp.argsort(~decode, stable=True).astype(jnp.int32)
-    blocks = jnp.where(q_lens > 1, -(-q_lens // prefill_queries), 0)
-    ends = jnp.cumsum(blocks)
+    page_table, cu_q_lens, kv_lens, slots = (
+        jnp.asarray(array, jnp.int32)
+        for array in (metadata.page_table, metadata.cu_q_lens, metadata.kv_lens, metadata.out_cache_loc)
+    )
+    batch, pages = page_table.shape
     num_tokens = slots.shape[0]
-    most = num_tokens // prefill_queries + max(1, min(batch, num_tokens // 2))
-    index = jnp.arange(most, dtype=jnp.int32)
-    seq = jnp.minimum(jnp.searchsorted(ends, index, side="right"), batch - 1).astype(jnp.int32)
-    skipped = (index - (ends[seq] - blocks[seq])) * prefill_queries
-    table, runs = _find_runs(page_table, run_pages)
+    cu_q_lens = jax.lax.cummax(jnp.clip(cu_q_lens, 0, num_tokens))
+    q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
+    most_queries = jnp.array([tile.queries for tile in geo.tiles], jnp.int32)
+    kind = jnp.searchsorted(most_queries[:-1], q_lens).astype(jnp.int32)
+    items = jnp.where(q_lens > 0, -(-q_lens // most_queries[kind]), 0)
+    # A stable sort puts the sequences of one kind together, in order.
+    order = jnp.argsort(kind, stable=True).astype(jnp.int32)
+    ends = jnp.cumsum(items[order])
+    index = jnp.arange(max(1, num_tokens // geo.tiles[-1].queries + min(batch, num_tokens)), dtype=jnp.int32)
+    place = jnp.minimum(jnp.searchsorted(ends, index, side="right"), batch - 1)
+    seq = order[place]
+    skipped = (index - (ends[place] - items[seq])) * most_queries[kind[seq]]
+    table, runs = _find_runs(jnp.clip(page_table, 0, cache_pages - 1), geo.run_pages)
     return Schedule(
         table=table,
         runs=runs,
         cu_q_lens=cu_q_lens,
-        kv_lens=kv_lens,
-        slots=slots,
-        counts=jnp.stack([decode.sum(), ends[-1]]).astype(jnp.int32),
-        decode_seq=decode_seq,
+        kv_lens=jnp.clip(kv_lens, 0, pages * geo.page_size),
+        slots=jnp.where(slots < cache_pages * geo.page_size, slots, -1),
+        counts=jnp.where(kind == jnp.arange(len(geo.tiles))[:, None], items, 0).sum(1).astype(jnp.int32),
         item_seq=seq,
         item_token=(cu_q_lens[seq] + skipped).astype(jnp.int32),
-        item_position=(kv_lens[seq] - q_lens[seq] + skipped).astype(jnp.int32),
-        item_queries=jnp.minimum(q_lens[seq] - skipped, prefill_queries).astype(jnp.int32),
     )
 
 

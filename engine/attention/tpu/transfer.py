@@ -16,19 +16,32 @@ Scalar = Any  # an int32 scalar, traced or not
 
 
 class Item(NamedTuple):
-    """Queries ``position … position + queries - 1`` of one sequence, and the keys ``[low, high)`` that they see."""
+    """A block of queries of one sequence, and the keys ``[low, high)`` that they see; all scalars.
+
+    Attributes:
+        seq: the sequence.
+        token: index of the first query among the step's tokens.
+        queries: how many.
+        position: of the first query in the sequence.
+        low: first key that any of them sees: causal, and within the window of the first.
+        high: the key after the last; not past ``low`` where they see none.
+    """
 
     seq: Scalar
-    position: Scalar
+    token: Scalar
     queries: Scalar
+    position: Scalar
     low: Scalar
     high: Scalar
 
 
-def make_item(geo: Geometry, seq: Scalar, position: Scalar, queries: Scalar) -> Item:
-    """An item with the keys that any of its queries sees: causal, and within the window of the first; maybe none."""
+def make_item(geo: Geometry, schedule: Any, index: Scalar, most_queries: int) -> Item:
+    """The ``index``-th item of the step's, of at most ``most_queries``."""
+    seq, token = schedule.item_seq[index], schedule.item_token[index]
+    left = schedule.cu_q_lens[seq + 1] - token
+    queries, position = jnp.minimum(left, most_queries), schedule.kv_lens[seq] - left
     low = position * 0 if geo.window is None else jnp.maximum(position - geo.window + 1, 0)
-    return Item(seq, position, queries, low, jnp.maximum(position + queries, 0))
+    return Item(seq, token, queries, position, low, jnp.maximum(position + queries, 0))
 
 
 def write_new_rows(geo: Geometry, schedule: Any, new: Ref, cache: Ref, sem: Ref) -> None:
@@ -49,14 +62,14 @@ def write_new_rows(geo: Geometry, schedule: Any, new: Ref, cache: Ref, sem: Ref)
 
         def write_page(index: Scalar, written: Scalar) -> Scalar:
             position = jnp.maximum(first, index * geo.page_size)
-            count = jnp.minimum(kv_len, (index + 1) * geo.page_size) - position
             token = start + position - first
             slot = schedule.slots[token]
-            kept = slot >= 0
+            kept, page, offset = slot >= 0, jax.lax.div(slot, geo.page_size), jax.lax.rem(slot, geo.page_size)
+            count = jnp.minimum(kv_len, (index + 1) * geo.page_size) - position
+            count = jnp.minimum(count, geo.page_size - offset)  # whatever the slots hold, no row leaves its page
 
             @pl.when(kept)
             def _() -> None:
-                page, offset = jax.lax.div(slot, geo.page_size), jax.lax.rem(slot, geo.page_size)
                 target = cache.at[page, pl.ds(offset, count)]
                 pltpu.make_async_copy(new.at[pl.ds(token, count)], target, sem).start()
 

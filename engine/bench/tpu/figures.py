@@ -49,14 +49,18 @@ class Lane:
         return chunks * chunk + groups * group + rest
 
 
-def find_lanes(program: Program) -> tuple[Lane, Lane]:
-    """The loops of decode and of prefill of this package's kernel.
+def find_lanes(program: Program, kinds: int) -> list[Lane]:
+    """The loops of this package's kernel, one lane a kind of item: decode first, whole blocks of queries last.
 
     A loop over blocks is one that holds, side by side, a loop that issues DMAs and loops with matrix work, first for
     the chunks that need no mask and then for the edges.
 
+    Args:
+        program: the kernel's.
+        kinds: how many kinds of item it has.
+
     Raises:
-        BackendUnsupported: the program has no two such loops: the kernel has changed, and this reading must follow.
+        BackendUnsupported: the program has not as many such loops; the kernel has changed, and this must follow.
     """
     lanes = []
     for block in program.root.walk():
@@ -66,17 +70,17 @@ def find_lanes(program: Program) -> tuple[Lane, Lane]:
             chunk = compute[0]
             inner = [loop for loop in chunk.walk() if loop.has_matrix_work]
             lanes.append(Lane(block, fetch[0], chunk, inner[-1]))
-    if len(lanes) != 2:
+    if len(lanes) != kinds:
         raise BackendUnsupported(
-            f"cannot read the kernel's loops: {len(lanes)} loops over blocks where decode and prefill make 2; "
+            f"cannot read the kernel's loops: {len(lanes)} loops over blocks where its items are of {kinds} kinds; "
             "engine/bench/tpu/figures.py must follow what the kernel does now"
         )
-    return lanes[0], lanes[1]
+    return lanes
 
 
 def our_figures(program: Program, geo: Geometry) -> dict[str, float]:
     """Figures of this package's kernel, one program for decode and prefill."""
-    decode, prefill = find_lanes(program)
+    decode, *shorter, prefill = find_lanes(program, len(geo.tiles))
     blocks, size = geo.blocks, geo.page_size
     chunks = blocks.decode_fetch_pages // blocks.decode_chunk_pages
     groups = blocks.decode_fetch_pages // geo.run_pages
@@ -90,8 +94,10 @@ def our_figures(program: Program, geo: Geometry) -> dict[str, float]:
     chunks = blocks.prefill_fetch_pages // blocks.prefill_chunk_pages
     groups = blocks.prefill_fetch_pages // geo.run_pages
     turns = 1 if prefill.hot is prefill.chunk else geo.heads
-    flops = 4 * geo.lanes * geo.prefill_rows * blocks.prefill_chunk_pages * size  # of one head and chunk
+    flops = 4 * geo.lanes * geo.tiles[-1].rows * blocks.prefill_chunk_pages * size  # of one head and chunk
     block = prefill.bundles(chunks, groups, turns, scattered=False)
+    for short in shorter:
+        found["short extend over a whole block"] = short.bundles(chunks, groups, turns, scattered=False) / block
     found["prefill FLOPs a bundle"] = flops * chunks * geo.heads / block
     found["prefill FLOPs a bundle, compute alone"] = flops * geo.heads / turns / prefill.hot.bundles
     found |= _hot_loop("prefill", program, prefill.hot)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -119,12 +118,12 @@ def fits(target: Target, blocks: BlockSizes) -> bool:
 def scratch_bytes(target: Target, blocks: BlockSizes) -> int:
     """VMEM that the kernel's buffers take with these sizes; BackendUnsupported where the core has less."""
     # Only here: Pallas takes long to import, and no other benchmark needs it.
+    from engine.attention.tpu import kernel
     from engine.attention.tpu.api import make_geometry
-    from engine.attention.tpu.kernel import scratch_shapes
 
     layout = target.layout
     cache = jax.ShapeDtypeStruct(layout.buffer_shape(2 * target.page_size), layout.dtype)
-    q = jax.ShapeDtypeStruct((8, target.heads * target.group, target.head_dim), target.query_dtype)
+    q = jax.ShapeDtypeStruct((blocks.prefill_queries, target.heads * target.group, target.head_dim), target.query_dtype)
     geo = make_geometry(
         q,
         target.heads,
@@ -134,8 +133,7 @@ def scratch_bytes(target: Target, blocks: BlockSizes) -> int:
         generation=target.generation,
         blocks=blocks,
     )
-    buffers = (buffer for scratch in scratch_shapes(geo) for buffer in scratch)
-    return sum(math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize for buffer in buffers)
+    return kernel.scratch_bytes(geo)
 
 
 @dataclass(frozen=True)
