@@ -22,8 +22,10 @@ def check(case, found):
     assert "failed" not in found, f"{case}: {found['failed']}"
     assert found["alias bytes"] == found["cache bytes"], case
     assert found["moves"] == [], case
-    # Per token of the step: q, k, v and out in float32 and bfloat16 and their layouts for the kernel.
-    assert found["temporary bytes"] < found["cache bytes"] / 8, case
+    # What is temporary is of the step's size, not the cache's: q, k, v, out in float32 and bfloat16, and their layouts
+    # for the kernel; more than an eighth of these caches only where many query heads share few KV heads.
+    queries_bytes = 4 * case["tokens"] * case["q_heads"] * case["head_dim"]
+    assert found["temporary bytes"] < max(found["cache bytes"] / 8, 4 * queries_bytes), case
     # Some XLA of the step may hold VMEM across the call.
     assert 0 < found["VMEM bytes"] < VMEM_BYTES[case["gen"]] * 0.95, case
 
