@@ -199,12 +199,12 @@ class CacheManager:
         Raises:
             ShapeError: the rows have changed otherwise.
         """
+        rows.check_unchanged()  # before anything is evicted or taken
         beginning = rows.beginning()
         if beginning.size > self.allocator.available_pages():
             if beginning.size > self.reclaimable_pages:
                 return False
             self._make_room(beginning.size)
-        rows.check_unchanged()  # nothing stands between taking pages and noting them
         rows.grow(beginning, self.allocator.alloc_single_pages(beginning.size))
         return True
 
@@ -228,14 +228,13 @@ class CacheManager:
             raise ShapeError(f"cannot fork {tokens} tokens of row {row}: it holds {self.page_table.kv_lens([row])[0]}")
         full, rest = divmod(tokens, self.page_size)
         pages = self.page_table.row_pages(row)
-        self._make_room(1 if rest else 0)
         new_row = self.page_table.alloc_row()
-        self.allocator.retain(pages[:full])
-        self.page_table.append_pages(new_row, pages[:full])
         self._known[new_row] = tokens + 1
         for each in (self._most, self._priority, self._is_forgotten):
             each[new_row] = each[row]
         try:
+            self.allocator.retain(pages[:full])
+            self.page_table.append_pages(new_row, pages[:full])
             if self.prefix and row in self._locked:
                 self.prefix.lock(self._locked[row])  # once more: a handle may be shared
                 self._locked[new_row] = self._locked[row]

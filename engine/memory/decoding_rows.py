@@ -18,6 +18,7 @@ class DecodingRows:
         table: int32 ``[max_requests, max_pages]`` of the page table, shared with it.
         kv_lens: int32 ``[max_requests]``, likewise.
         taken: int64 ``[max_requests]``, likewise: the pages of each row that the device was told of.
+        releases: int64 ``[max_requests]``, likewise: how often each row was given back.
         page_size: tokens a page.
         max_context_tokens: most tokens of a row.
 
@@ -26,13 +27,21 @@ class DecodingRows:
     """
 
     def __init__(
-        self, rows: Int64, table: Int32, kv_lens: Int32, taken: Int64, page_size: int, max_context_tokens: int
+        self,
+        rows: Int64,
+        table: Int32,
+        kv_lens: Int32,
+        taken: Int64,
+        releases: Int64,
+        page_size: int,
+        max_context_tokens: int,
     ) -> None:
         self._rows = rows
         self._places = table.reshape(-1)
         self._first_places = rows * table.shape[1]
         self._kv_lens = kv_lens
         self._taken = taken
+        self._releases, self._releases_then = releases, releases[rows]
         self._page_size = page_size
         self._lens = kv_lens[rows]
         self.steps_left = max_context_tokens - int(self._lens.max(initial=0))
@@ -52,7 +61,8 @@ class DecodingRows:
         """Raises ShapeError where a row is full or has changed other than by ``grow``."""
         if self.steps_left < 1:
             raise ShapeError("one of the rows that decode together holds max_context_tokens; stop its request")
-        if (self._kv_lens[self._rows] != self._lens).any():
+        rows = self._rows
+        if (self._kv_lens[rows] != self._lens).any() or (self._releases[rows] != self._releases_then).any():
             raise ShapeError("rows that decode together have changed in another way; take them together anew")
 
     def grow(self, beginning: Int64, pages: Int32) -> None:

@@ -206,10 +206,13 @@ class PagedTokenToKVPoolAllocator:
             int32 ``[count]`` page ids.
 
         Raises:
+            ShapeError: ``count`` is negative or not an integer.
             KVPoolExhausted: fewer pages are free.
         """
+        if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 0:
+            raise ShapeError(f"count is {count!r} pages; it must be an integer, 0 or more")
         self._check_available([count])
-        return self._ledger.take_singles(count)
+        return self._ledger.take_singles(int(count))
 
     def free(self, slots: npt.ArrayLike) -> None:
         """Releases, once each, the pages that ``slots`` lie in.

@@ -65,6 +65,7 @@ class ReqToTokenPool:
         self._table = np.zeros((self.max_requests, self.max_pages), np.int32)
         self._kv_lens = np.zeros(self.max_requests, np.int32)
         self._in_use = np.zeros(self.max_requests, np.bool_)
+        self._releases = np.zeros(self.max_requests, np.int64)  # how often each row was given back
         self._taken = np.zeros(self.max_requests, np.int64)  # pages of each row that take_new_pages has given out
         # First in, first out: a row that was just released is the last to be reused, so a stale index is seen.
         self._free_rows = deque(range(self.max_requests))
@@ -126,6 +127,7 @@ class ReqToTokenPool:
         self._table[row] = 0
         self._kv_lens[row] = 0
         self._taken[row] = 0
+        self._releases[row] += 1
         self._in_use[row] = False
         self._free_rows.append(int(row))
         return pages
@@ -232,7 +234,7 @@ class ReqToTokenPool:
 
     def decoding_rows(self, rows: npt.ArrayLike) -> DecodingRows:
         """Takes distinct rows in use together, to grow by a token a step; raises ShapeError where they are not."""
-        shared = self._table, self._kv_lens, self._taken
+        shared = self._table, self._kv_lens, self._taken, self._releases
         return DecodingRows(self._checked_rows(rows), *shared, self.page_size, self.max_context_tokens)
 
     def take_new_pages(self, rows: npt.ArrayLike) -> tuple[Int32, Int32]:

@@ -279,8 +279,8 @@ class RadixCache:
     def raise_weights_epoch(self, model: str, epoch: int) -> None:
         """Invalidates at once all that was computed with a model's weights before ``epoch``.
 
-        It cannot be found, locked or inserted any more, and is evicted before anything else; the cost does not depend
-        on how much there is.
+        It cannot be found or inserted any more, nor locked but by who has a lock of it, and is evicted before anything
+        else; the cost does not depend on how much there is.
 
         Raises:
             ConfigError: the model is at a later epoch already.

@@ -65,7 +65,7 @@ class Batcher:
         if step.growth is not None and self._pattern is not None and rows is self._last_rows:
             shape, pattern = self._pattern
             parcel = StepParcel.over(pattern.copy(), shape)
-            parcel.kv_lens[:batch] = step.growth.lens
+            np.add(step.starts, 1, out=parcel.kv_lens[:batch], casting="same_kind")
             return parcel, shape, self._fill_updates(parcel, *step.growth.take_new_pages())
         shape = self._shapes[bisect_left(self._tokens, total)]
         parcel = StepParcel.padding(shape)

@@ -65,6 +65,7 @@ class RunningRows:
         self.requests.remove(request)
         self._by_row[row] = None
         self._in_order = self._stop_ids = None
+        self._sharing, self._outputs = (), []  # a request that has ended may hold much
         self.tenancy[row] += 1
         return row
 
@@ -82,6 +83,8 @@ class RunningRows:
 
     def append(self, tokens: list[int]) -> None:
         """Gives each request its next token, in order of admission."""
+        if len(tokens) != len(self._outputs):
+            raise ValueError(f"{len(tokens)} tokens for {len(self._outputs)} requests")
         deque(map(list.append, self._outputs, tokens), maxlen=0)  # a loop in C: this is done at every step
 
     def stop_ids(self) -> frozenset[int]:

@@ -354,3 +354,4 @@ class Scheduler:
         # A step that was scheduled and did not run has grown the row by slots that hold nothing yet.
         computed = request.tokens(0, request.num_computed)
         self.cache.release(self._plan.release(request), request.scope, computed)
+        self._run = None  # it would keep alive what has ended

@@ -82,14 +82,19 @@ def test_room_is_made_by_eviction():
     cache.check_integrity()
 
 
-@pytest.mark.parametrize("change", ["grown", "released", "full"])
+@pytest.mark.parametrize("change", ["grown", "released", "released and given out again", "full"])
 def test_rows_that_have_changed_otherwise_are_refused(change):
     cache, rows = cache_with_rows([4, CONTEXT if change == "full" else 8])
     together = cache.page_table.decoding_rows(rows)
     if change == "grown":
         cache.grow(rows[:1], np.array([3], np.int64))
-    elif change == "released":
+    elif change.startswith("released"):
+        while change == "released and given out again" and cache.page_table.available_rows:
+            cache.page_table.alloc_row()  # or that row would be the last to be given out again
         cache.release(int(rows[0]), SCOPE, np.empty(0, np.int32))
+        if change == "released and given out again":
+            assert cache.admit(SCOPE, np.arange(4, dtype=np.int32), most_tokens=4).row == rows[0]
+            cache.grow(rows[:1], np.array([4], np.int64))
     free = cache.allocator.available_pages()
     with pytest.raises(ShapeError, match="decode together"):
         cache.grow_decoding(together)

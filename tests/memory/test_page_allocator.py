@@ -384,3 +384,21 @@ def test_pages_are_handed_out_by_sequence_and_all_or_none(allocator):
     assert allocator.alloc_pages([0, 0]).size == 0
     allocator.release(pages)
     allocator.check_integrity([])
+
+
+@pytest.mark.parametrize("count", [-1, 1.5, True, None, "1"])
+def test_single_pages_are_counted_in_whole_numbers(count):
+    allocator = PagedTokenToKVPoolAllocator(32, 4)
+    held = allocator.alloc_single_pages(3)
+    with pytest.raises(ShapeError, match="must be an integer, 0 or more"):
+        allocator.alloc_single_pages(count)
+    assert allocator.available_pages() == 5
+    allocator.release(held)
+    allocator.check_integrity()
+
+
+def test_single_pages_beyond_the_free_ones_are_refused():
+    allocator = PagedTokenToKVPoolAllocator(32, 4)
+    with pytest.raises(KVPoolExhausted):
+        allocator.alloc_single_pages(9)
+    assert sorted(allocator.alloc_single_pages(8).tolist()) == list(range(1, 9))
