@@ -6,6 +6,7 @@ the pages that are new go there, and the tokens that the device did not choose i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -109,6 +110,23 @@ class StepParcel:
         for name in FLOAT_FIELDS:
             views[name] = views[name].view(np.float32)
         return cls(**views, packed=packed)
+
+    @classmethod
+    def joined(cls, parcels: Sequence[StepParcel], shape: ParcelShape) -> StepParcel:
+        """The parcels of several replicas, each of ``shape``, as one.
+
+        Returns:
+            ``packed`` of one after the other; the fields have an axis of replicas before their own, but
+            ``wants_logprobs``, which is whether any of them does.
+        """
+        packed = np.stack([parcel.packed for parcel in parcels])
+        views: dict[str, Any] = {
+            name: packed[:, start:stop] for name, (start, stop) in zip(FIELDS, shape.bounds, strict=True)
+        }
+        for name in FLOAT_FIELDS:
+            views[name] = views[name].view(np.float32)
+        views["wants_logprobs"] = views["wants_logprobs"].any(axis=0)
+        return cls(**views, packed=packed.reshape(-1))
 
 
 FIELDS = tuple(field.name for field in fields(StepParcel))[:-1]

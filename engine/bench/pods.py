@@ -122,7 +122,7 @@ def faults(found: dict[str, Any]) -> str:
     wrong = []
     if not 0 <= integers < 1 << 20:
         wrong.append(f"{integers:,} bytes of arguments beside weights and pool")
-    if found["alias bytes"] != found["pool bytes"]:
+    if found["aliased arrays"] != found["donated arrays"] or found["alias bytes"] < found["pool bytes"]:
         wrong.append("pool not in place")
     if found["temporary bytes"] > found["pool bytes"] / 8:
         wrong.append(f"{format_bytes(found['temporary bytes'])} of temporaries")

@@ -18,13 +18,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-SPLITS = ("tp", "cp")
+SPLITS = ("tp", "cp", "dp")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the benchmark."""
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help="numbers of devices")
-    parser.add_argument("--split", choices=SPLITS, default="tp", help="what they share: heads or tokens (default: tp)")
+    parser.add_argument("--split", choices=SPLITS, default="tp", help="what they share: heads, tokens, requests")
     parser.add_argument("--requests", type=int, default=8, metavar="N", help="rows of the batch (default: 8)")
     parser.add_argument("--context", type=int, default=512, metavar="N", help="tokens of each prompt (default: 512)")
     parser.add_argument("--steps", type=int, default=60, metavar="N", help="decode steps measured (default: 60)")
@@ -73,7 +73,7 @@ def measure(devices: int, split: str, requests: int, context: int, steps: int) -
 
     Args:
         devices: that share the work.
-        split: "tp" or "cp".
+        split: "tp", "cp" or "dp".
         requests: rows of the batch.
         context: tokens of each prompt.
         steps: decode steps.

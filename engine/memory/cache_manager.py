@@ -158,6 +158,10 @@ class CacheManager:
             self.prefix.record(found)  # a hit only now that the row is there
         return Admission(row, pages.size * self.page_size, loaded * self.page_size)
 
+    def cached_tokens(self, scope: CacheScope, token_ids: Int32) -> int:
+        """How many of a request's tokens ``admit`` would find on the device now; changes nothing."""
+        return self.prefix.match(scope, token_ids).num_tokens if self.prefix else 0
+
     def locked_pages(self, row: int) -> int:
         """Cached pages that a row keeps from eviction."""
         match = self._locked.get(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,7 @@ class PoolSnapshot:
         largest_free_run_pages: the longest of them.
         tail_waste_tokens: slots in the last pages of rows that hold no token yet.
         rows: the running requests' parts.
+        replicas: the same of each replica, where this is all of them; else empty.
     """
 
     page_size: int
@@ -56,6 +58,7 @@ class PoolSnapshot:
     largest_free_run_pages: int
     tail_waste_tokens: int
     rows: tuple[RowSnapshot, ...]
+    replicas: tuple[PoolSnapshot, ...] = ()
 
     @property
     def usage(self) -> float:
@@ -97,3 +100,24 @@ def snapshot_pool(cache: CacheManager) -> PoolSnapshot:
             "bug, report it"
         )
     return snapshot
+
+
+def add_snapshots(replicas: Sequence[PoolSnapshot]) -> PoolSnapshot:
+    """The pools of several replicas as one; no run of pages goes from one to the next."""
+
+    def total(name: str) -> int:
+        return sum(getattr(replica, name) for replica in replicas)
+
+    return PoolSnapshot(
+        page_size=replicas[0].page_size,
+        total_pages=total("total_pages"),
+        free_pages=total("free_pages"),
+        private_pages=total("private_pages"),
+        locked_pages=total("locked_pages"),
+        evictable_pages=total("evictable_pages"),
+        free_runs=total("free_runs"),
+        largest_free_run_pages=max(replica.largest_free_run_pages for replica in replicas),
+        tail_waste_tokens=total("tail_waste_tokens"),
+        rows=tuple(row for replica in replicas for row in replica.rows),
+        replicas=tuple(replicas),
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,8 @@ import numpy as np
 from engine.batch import LAST_SAMPLED, NOWHERE, SHARED_PAGES, Int32, ParcelShape, StepParcel
 from engine.memory.page_table import ReqToTokenPool
 from engine.serving.scheduled_step import ScheduledStep
+
+NO_UPDATES = np.stack([np.full(SHARED_PAGES, NOWHERE, np.int32), np.zeros(SHARED_PAGES, np.int32)])
 
 
 def token_buckets(max_running_requests: int, max_step_tokens: int) -> list[int]:
@@ -54,8 +58,14 @@ class Batcher:
         self._last_rows: Int32 | None = None
         self._pattern: tuple[ParcelShape, Int32] | None = None  # the last parcel, if no token had to be sent in it
 
-    def fill(self, step: ScheduledStep) -> tuple[StepParcel, ParcelShape, list[Int32]]:
-        """Makes the parcel of a step, in the smallest shape that holds it.
+    def fill(
+        self, step: ScheduledStep, shape: ParcelShape | None = None
+    ) -> tuple[StepParcel, ParcelShape, list[Int32]]:
+        """Makes the parcel of a step.
+
+        Args:
+            step: who feeds what.
+            shape: to pad it to; None is the smallest that holds it.
 
         Returns:
             The parcel, its shape, and the page-table updates that it has no room for, which must reach the device
@@ -67,7 +77,7 @@ class Batcher:
             parcel = StepParcel.over(pattern.copy(), shape)
             np.add(step.starts, 1, out=parcel.kv_lens[:batch], casting="same_kind")
             return parcel, shape, self._fill_updates(parcel, *step.growth.take_new_pages())
-        shape = self._shapes[bisect_left(self._tokens, total)]
+        shape = shape or self.shape_of(total)
         parcel = StepParcel.padding(shape)
         np.cumsum(step.counts, out=parcel.cu_q_lens[1 : batch + 1])
         parcel.cu_q_lens[batch + 1 :] = total
@@ -84,6 +94,10 @@ class Batcher:
             getattr(parcel, name)[:batch] = values
         self._pattern = (shape, parcel.packed.copy()) if step.on_device.all() else None
         return parcel, shape, self._fill_updates(parcel, *self._page_table.take_new_pages(rows))
+
+    def shape_of(self, tokens: int) -> ParcelShape:
+        """The smallest shape that holds as many new tokens."""
+        return self._shapes[bisect_left(self._tokens, tokens)]
 
     @staticmethod
     def _fill_tokens(parcel: StepParcel, step: ScheduledStep, total: int) -> None:
@@ -110,8 +124,36 @@ class Batcher:
         earlier = []
         for start in range(room, places.size, SHARED_PAGES):
             part = slice(start, start + SHARED_PAGES)
-            updates = np.zeros((2, SHARED_PAGES), np.int32)
-            updates[0] = NOWHERE
+            updates = NO_UPDATES.copy()
             updates[0, : places[part].size], updates[1, : places[part].size] = places[part], pages[part]
             earlier.append(updates)
         return earlier
+
+
+class ReplicaBatcher:
+    """Fills the parcels of several replicas as one: all in the shape that the largest needs.
+
+    Args:
+        page_tables: one a replica.
+        shapes: of one replica's parcel, as ``parcel_shapes`` makes them.
+    """
+
+    def __init__(self, page_tables: Sequence[ReqToTokenPool], shapes: list[ParcelShape]) -> None:
+        self._batchers = [Batcher(page_table, shapes) for page_table in page_tables]
+
+    def fill(self, step: ScheduledStep) -> tuple[StepParcel, ParcelShape, list[Int32]]:
+        """As ``Batcher.fill`` for each of ``step.parts``, one after the other; a replica without work sends padding.
+
+        Returns:
+            The parcel, the shape of each replica's part of it, and the page-table updates that must come before it:
+            int32 ``[2 * replicas, SHARED_PAGES]`` each.
+        """
+        shape = self.shape_of(max(part.num_tokens for part in step.parts))
+        filled = [batcher.fill(part, shape) for batcher, part in zip(self._batchers, step.parts, strict=True)]
+        parcel = StepParcel.joined([parcel for parcel, _, _ in filled], shape)
+        rounds = zip_longest(*(updates for _, _, updates in filled), fillvalue=NO_UPDATES)
+        return parcel, shape, [np.concatenate(parts) for parts in rounds]
+
+    def shape_of(self, tokens: int) -> ParcelShape:
+        """The smallest shape that holds as many new tokens of each replica."""
+        return self._batchers[0].shape_of(tokens)

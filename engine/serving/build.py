@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 
 from engine.attention.backend import FlashAttentionBackend
 from engine.attention.sharded import MeshAttention
+from engine.batch import ParcelShape
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.kv.layout import KVLayout
@@ -22,7 +24,6 @@ from engine.kv.split import split_layout
 from engine.memory.cache_manager import CacheManager
 from engine.memory.host_tier import HostTier
 from engine.memory.page_format import PageFormat
-from engine.memory.page_mover import PageMover
 from engine.memory.prefix_cache import EvictionPolicyName
 from engine.memory.prefix_store import PrefixStore
 from engine.models.llama import Llama
@@ -30,7 +31,12 @@ from engine.models.llama_config import LlamaConfig
 from engine.models.sharding import split_config, weight_bytes
 from engine.parallel import make_mesh
 from engine.planning.sizing import PoolPlan, size_pool
+from engine.serving.balancer import Balancer
+from engine.serving.batcher import Batcher, ReplicaBatcher
 from engine.serving.device_memory import device_memory
+from engine.serving.request_queue import RequestQueue
+from engine.serving.runner import ModelRunner, ReplicaMover
+from engine.serving.scheduler import Scheduler
 
 _names_of_models: WeakKeyDictionary[Llama, str] = WeakKeyDictionary()
 
@@ -39,8 +45,6 @@ DIGEST_BYTES = 1 << 20  # from each end of a weight file: reading a large model 
 
 def make_mesh_of(config: EngineConfig) -> Mesh | None:
     """The mesh that a configuration asks for; None is one device."""
-    if config.dp > 1:
-        raise ConfigError("the engine splits over tp and cp so far; leave dp at 1")
     return make_mesh(tp=config.tp, dp=config.dp, cp=config.cp)
 
 
@@ -128,28 +132,59 @@ def make_pool(config: EngineConfig, model: Llama, mesh: Mesh | None) -> tuple[Po
     return plan, TokenToKVPool(size, plan.page_size, dtype, heads, head_dim, plan.layers, mesh)
 
 
-def make_cache(
-    config: EngineConfig, model: LlamaConfig, pool: TokenToKVPool, mover: PageMover
-) -> tuple[CacheManager, PrefixStore | None]:
-    """The books over ``pool``; with a host tier, filled from the directory where one is given.
+def make_caches(
+    config: EngineConfig, model: LlamaConfig, pool: TokenToKVPool, runner: ModelRunner
+) -> tuple[list[CacheManager], PrefixStore | None]:
+    """The books over ``pool``, of each replica; with one host tier for all, filled from the directory if one is given.
 
     Returns:
-        The cache manager, and the store to save its prefixes to.
+        The cache managers, and the store to save their prefixes to.
     """
     policy = None if config.disable_radix_cache else cast(EvictionPolicyName, config.eviction_policy)
-    longest = context_length(config, model)
-    cache = CacheManager(pool.size, pool.page_size, config.max_running_requests, longest, policy=policy)
+    longest, rows = context_length(config, model), config.max_running_requests // config.dp
+    caches = [CacheManager(pool.size, pool.page_size, rows, longest, policy=policy) for _ in range(config.dp)]
     if not config.host_tier_bytes:
-        return cache, None
+        return caches, None
     page_format = PageFormat(pool.layer_num, dtype=pool.dtype, layout=pool.layout.to_dict())
     tier = HostTier(config.host_tier_bytes, page_format)
-    cache.attach_host_tier(tier, mover)
+    for replica, cache in enumerate(caches):
+        cache.attach_host_tier(tier, ReplicaMover(runner, replica))
     if config.prefix_cache_dir is None:
-        return cache, None
+        return caches, None
     store = PrefixStore(Path(config.prefix_cache_dir), page_format)
     for segment in store.load():
         tier.put(segment.scope, segment.token_ids, segment.first_page, segment.data)
-    return cache, store
+    return caches, store
+
+
+def step_tokens(config: EngineConfig) -> int:
+    """Most new tokens in a step of one replica: enough for every running request to decode."""
+    return max(config.chunked_prefill_size, config.max_running_requests) // config.dp
+
+
+def make_scheduler(
+    config: EngineConfig, caches: list[CacheManager], clock: Callable[[], float]
+) -> Scheduler | Balancer:
+    """Who decides what runs: a scheduler, or where there are several replicas one for each behind a balancer."""
+    queue = RequestQueue()
+    schedulers = [
+        Scheduler(
+            cache,
+            max_running_requests=config.max_running_requests // config.dp,
+            max_step_tokens=step_tokens(config),
+            clock=clock,
+            queue=queue,
+            pool_name="the pool" if config.dp == 1 else "the pool of a replica",
+        )
+        for cache in caches
+    ]
+    return schedulers[0] if config.dp == 1 else Balancer(schedulers, queue, clock)
+
+
+def make_batcher(caches: list[CacheManager], shapes: list[ParcelShape]) -> Batcher | ReplicaBatcher:
+    """What fills the parcels of that scheduler's steps."""
+    tables = [cache.page_table for cache in caches]
+    return Batcher(tables[0], shapes) if len(tables) == 1 else ReplicaBatcher(tables, shapes)
 
 
 def weights_identity(model: Llama, directory: Path | None) -> str:

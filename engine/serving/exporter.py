@@ -6,6 +6,7 @@ the reader's to take.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -86,12 +87,19 @@ def _pool(metrics: EngineMetrics) -> Iterator[Metric]:
     yield _gauge("kv_tail_waste_tokens", "Slots of last pages that hold no token yet", pool.tail_waste_tokens)
     yield _gauge("kv_free_runs", "Runs of consecutive free pages", pool.free_runs)
     yield _gauge("kv_largest_free_run_pages", "Pages of the longest such run", pool.largest_free_run_pages)
+    if pool.replicas:
+        usage = {str(index): replica.usage for index, replica in enumerate(pool.replicas)}
+        yield _gauge("kv_cache_replica_usage_perc", "The same share of each replica's pool", usage, label="replica")
     locking = sum(request.locked_pages > 0 for request in metrics.requests)
     yield _gauge("num_requests_locking", "Running requests that keep cached pages from eviction", locking)
 
 
 def _traffic(metrics: EngineMetrics) -> Iterator[Metric]:
     yield _gauge("num_requests_running", "Requests that hold pages", metrics.running)
+    if metrics.pool.replicas:
+        running = Counter(str(request.replica) for request in metrics.requests)
+        by_replica = {str(index): running[str(index)] for index in range(len(metrics.pool.replicas))}
+        yield _gauge("num_requests_replica_running", "Those of each replica", by_replica, label="replica")
     yield _gauge("num_requests_waiting", "Requests that wait for pages or a slot", metrics.waiting)
     yield _counter("num_preemptions", "Times a running request gave its pages back", metrics.preemptions)
     yield _counter("prompt_tokens", "Prompt tokens computed", metrics.prompt_tokens)

@@ -12,6 +12,8 @@ import numpy as np
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineError, RequestError
 from engine.kv.pool import TokenToKVPool
+from engine.memory.cache_manager import CacheManager
+from engine.memory.prefix_cache import RadixCache
 from engine.memory.scope import CacheScope, LayoutKey
 from engine.models.checkpoint import load_llama
 from engine.models.default_model import DEFAULT_MODEL_DIR
@@ -20,14 +22,23 @@ from engine.models.sharding import shard_llama
 from engine.models.text import Tokenizer, load_tokenizer
 from engine.processes import SharedPlan, lost
 from engine.serving.agreement import Agreement
-from engine.serving.batcher import Batcher, parcel_shapes
-from engine.serving.build import make_backend, make_cache, make_mesh_of, make_pool, weights_dtype, weights_identity
+from engine.serving.batcher import parcel_shapes
+from engine.serving.build import (
+    make_backend,
+    make_batcher,
+    make_caches,
+    make_mesh_of,
+    make_pool,
+    make_scheduler,
+    step_tokens,
+    weights_dtype,
+    weights_identity,
+)
 from engine.serving.gate import Gate
 from engine.serving.intake import Intake
 from engine.serving.metrics import EngineMetrics, collect_metrics
 from engine.serving.request import FinishReason, Request, RequestOutput, SamplingParams
 from engine.serving.runner import CompileCounter, ModelRunner
-from engine.serving.scheduler import Scheduler
 from engine.serving.stats import EngineStats
 from engine.serving.stepper import Stepper
 
@@ -72,11 +83,8 @@ class LLM:
             self.tokenizer = load_tokenizer(directory)
         backend = make_backend(self.config, self.model.config, self._mesh)
         self.plan, pool = make_pool(self.config, self.model, self._mesh)
-        slots, budget = (
-            self.config.max_running_requests,
-            max(self.config.chunked_prefill_size, self.config.max_running_requests),
-        )
-        shapes = parcel_shapes(slots, budget, pool.page_size)
+        slots = self.config.max_running_requests // self.config.dp
+        shapes = parcel_shapes(slots, step_tokens(self.config), pool.page_size)
         self._runner = ModelRunner(
             self.model,
             pool,
@@ -85,18 +93,16 @@ class LLM:
             max_pages=-(-self.plan.context_length // pool.page_size),
             moves_pages=self.config.host_tier_bytes > 0,
         )
-        self.cache, self._store = make_cache(self.config, self.model.config, pool, self._runner)
+        self.caches, self._store = make_caches(self.config, self.model.config, pool, self._runner)
         self._agreement = Agreement(SharedPlan())
-        self.scheduler = Scheduler(
-            self.cache, max_running_requests=slots, max_step_tokens=budget, clock=self._agreement.plan.clock
-        )
+        self.scheduler = make_scheduler(self.config, self.caches, self._agreement.plan.clock)
         self.stats = EngineStats()
-        self._identity = weights_identity(self.model, directory)
+        self._identity = weights_identity(model if isinstance(model, Llama) else self.model, directory)
         self._weights_epoch = 0
         self._layout = LayoutKey.of(pool.layout.to_dict())
         self._intake = Intake(self.model.config, self.tokenizer, self.plan.context_length, self._scope_for)
         self._gate = Gate()
-        batcher = Batcher(self.cache.page_table, shapes)
+        batcher = make_batcher(self.caches, shapes)
         self._stepper = Stepper(self.scheduler, batcher, self._runner, self.stats, overlap=self.config.overlap_steps)
         self._unfinished: dict[int, Request] = {}  # leaders: the first of the answers to a prompt
         self._leader_of: dict[int, Request] = {}
@@ -223,7 +229,8 @@ class LLM:
     def reset_prefix_cache(self) -> None:
         """Forgets every cached prefix, on the device and on the host; no counter goes back."""
         with self._gate:
-            self.cache.reset_prefix_cache()
+            for cache in self.caches:
+                cache.reset_prefix_cache()
 
     def replace_weights(self, model: Llama) -> None:
         """Serves other weights of the same geometry from now on; nothing computed with the old ones is used again.
@@ -239,9 +246,9 @@ class LLM:
         if model.config != self.model.config or model.dtype != self.model.dtype:
             raise ConfigError("the new weights have another geometry or dtype; make a new LLM for them")
         self._weights_epoch += 1
-        if self.cache.prefix:
-            with self._gate:
-                self.cache.prefix.raise_weights_epoch(self._identity, self._weights_epoch)
+        with self._gate:
+            for prefix in self._prefixes:
+                prefix.raise_weights_epoch(self._identity, self._weights_epoch)
         # An epoch counts within one process: saved prefixes of other weights may have the same number.
         self._identity = weights_identity(model, None)
         self.model = model
@@ -253,14 +260,28 @@ class LLM:
         Raises:
             ConfigError: no directory was configured.
         """
-        if self._store is None or self.cache.host is None:
+        host = self.caches[0].host  # of all
+        if self._store is None or host is None:
             raise ConfigError("there is nowhere to save prefixes; set prefix_cache_dir and host_tier_bytes")
         with self._gate:
-            if self.cache.prefix:
-                self.cache.prefix.evict(self.cache.prefix.evictable_pages)
+            for prefix in self._prefixes:
+                prefix.evict(prefix.evictable_pages)
             if not self._agreement.plan.leads:
                 return 0  # every process has the same prefixes, and a directory takes one writer
-            return self._store.save(self.cache.host.tier.segments())
+            return self._store.save(host.tier.segments())
+
+    def check_integrity(self) -> None:
+        """Proves that every page of every replica is accounted for; else IntegrityError."""
+        with self._gate.looking():
+            for cache in self.caches:
+                cache.check_integrity()
+
+    @property
+    def cache(self) -> CacheManager:
+        """The books of the only replica; raises ConfigError where there are several: ``caches`` has them."""
+        if len(self.caches) > 1:
+            raise ConfigError(f"there are {len(self.caches)} replicas, each with a cache of its own; use caches")
+        return self.caches[0]
 
     @property
     def pool(self) -> TokenToKVPool:
@@ -276,6 +297,10 @@ class LLM:
     def compiles_after_warmup(self) -> int:
         """Programs that anyone in this process has compiled since this engine was ready."""
         return self._compiles.count
+
+    @property
+    def _prefixes(self) -> list[RadixCache]:
+        return [cache.prefix for cache in self.caches if cache.prefix]
 
     def _scope_for(self, tenant_salt: str) -> CacheScope:
         return CacheScope(self._identity, self._weights_epoch, None, tenant_salt, self._layout)
@@ -315,7 +340,7 @@ class LLM:
         copy = self.scheduler.fork(leader, sibling)
         try:
             if copy is not None:
-                self._runner.copy(copy.sources, copy.targets)
+                self._runner.copy(copy.sources, copy.targets, replica=copy.replica)
         except BaseException:  # an interrupt too: its last page holds nothing
             self.scheduler.give_up(sibling)
             raise

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from engine.memory.pool_snapshot import PoolSnapshot, snapshot_pool
+from engine.memory.page_mover import HostPages
+from engine.memory.pool_snapshot import PoolSnapshot, add_snapshots, snapshot_pool
+from engine.memory.prefix_cache import RadixCache
+from engine.serving.balancer import Balancer
 from engine.serving.scheduler import Scheduler
 from engine.serving.stats import EngineStats
 
@@ -56,6 +59,7 @@ class RequestMemory:
     tokens: int
     pages: int
     locked_pages: int
+    replica: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class EngineMetrics:
     """An engine at one moment. Counts run from when the engine was made and never go down.
 
     Attributes:
-        pool: where every page is.
+        pool: where every page is, of all replicas together.
         running: requests that hold pages.
         waiting: requests that do not.
         preemptions: how often a request was retracted.
@@ -105,38 +109,58 @@ class EngineMetrics:
         return "; ".join(parts)
 
 
-def collect_metrics(scheduler: Scheduler, stats: EngineStats) -> EngineMetrics:
+def collect_metrics(scheduler: Scheduler | Balancer, stats: EngineStats) -> EngineMetrics:
     """Reads everything; raises IntegrityError where the parts of the pool do not add up."""
-    cache = scheduler.cache
-    pool = snapshot_pool(cache)
-    of_row = {request.req_pool_idx: request.request_id for request in scheduler.running}
-    prefix, host = cache.prefix, cache.host
+    replicas = scheduler.replicas
+    pools = [snapshot_pool(replica.cache) for replica in replicas]
     return EngineMetrics(
-        pool=pool,
+        pool=pools[0] if len(pools) == 1 else add_snapshots(pools),
         running=len(scheduler.running),
         waiting=len(scheduler.waiting),
         preemptions=scheduler.retractions,
-        prefix_cache=PrefixCacheMetrics(prefix.query_tokens, prefix.hit_tokens, prefix.evicted_pages)
-        if prefix
-        else None,
-        host_tier=HostTierMetrics(
-            held_bytes=host.tier.held_bytes,
-            capacity_bytes=host.tier.capacity_bytes,
-            queried_pages=host.tier.counters.queried_pages,
-            loaded_pages=host.tier.counters.hit_pages,
-            stored_pages=host.tier.counters.stored_pages,
-            evicted_pages=host.tier.counters.evicted_pages,
-            rejected_pages=host.tier.counters.corrupt_pages,
-        )
-        if host
-        else None,
+        prefix_cache=_prefix_cache([replica.cache.prefix for replica in replicas if replica.cache.prefix]),
+        host_tier=_host_tier(replicas[0].cache.host),  # the replicas share one
         requests=tuple(
-            RequestMemory(of_row[row.row], row.tokens, row.pages, row.locked_pages)
-            for row in pool.rows
-            if row.row in of_row
+            request
+            for index, (replica, pool) in enumerate(zip(replicas, pools, strict=True))
+            for request in _requests(replica, pool, index)
         ),
         prompt_tokens=stats.prefill_tokens,
         generation_tokens=stats.decode_tokens,
         steps=stats.steps,
         finished=dict(stats.finished),
+    )
+
+
+def _requests(scheduler: Scheduler, pool: PoolSnapshot, replica: int) -> list[RequestMemory]:
+    of_row = {request.req_pool_idx: request.request_id for request in scheduler.running}
+    return [
+        RequestMemory(of_row[row.row], row.tokens, row.pages, row.locked_pages, replica)
+        for row in pool.rows
+        if row.row in of_row
+    ]
+
+
+def _prefix_cache(caches: list[RadixCache]) -> PrefixCacheMetrics | None:
+    if not caches:
+        return None
+    return PrefixCacheMetrics(
+        queried_tokens=sum(cache.query_tokens for cache in caches),
+        hit_tokens=sum(cache.hit_tokens for cache in caches),
+        evicted_pages=sum(cache.evicted_pages for cache in caches),
+    )
+
+
+def _host_tier(host: HostPages | None) -> HostTierMetrics | None:
+    if host is None:
+        return None
+    tier, counters = host.tier, host.tier.counters
+    return HostTierMetrics(
+        held_bytes=tier.held_bytes,
+        capacity_bytes=tier.capacity_bytes,
+        queried_pages=counters.queried_pages,
+        loaded_pages=counters.hit_pages,
+        stored_pages=counters.stored_pages,
+        evicted_pages=counters.evicted_pages,
+        rejected_pages=counters.corrupt_pages,
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 import numpy.typing as npt
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engine.parallel import DATA_AXIS, REPLICATED, TENSOR_AXIS, axis_size, named
 
@@ -19,6 +21,11 @@ class Placement:
     mesh: Mesh | None = None
 
     @property
+    def is_split(self) -> bool:
+        """Whether there are several devices."""
+        return self.mesh is not None
+
+    @property
     def is_shared(self) -> bool:
         """Whether other processes hold a part."""
         return self.mesh is not None and self.mesh.is_multi_process
@@ -28,15 +35,30 @@ class Placement:
         """The sharding of what every device, and so every process, holds whole."""
         return None if self.mesh is None else NamedSharding(self.mesh, REPLICATED)
 
-    def on_device(self, array: npt.NDArray[Any]) -> Any:
-        """A host array that is the same in every process, for all devices; as it is where there is one."""
-        if self.replicated is None:
-            return array
-        return jax.make_array_from_callback(array.shape, self.replicated, array.__getitem__)
+    def each_replica(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The traced function over arrays of all replicas, one after the other on their first axis.
 
-    def like(self, array: Any) -> jax.ShapeDtypeStruct:
-        """The shape that ``on_device`` of such an array has, for compiling ahead."""
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.replicated)
+        It sees those of one replica at a time, as it would those of the only one, and whole over the other axes.
+        """
+        if self.mesh is None:
+            return function
+        spec = PartitionSpec(DATA_AXIS)
+        return jax.shard_map(function, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)
+
+    @property
+    def by_replica(self) -> NamedSharding | None:
+        """The sharding of what each replica has a part of, whole on every one of its devices."""
+        return None if self.mesh is None else named(self.mesh, DATA_AXIS)
+
+    def on_device(self, array: npt.NDArray[Any]) -> Any:
+        """A host array that is the same in every process, by replica; as it is where there is one device."""
+        if self.by_replica is None:
+            return array
+        return jax.make_array_from_callback(array.shape, self.by_replica, array.__getitem__)
+
+    def like(self, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        """The int32 array that ``on_device`` makes, for compiling ahead."""
+        return jax.ShapeDtypeStruct(shape, np.int32, sharding=self.by_replica)
 
     def hidden(self, activations: jax.Array) -> jax.Array:
         """``[tokens, hidden]``: whole on every device of a tensor group, each replica's own tokens."""
@@ -53,7 +75,15 @@ class Placement:
         return placed
 
     def whole(self, tree: Any) -> Any:
-        """Arrays that the host will read: gathered to every device."""
-        if self.replicated is None:
+        """Arrays that the host will read: gathered to every device, and so to every process."""
+        return self._constrained(tree, self.replicated)
+
+    def own(self, tree: Any) -> Any:
+        """Arrays of which each replica keeps its part."""
+        return self._constrained(tree, self.by_replica)
+
+    @staticmethod
+    def _constrained(tree: Any, sharding: NamedSharding | None) -> Any:
+        if sharding is None:
             return tree
-        return jax.tree.map(lambda array: jax.lax.with_sharding_constraint(array, self.replicated), tree)
+        return jax.tree.map(lambda array: jax.lax.with_sharding_constraint(array, sharding), tree)

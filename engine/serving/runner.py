@@ -44,9 +44,9 @@ class StepResult:
     """What a step comes to, on the device; ready when the step has run.
 
     Attributes:
-        tokens: int32 ``[B]``, a token a row.
+        tokens: int32 ``[B]``, a token a row; B is of all replicas, one after the other.
         sampled: beside them the log-probabilities, where the parcel asked for them; None in a greedy step.
-        logits: float32 ``[B, vocab]``.
+        logits: float32 ``[B, vocab]``; ``ModelRunner.to_read`` makes them whole.
     """
 
     tokens: jax.Array
@@ -60,7 +60,7 @@ class ToSample:
     """What a step leaves for the sampler: two arrays, since every result of a program costs the host microseconds.
 
     Attributes:
-        logits: float32 ``[B, vocab]``.
+        logits: float32 ``[B, vocab]``, split over a mesh by replicas and by the vocabulary.
         words: int32 ``[sampling_size]``, how and for which rows to choose: what the packed parcel begins with.
     """
 
@@ -75,7 +75,7 @@ class ModelRunner:
         model: the weights.
         pool: its buffers; donated to every step and replaced by the step's result.
         backend: the attention all layers share.
-        shapes: the static shapes of parcels; all have the same number of rows.
+        shapes: the static shapes of each replica's parcel; all have the same number of rows.
         max_pages: pages a row.
         moves_pages: whether pages will go to the host and back.
     """
@@ -96,11 +96,13 @@ class ModelRunner:
         self.pool = pool
         self._shapes = shapes
         self._placement = Placement(pool.mesh)
-        self.rows = jax.device_put(DeviceRows.empty(shapes[0].rows, max_pages), self._placement.replicated)
+        empty = partial(DeviceRows.empty, pool.replicas * shapes[0].rows, max_pages)
+        self.rows = jax.jit(empty, out_shardings=self._placement.by_replica)()
         self._step_function = partial(forward_step, graph, structure, backend, self._placement)
         self._steps: dict[ParcelShape, Callable[..., Any]] = {}
         self._sample: Callable[..., tuple[Sampled, DeviceRows]] | None = None
         self._update_rows: Callable[..., DeviceRows] | None = None
+        self._gather: Callable[[jax.Array], jax.Array] | None = None
         self.parcels = 0  # checksum of all parcels, where other processes must have sent the same
         self._copies_ahead = jax.default_backend() != "cpu"  # a CPU's arrays are the host's to read, no copy needed
         self._copies_ready = 0
@@ -116,44 +118,52 @@ class ModelRunner:
     @property
     def num_programs(self) -> int:
         """How many programs ``compile_all`` compiles."""
-        return len(self._shapes) + 2 + len(self._copies)
+        return len(self._shapes) + 2 + self._placement.is_split + len(self._copies)
 
     def compile_all(self, on_compile: Callable[[int, int], None] | None) -> None:
         """Compiles a program for every step shape; calls ``on_compile`` with (done, in all) after each."""
 
         def compiled() -> None:
             if on_compile:
-                others = (self._sample is not None) + (self._update_rows is not None) + self._copies_ready
-                on_compile(len(self._steps) + others, self.num_programs)
+                others = (self._sample, self._update_rows, self._gather)
+                done = len(self._steps) + sum(program is not None for program in others) + self._copies_ready
+                on_compile(done, self.num_programs)
 
         for shape in self._shapes:
             step = jax.jit(partial(self._step_function, shape), donate_argnums=(1, 2))
-            packed = self._placement.like(jax.ShapeDtypeStruct((shape.packed_size,), jnp.int32))
+            packed = self._placement.like((self.pool.replicas * shape.packed_size,))
             lowered = step.lower(self._weights, self.pool, self.rows, packed)
-            self._steps[shape] = lowered.compile()
+            self._steps[shape] = program = lowered.compile()
             compiled()
         # Apart from the step, which is greedy: the sort takes longer to compile than a small model, for every shape.
-        to_sample = jax.tree.map(self._placement.like, lowered.out_info[0])
-        sampler = jax.jit(partial(_sample, self._placement, self._shapes[0]), donate_argnums=0)
+        to_sample = jax.tree.map(_placed, lowered.out_info[0], program.output_shardings[0])
+        sampler = jax.jit(partial(_sample, self._placement, shape), donate_argnums=0)
         self._sample = sampler.lower(self.rows, to_sample).compile()
         compiled()
-        updates = self._placement.like(jax.ShapeDtypeStruct((2, SHARED_PAGES), jnp.int32))
         update = jax.jit(partial(_update, self._placement), donate_argnums=0)
+        updates = self._placement.like((2 * self.pool.replicas, SHARED_PAGES))
         self._update_rows = update.lower(self.rows, updates).compile()
         compiled()
+        if self._placement.is_split:
+            self._gather = jax.jit(self._placement.whole).lower(to_sample.logits).compile()
+            compiled()
         self._warm_up_copies(compiled)
 
-    def read(self, pages: Int32) -> HostPages:
-        """Copies pages of the pool to the host, as PageMover."""
-        return read_pages(self.pool, pages)
+    def read(self, pages: Int32, *, replica: int = 0) -> HostPages:
+        """Copies pages of a replica's pool to the host, as PageMover."""
+        return read_pages(self.pool, pages, replica=replica)
 
-    def write(self, pages: Int32, data: HostPages) -> None:
-        """Copies pages from the host into the pool, in place, as PageMover."""
-        write_pages(self.pool, pages, data)
+    def write(self, pages: Int32, data: HostPages, *, replica: int = 0) -> None:
+        """Copies pages from the host into a replica's pool, in place, as PageMover."""
+        write_pages(self.pool, pages, data, replica=replica)
 
-    def copy(self, sources: Int32, targets: Int32) -> None:
-        """Copies pages within the pool, in place, as PageMover."""
-        copy_pages(self.pool, sources, targets)
+    def copy(self, sources: Int32, targets: Int32, *, replica: int = 0) -> None:
+        """Copies pages within a replica's pool, in place, as PageMover."""
+        copy_pages(self.pool, sources, targets, replica=replica)
+
+    def to_read(self, logits: jax.Array) -> jax.Array:
+        """A step's logits as the host can read them, in every process."""
+        return logits if self._gather is None else self._gather(logits)
 
     def step(self, parcel: StepParcel, shape: ParcelShape, earlier_updates: Sequence[Int32] = ()) -> StepResult:
         """Sends a step to the device and returns without waiting for it.
@@ -195,6 +205,26 @@ class ModelRunner:
         self.write(pages, self.read(pages))
 
 
+@dataclass(frozen=True)
+class ReplicaMover:
+    """Moves pages of one replica's pool, as PageMover."""
+
+    runner: ModelRunner
+    replica: int
+
+    def read(self, pages: Int32) -> HostPages:
+        """As ``ModelRunner.read``."""
+        return self.runner.read(pages, replica=self.replica)
+
+    def write(self, pages: Int32, data: HostPages) -> None:
+        """As ``ModelRunner.write``."""
+        self.runner.write(pages, data, replica=self.replica)
+
+    def copy(self, sources: Int32, targets: Int32) -> None:
+        """As ``ModelRunner.copy``."""
+        self.runner.copy(sources, targets, replica=self.replica)
+
+
 def forward_step(
     graph: Any,
     structure: Any,
@@ -215,7 +245,7 @@ def forward_step(
         structure: the tree of its weights, as ``jax.tree.structure`` has it.
         backend: the attention all layers share.
         placement: where the step's arrays lie.
-        shape: T tokens, B rows and U new pages.
+        shape: T tokens, B rows and U new pages of each replica; what follows is of all, one after the other.
         weights: the leaves of that tree.
         pool: to be donated.
         rows: page table ``[R, P]`` and last tokens ``[R]``; to be donated.
@@ -226,10 +256,8 @@ def forward_step(
         are then.
     """
     model: Llama = nnx.merge(graph, jax.tree.unflatten(structure, weights))
-    parts = unpack(packed, shape)
-    bounds, kv_lens, row_ids = parts["cu_q_lens"], parts["kv_lens"], parts["req_pool_idx"]
-    rows = rows.with_pages(parts["update_at"], parts["update_page"])
-    metadata = _locate(rows.pages_of(row_ids), bounds, kv_lens, shape.tokens, pool.page_size)
+    read = placement.each_replica(partial(_read_parcel, shape, pool.page_size))
+    rows, token_ids, row_ids, metadata, words = read(rows, packed)
     attention: Callable[..., tuple[jax.Array, ...]] = backend
     prepared = backend.prepare(metadata) if isinstance(backend, MeshAttention) else metadata
     buffers = list(pool.buffers)
@@ -238,28 +266,55 @@ def forward_step(
         out, buffers[layer_id] = attention(q, k, v, buffers[layer_id], prepared)
         return out
 
+    hidden = model(token_ids, jnp.asarray(metadata.positions), attend, placement.hidden)
+    last = placement.each_replica(_last_of_each)(hidden, metadata.cu_q_lens)
+    logits = placement.logits(model.logits(last))
+    tokens = placement.whole(most_likely(logits))
+    rows = placement.own(placement.each_replica(DeviceRows.with_tokens)(rows, row_ids, tokens))
+    return ToSample(logits, placement.own(words)), tokens, pool.replace_buffers(buffers), rows
+
+
+def _read_parcel(
+    shape: ParcelShape, page_size: int, rows: DeviceRows, packed: jax.Array
+) -> tuple[DeviceRows, jax.Array, jax.Array, AttentionMetadata, jax.Array]:
+    """One replica's rows with their new pages, token ids, rows of the batch, where tokens stand, and what samples."""
+    parts = unpack(packed, shape)
+    bounds, kv_lens, row_ids = parts["cu_q_lens"], parts["kv_lens"], parts["req_pool_idx"]
+    rows = rows.with_pages(parts["update_at"], parts["update_page"])
+    metadata = _locate(rows.pages_of(row_ids), bounds, kv_lens, shape.tokens, page_size)
     owners = row_ids[sequence_of_tokens(bounds, num_tokens=shape.tokens, xp=jnp)]
     token_ids = rows.known_tokens(parts["token_ids"], owners)
-    hidden = model(token_ids, jnp.asarray(metadata.positions), attend, placement.hidden)
-    logits = placement.logits(model.logits(hidden[jnp.maximum(bounds[1:] - 1, 0)]))
-    to_sample = ToSample(logits, packed[: shape.sampling_size])
-    tokens = most_likely(logits)
-    to_sample, tokens, rows = placement.whole((to_sample, tokens, rows.with_tokens(row_ids, tokens)))
-    return to_sample, tokens, pool.replace_buffers(buffers), rows
+    return rows, token_ids, row_ids, metadata, packed[: shape.sampling_size]
+
+
+def _last_of_each(hidden: jax.Array, bounds: jax.Array) -> jax.Array:
+    return hidden[jnp.maximum(bounds[1:] - 1, 0)]
 
 
 def _sample(placement: Placement, shape: ParcelShape, rows: DeviceRows, step: ToSample) -> tuple[Sampled, DeviceRows]:
-    parts = unpack(step.words, shape)
-    how = SamplingInputs(parts["temperature"], parts["top_k"], parts["top_p"], parts["seed"], position=parts["kv_lens"])
-    sampled = sample(step.logits, how, parts["wants_logprobs"][0] != 0)
-    noted = rows.with_tokens(parts["req_pool_idx"], sampled.tokens)
-    both: tuple[Sampled, DeviceRows] = placement.whole((sampled, noted))
+    sampled, noted = placement.each_replica(partial(_sample_rows, shape))(rows, step)
+    both: tuple[Sampled, DeviceRows] = placement.whole(sampled), placement.own(noted)
     return both
 
 
+def _sample_rows(shape: ParcelShape, rows: DeviceRows, step: ToSample) -> tuple[Sampled, DeviceRows]:
+    """One replica's tokens; it draws and counts only what its own rows ask for."""
+    parts = unpack(step.words, shape)
+    how = SamplingInputs(parts["temperature"], parts["top_k"], parts["top_p"], parts["seed"], position=parts["kv_lens"])
+    sampled = sample(step.logits, how, parts["wants_logprobs"][0] != 0)
+    return sampled, rows.with_tokens(parts["req_pool_idx"], sampled.tokens)
+
+
 def _update(placement: Placement, rows: DeviceRows, updates: jax.Array) -> DeviceRows:
-    updated: DeviceRows = placement.whole(rows.with_pages(updates[0], updates[1]))
+    def enter(rows: DeviceRows, updates: jax.Array) -> DeviceRows:
+        return rows.with_pages(updates[0], updates[1])
+
+    updated: DeviceRows = placement.own(placement.each_replica(enter)(rows, updates))
     return updated
+
+
+def _placed(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 def _locate(

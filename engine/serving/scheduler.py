@@ -38,6 +38,7 @@ class Scheduler:
         max_step_tokens: most new tokens in a step; at least ``max_running_requests``, so that everyone can decode.
         clock: seconds, for arrival and timeouts.
         queue: where requests wait; schedulers of several replicas share one.
+        pool_name: what messages call the pool.
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class Scheduler:
         max_step_tokens: int,
         clock: Callable[[], float] = time.monotonic,
         queue: RequestQueue | None = None,
+        pool_name: str = "the pool",
     ) -> None:
         self.cache = cache
         self.max_running_requests = max_running_requests
         self.max_step_tokens = max(max_step_tokens, max_running_requests)
         self.clock = clock
         self.retractions = 0
+        self._pool_name = pool_name
         self._queue = queue or RequestQueue()
         self.waiting = self._queue.waiting  # in order of rank
         self._plan = RunningRows(cache.page_table.max_requests)
@@ -97,7 +100,7 @@ class Scheduler:
             advice = f"lower max_new_tokens to {most}" if most >= 1 else "shorten the prompt"
             raise RequestTooLarge(
                 f"request of {len(request.prompt)} prompt and up to {request.params.max_new_tokens} new tokens can "
-                f"never fit: it needs {needed} tokens of KV in whole pages, the pool has {size};"
+                f"never fit: it needs {needed} tokens of KV in whole pages, {self._pool_name} has {size};"
                 f" {advice} or raise max_total_tokens",
                 requested=needed,
                 available=size,
@@ -127,7 +130,13 @@ class Scheduler:
             return None
         while self.waiting and self.has_place(plan) and self.admit_first(plan):
             pass
-        return self.schedule(plan)
+        step = self.schedule(plan)
+        rows = step.req_pool_idx
+        # The second of its kind: making a run costs as much as a step, and often somebody comes or goes.
+        is_second = rows.size > 0 and self._plan.is_current(rows) and rows is self._last_rows and step.on_device.all()
+        self._run = DecodeRun.after(step, self._plan, self.cache.page_table.decoding_rows(rows)) if is_second else None
+        self._last_rows = rows
+        return step
 
     def plan_running(self, *, settled: bool) -> StepPlan | None:
         """What those who run already do in the next step, once those who are in their way have been retracted.
@@ -206,6 +215,11 @@ class Scheduler:
     def still_run(self, step: ScheduledStep) -> Bool:
         """Which rows of a step are for requests that have not ended or lost their pages since it was planned."""
         return self._plan.are_live(step.req_pool_idx, step.tenancies)
+
+    def sampled_rows(self, step: ScheduledStep) -> list[tuple[Request, int]]:
+        """Whose next token a step that has run has chosen, and in which row of its results, of those who still run."""
+        rows = np.flatnonzero(self.still_run(step) & step.samples).tolist()
+        return [(step.requests[row], row) for row in rows]
 
     def undo(self, step: ScheduledStep) -> None:
         """Takes back a step that did not run: its requests give up their rows and wait again.
@@ -322,7 +336,7 @@ class Scheduler:
         plan.scheduled[rows] += counts
         plan.known[rows] += samples
         is_decode = starts >= plan.prompt[rows]
-        step = ScheduledStep(
+        return ScheduledStep(
             requests=plan.of(rows),
             req_pool_idx=rows,
             starts=starts,
@@ -335,11 +349,6 @@ class Scheduler:
             num_tokens=int(counts.sum()),
             num_decode_tokens=int(counts[is_decode].sum()),
         )
-        # The second of its kind: making a run costs as much as a step, and often somebody comes or goes.
-        is_second = rows.size > 0 and plan.is_current(rows) and rows is self._last_rows and step.on_device.all()
-        self._run = DecodeRun.after(step, plan, self.cache.page_table.decoding_rows(rows)) if is_second else None
-        self._last_rows = rows
-        return step
 
     def _retract(self, request: Request) -> None:
         self.give_up(request)

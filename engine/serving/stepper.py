@@ -17,7 +17,8 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from engine.serving.batcher import Batcher
+from engine.serving.balancer import Balancer
+from engine.serving.batcher import Batcher, ReplicaBatcher
 from engine.serving.request import Request, TokenLogprobs
 from engine.serving.runner import ModelRunner, StepResult
 from engine.serving.sampler import Sampled
@@ -33,7 +34,7 @@ class Flight:
     step: ScheduledStep
     result: StepResult
     dispatched: float
-    keeps_logits: bool
+    logits: jax.Array | None
     keeps_logprobs: bool
 
 
@@ -49,7 +50,13 @@ class Stepper:
     """
 
     def __init__(
-        self, scheduler: Scheduler, batcher: Batcher, runner: ModelRunner, stats: EngineStats, *, overlap: bool
+        self,
+        scheduler: Scheduler | Balancer,
+        batcher: Batcher | ReplicaBatcher,
+        runner: ModelRunner,
+        stats: EngineStats,
+        *,
+        overlap: bool,
     ) -> None:
         self._scheduler = scheduler
         self._batcher = batcher
@@ -86,10 +93,11 @@ class Stepper:
         try:
             parcel, shape, earlier_updates = self._batcher.fill(step)
             result = self._runner.step(parcel, shape, earlier_updates)
+            logits = self._runner.to_read(result.logits) if keeps_logits else None
         except BaseException:  # an interrupt too: what did not run must not be taken for computed
             self._scheduler.undo(step)
             raise
-        return Flight(step, result, time.perf_counter(), keeps_logits, bool(parcel.wants_logprobs[0]))
+        return Flight(step, result, time.perf_counter(), logits, bool(parcel.wants_logprobs[0]))
 
     def _land(self) -> list[Request]:
         """Waits for the oldest step and commits it."""
@@ -97,7 +105,7 @@ class Stepper:
         step, result = flight.step, flight.result
         try:
             tokens = np.asarray(result.tokens)
-            logits = np.asarray(result.logits) if flight.keeps_logits else None
+            logits = None if flight.logits is None else np.asarray(flight.logits)
             sampled: Sampled | None = jax.device_get(result.sampled) if flight.keeps_logprobs else None
         except BaseException:
             while self._flights:
@@ -105,10 +113,10 @@ class Stepper:
             raise
         self._flights.popleft()
         if logits is not None or sampled is not None:
-            for index in np.flatnonzero(self._scheduler.still_run(step) & step.samples).tolist():
-                _keep(step.requests[index], index, logits, sampled)
+            for request, index in self._scheduler.sampled_rows(step):
+                _keep(request, index, logits, sampled)
         now = time.perf_counter()
-        self._stats.note(step, now - max(flight.dispatched, self._landed), self._scheduler.cache.held_tokens)
+        self._stats.note(step, now - max(flight.dispatched, self._landed), self._scheduler.held_tokens)
         self._landed = now
         return self._scheduler.commit(step, tokens)
 

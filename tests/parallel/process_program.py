@@ -61,11 +61,11 @@ def compare(options, prompts, params):
     params = [SamplingParams(**values) for values in params]
     llm = LLM(make_llama(seed=5, num_attention_heads=8, num_key_value_heads=2), **options)
     first = skewed(llm)
-    report = {"index": index, "refused": refused(llm), "size": llm.pool.size, "devices": jax.device_count()}
+    report = {"index": index, "refused": refused(llm), "size": llm.plan.size_tokens, "devices": jax.device_count()}
     report["answers"] = tokens_of(llm.generate(prompts if first else [[index]], params if first else None))
     report["stepped"] = one_by_one(llm, prompts[:3])
     report["compiles"] = llm.compiles_after_warmup
-    llm.cache.check_integrity()
+    llm.check_integrity()
     report["parcels"] = llm._runner.parcels
     print(json.dumps(report), flush=True)
 

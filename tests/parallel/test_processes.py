@@ -20,7 +20,13 @@ PARAMS = [
 ]
 
 
-MORE = [(4, 1, {"tp": 4}), (2, 2, {"tp": 2, "cp": 2}), (2, 4, {"tp": 8})]
+MORE = [
+    (4, 1, {"tp": 4}),
+    (2, 2, {"tp": 2, "cp": 2}),
+    (2, 4, {"tp": 8}),
+    (2, 2, {"dp": 2, "tp": 2}),
+    (4, 1, {"dp": 2, "cp": 2}),
+]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +61,11 @@ def check_same(ended, count, one_device):
 
 def test_two_processes_follow_the_first_and_answer_as_one_device(prompts, one_device):
     ended = run_processes(2, "compare", OPTIONS | {"tp": 2}, prompts, PARAMS)
+    assert check_same(ended, 2, one_device)["parcels"] != 0
+
+
+def test_two_processes_with_a_replica_each_answer_as_one_device(prompts, one_device):
+    ended = run_processes(2, "compare", OPTIONS | {"dp": 2}, prompts, PARAMS)
     assert check_same(ended, 2, one_device)["parcels"] != 0
 
 

@@ -7,44 +7,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import event as hypothesis_event
 from hypothesis import strategies as st
+from scheduler_support import CONTEXT, PAGE, SCOPE, PretendDevice, check_step, make, request, run_step
 
-from engine.attention.metadata import locate_new_tokens
-from engine.batch import FIELDS, LAST_SAMPLED, NOWHERE
+from engine.batch import FIELDS
 from engine.errors import RequestTooLarge, ShapeError
-from engine.memory.cache_manager import CacheManager
-from engine.memory.scope import CacheScope, LayoutKey
-from engine.serving.batcher import Batcher, parcel_shapes, token_buckets
+from engine.serving.batcher import parcel_shapes, token_buckets
 from engine.serving.request import AGING_SECONDS, FinishReason, Request, SamplingParams
-from engine.serving.scheduler import Scheduler
-
-PAGE, CONTEXT = 4, 64
-
-
-SCOPE = CacheScope("model", 0, None, "", LayoutKey.of({"version": 1}))
-
-
-class Clock:
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self):
-        self.now += 1e-6  # so that no two requests arrive at once
-        return self.now
-
-
-def make(size=64, slots=3, budget=16, policy="lru"):
-    cache = CacheManager(size, PAGE, slots, CONTEXT, policy=policy)
-    return cache, Scheduler(cache, max_running_requests=slots, max_step_tokens=budget, clock=Clock())
-
-
-def request(number, prompt_len, new=4, *, prompt=None, **params):
-    prompt = np.arange(prompt_len, dtype=np.int32) + 100 * number if prompt is None else prompt
-    return Request(number, prompt, SamplingParams(max_new_tokens=new, **params), frozenset(), SCOPE)
-
-
-def run_step(scheduler):
-    step = scheduler.next_step()
-    return step, scheduler.commit(step, np.full(len(step.rows) + 2, 7, np.int32))
 
 
 def test_decoding_requests_come_first_and_a_long_prompt_takes_the_rest_in_chunks():
@@ -275,13 +243,14 @@ def test_every_request_finishes_and_no_step_breaks_a_rule(data):
         request(n, data.draw(st.integers(1, min(size, CONTEXT) - 8)), data.draw(st.integers(1, 8))) for n in range(1, 7)
     ]
     requests = list(waiting)
-    written: dict[int, tuple[int, int]] = {}
+    written = {}
     while waiting or scheduler.has_work:
         if waiting and data.draw(st.booleans(), label="arrives"):
             scheduler.add(waiting.pop(0))
         if scheduler.has_work:
             step = scheduler.next_step()
-            check_step(step, device, slots, written)
+            assert step.requests
+            check_step(step, device, device.receive(step), slots, written)
             scheduler.commit(step, np.zeros(slots, np.int32))
             cache.check_integrity()
     assert all(r.finish_reason is FinishReason.LENGTH for r in requests)
@@ -385,54 +354,6 @@ def test_a_repeated_step_waits_for_no_room_and_retracts():
     assert scheduler.retractions
     assert True in kinds
     assert [len(each.output) for each in requests] == [20, 20]
-
-
-class PretendDevice:
-    """Keeps page table and last tokens as the device does, from nothing but parcels."""
-
-    def __init__(self, page_table, shapes):
-        self.host = page_table
-        self.batcher = Batcher(page_table, shapes)
-        self.page_table = np.zeros((page_table.max_requests, page_table.max_pages), np.int32)
-
-    def receive(self, step):
-        parcel, shape, earlier = self.batcher.fill(step)
-        for places, pages in [*earlier, (parcel.update_at, parcel.update_page)]:
-            real = places != NOWHERE
-            assert len(set(places[real].tolist())) == np.count_nonzero(real)
-            self.page_table.reshape(-1)[places[real]] = pages[real]
-        for row in step.req_pool_idx.tolist():
-            held = self.host.row_pages(row)
-            np.testing.assert_array_equal(self.page_table[row, : held.size], held)
-        rows = np.where(parcel.req_pool_idx == NOWHERE, 0, parcel.req_pool_idx)
-        where = locate_new_tokens(
-            self.page_table[rows], parcel.cu_q_lens, parcel.kv_lens, num_tokens=shape.tokens, page_size=PAGE
-        )
-        return parcel, shape, *where
-
-
-def check_step(step, device, slots, written):
-    """Each parcel row leads through its pages to exactly the slots where its tokens were written."""
-    parcel, shape, all_positions, out_cache_loc = device.receive(step)
-    total = sum(row.count for row in step.rows)
-    assert 1 <= total <= shape.tokens
-    assert 1 <= len(step.rows) <= slots
-    assert parcel.cu_q_lens[-1] == total
-    assert (out_cache_loc[total:] == -1).all()
-    assert len(set(out_cache_loc[:total].tolist())) == total
-    for index, row in enumerate(step.rows):
-        start, stop = parcel.cu_q_lens[index], parcel.cu_q_lens[index + 1]
-        positions = all_positions[start:stop]
-        np.testing.assert_array_equal(positions, np.arange(row.start, row.start + row.count))
-        fed, known = parcel.token_ids[start:stop], row.request.tokens(row.start, row.start + row.count)
-        np.testing.assert_array_equal(np.where(fed == LAST_SAMPLED, row.request.output[-1:] or 0, fed), known)
-        for position, slot in zip(positions.tolist(), out_cache_loc[start:stop].tolist(), strict=True):
-            written[slot] = (row.request.request_id, position)
-        assert parcel.kv_lens[index] == row.start + row.count
-        for position in range(parcel.kv_lens[index]):
-            slot = int(device.page_table[parcel.req_pool_idx[index], position // PAGE]) * PAGE + position % PAGE
-            assert written[slot] == (row.request.request_id, position)
-    assert (parcel.kv_lens[len(step.rows) :] == 0).all()
 
 
 @given(slots=st.integers(1, 300), budget=st.integers(1, 5000))

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
+from engine.attention.backend import FlashAttentionBackend
 from engine.attention.sharded import MeshAttention
 from engine.bench.tpu.hlo import aliases, collectives, kernel_vmem_bytes, moves_of_at_least
 from engine.kv.pool import TokenToKVPool
@@ -44,7 +44,7 @@ def compile_step(
     tp: int = 1,
     dp: int = 1,
 ) -> dict[str, Any]:
-    """Compiles one step of bfloat16 weights over a donated bfloat16 pool: with one replica the runner's own step.
+    """Compiles one step of bfloat16 weights over a donated bfloat16 pool: the runner's own.
 
     Args:
         topology: name of the TPU slice, e.g. "v5e:2x4".
@@ -79,16 +79,11 @@ def compile_step(
     backend = backend if mesh is None else MeshAttention.over(backend, mesh)
     graph, weights = nnx.split(llama)
     pages = -(-context // page_size)
-    if dp == 1:
-        shape = parcel_shapes(rows, tokens, page_size)[-1]
-        leaves, structure = jax.tree.flatten(weights)
-        donated: tuple[int, ...] = (1, 2)
-        step: Any = partial(forward_step, graph, structure, backend, Placement(mesh), shape)
-        arguments: tuple[Any, ...] = (leaves, pool, place.rows(rows, pages), place.whole((shape.packed_size,)))
-    else:
-        donated = (1,)
-        step = partial(_replicated_step, graph, backend, Placement(mesh))
-        arguments = (weights, pool, place.tokens(dp * tokens), place.metadata(dp, tokens, rows, pages))
+    shape = parcel_shapes(rows, tokens, page_size)[-1]
+    leaves, structure = jax.tree.flatten(weights)
+    donated = (1, 2)
+    step = partial(forward_step, graph, structure, backend, Placement(mesh), shape)
+    arguments = (leaves, pool, place.rows(dp * rows, pages), place.by_replica((dp * shape.packed_size,)))
     with jax.sharding.use_abstract_mesh((mesh or Mesh(devices[:1], ("x",))).abstract_mesh):
         compiled = jax.jit(step, donate_argnums=donated).lower(*arguments).compile()
     memory: Any = compiled.memory_analysis()
@@ -106,35 +101,6 @@ def compile_step(
         "collectives": dict(Counter(collectives(text))),
         "moves": moves_of_at_least(text, layer_bytes),
     }
-
-
-def _replicated_step(
-    graph: Any,
-    backend: Any,
-    placement: Placement,
-    weights: Any,
-    pool: TokenToKVPool,
-    token_ids: jax.Array,
-    metadata: AttentionMetadata,
-) -> tuple[Any, TokenToKVPool]:
-    """The layers of a step of several replicas, whose parcels the runner, which serves one, cannot unpack yet."""
-    model: Llama = nnx.merge(graph, weights)
-    buffers = list(pool.buffers)
-
-    def attend(layer_id: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        out: jax.Array
-        out, buffers[layer_id] = backend(q, k, v, buffers[layer_id], metadata)
-        return out
-
-    hidden = model(token_ids, jnp.asarray(metadata.positions), attend, placement.hidden)
-    replicas = pool.replicas
-    ends = jnp.asarray(metadata.cu_q_lens).reshape(replicas, -1)[:, 1:]
-    # Each replica takes rows of its own tokens: XLA would exchange them for an index into all replicas' tokens.
-    last = jax.vmap(lambda rows, ends: rows[jnp.maximum(ends - 1, 0)])(
-        hidden.reshape(replicas, -1, hidden.shape[1]), ends
-    )
-    logits = placement.logits(model.logits(last.reshape(-1, hidden.shape[1])))
-    return placement.whole(logits), pool.replace_buffers(buffers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,26 +136,8 @@ class _Places:
             (tuple(jax.ShapeDtypeStruct(b.shape, b.dtype, sharding=sharding) for b in pool.buffers),),
         )
 
-    def whole(self, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-        return self._on(jax.ShapeDtypeStruct(shape, np.int32))
+    def by_replica(self, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        return self._on(jax.ShapeDtypeStruct(shape, np.int32), DATA_AXIS)
 
     def rows(self, rows: int, pages: int) -> DeviceRows:
-        return DeviceRows(page_table=self.whole((rows, pages)), last_token=self.whole((rows,)))  # type: ignore[arg-type]
-
-    def tokens(self, count: int) -> jax.ShapeDtypeStruct:
-        return self._on(np.empty(count, np.int32), DATA_AXIS)
-
-    def metadata(self, replicas: int, tokens: int, rows: int, pages: int) -> AttentionMetadata:
-        """R times as long on every axis of tokens and sequences, one replica after the other."""
-        shapes = {
-            "page_table": (rows, pages),
-            "cu_q_lens": (rows + 1,),
-            "kv_lens": (rows,),
-            "out_cache_loc": (tokens,),
-            "positions": (tokens,),
-        }
-        arrays: dict[str, Any] = {
-            name: self._on(np.empty((replicas * shape[0], *shape[1:]), np.int32), DATA_AXIS)
-            for name, shape in shapes.items()
-        }
-        return AttentionMetadata(**arrays)
+        return DeviceRows(self.by_replica((rows, pages)), self.by_replica((rows,)))  # type: ignore[arg-type]

@@ -1,0 +1,183 @@
+"""One front over the schedulers of several replicas: which of them a request goes to, and their steps as one.
+
+All requests wait in one queue, in order of rank. Who is first goes to the replica that has most of its prompt cached,
+unless that one is much fuller than the emptiest; else, and where it does not fit there, to the emptiest that has room.
+While no replica has, nobody behind it is let in: the order is that of one scheduler, and a replica that runs nobody has
+room for anyone. Once admitted a request stays until it ends or is retracted; then it waits again, for any of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from engine.memory.integers import Bool, Int32
+from engine.serving.request import FinishReason, Request
+from engine.serving.request_queue import RequestQueue
+from engine.serving.scheduled_step import PageCopy, ScheduledStep, StepPlan
+from engine.serving.scheduler import Scheduler
+
+# Of a replica's pool: with so many more tokens of requests than the emptiest has, it is much fuller.
+MUCH_FULLER_SHARE = 4
+
+
+class Balancer:
+    """A ``Scheduler`` over several; what it says of rows and results is of all replicas, one after the other.
+
+    Args:
+        replicas: equal in their sizes; each admits from ``queue``.
+        queue: where requests wait.
+        clock: seconds, for arrival and timeouts.
+    """
+
+    def __init__(
+        self, replicas: Sequence[Scheduler], queue: RequestQueue, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.replicas = replicas
+        self.clock = clock
+        self._queue = queue
+        self.waiting = queue.waiting
+        self._much_fuller = replicas[0].cache.size // MUCH_FULLER_SHARE
+
+    @property
+    def running(self) -> list[Request]:
+        """Those that have a page-table row, replica by replica."""
+        return [request for replica in self.replicas for request in replica.running]
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self.waiting) or any(replica.running for replica in self.replicas)
+
+    @property
+    def retractions(self) -> int:
+        """How often a request was retracted."""
+        return sum(replica.retractions for replica in self.replicas)
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens in pages that running requests keep."""
+        return sum(replica.held_tokens for replica in self.replicas)
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Most new tokens in a step."""
+        return sum(replica.max_step_tokens for replica in self.replicas)
+
+    def check_fits(self, request: Request) -> None:
+        """Refuses a request that no replica could ever run; raises RequestTooLarge."""
+        self.replicas[0].check_fits(request)
+
+    def add(self, request: Request) -> None:
+        """Queues a request; raises RequestTooLarge where it could never run."""
+        self.check_fits(request)
+        self._queue.arrive(request, self.clock())
+        self._queue.wait(request)
+
+    def next_step(self, *, settled: bool = True) -> ScheduledStep | None:
+        """Plans a step of every replica, as ``Scheduler.next_step``; all of them or, where one fails, none."""
+        plans: list[StepPlan] = []
+        for replica in self.replicas:
+            plan = replica.plan_running(settled=settled)
+            if plan is None:
+                return None
+            plans.append(plan)
+        while self.waiting and self._admit_first(plans):
+            pass
+        parts: list[ScheduledStep] = []
+        try:
+            for replica, plan in zip(self.replicas, plans, strict=True):
+                parts.append(replica.schedule(plan))
+        except BaseException:  # an interrupt too: what the others have planned will not run
+            self._undo(parts)
+            raise
+        return _joined(parts)
+
+    def commit(self, step: ScheduledStep, tokens: Int32) -> list[Request]:
+        """Books a step that has run; ``tokens`` are as many for each replica, as ``Scheduler.commit`` takes them."""
+        finished: list[Request] = []
+        by_replica = tokens.reshape(len(self.replicas), -1)
+        for replica, part, chosen in zip(self.replicas, step.parts, by_replica, strict=True):
+            finished += replica.commit(part, chosen)
+        return finished
+
+    def still_run(self, step: ScheduledStep) -> Bool:
+        """Which rows of a step are for requests that have not ended or lost their pages since it was planned."""
+        return np.concatenate([r.still_run(part) for r, part in zip(self.replicas, step.parts, strict=True)])
+
+    def sampled_rows(self, step: ScheduledStep) -> list[tuple[Request, int]]:
+        """As ``Scheduler.sampled_rows``; every replica has as many rows of the results."""
+        return [
+            (request, index * replica.max_running_requests + row)
+            for index, (replica, part) in enumerate(zip(self.replicas, step.parts, strict=True))
+            for request, row in replica.sampled_rows(part)
+        ]
+
+    def undo(self, step: ScheduledStep) -> None:
+        """Takes back a step that did not run, as ``Scheduler.undo``."""
+        self._undo(step.parts)
+
+    def fork(self, parent: Request, child: Request) -> PageCopy | None:
+        """Starts ``child`` from the pages of ``parent``, on the parent's replica, as ``Scheduler.fork``."""
+        return self.replicas[parent.replica].fork(parent, child)
+
+    def give_up(self, request: Request) -> None:
+        """Sends a running request back to wait with the tokens it has."""
+        self.replicas[request.replica].give_up(request)
+
+    def expire(self) -> list[Request]:
+        """Ends the requests whose time is up; returns them."""
+        late = self._queue.late(self.clock)
+        for request in late:
+            self.end(request, FinishReason.TIMEOUT)
+        return late
+
+    def end(self, request: Request, reason: FinishReason) -> None:
+        """Ends a request wherever it stands and gives back every page it holds; does nothing if it has ended."""
+        self.replicas[request.replica].end(request, reason)
+
+    def _admit_first(self, plans: Sequence[StepPlan]) -> bool:
+        """Admits who waits first to some replica; returns whether one had room."""
+        places = [index for index, plan in enumerate(plans) if self.replicas[index].has_place(plan)]
+        request = self.waiting[0]
+        for index in self._by_preference(request, places):
+            if self.replicas[index].admit_first(plans[index]):
+                request.replica = index
+                return True
+        return False
+
+    def _by_preference(self, request: Request, places: list[int]) -> list[int]:
+        """Replicas in the order in which a request would go to them."""
+        if len(places) < 2:
+            return places
+        tokens = request.tokens(0, request.num_tokens)
+        known = {index: self.replicas[index].known_tokens for index in places}
+        emptiest_first = sorted(places, key=known.__getitem__)
+        cached = {index: self.replicas[index].cache.cached_tokens(request.scope, tokens) for index in places}
+        best = max(emptiest_first, key=cached.__getitem__)
+        if not cached[best] or known[best] - known[emptiest_first[0]] > self._much_fuller:
+            return emptiest_first
+        return [best, *(index for index in emptiest_first if index != best)]
+
+    def _undo(self, parts: Sequence[ScheduledStep]) -> None:
+        for replica, part in zip(self.replicas, parts, strict=False):
+            replica.undo(part)
+
+
+def _joined(parts: Sequence[ScheduledStep]) -> ScheduledStep:
+    return ScheduledStep(
+        requests=[request for part in parts for request in part.requests],
+        req_pool_idx=np.concatenate([part.req_pool_idx for part in parts]),
+        starts=np.concatenate([part.starts for part in parts]),
+        counts=np.concatenate([part.counts for part in parts]),
+        is_decode=np.concatenate([part.is_decode for part in parts]),
+        on_device=np.concatenate([part.on_device for part in parts]),
+        samples=np.concatenate([part.samples for part in parts]),
+        ends=np.concatenate([part.ends for part in parts]),
+        tenancies=np.concatenate([part.tenancies for part in parts]),
+        num_tokens=sum(part.num_tokens for part in parts),
+        num_decode_tokens=sum(part.num_decode_tokens for part in parts),
+        parts=tuple(parts),
+    )

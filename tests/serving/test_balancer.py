@@ -1,0 +1,240 @@
+"""Several schedulers behind one front, on the host alone: who goes where, one queue, and their parcels as one."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scheduler_support import CONTEXT, PAGE, Clock, PretendDevice, check_step, request
+
+from engine.batch import FIELDS, FLOAT_FIELDS, StepParcel
+from engine.errors import RequestTooLarge
+from engine.memory.cache_manager import CacheManager
+from engine.serving.balancer import Balancer
+from engine.serving.batcher import ReplicaBatcher, parcel_shapes
+from engine.serving.request import FinishReason
+from engine.serving.request_queue import RequestQueue
+from engine.serving.scheduler import Scheduler
+
+
+def make(replicas=2, size=64, slots=3, budget=16, policy="lru"):
+    queue = RequestQueue()
+    caches = [CacheManager(size, PAGE, slots, CONTEXT, policy=policy) for _ in range(replicas)]
+    options = {"max_running_requests": slots, "max_step_tokens": budget, "pool_name": "the pool of a replica"}
+    schedulers = [Scheduler(cache, queue=queue, **options) for cache in caches]
+    return Balancer(schedulers, queue, Clock())
+
+
+def run_step(balancer, token=7):
+    step = balancer.next_step()
+    slots = balancer.replicas[0].max_running_requests
+    return step, balancer.commit(step, np.full(len(balancer.replicas) * slots, token, np.int32))
+
+
+def finish(balancer):
+    finished = []
+    while balancer.has_work:
+        step, done = run_step(balancer)
+        assert step.requests
+        finished += [r.request_id for r in done]
+    for replica in balancer.replicas:
+        replica.cache.check_integrity()
+    assert balancer.held_tokens == 0
+    return finished
+
+
+def places(balancer):
+    return {r.request_id: index for index, replica in enumerate(balancer.replicas) for r in replica.running}
+
+
+def test_requests_go_to_the_emptiest_replica():
+    balancer = make()
+    for number, length in enumerate([20, 4, 6, 5], start=1):
+        balancer.add(request(number, length, new=1))
+    balancer.next_step()
+    assert places(balancer) == {1: 0, 2: 1, 3: 1, 4: 1}  # 20 tokens against 15
+
+
+def test_a_prompt_goes_where_it_is_cached_unless_that_replica_is_much_fuller():
+    balancer = make(size=128, slots=4, budget=64)
+    shared = np.arange(20, dtype=np.int32)
+    balancer.add(request(1, 2, new=30))  # keeps the first replica the fuller one
+    balancer.add(request(2, 0, new=1, prompt=shared))
+    run_step(balancer)
+    balancer.add(request(3, 4, new=30))
+    balancer.add(request(4, 4, new=30))
+    run_step(balancer)
+    assert places(balancer) == {1: 0, 3: 1, 4: 0}
+    balancer.add(again := request(5, 0, new=30, prompt=shared))
+    run_step(balancer)
+    assert (again.replica, again.cached_tokens) == (1, 16)
+    balancer.add(twice := request(6, 0, new=30, prompt=shared))
+    run_step(balancer)
+    assert (twice.replica, twice.cached_tokens) == (1, 16)  # some 20 tokens more, of a pool of 128: not yet much fuller
+    balancer.add(third := request(7, 0, new=30, prompt=shared))
+    run_step(balancer)
+    assert (third.replica, third.cached_tokens) == (0, 0)  # some 40 tokens more
+    finish(balancer)
+
+
+def test_a_replica_without_a_slot_sends_nobody_away_from_the_others():
+    balancer = make(slots=1)
+    shared = np.arange(12, dtype=np.int32)
+    balancer.add(request(1, 0, new=20, prompt=shared))
+    run_step(balancer)
+    balancer.add(cached_elsewhere := request(2, 0, new=20, prompt=shared))
+    run_step(balancer)
+    assert (cached_elsewhere.replica, cached_elsewhere.cached_tokens) == (1, 0)
+
+
+def test_one_queue_in_order_of_rank_and_nobody_overtakes():
+    balancer = make(size=32, slots=2)
+    for number, length in enumerate([20, 20, 20, 2], start=1):
+        balancer.add(request(number, length))
+    run_step(balancer)
+    assert places(balancer) == {1: 0, 2: 1}  # 4 would fit, but 3 waits before it
+    assert [r.request_id for r in balancer.waiting] == [3, 4]
+    assert finish(balancer) == [1, 2, 4, 3]  # the fourth came with the third and has less to compute
+
+
+def test_who_is_retracted_on_one_replica_may_go_on_on_another():
+    balancer = make(size=48, policy=None)
+    # The first two share a replica until its pool is full; the other one is free by then.
+    for number, length, new in ((1, 8, 36), (2, 20, 1), (3, 8, 30)):
+        balancer.add(request(number, length, new=new))
+    while not balancer.retractions:
+        run_step(balancer)
+    moved = next(r for r in [*balancer.running, *balancer.waiting] if r.retractions)
+    assert (moved.request_id, moved.replica) == (3, 1)
+    assert moved.req_pool_idx is not None
+    assert sorted(finish(balancer)) == [1, 3]
+    assert len(moved.output) == 30
+
+
+def test_a_fork_stays_with_its_parent():
+    balancer = make(size=128)
+    balancer.add(request(1, 4, new=20))
+    balancer.add(parent := request(2, 11))
+    run_step(balancer)
+    child = request(3, 0, prompt=np.arange(11, dtype=np.int32) + 200)
+    copy = balancer.fork(parent, child)
+    assert (parent.replica, child.replica, copy.replica) == (1, 1, 1)
+    table = balancer.replicas[1].cache.page_table
+    assert table.row_pages(child.req_pool_idx)[2] == copy.targets[0]
+    finish(balancer)
+    assert len(child.output) == 4
+
+
+def test_a_request_must_fit_into_the_pool_of_one_replica():
+    balancer = make(size=32)
+    with pytest.raises(RequestTooLarge, match="needs 36 tokens of KV in whole pages, the pool of a replica has 32"):
+        balancer.add(request(1, 33, new=1))
+    assert not balancer.has_work
+
+
+def test_time_that_is_up_ends_requests_wherever_they_are():
+    balancer = make(slots=1)
+    requests = [request(n, 4, new=20, timeout=5.0) for n in (1, 2, 3)]
+    for each in requests:
+        balancer.add(each)
+    run_step(balancer)
+    balancer.clock.now += 5
+    assert balancer.expire() == requests
+    assert {r.finish_reason for r in requests} == {FinishReason.TIMEOUT}
+    assert not balancer.has_work
+    assert balancer.held_tokens == 0
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("where", ["alloc_pages", "evict"])
+def test_a_step_that_one_replica_cannot_take_is_taken_by_none(monkeypatch, which, where):
+    balancer = make(size=32)
+    for number in (1, 2):
+        balancer.add(request(number, 20, new=1))  # leaves a full cache behind
+    finish(balancer)
+    for number in (3, 4):
+        balancer.add(request(number, 20, new=4))
+    cache = balancer.replicas[which].cache
+
+    def boom(*_):
+        raise OSError("the host tier is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache.allocator if where == "alloc_pages" else cache.prefix, where, boom)
+        with pytest.raises(OSError, match="gone"):
+            balancer.next_step()
+    for replica in balancer.replicas:
+        replica.cache.check_integrity()
+    for request_ in balancer.running:
+        assert request_.num_computed == 0
+    assert sorted(finish(balancer)) == [3, 4]
+
+
+def parcels_of(joined, shape, replicas):
+    """Each replica's parcel out of the packed one, as its devices see it."""
+    for packed in joined.packed.reshape(replicas, -1):
+        views = {name: packed[start:stop] for name, (start, stop) in zip(FIELDS, shape.bounds, strict=True)}
+        views |= {name: views[name].view(np.float32) for name in FLOAT_FIELDS}
+        yield StepParcel(**views, packed=packed)
+
+
+def check_parcels(balancer, batcher, devices, step, written):
+    """Every replica's part of the joined parcel, whether it has work or not."""
+    slots, replicas = balancer.replicas[0].max_running_requests, len(balancer.replicas)
+    parcel, shape, earlier = batcher.fill(step)
+    parcels = list(parcels_of(parcel, shape, replicas))
+    for index, (device, part) in enumerate(zip(devices, step.parts, strict=True)):
+        updates = [tables.reshape(replicas, 2, -1)[index] for tables in earlier]
+        received = device.take(part, parcels[index], shape, updates)
+        check_step(part, device, received, slots, written[index])
+    assert shape.tokens < 2 * max(part.num_tokens for part in step.parts) or shape == batcher.shape_of(1)
+    assert (parcel.top_k == [each.top_k for each in parcels]).all()
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.large_base_example, HealthCheck.too_slow])
+@given(st.data())
+def test_every_request_finishes_and_no_replica_idles_while_others_queue(data):
+    replicas, size = data.draw(st.integers(2, 3), label="replicas"), data.draw(st.sampled_from([16, 32, 64]))
+    slots, budget = data.draw(st.integers(1, 3), label="slots"), data.draw(st.integers(1, 12), label="budget")
+    balancer = make(replicas, size, slots, budget)
+    shapes = parcel_shapes(slots, balancer.replicas[0].max_step_tokens, PAGE)
+    tables = [replica.cache.page_table for replica in balancer.replicas]
+    batcher = ReplicaBatcher(tables, shapes)
+    devices = [PretendDevice(table, shapes) for table in tables]
+    shared = np.arange(size - 8, dtype=np.int32)
+    coming = []
+    for number in range(1, 9):
+        length, new = data.draw(st.integers(1, size - 8)), data.draw(st.integers(1, 8))
+        prompt = shared[:length] if data.draw(st.booleans()) else None
+        coming.append(request(number, length, new, prompt=prompt, priority=data.draw(st.integers(0, 2))))
+    requests, written, flights = list(coming), [{} for _ in range(replicas)], []
+    while coming or balancer.has_work:
+        if coming and data.draw(st.booleans(), label="arrives"):
+            balancer.add(coming.pop(0))
+        if balancer.running and data.draw(st.integers(0, 9), label="aborts") == 0:
+            balancer.end(data.draw(st.sampled_from(balancer.running)), FinishReason.ABORT)
+        if balancer.has_work and (step := balancer.next_step(settled=not flights)) is not None and step.requests:
+            assert not (balancer.waiting and any(not replica.running for replica in balancer.replicas))
+            check_parcels(balancer, batcher, devices, step, written)
+            if data.draw(st.integers(0, 9), label="fails") == 0:
+                balancer.undo(step)  # and what was dispatched before it goes on
+            else:
+                flights.append(step)
+        if flights and (len(flights) > 1 or data.draw(st.booleans(), label="in turn") or step is None):
+            landed = flights.pop(0)
+            live, rows = balancer.still_run(landed), balancer.sampled_rows(landed)
+            assert live.size == len(landed.requests)
+            assert {r.request_id for r, _ in rows} == {
+                r.request_id for r, on, out in zip(landed.requests, live, landed.samples, strict=True) if on and out
+            }
+            tokens = np.arange(replicas * slots, dtype=np.int32)
+            before = {r.request_id: len(r.output) for r, _ in rows}
+            balancer.commit(landed, tokens)
+            for r, row in rows:
+                assert row // slots == r.replica
+                assert r.output[before[r.request_id] :] == [row]
+        elif not balancer.has_work:
+            flights.clear()
+        for replica in balancer.replicas:
+            replica.cache.check_integrity()
+    assert {r.finish_reason for r in requests} <= {FinishReason.LENGTH, FinishReason.ABORT}
+    assert balancer.held_tokens == 0
