@@ -143,8 +143,8 @@ class Balancer:
         places = [index for index, plan in enumerate(plans) if self.replicas[index].has_place(plan)]
         request = self.waiting[0]
         for index in self._by_preference(request, places):
+            request.replica = index  # before it has a row there: nothing may come between the two
             if self.replicas[index].admit_first(plans[index]):
-                request.replica = index
                 return True
         return False
 

@@ -11,9 +11,12 @@ from engine.errors import RequestTooLarge
 from engine.memory.cache_manager import CacheManager
 from engine.serving.balancer import Balancer
 from engine.serving.batcher import ReplicaBatcher, parcel_shapes
+from engine.serving.exporter import EngineCollector
+from engine.serving.metrics import collect_metrics
 from engine.serving.request import FinishReason
 from engine.serving.request_queue import RequestQueue
 from engine.serving.scheduler import Scheduler
+from engine.serving.stats import EngineStats
 
 
 def make(replicas=2, size=64, slots=3, budget=16, policy="lru"):
@@ -167,6 +170,25 @@ def test_a_step_that_one_replica_cannot_take_is_taken_by_none(monkeypatch, which
     for request_ in balancer.running:
         assert request_.num_computed == 0
     assert sorted(finish(balancer)) == [3, 4]
+
+
+def test_metrics_are_sums_and_say_what_each_replica_has():
+    balancer = make()
+    for number, length in ((1, 20), (2, 4), (3, 6)):
+        balancer.add(request(number, length, new=8))
+    run_step(balancer)
+    metrics = collect_metrics(balancer, EngineStats())
+    assert (metrics.running, metrics.pool.total_pages) == (3, 2 * 64 // PAGE)
+    assert [(r.request_id, r.replica) for r in metrics.requests] == [(1, 0), (2, 1), (3, 1)]
+    for name in ("free_pages", "private_pages", "locked_pages", "evictable_pages"):
+        assert getattr(metrics.pool, name) == sum(getattr(pool, name) for pool in metrics.pool.replicas)
+    assert metrics.prefix_cache.queried_tokens == 30
+    families = {family.name: family for family in EngineCollector(lambda: metrics).collect()}
+    running = families["engine_num_requests_replica_running"].samples
+    assert [(sample.labels["replica"], sample.value) for sample in running] == [("0", 1), ("1", 2)]
+    usage = families["engine_kv_cache_replica_usage_perc"].samples
+    assert [sample.value for sample in usage] == [pool.usage for pool in metrics.pool.replicas]
+    finish(balancer)
 
 
 def parcels_of(joined, shape, replicas):
