@@ -95,7 +95,13 @@ def all_pages_come_back(llm):
     return idle and all(cache.allocator.available_size() == cache.size for cache in llm.caches)
 
 
-def run(axes, options, model, prompts, params, one, greedy):
+def growing(llm):
+    """Answers of eight requests that no pool of ten pages a replica can hold to their ends, two by two."""
+    short = np.random.default_rng(5).integers(0, VOCAB, size=(8, 6)).tolist()
+    return llm.generate(short, SamplingParams(max_new_tokens=60, ignore_eos=True), return_logits=True)
+
+
+def run(axes, options, model, prompts, params, one, greedy, grown):
     llm = LLM(model, **OPTIONS, **axes, **options)
     before, shardings = pointers(llm.pool), [buffer.sharding for buffer in llm.pool.buffers]
     cold = llm.generate(prompts, params, return_logits=True)
@@ -105,7 +111,7 @@ def run(axes, options, model, prompts, params, one, greedy):
     seen["hits"] = metrics.prefix_cache.hit_tokens - seen["cached"] if metrics.prefix_cache else 0
     seen["loaded"] = metrics.host_tier.loaded_pages if metrics.host_tier else 0
     return seen | {
-        "unlike": unlike(one, cold) + unlike(one, warm),
+        "unlike": unlike(one, cold) + unlike(one, warm) + unlike(grown, growing(llm)),
         "difference": max(largest_difference(one, cold), largest_difference(one, warm)),
         "wrong": come_and_go(llm, prompts, greedy),
         "retractions": llm.scheduler.retractions,
@@ -138,9 +144,9 @@ def main(cases, saves):
     prompts, params = traffic()
     llm = LLM(model, **OPTIONS)
     one = llm.generate(prompts, params, return_logits=True)
-    greedy = llm.generate(prompts, SamplingParams(max_new_tokens=8))
+    greedy, grown = llm.generate(prompts, SamplingParams(max_new_tokens=8)), growing(llm)
     for axes, options in cases:
-        report = run(axes, options, model, prompts, params, one, greedy)
+        report = run(axes, options, model, prompts, params, one, greedy, grown)
         print(json.dumps({"case": [axes, options], **report}), flush=True)
     for axes in saves:
         print(json.dumps({"case": axes, **restored(axes, model, prompts, params, one)}), flush=True)
