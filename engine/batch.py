@@ -7,7 +7,7 @@ the pages that are new go there, and the tokens that the device did not choose i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
@@ -103,9 +103,9 @@ class StepParcel:
 
     @classmethod
     def over(cls, packed: Int32, shape: ParcelShape) -> StepParcel:
-        """The fields of a packed parcel, as views of it."""
+        """The fields of packed parcels of ``shape``, ``[..., packed_size]``, as views of them."""
         views: dict[str, Any] = {
-            name: packed[start:stop] for name, (start, stop) in zip(FIELDS, shape.bounds, strict=True)
+            name: packed[..., start:stop] for name, (start, stop) in zip(FIELDS, shape.bounds, strict=True)
         }
         for name in FLOAT_FIELDS:
             views[name] = views[name].view(np.float32)
@@ -119,14 +119,8 @@ class StepParcel:
             ``packed`` of one after the other; the fields have an axis of replicas before their own, but
             ``wants_logprobs``, which is whether any of them does.
         """
-        packed = np.stack([parcel.packed for parcel in parcels])
-        views: dict[str, Any] = {
-            name: packed[:, start:stop] for name, (start, stop) in zip(FIELDS, shape.bounds, strict=True)
-        }
-        for name in FLOAT_FIELDS:
-            views[name] = views[name].view(np.float32)
-        views["wants_logprobs"] = views["wants_logprobs"].any(axis=0)
-        return cls(**views, packed=packed.reshape(-1))
+        every = cls.over(np.stack([parcel.packed for parcel in parcels]), shape)
+        return replace(every, wants_logprobs=every.wants_logprobs.max(axis=0), packed=every.packed.reshape(-1))
 
 
 FIELDS = tuple(field.name for field in fields(StepParcel))[:-1]

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from engine.memory.integers import Bool, Int32
+from engine.memory.integers import Int32
 from engine.serving.request import FinishReason, Request
-from engine.serving.request_queue import RequestQueue
+from engine.serving.request_queue import QueueFront, RequestQueue
 from engine.serving.scheduled_step import PageCopy, ScheduledStep, StepPlan
 from engine.serving.scheduler import Scheduler
 
@@ -23,7 +23,7 @@ from engine.serving.scheduler import Scheduler
 MUCH_FULLER_SHARE = 4
 
 
-class Balancer:
+class Balancer(QueueFront):
     """A ``Scheduler`` over several; what it says of rows and results is of all replicas, one after the other.
 
     Args:
@@ -35,10 +35,8 @@ class Balancer:
     def __init__(
         self, replicas: Sequence[Scheduler], queue: RequestQueue, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        super().__init__(queue, clock)
         self.replicas = replicas
-        self.clock = clock
-        self._queue = queue
-        self.waiting = queue.waiting
         self._much_fuller = replicas[0].cache.size // MUCH_FULLER_SHARE
 
     @property
@@ -70,12 +68,6 @@ class Balancer:
         """Refuses a request that no replica could ever run; raises RequestTooLarge."""
         self.replicas[0].check_fits(request)
 
-    def add(self, request: Request) -> None:
-        """Queues a request; raises RequestTooLarge where it could never run."""
-        self.check_fits(request)
-        self._queue.arrive(request, self.clock())
-        self._queue.wait(request)
-
     def next_step(self, *, settled: bool = True) -> ScheduledStep | None:
         """Plans a step of every replica, as ``Scheduler.next_step``; all of them or, where one fails, none."""
         plans: list[StepPlan] = []
@@ -103,10 +95,6 @@ class Balancer:
             finished += replica.commit(part, chosen)
         return finished
 
-    def still_run(self, step: ScheduledStep) -> Bool:
-        """Which rows of a step are for requests that have not ended or lost their pages since it was planned."""
-        return np.concatenate([r.still_run(part) for r, part in zip(self.replicas, step.parts, strict=True)])
-
     def sampled_rows(self, step: ScheduledStep) -> list[tuple[Request, int]]:
         """As ``Scheduler.sampled_rows``; every replica has as many rows of the results."""
         return [
@@ -126,13 +114,6 @@ class Balancer:
     def give_up(self, request: Request) -> None:
         """Sends a running request back to wait with the tokens it has."""
         self.replicas[request.replica].give_up(request)
-
-    def expire(self) -> list[Request]:
-        """Ends the requests whose time is up; returns them."""
-        late = self._queue.late(self.clock)
-        for request in late:
-            self.end(request, FinishReason.TIMEOUT)
-        return late
 
     def end(self, request: Request, reason: FinishReason) -> None:
         """Ends a request wherever it stands and gives back every page it holds; does nothing if it has ended."""

@@ -148,12 +148,8 @@ class ReplicaBatcher:
             The parcel, the shape of each replica's part of it, and the page-table updates that must come before it:
             int32 ``[2 * replicas, SHARED_PAGES]`` each.
         """
-        shape = self.shape_of(max(part.num_tokens for part in step.parts))
+        shape = self._batchers[0].shape_of(max(part.num_tokens for part in step.parts))
         filled = [batcher.fill(part, shape) for batcher, part in zip(self._batchers, step.parts, strict=True)]
         parcel = StepParcel.joined([parcel for parcel, _, _ in filled], shape)
         rounds = zip_longest(*(updates for _, _, updates in filled), fillvalue=NO_UPDATES)
         return parcel, shape, [np.concatenate(parts) for parts in rounds]
-
-    def shape_of(self, tokens: int) -> ParcelShape:
-        """The smallest shape that holds as many new tokens of each replica."""
-        return self._batchers[0].shape_of(tokens)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import insort
 from collections.abc import Callable
 
-from engine.serving.request import Request
+from engine.serving.request import FinishReason, Request
 
 
 class RequestQueue:
@@ -36,3 +37,38 @@ class RequestQueue:
         now = clock()
         self._timed = [request for request in self._timed if request.finish_reason is None]
         return [request for request in self._timed if request.is_late(now)]
+
+
+class QueueFront(ABC):
+    """Lets requests into a queue and ends those whose time is up: what one scheduler and a front of several share.
+
+    Args:
+        queue: where requests wait.
+        clock: seconds, for arrival and timeouts.
+    """
+
+    def __init__(self, queue: RequestQueue, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.waiting = queue.waiting  # in order of rank
+        self._queue = queue
+
+    @abstractmethod
+    def check_fits(self, request: Request) -> None:
+        """Refuses a request that could never run; raises RequestTooLarge."""
+
+    @abstractmethod
+    def end(self, request: Request, reason: FinishReason) -> None:
+        """Ends a request wherever it stands and gives back every page it holds; does nothing if it has ended."""
+
+    def add(self, request: Request) -> None:
+        """Queues a request; raises RequestTooLarge where it could never run."""
+        self.check_fits(request)
+        self._queue.arrive(request, self.clock())
+        self._queue.wait(request)
+
+    def expire(self) -> list[Request]:
+        """Ends the requests whose time is up; returns them."""
+        late = self._queue.late(self.clock)
+        for request in late:
+            self.end(request, FinishReason.TIMEOUT)
+        return late

@@ -71,7 +71,7 @@ class ScheduledStep:
 
 @dataclass(frozen=True)
 class PageCopy:
-    """Pages of a replica that the device must copy before the next step, for answers that share a prompt."""
+    """Pages of a replica, int32 ``[n]``, that the device must copy before the next step: answers share a prompt."""
 
     sources: Int32
     targets: Int32

@@ -24,12 +24,12 @@ from engine.memory.cache_manager import CacheManager
 from engine.memory.integers import Bool, Int32, Int64
 from engine.serving.decode_run import DecodeRun
 from engine.serving.request import FinishReason, Request
-from engine.serving.request_queue import RequestQueue
+from engine.serving.request_queue import QueueFront, RequestQueue
 from engine.serving.running_rows import RunningRows
 from engine.serving.scheduled_step import PageCopy, ScheduledStep, StepPlan
 
 
-class Scheduler:
+class Scheduler(QueueFront):
     """Continuous batching over a fixed number of slots.
 
     Args:
@@ -51,14 +51,12 @@ class Scheduler:
         queue: RequestQueue | None = None,
         pool_name: str = "the pool",
     ) -> None:
+        super().__init__(queue or RequestQueue(), clock)
         self.cache = cache
         self.max_running_requests = max_running_requests
         self.max_step_tokens = max(max_step_tokens, max_running_requests)
-        self.clock = clock
         self.retractions = 0
         self._pool_name = pool_name
-        self._queue = queue or RequestQueue()
-        self.waiting = self._queue.waiting  # in order of rank
         self._plan = RunningRows(cache.page_table.max_requests)
         self._run: DecodeRun | None = None  # of the last step
         self._last_rows: Int32 | None = None  # likewise
@@ -105,12 +103,6 @@ class Scheduler:
                 requested=needed,
                 available=size,
             )
-
-    def add(self, request: Request) -> None:
-        """Queues a request; raises RequestTooLarge where it could never run."""
-        self.check_fits(request)
-        self._queue.arrive(request, self.clock())
-        self._queue.wait(request)
 
     def next_step(self, *, settled: bool = True) -> ScheduledStep | None:
         """Chooses the rows of the next step and gives them their pages.
@@ -263,13 +255,6 @@ class Scheduler:
         self._release(request)
         request.begin(0)
         self._queue.wait(request)
-
-    def expire(self) -> list[Request]:
-        """Ends the requests whose time is up; returns them."""
-        late = self._queue.late(self.clock)
-        for request in late:
-            self.end(request, FinishReason.TIMEOUT)
-        return late
 
     def end(self, request: Request, reason: FinishReason) -> None:
         """Ends a request wherever it stands and gives back every page it holds; does nothing if it has ended."""

@@ -140,4 +140,6 @@ class _Places:
         return self._on(jax.ShapeDtypeStruct(shape, np.int32), DATA_AXIS)
 
     def rows(self, rows: int, pages: int) -> DeviceRows:
-        return DeviceRows(self.by_replica((rows, pages)), self.by_replica((rows,)))  # type: ignore[arg-type]
+        empty = jax.eval_shape(partial(DeviceRows.empty, rows, pages))
+        placed: DeviceRows = jax.tree.map(lambda array: self.by_replica(array.shape), empty)
+        return placed
