@@ -35,6 +35,8 @@ CONTROL_PLANE = ["memory", "planning"] + [
     for name in ("scheduler", "scheduled_step", "request", "request_queue", "running_rows", "batcher")
 ]
 LONGEST_FILE = 400
+TPU_KERNEL = ENGINE / "attention" / "tpu" / "kernel"
+LONGEST_KERNEL = 900  # lines, all files together, docstrings and blanks too: what one can read in one sitting
 
 
 def room_of(path: Path) -> str:
@@ -79,6 +81,19 @@ def test_the_memory_room_runs_without_loading_jax():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ENGINE)))
 def test_a_file_holds_one_idea(path):
     assert len(path.read_text().splitlines()) <= LONGEST_FILE
+
+
+def test_the_tpu_kernel_stays_short_enough_to_be_read_whole():
+    files = sorted(TPU_KERNEL.rglob("*.py"))
+    assert "call.py" in [path.name for path in files]
+    assert sum(len(path.read_text().splitlines()) for path in files) < LONGEST_KERNEL
+
+
+def test_the_tpu_kernel_imports_nothing_that_is_around_it():
+    for path in sorted(TPU_KERNEL.rglob("*.py")):
+        for name in imported_modules(path):
+            inside = name.startswith(("engine.attention.tpu.kernel.", "engine.kv."))
+            assert inside or not name.startswith("engine"), f"{path.name} imports {name}"
 
 
 def test_only_the_layout_slices_heads_by_hand():

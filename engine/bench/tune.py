@@ -19,8 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from engine.attention.metadata import AttentionMetadata
 from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.attention.tpu.backend import target_generation
-from engine.attention.tpu.block_sizes import OVERRIDES
-from engine.attention.tpu.geometry import BlockSizes
+from engine.attention.tpu.block_sizes import OVERRIDES, BlockSizes
 from engine.bench.timing import time_in_turn
 from engine.bench.tpu.tuning import CONTEXT, Journal, Mode, Target, candidates, formula, search, write_overrides
 from engine.errors import BackendUnsupported

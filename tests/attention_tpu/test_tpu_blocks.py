@@ -14,10 +14,17 @@ from tpu_cases import SMALL
 from engine.attention.metadata import AttentionMetadata
 from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.attention.tpu import block_sizes
-from engine.attention.tpu.api import make_geometry, ragged_paged_attention_tpu
-from engine.attention.tpu.block_sizes import OVERRIDE_KEYS, VMEM_BYTES, choose_blocks, load_overrides, run_pages
-from engine.attention.tpu.geometry import BlockSizes, Geometry
-from engine.attention.tpu.kernel import scratch_bytes
+from engine.attention.tpu.api import make_geometry, ragged_paged_attention_tpu, scratch_bytes
+from engine.attention.tpu.block_sizes import (
+    OVERRIDE_KEYS,
+    VMEM_BYTES,
+    BlockSizes,
+    choose_blocks,
+    load_overrides,
+    make_tiles,
+    run_pages,
+)
+from engine.attention.tpu.kernel.geometry import Geometry
 from engine.attention.tpu.schedule import make_schedule
 from engine.errors import BackendUnsupported, ConfigError
 
@@ -43,7 +50,7 @@ def test_scratch_fits_vmem_and_blocks_nest(generation: str, page_size: int, head
     geo = Geometry(
         heads=heads, group=group, lanes=lanes, words=words, page_size=page_size, run_pages=runs, table_pages=2048,
         kv_dtype=jnp.dtype(jnp.bfloat16), compute_dtype=jnp.dtype(jnp.bfloat16), io_dtype=io, soft_cap=None,
-        window=None, has_lse=False, interpret=False, blocks=blocks,
+        window=None, has_lse=False, interpret=False, tiles=make_tiles(blocks, group),
     )  # fmt: skip
     used = scratch_bytes(geo)
     assert used < 0.9 * VMEM_BYTES[generation], f"{used >> 20} MiB"

@@ -12,6 +12,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as mosaic_interpret
 from tpu_cases import SMALL, Step, make_step, run
 
+from engine.attention.tpu.kernel import transfer
 from engine.kv.tpu_view import view_words
 
 MIXED = [(1, 5), (0, 40), (1, 300), (40, 170), (3, 3), (1, 129), (1, 512)]
@@ -89,5 +90,5 @@ def test_each_page_is_read_once_a_block_of_queries_and_each_new_row_written_once
 
 def test_the_count_notices_a_page_that_is_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     step = make_step(21, [(1, 40)])
-    monkeypatch.setattr("engine.attention.tpu.transfer.page_id", lambda geo, schedule, seq, index: schedule.table[0])
+    monkeypatch.setattr(transfer, "page_id", lambda geo, schedule, seq, index: schedule.table[0])
     assert traffic_of(step, monkeypatch).pages_read != pages_that_must_be_read(step, None)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from tpu_cases import check, make_step
 
-from engine.attention.tpu import flash, registers, transfer
+from engine.attention.tpu.kernel import flash, loops, registers, transfer
 
 STEP = [(1, 5), (1, 300), (20, 170)]
 
@@ -31,7 +31,7 @@ def test_missing_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_results_not_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "wait_out", lambda *args: None)
+    monkeypatch.setattr(loops, "_wait_results", lambda *args: None)
     expect_caught()
 
 

@@ -12,8 +12,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from tpu_cases import SMALL
 
-from engine.attention.tpu.geometry import Geometry
-from engine.attention.tpu.registers import load_kv
+from engine.attention.tpu.block_sizes import make_tiles
+from engine.attention.tpu.kernel.geometry import Geometry
+from engine.attention.tpu.kernel.registers import load_kv
 from engine.kv.layout import padded_rows
 from engine.kv.tpu_view import view_words
 
@@ -38,7 +39,7 @@ def test_words_and_indices_load_the_same_rows(dtype: jnp.dtype, heads: int, lane
     geo = Geometry(
         heads=heads, group=4, lanes=lanes, words=words.shape[1], page_size=16, run_pages=1, table_pages=8,
         kv_dtype=dtype, compute_dtype=jnp.dtype(jnp.float32), io_dtype=jnp.dtype(jnp.float32), soft_cap=None,
-        window=None, has_lse=False, interpret=False, blocks=SMALL,
+        window=None, has_lse=False, interpret=False, tiles=make_tiles(SMALL, 4),
     )  # fmt: skip
     cached = np.zeros((4, 16, geo.stride, geo.pack, 128), dtype)
     cached[:, :, : geo.words] = words.reshape(4, 16, *words.shape[1:])

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from engine.attention.metadata import AttentionMetadata, locate_new_tokens
 from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.attention.tpu.api import ragged_paged_attention_tpu
-from engine.attention.tpu.geometry import BlockSizes
+from engine.attention.tpu.block_sizes import BlockSizes
 from engine.kv.layout import KVLayout
 
 # Small blocks, so that short sequences cross chunks, blocks, items and buffers.

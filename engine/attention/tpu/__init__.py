@@ -1,1 +1,1 @@
-"""Ragged paged flash attention on TPU: ``kernel`` is the whole, ``docs/tpu-kernel.md`` the way there."""
+"""Ragged paged flash attention on TPU: ``kernel``, and all that is around it; see ``docs/tpu-kernel.md``."""

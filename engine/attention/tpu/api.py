@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -10,13 +11,14 @@ import jax.numpy as jnp
 
 from engine.attention.metadata import AttentionMetadata
 from engine.attention.spec import AttentionSpec, HeadArrays
-from engine.attention.tpu.block_sizes import SMEM_BYTES, choose_blocks, run_pages, vmem_limit
-from engine.attention.tpu.flash import LOG2_E
-from engine.attention.tpu.geometry import LANES, SUBLANES, BlockSizes, Geometry
-from engine.attention.tpu.kernel import call_kernel, scratch_bytes
-from engine.attention.tpu.schedule import Schedule, make_schedule
+from engine.attention.tpu.block_sizes import SMEM_BYTES, BlockSizes, choose_blocks, make_tiles, run_pages, vmem_limit
+from engine.attention.tpu.kernel.call import call_kernel, scratch_shapes
+from engine.attention.tpu.kernel.flash import LOG2_E
+from engine.attention.tpu.kernel.geometry import Geometry
+from engine.attention.tpu.kernel.items import Schedule
+from engine.attention.tpu.schedule import make_schedule
 from engine.errors import BackendUnsupported
-from engine.kv.layout import merge_kv, packing, pad_fused, to_stored
+from engine.kv.layout import LANES, SUBLANES, merge_kv, packing, pad_fused, to_stored
 from engine.kv.tpu_view import unview_words, view_is_free, view_words
 
 KV_DTYPES = ("bfloat16", "float32", "float8_e4m3fn", "float8_e5m2")
@@ -137,8 +139,8 @@ def make_geometry(
         soft_cap=spec.soft_cap,
         window=spec.sliding_window,
         has_lse=spec.return_lse,
+        tiles=make_tiles(blocks, group),
         interpret=interpret,
-        blocks=blocks,
     )
     _check_vmem(geo, generation)
     return geo
@@ -159,6 +161,12 @@ def _check(heads: int, fused_kv: jax.ShapeDtypeStruct | jax.Array, page_size: in
             f"page_size={page_size} is no multiple of the packing {packing(fused_kv.dtype)} of {fused_kv.dtype}; "
             "choose one that is"
         )
+
+
+def scratch_bytes(geo: Geometry) -> int:
+    """Bytes of VMEM that the kernel's buffers take."""
+    buffers = jax.tree.leaves(scratch_shapes(geo))
+    return sum(math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize for buffer in buffers)
 
 
 def _check_vmem(geo: Geometry, generation: str) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
 
-from engine.attention.tpu.geometry import LANES, BlockSizes
+from engine.attention.tpu.kernel.geometry import Tile
 from engine.errors import ConfigError
-from engine.kv.layout import packing, padded_rows
+from engine.kv.layout import LANES, SUBLANES, packing, padded_rows
 
 # VMEM of one core in bytes, by the generation that pltpu.get_tpu_info names.
 VMEM_BYTES = {"v5e": 128 << 20, "v6e": 128 << 20, "v7x": 64 << 20}
@@ -23,11 +24,31 @@ LARGE_PAGE = 128  # from here on a DMA a page costs less than looking for runs d
 DECODE_FETCH_TOKENS = 2048
 DECODE_HEAD_TOKENS = 8192  # tokens times unrolled heads of one decode chunk: code size against start-up latency
 PREFILL_ROWS = 1024  # rows of q a matrix operand: 2 x 4 tiles of the matrix unit, measured best
+SHORT_ROWS = 128  # rows of q of a short extend: one tile of the matrix unit
 PREFILL_FETCH_TOKENS = 1024
 PREFILL_CHUNK_TOKENS = 512
 # A list of objects with OVERRIDE_KEYS and "blocks", the fields of BlockSizes; `lanes` is the stored head_dim.
 OVERRIDES = Path(__file__).with_name("overrides.json")
 OVERRIDE_KEYS = ("generation", "heads", "group", "lanes", "page_size", "dtype")
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """How much is fetched and computed at once; fetch and compute blocks are apart.
+
+    Attributes:
+        decode_fetch_pages: pages of one DMA block for a decode row.
+        decode_chunk_pages: pages of one compute chunk for a decode row; divides the above.
+        prefill_queries: query tokens of one work item.
+        prefill_fetch_pages: pages of one DMA block for a prefill item.
+        prefill_chunk_pages: pages of one compute chunk for a prefill item; divides the above.
+    """
+
+    decode_fetch_pages: int
+    decode_chunk_pages: int
+    prefill_queries: int
+    prefill_fetch_pages: int
+    prefill_chunk_pages: int
 
 
 @functools.cache
@@ -52,6 +73,20 @@ def load_overrides(path: Path = OVERRIDES) -> dict[tuple[str | int, ...], BlockS
             raise ConfigError(f"{path.name}: in {entry} a chunk does not divide its fetch block; tune anew")
         table[tuple(entry[key] for key in OVERRIDE_KEYS)] = blocks
     return table
+
+
+def make_tiles(blocks: BlockSizes, group: int) -> tuple[Tile, ...]:
+    """The kinds of item: decode rows, short extends where a whole block would be far too large, and blocks."""
+    whole = blocks.prefill_queries
+    short = max(SUBLANES, SHORT_ROWS // group // SUBLANES * SUBLANES)
+    decode_rows = -(-group // SUBLANES) * SUBLANES
+    return (
+        Tile(1, decode_rows, blocks.decode_fetch_pages, blocks.decode_chunk_pages),
+        *(
+            Tile(queries, queries * group, blocks.prefill_fetch_pages, blocks.prefill_chunk_pages)
+            for queries in ((short, whole) if 4 * short <= whole else (whole,))
+        ),
+    )
 
 
 def vmem_limit(generation: str) -> int:

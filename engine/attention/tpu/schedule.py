@@ -6,37 +6,12 @@ arrays depend on the step alone, so that XLA computes them once for all layers.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
 from engine.attention.metadata import AttentionMetadata
-from engine.attention.tpu.geometry import Geometry
-
-
-class Schedule(NamedTuple):
-    """Scalar-prefetched into SMEM; every leaf is int32.
-
-    Attributes:
-        table: ``[B * P']`` page ids.
-        runs: ``[B * P' / run_pages]``, 1 where the pages of a group are contiguous; ``[1]`` where a group is a page.
-        cu_q_lens: ``[B + 1]``.
-        kv_lens: ``[B]``.
-        slots: ``[T]`` where each new token goes, -1 for nowhere.
-        counts: ``[kinds]`` items of each kind, in the order of ``Geometry.tiles``.
-        item_seq: ``[N]`` sequence of each item, one kind after the other.
-        item_token: ``[N]`` index of its first query among the step's tokens.
-    """
-
-    table: jax.Array
-    runs: jax.Array
-    cu_q_lens: jax.Array
-    kv_lens: jax.Array
-    slots: jax.Array
-    counts: jax.Array
-    item_seq: jax.Array
-    item_token: jax.Array
+from engine.attention.tpu.kernel.geometry import Geometry
+from engine.attention.tpu.kernel.items import Schedule
 
 
 def make_schedule(geo: Geometry, metadata: AttentionMetadata, *, cache_pages: int) -> Schedule:

@@ -13,7 +13,7 @@ from engine.bench.tpu.bundles import Loop, Program
 from engine.errors import BackendUnsupported
 
 if TYPE_CHECKING:
-    from engine.attention.tpu.geometry import Geometry
+    from engine.attention.tpu.kernel.geometry import Geometry
 
 
 @dataclass(frozen=True)
@@ -81,20 +81,19 @@ def find_lanes(program: Program, kinds: int) -> list[Lane]:
 def our_figures(program: Program, geo: Geometry) -> dict[str, float]:
     """Figures of this package's kernel, one program for decode and prefill."""
     decode, *shorter, prefill = find_lanes(program, len(geo.tiles))
-    blocks, size = geo.blocks, geo.page_size
-    chunks = blocks.decode_fetch_pages // blocks.decode_chunk_pages
-    groups = blocks.decode_fetch_pages // geo.run_pages
-    tokens = blocks.decode_fetch_pages * size
+    tile, size = geo.tiles[0], geo.page_size
+    chunks, groups = tile.fetch_pages // tile.chunk_pages, tile.fetch_pages // geo.run_pages
+    tokens = tile.fetch_pages * size
     found = {
         f"decode bundles a token{name}": decode.bundles(chunks, groups, 1, scattered=scattered) / tokens
         for name, scattered in (("", False), (", scattered pages", True))
     }
-    found["decode bundles a token, compute alone"] = decode.chunk.bundles / (blocks.decode_chunk_pages * size)
+    found["decode bundles a token, compute alone"] = decode.chunk.bundles / (tile.chunk_pages * size)
     found |= _hot_loop("decode", program, decode.hot)
-    chunks = blocks.prefill_fetch_pages // blocks.prefill_chunk_pages
-    groups = blocks.prefill_fetch_pages // geo.run_pages
+    tile = geo.tiles[-1]
+    chunks, groups = tile.fetch_pages // tile.chunk_pages, tile.fetch_pages // geo.run_pages
     turns = 1 if prefill.hot is prefill.chunk else geo.heads
-    flops = 4 * geo.lanes * geo.tiles[-1].rows * blocks.prefill_chunk_pages * size  # of one head and chunk
+    flops = 4 * geo.lanes * tile.rows * tile.chunk_pages * size  # of one head and chunk
     block = prefill.bundles(chunks, groups, turns, scattered=False)
     for short in shorter:
         found["short extend over a whole block"] = short.bundles(chunks, groups, turns, scattered=False) / block

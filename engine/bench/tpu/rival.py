@@ -12,7 +12,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.bench.tpu.aot import TOPOLOGIES, fresh_dumps
 from engine.bench.tpu.bundles import read_program
@@ -44,85 +44,107 @@ def install() -> Path:
     return target
 
 
-def compile_rival(
-    *,
-    gen: str,
-    page_size: int,
-    q_heads: int,
-    kv_heads: int,
-    head_dim: int,
-    dtype: str,
-    tokens: int,
-    batch: int,
-    context: int,
-    site: str,
-    shrink: int = 1,
-    folder: str | None = None,
-) -> dict[str, Any]:
+class Shape(NamedTuple):
+    """What is compiled: the arguments of ``programs.compile_attention``."""
+
+    gen: str
+    page_size: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    tokens: int
+    batch: int
+    context: int
+
+    @property
+    def pages(self) -> int:
+        """Pages of a sequence."""
+        return -(-self.context // self.page_size)
+
+    @property
+    def query_dtype(self) -> str:
+        """float32 beside a float32 cache, else bfloat16."""
+        return "float32" if self.dtype == "float32" else "bfloat16"
+
+
+class Blocks(NamedTuple):
+    """Its block sizes, in the order in which its call takes them."""
+
+    queries: int
+    keys: int
+    computed_queries: int
+    computed_keys: int
+
+    def shrunk(self, by: int) -> Blocks:
+        """Smaller ones, which compute as many keys at once as before."""
+        keys = max(self.keys // by, self.computed_keys)
+        return Blocks(self.queries // by, keys, self.computed_queries // by, self.computed_keys)
+
+
+def compile_rival(*, site: str, shrink: int = 1, folder: str | None = None, **shape: Any) -> dict[str, Any]:
     """Compiles the rival's call with its own default blocks.
 
     Args:
-        gen: as in ``programs.compile_attention``, like all of the same name.
-        page_size: likewise.
-        q_heads: likewise.
-        kv_heads: likewise.
-        head_dim: likewise.
-        dtype: likewise.
-        tokens: likewise.
-        batch: likewise.
-        context: likewise.
-        folder: likewise.
         site: the directory that ``install`` returned.
         shrink: divides its default prefill blocks, for a target whose VMEM does not hold them.
+        folder: where libtpu dumps bundles, to count them; None counts none.
+        shape: the fields of ``Shape``.
+
+    Returns:
+        Bytes of temporaries and VMEM, the prefill blocks, and counts by ``rival_figures``.
     """
-    import jax
+    one = Shape(**shape)
+    kernel = _import_kernel(Path(site), one.gen)
+    decode = _default_blocks(kernel, one, kernel.RpaCase.DECODE)
+    prefill = _default_blocks(kernel, one, kernel.RpaCase.MIXED).shrunk(shrink)
+    compiled = _lower(kernel, one, decode, prefill).compile()
+    memory: Any = compiled.memory_analysis()
+    found: dict[str, Any] = {
+        "temporary bytes": memory.temp_size_in_bytes,
+        "VMEM bytes": max(kernel_vmem_bytes(compiled.as_text() or "").values()),
+        "prefill blocks": list(prefill),
+    }
+    if folder:
+        programs = fresh_dumps(Path(folder), "RPA", _seen)
+        lanes = -(-one.head_dim // 128) * 128
+        found |= rival_figures(
+            *(read_program(path) for path in programs),
+            decode_tokens=decode.keys,
+            prefill_flops=4 * lanes * prefill.queries * one.q_heads * prefill.computed_keys,
+            chunks=prefill.keys // prefill.computed_keys,
+        )
+    return found
+
+
+def _default_blocks(kernel: Any, one: Shape, case: Any) -> Blocks:
     import jax.numpy as jnp
+
+    sizes = (one.q_heads, one.kv_heads, one.head_dim, one.page_size, one.tokens, one.batch, one.pages)
+    chosen = kernel.get_default_block_sizes(jnp.dtype(one.query_dtype), jnp.dtype(one.dtype), *sizes, case=case)
+    return Blocks(*(chosen[name] for name in ("bq_sz", "bkv_sz", "bq_csz", "bkv_csz")))
+
+
+def _lower(kernel: Any, one: Shape, decode: Blocks, prefill: Blocks) -> Any:
+    """Its call over a cache that holds the whole batch, lowered for the target."""
+    import jax
     from jax.experimental import topologies
     from jax.sharding import Mesh, SingleDeviceSharding
 
-    kernel = _import_kernel(Path(site), gen)
-    device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[gen]).devices[0]
-    wide = jnp.float32 if dtype == "float32" else jnp.bfloat16
-    pages = -(-context // page_size)
+    device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[one.gen]).devices[0]
 
-    def like(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    def like(shape: tuple[int, ...], dtype: str = "int32") -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
-    def blocks(case: Any) -> tuple[int, ...]:
-        sizes = (q_heads, kv_heads, head_dim, page_size, tokens, batch, pages)
-        chosen = kernel.get_default_block_sizes(wide, jnp.dtype(dtype), *sizes, case=case)
-        return tuple(chosen[name] for name in ("bq_sz", "bkv_sz", "bq_csz", "bkv_csz"))
-
-    decode_blocks = blocks(kernel.RpaCase.DECODE)
-    queries, keys, fewer_queries, chunk = blocks(kernel.RpaCase.MIXED)
-    queries, keys, fewer_queries = queries // shrink, max(keys // shrink, chunk), fewer_queries // shrink
-    cache = like(kernel.get_kv_cache_shape(batch * pages + 1, page_size, kv_heads, head_dim, dtype), dtype)
-    new = like((tokens, kv_heads, head_dim), dtype)
-    mesh = Mesh([device], ("x",)).abstract_mesh
-    with jax.sharding.use_abstract_mesh(mesh):
-        lowered = kernel.ragged_paged_attention.lower(
-            like((tokens, q_heads, head_dim), wide), new, new, cache,
-            like((batch,)), like((batch * pages,)), like((batch + 1,)), like((3,)),
-            sm_scale=head_dim**-0.5, d_block_sizes=decode_blocks, m_block_sizes=(queries, keys, fewer_queries, chunk),
+    pages = one.batch * one.pages
+    cache = kernel.get_kv_cache_shape(pages + 1, one.page_size, one.kv_heads, one.head_dim, one.dtype)
+    new = like((one.tokens, one.kv_heads, one.head_dim), one.dtype)
+    with jax.sharding.use_abstract_mesh(Mesh([device], ("x",)).abstract_mesh):
+        return kernel.ragged_paged_attention.lower(
+            like((one.tokens, one.q_heads, one.head_dim), one.query_dtype), new, new, like(cache, one.dtype),
+            like((one.batch,)), like((pages,)), like((one.batch + 1,)), like((3,)),
+            sm_scale=one.head_dim**-0.5, d_block_sizes=tuple(decode), m_block_sizes=tuple(prefill),
         )  # fmt: skip
-    compiled = lowered.compile()
-    memory: Any = compiled.memory_analysis()
-    vmem = kernel_vmem_bytes(compiled.as_text() or "")
-    found: dict[str, Any] = {
-        "temporary bytes": memory.temp_size_in_bytes,
-        "VMEM bytes": max(vmem.values()),
-        "prefill blocks": [queries, keys, fewer_queries, chunk],
-    }
-    if folder:
-        decode, prefill = fresh_dumps(Path(folder), "RPA", _seen)
-        lanes = -(-head_dim // 128) * 128
-        found |= rival_figures(
-            *(read_program(path) for path in (decode, prefill)),
-            decode_tokens=decode_blocks[1],
-            prefill_flops=4 * lanes * queries * q_heads * chunk,
-            chunks=keys // chunk,
-        )
-    return found
 
 
 def _import_kernel(site: Path, gen: str) -> Any:

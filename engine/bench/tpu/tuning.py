@@ -15,8 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from engine.attention.spec import AttentionSpec
-from engine.attention.tpu.block_sizes import OVERRIDE_KEYS, VMEM_BYTES, VMEM_SHARE, choose_blocks, load_overrides
-from engine.attention.tpu.geometry import BlockSizes
+from engine.attention.tpu.block_sizes import (
+    OVERRIDE_KEYS,
+    VMEM_BYTES,
+    VMEM_SHARE,
+    BlockSizes,
+    choose_blocks,
+    load_overrides,
+)
 from engine.errors import BackendUnsupported
 from engine.kv.layout import KVLayout
 
@@ -118,13 +124,12 @@ def fits(target: Target, blocks: BlockSizes) -> bool:
 def scratch_bytes(target: Target, blocks: BlockSizes) -> int:
     """VMEM that the kernel's buffers take with these sizes; BackendUnsupported where the core has less."""
     # Only here: Pallas takes long to import, and no other benchmark needs it.
-    from engine.attention.tpu import kernel
-    from engine.attention.tpu.api import make_geometry
+    from engine.attention.tpu import api
 
     layout = target.layout
     cache = jax.ShapeDtypeStruct(layout.buffer_shape(2 * target.page_size), layout.dtype)
     q = jax.ShapeDtypeStruct((blocks.prefill_queries, target.heads * target.group, target.head_dim), target.query_dtype)
-    geo = make_geometry(
+    geo = api.make_geometry(
         q,
         target.heads,
         cache,
@@ -133,7 +138,7 @@ def scratch_bytes(target: Target, blocks: BlockSizes) -> int:
         generation=target.generation,
         blocks=blocks,
     )
-    return kernel.scratch_bytes(geo)
+    return api.scratch_bytes(geo)
 
 
 @dataclass(frozen=True)

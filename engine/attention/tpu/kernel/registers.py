@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from engine.attention.tpu.geometry import LANES, Geometry
+from engine.attention.tpu.kernel.geometry import Geometry
+from engine.kv.layout import LANES
 
 Ref = Any  # a Pallas memory reference; jax has no public type for it
 

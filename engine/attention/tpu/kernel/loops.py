@@ -1,25 +1,21 @@
-"""Ragged paged flash attention over the fused cache: the kernel body and its call.
+"""The loops of the kernel: items of one kind, blocks of an item, chunks of a block.
 
-One launch does a step of one layer: it writes the new rows into their pages, then walks the items, one kind after the
-other. Pages stream from HBM through two buffers; the next block, be it of the next item, is fetched while this one is
-computed. The online softmax is that of FlashAttention-2, the cache layout that of tpu_commons' kernel v3.
+Pages stream from HBM through two buffers; the next block, be it of the next item, is fetched while this one is
+computed.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from engine.attention.tpu import flash, registers, transfer
-from engine.attention.tpu.geometry import LANES, SUBLANES, Geometry, Tile
-from engine.attention.tpu.registers import Ref
-from engine.attention.tpu.schedule import Schedule
-from engine.attention.tpu.transfer import Item, Scalar
+from engine.attention.tpu.kernel import flash, registers, transfer
+from engine.attention.tpu.kernel.geometry import Geometry, Tile
+from engine.attention.tpu.kernel.items import Item, Scalar, Schedule, block_range, make_item
+from engine.attention.tpu.kernel.registers import Ref
 
 
 class Operands(NamedTuple):
@@ -74,7 +70,7 @@ class Lane(NamedTuple):
 
     def item(self, index: Scalar) -> Item:
         """The ``index``-th item of this kind."""
-        return transfer.make_item(self.geo, self.schedule, self.first + index, self.tile.queries)
+        return make_item(self.geo, self.schedule, self.first + index, self.tile.queries)
 
     def q_copy(self, item: Item, buffer: Scalar) -> tuple[Ref, Ref]:
         """Source and target of the queries' DMA."""
@@ -91,7 +87,7 @@ class Lane(NamedTuple):
         ]
 
 
-def _run_lane(lane: Lane) -> None:
+def run_lane(lane: Lane) -> None:
     """Walks all items of one kind; the buffers' turns run on across blocks and items."""
     sems, scratch, fetch_pages = lane.sems, lane.scratch, lane.tile.fetch_pages
 
@@ -100,18 +96,18 @@ def _run_lane(lane: Lane) -> None:
         transfer.start_block(lane.geo, lane.schedule, lane.ops.cache, pages, sem, item, block, fetch_pages)
 
     def first_block(item: Item) -> Scalar:
-        return transfer.block_range(lane.geo, item, fetch_pages)[0]
+        return block_range(lane.geo, item, fetch_pages)[0]
 
     def run_item(index: Scalar, slot: Scalar) -> Scalar:
         item, buffer, more = lane.item(index), index % 2, index + 1 < lane.count
         following = lane.item(jnp.minimum(index + 1, lane.count - 1))
-        first, last = transfer.block_range(lane.geo, item, fetch_pages)
+        first, last = block_range(lane.geo, item, fetch_pages)
 
         @pl.when(more)
         def _() -> None:
             transfer.start_copy(*lane.q_copy(following, 1 - buffer), sems.q.at[1 - buffer])
 
-        transfer.wait_in(*lane.q_copy(item, buffer), sems.q.at[buffer])
+        transfer.wait_copy(*lane.q_copy(item, buffer), sems.q.at[buffer])
         flash.reset(scratch.state, lane.tile.rows, lane.ops.sinks)
 
         def run_block(block: Scalar, slot: Scalar) -> Scalar:
@@ -188,94 +184,4 @@ def _finish(lane: Lane, item: Item, buffer: Scalar) -> None:
 
 def _wait_results(lane: Lane, index: Scalar) -> None:
     for source, target in lane.out_copies(lane.item(index), index % 2):
-        transfer.wait_out(source, target, lane.sems.out.at[index % 2])
-
-
-def scratch_shapes(geo: Geometry) -> Scratch:
-    """VMEM scratch of the kernel."""
-    rows, fetch_pages = (max(tile[at] for tile in geo.tiles) for at in (1, 2))
-    queries = -(-rows // geo.group)
-    q = pltpu.VMEM((2, geo.heads, queries, geo.group // geo.io_pack, geo.io_pack, geo.lanes), geo.io_dtype)
-    lse = (2, geo.heads, queries, geo.group, 1, LANES) if geo.has_lse else (SUBLANES, LANES)
-    return Scratch(
-        pages=pltpu.VMEM((2, fetch_pages, geo.page_size, geo.stride, geo.pack, LANES), geo.kv_dtype),
-        q=q,
-        out=q,
-        lse=pltpu.VMEM(lse, jnp.float32),
-        state=flash.State(*(pltpu.VMEM((geo.heads, rows, width), jnp.float32) for width in (LANES, LANES, geo.lanes))),
-    )
-
-
-def scratch_bytes(geo: Geometry) -> int:
-    """Bytes of the kernel's scratch."""
-    buffers = jax.tree.leaves(scratch_shapes(geo))
-    return sum(math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize for buffer in buffers)
-
-
-def call_kernel(
-    geo: Geometry,
-    schedule: Schedule,
-    q: jax.Array,
-    new: jax.Array,
-    sinks: jax.Array | None,
-    cache: jax.Array,
-    *,
-    vmem_limit_bytes: int,
-    interpret: Any,
-) -> tuple[jax.Array, ...]:
-    """Runs one step of one layer.
-
-    Args:
-        geo: static sizes.
-        schedule: the step's items.
-        q: ``[H, T, G / p, p, D']`` of the io dtype, scaled into the log2 domain.
-        new: ``[T, words, p, 128]`` of the cache's dtype, the merged new rows.
-        sinks: ``[H, rows, 128]`` float32 in the log2 domain for the most rows of an item, or None.
-        cache: ``[pages, page_size, words, p, 128]``, aliased to the last result.
-        vmem_limit_bytes: VMEM that the compiler may use.
-        interpret: False, or ``pltpu.InterpretParams``.
-
-    Returns:
-        out shaped as ``q``, with lse ``[H, T, G, 1, 128]`` float32, then the cache; tokens of no item hold anything.
-    """
-    scalars, has_sinks = len(schedule), sinks is not None
-    lse_shape = [jax.ShapeDtypeStruct((*q.shape[:2], geo.group, 1, LANES), jnp.float32)] * geo.has_lse
-    out_shape = [
-        jax.ShapeDtypeStruct(q.shape, q.dtype), *lse_shape, jax.ShapeDtypeStruct(cache.shape, cache.dtype)
-    ]  # fmt: skip
-    shapes, pair = scratch_shapes(geo), pltpu.SemaphoreType.DMA((2,))
-    hbm, vmem = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.VMEM)
-
-    def body(*refs: Any) -> None:
-        left = list(refs)
-        steps = Schedule(*(left.pop(0) for _ in range(scalars)))
-        q_ref, new_ref, _ = (left.pop(0) for _ in range(3))
-        sinks_ref = left.pop(0) if has_sinks else None
-        out_ref, lse_ref = left.pop(0), left.pop(0) if geo.has_lse else None
-        ops = Operands(q_ref, new_ref, sinks_ref, out_ref, lse_ref, left.pop(0))
-        scratch, sems = left
-        transfer.write_new_rows(geo, steps, ops.new, ops.cache, sems.write)
-        first = steps.counts[0] * 0
-        for kind, tile in enumerate(geo.tiles):
-            lane = Lane(geo, tile, steps, ops, scratch, sems, first, steps.counts[kind])
-            _run_lane(lane)
-            first += lane.count
-
-    call = pl.pallas_call(
-        body,
-        out_shape=out_shape,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=scalars,
-            grid=(1,),
-            in_specs=[hbm] * 3 + [vmem] * has_sinks,
-            out_specs=[hbm] * len(out_shape),
-            scratch_shapes=[shapes, Semaphores(pair, pair, pair, pltpu.SemaphoreType.DMA)],
-        ),
-        input_output_aliases={scalars + 2: len(out_shape) - 1},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_limit_bytes, disable_bounds_checks=True
-        ),
-        interpret=interpret,
-        name="ragged_paged_attention",
-    )
-    return tuple(call(*schedule, q, new, cache, *([sinks] if has_sinks else [])))
+        transfer.wait_copy(source, target, lane.sems.out.at[index % 2])

@@ -2,49 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from engine.attention.tpu.geometry import Geometry
-from engine.attention.tpu.registers import Ref
-
-Scalar = Any  # an int32 scalar, traced or not
-
-
-class Item(NamedTuple):
-    """A block of queries of one sequence, and the keys ``[low, high)`` that they see; all scalars.
-
-    Attributes:
-        seq: the sequence.
-        token: index of the first query among the step's tokens.
-        queries: how many.
-        position: of the first query in the sequence.
-        low: first key that any of them sees: causal, and within the window of the first.
-        high: the key after the last; not past ``low`` where they see none.
-    """
-
-    seq: Scalar
-    token: Scalar
-    queries: Scalar
-    position: Scalar
-    low: Scalar
-    high: Scalar
+from engine.attention.tpu.kernel.geometry import Geometry
+from engine.attention.tpu.kernel.items import Item, Scalar, Schedule, page_id, page_range
+from engine.attention.tpu.kernel.registers import Ref
 
 
-def make_item(geo: Geometry, schedule: Any, index: Scalar, most_queries: int) -> Item:
-    """The ``index``-th item of the step's, of at most ``most_queries``."""
-    seq, token = schedule.item_seq[index], schedule.item_token[index]
-    left = schedule.cu_q_lens[seq + 1] - token
-    queries, position = jnp.minimum(left, most_queries), schedule.kv_lens[seq] - left
-    low = position * 0 if geo.window is None else jnp.maximum(position - geo.window + 1, 0)
-    return Item(seq, token, queries, position, low, jnp.maximum(position + queries, 0))
-
-
-def write_new_rows(geo: Geometry, schedule: Any, new: Ref, cache: Ref, sem: Ref) -> None:
+def write_new_rows(geo: Geometry, schedule: Schedule, new: Ref, cache: Ref, sem: Ref) -> None:
     """Copies the new tokens' K and V into their pages, one DMA a page piece, and waits for all of them.
 
     Args:
@@ -90,28 +58,8 @@ def wait_new_rows(new: Ref, count: Scalar, sem: Ref) -> None:
         pltpu.make_async_copy(rows, rows, sem).wait()
 
 
-def page_id(geo: Geometry, schedule: Any, seq: Scalar, index: Scalar) -> Scalar:
-    """Page that holds tokens ``index * page_size …`` of a sequence."""
-    return schedule.table[seq * geo.table_pages + index]
-
-
-def block_range(geo: Geometry, item: Item, fetch_pages: int) -> tuple[Scalar, Scalar]:
-    """First and last-plus-one fetch block of an item."""
-    tokens = fetch_pages * geo.page_size
-    first = item.low // tokens
-    # An item that sees no key has one block, of no page: its turn of the buffers starts the next item's fetch.
-    return first, jnp.maximum(pl.cdiv(item.high, tokens), first + 1)
-
-
-def page_range(geo: Geometry, item: Item, block: Scalar, fetch_pages: int) -> tuple[Scalar, Scalar]:
-    """First and last-plus-one page of a block that the item sees: what is fetched, no page more."""
-    first = jnp.maximum(item.low // geo.page_size, block * fetch_pages)
-    last = jnp.minimum(pl.cdiv(item.high, geo.page_size), (block + 1) * fetch_pages)
-    return first, last
-
-
 def start_block(
-    geo: Geometry, schedule: Any, cache: Ref, buffer: Ref, sem: Ref, item: Item, block: Scalar, fetch_pages: int
+    geo: Geometry, schedule: Schedule, cache: Ref, buffer: Ref, sem: Ref, item: Item, block: Scalar, fetch_pages: int
 ) -> None:
     """Starts the DMAs of one block: one for a contiguous run, else one a page.
 
@@ -181,11 +129,6 @@ def start_copy(source: Ref, target: Ref, sem: Ref) -> None:
     pltpu.make_async_copy(source, target, sem).start()
 
 
-def wait_in(source: Ref, target: Ref, sem: Ref) -> None:
-    """Waits for a copy of queries into VMEM."""
-    pltpu.make_async_copy(source, target, sem).wait()
-
-
-def wait_out(source: Ref, target: Ref, sem: Ref) -> None:
-    """Waits for a copy of results into HBM."""
+def wait_copy(source: Ref, target: Ref, sem: Ref) -> None:
+    """Waits for one copy."""
     pltpu.make_async_copy(source, target, sem).wait()

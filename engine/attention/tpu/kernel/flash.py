@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from engine.attention.tpu.geometry import LANES, Geometry, Tile
-from engine.attention.tpu.registers import Ref, load_kv, load_queries
-from engine.attention.tpu.transfer import Item, Scalar
+from engine.attention.tpu.kernel.geometry import Geometry, Tile
+from engine.attention.tpu.kernel.items import Item, Scalar
+from engine.attention.tpu.kernel.registers import Ref, load_kv, load_queries
+from engine.kv.layout import LANES
 
 LOG2_E = 1.4426950408889634
 # A row whose keys so far are all masked has this maximum; what it summed is wiped by exp2(MASKED - m) = 0 later.

@@ -1,4 +1,4 @@
-"""What one compiled kernel knows at trace time: heads, dtypes, tiles and block sizes."""
+"""What one compiled kernel knows at trace time: heads, dtypes and the sizes of what it works on."""
 
 from __future__ import annotations
 
@@ -8,32 +8,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from engine.kv.layout import LANES, SUBLANES
+from engine.kv.layout import LANES
 from engine.kv.tpu_view import TILE_ROWS, word_of
-
-__all__ = ["LANES", "SUBLANES", "BlockSizes", "Geometry"]
-
-
-SHORT_ROWS = 128  # rows of q of a short extend: one tile of the matrix unit
-
-
-@dataclass(frozen=True)
-class BlockSizes:
-    """How much is fetched and computed at once; fetch and compute blocks are apart.
-
-    Attributes:
-        decode_fetch_pages: pages of one DMA block for a decode row.
-        decode_chunk_pages: pages of one compute chunk for a decode row; divides the above.
-        prefill_queries: query tokens of one work item.
-        prefill_fetch_pages: pages of one DMA block for a prefill item.
-        prefill_chunk_pages: pages of one compute chunk for a prefill item; divides the above.
-    """
-
-    decode_fetch_pages: int
-    decode_chunk_pages: int
-    prefill_queries: int
-    prefill_fetch_pages: int
-    prefill_chunk_pages: int
 
 
 class Tile(NamedTuple):
@@ -43,7 +19,7 @@ class Tile(NamedTuple):
         queries: most query tokens of an item.
         rows: rows of q a KV head, row ``t * G + g``, in whole sublanes; those past the queries hold anything.
         fetch_pages: pages of one DMA block.
-        chunk_pages: pages of one compute chunk.
+        chunk_pages: pages of one compute chunk; divides the above.
     """
 
     queries: int
@@ -70,8 +46,8 @@ class Geometry:
         soft_cap: cap of the logits, or None.
         window: sliding window in tokens, or None.
         has_lse: whether log-sum-exp leaves the kernel.
+        tiles: the kinds of item, the fewest queries first: decode rows, perhaps short extends, and whole blocks.
         interpret: whether the interpreter runs it (see ``registers``).
-        blocks: the block sizes.
     """
 
     heads: int
@@ -87,8 +63,8 @@ class Geometry:
     soft_cap: float | None
     window: int | None
     has_lse: bool
+    tiles: tuple[Tile, ...]
     interpret: bool
-    blocks: BlockSizes
 
     @property
     def pack(self) -> int:
@@ -113,21 +89,6 @@ class Geometry:
     def stride(self) -> int:
         """32-bit rows between two tokens in VMEM: odd, so that a strided load meets no bank twice."""
         return self.words | 1
-
-    @property
-    def tiles(self) -> tuple[Tile, ...]:
-        """The kinds of item: decode rows, short extends where a whole block would be far too large, and blocks."""
-        blocks, group = self.blocks, self.group
-        whole = blocks.prefill_queries
-        short = max(SUBLANES, SHORT_ROWS // group // SUBLANES * SUBLANES)
-        decode_rows = -(-group // SUBLANES) * SUBLANES
-        return (
-            Tile(1, decode_rows, blocks.decode_fetch_pages, blocks.decode_chunk_pages),
-            *(
-                Tile(queries, queries * group, blocks.prefill_fetch_pages, blocks.prefill_chunk_pages)
-                for queries in ((short, whole) if 4 * short <= whole else (whole,))
-            ),
-        )
 
     @property
     def precision(self) -> str:
