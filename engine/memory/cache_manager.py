@@ -265,10 +265,16 @@ class CacheManager:
         self._locked[row] = self.prefix.advance(self._locked[row], scope, tokens, pages, priority=priority)
 
     def release(self, row: int, scope: CacheScope, token_ids: Int32) -> None:
-        """Gives back a row and its pages; the full ones stay in the prefix cache."""
-        if self.prefix is not None and not self._is_forgotten[row]:
-            self.prefix.insert(scope, *self._full_pages(row, token_ids), priority=int(self._priority[row]))
-        self._give_back(row)
+        """Gives back a row and its pages, also where it raises; the full ones stay in the prefix cache.
+
+        Raises:
+            Exception: what the prefix cache raises; then they do not stay.
+        """
+        try:
+            if self.prefix is not None and not self._is_forgotten[row]:
+                self.prefix.insert(scope, *self._full_pages(row, token_ids), priority=int(self._priority[row]))
+        finally:
+            self._give_back(row)
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached prefix, on the device and on the host.

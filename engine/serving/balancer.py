@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from engine.memory.integers import Int32
+from engine.serving.all_calls import for_each
 from engine.serving.request import FinishReason, Request
 from engine.serving.request_queue import QueueFront, RequestQueue
 from engine.serving.scheduled_step import PageCopy, ScheduledStep, StepPlan
@@ -87,13 +88,17 @@ class Balancer(QueueFront):
             raise
         return _joined(parts)
 
-    def commit(self, step: ScheduledStep, tokens: Int32) -> list[Request]:
-        """Books a step that has run; ``tokens`` are as many for each replica, as ``Scheduler.commit`` takes them."""
-        finished: list[Request] = []
+    def commit(self, step: ScheduledStep, tokens: Int32, finished: list[Request]) -> None:
+        """Books a step that has run, of every replica also where another one fails, as ``Scheduler.commit``.
+
+        Args:
+            step: of all replicas.
+            tokens: as many for each replica, one after the other.
+            finished: the requests that finish are added to it.
+        """
         by_replica = tokens.reshape(len(self.replicas), -1)
-        for replica, part, chosen in zip(self.replicas, step.parts, by_replica, strict=True):
-            finished += replica.commit(part, chosen)
-        return finished
+        parts = list(zip(self.replicas, step.parts, by_replica, strict=True))
+        for_each(lambda part: part[0].commit(*part[1:], finished), parts)
 
     def sampled_rows(self, step: ScheduledStep) -> list[tuple[Request, int]]:
         """As ``Scheduler.sampled_rows``; every replica has as many rows of the results."""
@@ -143,8 +148,7 @@ class Balancer(QueueFront):
         return [best, *(index for index in emptiest_first if index != best)]
 
     def _undo(self, parts: Sequence[ScheduledStep]) -> None:
-        for replica, part in zip(self.replicas, parts, strict=False):
-            replica.undo(part)
+        for_each(lambda part: part[0].undo(part[1]), list(zip(self.replicas, parts, strict=False)))
 
 
 def _joined(parts: Sequence[ScheduledStep]) -> ScheduledStep:

@@ -22,6 +22,7 @@ import numpy as np
 from engine.errors import RequestTooLarge
 from engine.memory.cache_manager import CacheManager
 from engine.memory.integers import Bool, Int32, Int64
+from engine.serving.all_calls import for_each
 from engine.serving.decode_run import DecodeRun
 from engine.serving.request import FinishReason, Request
 from engine.serving.request_queue import QueueFront, RequestQueue
@@ -181,18 +182,24 @@ class Scheduler(QueueFront):
         self.cache.grow_as_planned(growth)
         return self._scheduled(rows, counts)
 
-    def commit(self, step: ScheduledStep, tokens: Int32) -> list[Request]:
-        """Books a step that has run; ``tokens[i]`` was sampled for row ``i``, padding may follow.
+    def commit(self, step: ScheduledStep, tokens: Int32, finished: list[Request]) -> None:
+        """Books a step that has run, the whole of it also where the prefix cache fails for some request.
 
         What was computed for a request that has ended or lost its pages since the step was planned is dropped.
 
-        Returns:
-            The requests that finished; what they held is free or cached.
+        Args:
+            step: one that was planned and not undone.
+            tokens: ``tokens[i]`` was sampled for row ``i``, padding may follow.
+            finished: the requests that finish are added to it; what they held is free or cached.
+
+        Raises:
+            Exception: what the prefix cache raises; then something that could be cached is not.
         """
         chosen = tokens[: len(step.requests)].tolist()
         if step.growth is not None and self._plan.is_current(step.req_pool_idx):
             self._plan.append(chosen)
-            return self._release_ended(step, step.ends, chosen)
+            self._release_ended(step, step.ends, chosen, finished)
+            return
         live = self.still_run(step)
         sampled = live & step.samples
         for index in np.flatnonzero(sampled).tolist():
@@ -200,9 +207,10 @@ class Scheduler(QueueFront):
         for index in np.flatnonzero(live & ~step.on_device).tolist():
             request, samples = step.requests[index], bool(sampled[index])
             request.num_prefilled, request.is_decoding = int(step.starts[index] + step.counts[index]), samples
-        for index in np.flatnonzero(live & ~step.is_decode).tolist():
-            self._publish(step.requests[index])
-        return self._release_ended(step, step.ends, chosen, sampled)
+        try:
+            for_each(self._publish, [step.requests[index] for index in np.flatnonzero(live & ~step.is_decode).tolist()])
+        finally:
+            self._release_ended(step, step.ends, chosen, finished, sampled)
 
     def still_run(self, step: ScheduledStep) -> Bool:
         """Which rows of a step are for requests that have not ended or lost their pages since it was planned."""
@@ -219,10 +227,7 @@ class Scheduler(QueueFront):
         The rows have grown by slots that hold nothing, and a row grows at its end only. What was computed before is
         still cached.
         """
-        live = self.still_run(step).tolist()
-        for request, is_live in zip(step.requests, live, strict=True):
-            if is_live:
-                self.give_up(request)
+        for_each(self.give_up, [step.requests[index] for index in np.flatnonzero(self.still_run(step)).tolist()])
 
     def fork(self, parent: Request, child: Request) -> PageCopy | None:
         """Starts ``child``, another answer to the prompt that ``parent`` has just computed, from the parent's pages.
@@ -252,9 +257,11 @@ class Scheduler(QueueFront):
 
     def give_up(self, request: Request) -> None:
         """Sends a running request back to wait with the tokens it has; what it computed may stay cached."""
-        self._release(request)
-        request.begin(0)
-        self._queue.wait(request)
+        try:
+            self._release(request)
+        finally:  # or it would neither run nor wait
+            request.begin(0)
+            self._queue.wait(request)
 
     def end(self, request: Request, reason: FinishReason) -> None:
         """Ends a request wherever it stands and gives back every page it holds; does nothing if it has ended."""
@@ -290,19 +297,23 @@ class Scheduler(QueueFront):
         return self.max_step_tokens - int(plan.counts.sum()) - sum(plan.chunks)
 
     def _release_ended(
-        self, step: ScheduledStep, may_end: Bool, chosen: list[int], sampled: Bool | None = None
-    ) -> list[Request]:
+        self,
+        step: ScheduledStep,
+        may_end: Bool,
+        chosen: list[int],
+        finished: list[Request],
+        sampled: Bool | None = None,
+    ) -> None:
         """Releases the requests that the tokens of a step have ended; ``sampled`` tells whose these are, None all."""
         stop_ids = self._plan.stop_ids()
         if not stop_ids.isdisjoint(chosen):
             may_end = may_end | np.isin(chosen, list(stop_ids))
         if sampled is not None:
             may_end = may_end & sampled
-        finished = [step.requests[index] for index in may_end.nonzero()[0].tolist()]
-        finished = [request for request in finished if request.note_end()]
-        for request in finished:
-            self._release(request)
-        return finished
+        ending = [step.requests[index] for index in may_end.nonzero()[0].tolist()]
+        ended = [request for request in ending if request.note_end()]
+        finished += ended
+        for_each(self._release, ended)
 
     def _repeat(self) -> ScheduledStep | None:
         """The step before this one, a token further, where that is the plan and there is room for it."""
@@ -347,5 +358,5 @@ class Scheduler(QueueFront):
     def _release(self, request: Request) -> None:
         # A step that was scheduled and did not run has grown the row by slots that hold nothing yet.
         computed = request.tokens(0, request.num_computed)
-        self.cache.release(self._plan.release(request), request.scope, computed)
         self._run = None  # it would keep alive what has ended
+        self.cache.release(self._plan.release(request), request.scope, computed)

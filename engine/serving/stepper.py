@@ -77,11 +77,11 @@ class Stepper:
             return_logits: keep the logits of the step that is dispatched.
         """
         while (step := self._scheduler.next_step(settled=not self._flights)) is None:
-            finished += self._land()
+            self._land(finished)
         if step.requests:
             self._flights.append(self._dispatch(step, keeps_logits=return_logits))
         if self._flights and (not step.requests or len(self._flights) > self._most_flights):
-            finished += self._land()
+            self._land(finished)
         if not self._scheduler.has_work:
             self.drop()
 
@@ -99,8 +99,8 @@ class Stepper:
             raise
         return Flight(step, result, time.perf_counter(), logits, bool(parcel.wants_logprobs[0]))
 
-    def _land(self) -> list[Request]:
-        """Waits for the oldest step and commits it."""
+    def _land(self, finished: list[Request]) -> None:
+        """Waits for the oldest step and commits it; adds the requests that finish."""
         flight = self._flights[0]
         step, result = flight.step, flight.result
         try:
@@ -118,7 +118,7 @@ class Stepper:
         now = time.perf_counter()
         self._stats.note(step, now - max(flight.dispatched, self._landed), self._scheduler.held_tokens)
         self._landed = now
-        return self._scheduler.commit(step, tokens)
+        self._scheduler.commit(step, tokens, finished)
 
 
 def _keep(request: Request, index: int, logits: npt.NDArray[np.float32] | None, sampled: Sampled | None) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scheduler_support import CONTEXT, PAGE, Clock, PretendDevice, check_step, request
+from scheduler_support import CONTEXT, PAGE, Clock, PretendDevice, check_step, commit, request
 
 from engine.batch import FIELDS, FLOAT_FIELDS, StepParcel
 from engine.errors import RequestTooLarge
@@ -30,7 +30,7 @@ def make(replicas=2, size=64, slots=3, budget=16, policy="lru"):
 def run_step(balancer, token=7):
     step = balancer.next_step()
     slots = balancer.replicas[0].max_running_requests
-    return step, balancer.commit(step, np.full(len(balancer.replicas) * slots, token, np.int32))
+    return step, commit(balancer, step, np.full(len(balancer.replicas) * slots, token, np.int32))
 
 
 def finish(balancer):
@@ -172,6 +172,56 @@ def test_a_step_that_one_replica_cannot_take_is_taken_by_none(monkeypatch, which
     assert sorted(finish(balancer)) == [3, 4]
 
 
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("where", ["advance", "insert"])
+def test_a_step_that_cannot_be_cached_on_one_replica_is_booked_on_all(monkeypatch, which, where):
+    """``advance`` is called for prompts that were computed, ``insert`` for answers that end."""
+    balancer = make(slots=2)
+    requests = [request(number, 6, new=1 + 2 * (number > 2)) for number in (1, 2, 3, 4)]
+    for each in requests:
+        balancer.add(each)
+    ended, failures = [], 0
+
+    def boom(*_, **__):
+        raise OSError("no memory for a node")
+
+    monkeypatch.setattr(balancer.replicas[which].cache.prefix, where, boom)
+    while balancer.has_work:
+        step, lengths = balancer.next_step(), [len(each.output) for each in requests]
+        ran = {r.request_id for r, _ in balancer.sampled_rows(step)}
+        try:
+            balancer.commit(step, np.full(4, 7, np.int32), ended)
+        except OSError:
+            failures += 1
+        for each, length in zip(requests, lengths, strict=True):
+            assert len(each.output) == length + (each.request_id in ran)
+        for replica in balancer.replicas:
+            replica.cache.check_integrity()
+    assert failures == {"advance": 1, "insert": 2}[where]
+    assert sorted(r.request_id for r in ended) == [1, 2, 3, 4]
+    assert balancer.held_tokens == 0
+
+
+def test_a_step_that_cannot_be_cached_on_one_replica_is_undone_on_all(monkeypatch):
+    balancer = make(slots=2)
+    for number in (1, 2, 3, 4):
+        balancer.add(request(number, 6))
+    run_step(balancer)
+    step = balancer.next_step()
+
+    def boom(*_, **__):
+        raise OSError("no memory for a node")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(balancer.replicas[0].cache.prefix, "insert", boom)
+        with pytest.raises(OSError, match="no memory"):
+            balancer.undo(step)
+    assert not balancer.running
+    assert [r.num_computed for r in balancer.waiting] == [0] * 4
+    assert balancer.held_tokens == 0
+    assert sorted(finish(balancer)) == [1, 2, 3, 4]
+
+
 def test_metrics_are_sums_and_say_what_each_replica_has():
     balancer = make()
     for number, length in ((1, 20), (2, 4), (3, 6)):
@@ -252,7 +302,7 @@ def test_every_request_finishes_and_no_replica_idles_while_others_queue(data):
             }
             tokens = np.arange(replicas * slots, dtype=np.int32)
             before = {r.request_id: len(r.output) for r, _ in rows}
-            balancer.commit(landed, tokens)
+            commit(balancer, landed, tokens)
             for r, row in rows:
                 assert row // slots == r.replica
                 assert r.output[before[r.request_id] :] == [row]

@@ -174,3 +174,25 @@ def test_a_fork_that_failed_to_make_room_starts_later(llm, dense_greedy, monkeyp
     answers = [finished[request_id], *finished[request_id].siblings]
     assert [answer.token_ids for answer in answers] == [dense_greedy(prompt, 3)] * 3
     assert llm.cache.held_tokens == 0
+
+
+@pytest.mark.parametrize("where", ["advance", "insert"])
+def test_a_step_whose_prefixes_cannot_be_cached_is_booked_all_the_same(llm, dense_greedy, monkeypatch, where):
+    """In overlap too: the step that was dispatched meanwhile goes on from the tokens of this one."""
+    llm.cache.reset_prefix_cache()
+    prompts, lengths = random_prompts([10, 9, 3], seed=46), (1, 2, 6)
+    params = [SamplingParams(max_new_tokens=new) for new in lengths]
+    ids = [llm.add_request(*each) for each in zip(prompts, params, strict=True)]
+    finished, failures = {}, 0
+    monkeypatch.setattr(llm.cache.prefix, where, boom)
+    while llm.scheduler.has_work:
+        try:
+            finished |= llm.step()
+        except Boom:
+            failures += 1
+        llm.cache.check_integrity()
+    finished |= llm.step()  # who ended in a step that failed is reported by the next
+    assert failures > 0
+    for request_id, prompt, new in zip(ids, prompts, lengths, strict=True):
+        assert finished[request_id].token_ids == dense_greedy(prompt, new)
+    assert llm.cache.held_tokens == 0

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import event as hypothesis_event
 from hypothesis import strategies as st
-from scheduler_support import CONTEXT, PAGE, SCOPE, PretendDevice, check_step, make, request, run_step
+from scheduler_support import CONTEXT, PAGE, SCOPE, PretendDevice, check_step, commit, make, request, run_step
 
 from engine.batch import FIELDS
 from engine.errors import RequestTooLarge, ShapeError
@@ -251,7 +251,7 @@ def test_every_request_finishes_and_no_step_breaks_a_rule(data):
             step = scheduler.next_step()
             assert step.requests
             check_step(step, device, device.receive(step), slots, written)
-            scheduler.commit(step, np.zeros(slots, np.int32))
+            commit(scheduler, step, np.zeros(slots, np.int32))
             cache.check_integrity()
     assert all(r.finish_reason is FinishReason.LENGTH for r in requests)
     assert cache.held_tokens == 0
@@ -295,7 +295,7 @@ def test_a_repeated_step_is_the_one_that_planning_anew_would_make(data):
         while flights and (len(flights) > overlap or steps[0] is None or not steps[0].requests):
             both, token = flights.pop(0)
             ended = [
-                scheduler.commit(step, np.full(slots, token, np.int32))
+                commit(scheduler, step, np.full(slots, token, np.int32))
                 for (_, scheduler), step in zip(sides, both, strict=True)
             ]
             assert len({tuple((r.request_id, r.finish_reason) for r in each) for each in ended}) == 1

@@ -43,6 +43,7 @@ def compile_step(
     context: int,
     tp: int = 1,
     dp: int = 1,
+    cp: int = 1,
 ) -> dict[str, Any]:
     """Compiles one step of bfloat16 weights over a donated bfloat16 pool: the runner's own.
 
@@ -57,6 +58,7 @@ def compile_step(
         context: longest context in tokens.
         tp: devices that share the heads and weights.
         dp: replicas.
+        cp: devices that share the tokens of a page.
 
     Returns:
         Bytes a device: planned for weights and pool, and as compiled for arguments, alias and temporaries; how many
@@ -64,7 +66,7 @@ def compile_step(
         to count), and what is moved of a layer's buffer's size.
     """
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = make_mesh(tp=tp, dp=dp, devices=devices)
+    mesh = make_mesh(tp=tp, dp=dp, cp=cp, devices=devices)
     config = dataclasses.replace(split_config(LlamaConfig.from_mapping(model), tp), num_hidden_layers=layers)
     place = _Places(mesh, devices[0])
     llama, pool = place.model(config), place.pool(config, pool_tokens, page_size)
