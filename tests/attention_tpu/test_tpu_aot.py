@@ -42,7 +42,7 @@ def test_the_call_compiles_in_place_for_each_generation():
         [
             shape("v5e", "float8_e4m3fn", **LLAMA_70B_BY_8, decode=True),
             shape("v7x", "float32", **LLAMA_70B_BY_8, page_size=16),
-            shape("v6e", **LLAMA_8B, decode=True, window=1024),
+            shape("v6e", **LLAMA_8B, decode=True, window=1024) | {"extras": True},
         ]
     )
 
@@ -85,5 +85,14 @@ def test_every_configured_geometry_compiles(gen, decode):
 
 
 @pytest.mark.slow
-def test_every_page_size_compiles():
-    check_all([shape("v6e", page_size=page_size, decode=True) for page_size in (16, 32, 64, 128, 256)])
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256])
+def test_every_page_size_compiles(page_size):
+    check_all([shape("v6e", page_size=page_size, decode=True)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float8_e4m3fn"])
+@pytest.mark.parametrize("gen", GENERATIONS)
+def test_sinks_soft_cap_and_log_sum_exp_compile_together(gen, dtype):
+    """Whole blocks of queries, where the log-sum-exp takes 8 MiB of VMEM beside the rest."""
+    check_all([shape(gen, dtype, **LLAMA_8B) | {"extras": True}])

@@ -18,6 +18,7 @@ from engine.attention.tpu.api import make_geometry, ragged_paged_attention_tpu, 
 from engine.attention.tpu.block_sizes import (
     OVERRIDE_KEYS,
     VMEM_BYTES,
+    VMEM_SHARE,
     BlockSizes,
     choose_blocks,
     load_overrides,
@@ -80,6 +81,18 @@ def test_blocks_shrink_for_wide_tokens_and_are_refused_where_even_the_smallest_d
     else:
         with pytest.raises(BackendUnsupported, match=r"bytes of VMEM of 60,.* on v7x"):
             call()
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [("bfloat16", 1024), ("float32", 512)])
+def test_blocks_of_queries_shrink_where_log_sum_exp_would_leave_the_compiler_too_little(dtype: str, rows: int) -> None:
+    like = jax.ShapeDtypeStruct
+    q, kv = like((1024, 32, 128), jnp.dtype(dtype)), like((8192, 16, 128), jnp.dtype(dtype))
+    plain, lse = (
+        make_geometry(q, 8, kv, AttentionSpec(128, 1.0, return_lse=wanted), 32, generation="v7x")
+        for wanted in (False, True)
+    )
+    assert (plain.tiles[-1].rows, lse.tiles[-1].rows) == (1024, rows)
+    assert scratch_bytes(lse) <= VMEM_BYTES["v7x"] * VMEM_SHARE
 
 
 def geometry(blocks: BlockSizes, group: int, tokens: int = 1024) -> Geometry:

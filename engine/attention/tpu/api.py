@@ -11,7 +11,17 @@ import jax.numpy as jnp
 
 from engine.attention.metadata import AttentionMetadata
 from engine.attention.spec import AttentionSpec, HeadArrays
-from engine.attention.tpu.block_sizes import SMEM_BYTES, BlockSizes, choose_blocks, make_tiles, run_pages, vmem_limit
+from engine.attention.tpu.block_sizes import (
+    SHORT_ROWS,
+    SMEM_BYTES,
+    VMEM_BYTES,
+    VMEM_SHARE,
+    BlockSizes,
+    choose_blocks,
+    make_tiles,
+    run_pages,
+    vmem_limit,
+)
 from engine.attention.tpu.kernel.call import call_kernel, scratch_shapes
 from engine.attention.tpu.kernel.flash import LOG2_E
 from engine.attention.tpu.kernel.geometry import Geometry
@@ -112,7 +122,7 @@ def make_geometry(
     rows, lanes = fused_kv.shape[1:]
     kv_dtype, group = fused_kv.dtype, q.shape[1] // kv_heads
     wide = q.dtype == jnp.float32 or kv_dtype == jnp.float32
-    blocks = blocks or choose_blocks(
+    chosen = blocks or choose_blocks(
         generation=generation,
         heads=kv_heads,
         group=group,
@@ -123,8 +133,8 @@ def make_geometry(
     )
     # No item has more queries than the step.
     most_queries = -(-q.shape[0] // SUBLANES) * SUBLANES
-    blocks = dataclasses.replace(blocks, prefill_queries=min(blocks.prefill_queries, most_queries))
-    pages_in_run = run_pages(spec.page_size, blocks)
+    chosen = dataclasses.replace(chosen, prefill_queries=min(chosen.prefill_queries, most_queries))
+    pages_in_run = run_pages(spec.page_size, chosen)
     geo = Geometry(
         heads=kv_heads,
         group=group,
@@ -139,9 +149,11 @@ def make_geometry(
         soft_cap=spec.soft_cap,
         window=spec.sliding_window,
         has_lse=spec.return_lse,
-        tiles=make_tiles(blocks, group),
+        tiles=make_tiles(chosen, group),
         interpret=interpret,
     )
+    if blocks is None:
+        geo = _fit_queries(geo, chosen, generation)
     _check_vmem(geo, generation)
     return geo
 
@@ -167,6 +179,19 @@ def scratch_bytes(geo: Geometry) -> int:
     """Bytes of VMEM that the kernel's buffers take."""
     buffers = jax.tree.leaves(scratch_shapes(geo))
     return sum(math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize for buffer in buffers)
+
+
+def _fit_queries(geo: Geometry, blocks: BlockSizes, generation: str) -> Geometry:
+    """Halves the queries of a block while the buffers leave the compiler too little: who chose does not know them all.
+
+    Log-sum-exp, say, takes a third more a row of q.
+    """
+    smallest = max(SUBLANES, SHORT_ROWS // geo.group)
+    while scratch_bytes(geo) > VMEM_BYTES[generation] * VMEM_SHARE and blocks.prefill_queries >= 2 * smallest:
+        halved = blocks.prefill_queries // 2 // SUBLANES * SUBLANES
+        blocks = dataclasses.replace(blocks, prefill_queries=halved)
+        geo = dataclasses.replace(geo, tiles=make_tiles(blocks, geo.group))
+    return geo
 
 
 def _check_vmem(geo: Geometry, generation: str) -> None:
@@ -200,8 +225,7 @@ def _queries_by_head(geo: Geometry, q: jax.Array, sm_scale: float) -> jax.Array:
 
 
 def _sink_rows(geo: Geometry, sinks: jax.Array) -> jax.Array:
-    """Sinks in the log2 domain, one row of lanes a row of q: ``[H, most rows, 128]`` float32."""
+    """Sinks in the log2 domain, as many rows of lanes as fill whole groups and sublanes: ``[H, R, 128]`` float32."""
     logits = sinks.astype(jnp.float32).reshape(geo.heads, geo.group) * LOG2_E
-    rows = max(tile.rows for tile in geo.tiles)
-    tiled = jnp.tile(logits, (1, -(-rows // geo.group)))[:, :rows]
+    tiled = jnp.tile(logits, (1, math.lcm(geo.group, SUBLANES) // geo.group))
     return jnp.broadcast_to(tiled[..., None], (*tiled.shape, LANES))

@@ -39,6 +39,7 @@ def compile_attention(
     batch: int,
     context: int,
     window: int | None = None,
+    extras: bool = False,
     folder: str | None = None,
 ) -> dict[str, Any]:
     """Compiles one call of ``ragged_paged_attention`` over a donated cache that holds the whole batch.
@@ -54,6 +55,7 @@ def compile_attention(
         batch: sequences, B.
         context: longest context in tokens.
         window: sliding window in tokens, or None.
+        extras: with sinks, a soft cap and the log-sum-exp.
         folder: where libtpu dumps bundles, to count them; None counts none.
 
     Returns:
@@ -68,7 +70,10 @@ def compile_attention(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
     def step(cache: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, rest: dict[str, Any]) -> tuple[jax.Array, ...]:
-        return ragged_paged_attention(q, k, v, cache, page_size=page_size, sliding_window=window, impl="tpu", **rest)
+        options: dict[str, Any] = {"soft_cap": 30.0, "return_lse": True} if extras else {}
+        return ragged_paged_attention(
+            q, k, v, cache, page_size=page_size, sliding_window=window, impl="tpu", **options, **rest
+        )
 
     cache = like(layout.buffer_shape(slots), jnp.dtype(dtype))
     queries = like((tokens, q_heads, head_dim), _query_dtype(dtype))
@@ -80,6 +85,8 @@ def compile_attention(
     }
     if layout.dtype.itemsize == 1:
         rest |= {name: like((kv_heads,), jnp.float32) for name in ("k_scale", "v_scale")}
+    if extras:
+        rest["sinks"] = like((q_heads,), jnp.float32)
     with jax.sharding.use_abstract_mesh(Mesh([device], ("x",)).abstract_mesh):
         lowered = jax.jit(step, donate_argnums=0).lower(cache, queries, new, new, rest)
     compiled = lowered.compile()

@@ -53,7 +53,7 @@ def call_kernel(
         schedule: the step's items.
         q: ``[H, T, G / p, p, D']`` of the io dtype, scaled into the log2 domain.
         new: ``[T, words, p, 128]`` of the cache's dtype, the merged new rows.
-        sinks: ``[H, rows, 128]`` float32 in the log2 domain for the most rows of an item, or None.
+        sinks: ``[H, R, 128]`` float32 in the log2 domain, rows that repeat (``flash.reset``), or None.
         cache: ``[pages, page_size, words, p, 128]``, aliased to the last result.
         vmem_limit_bytes: VMEM that the compiler may use.
         interpret: False, or ``pltpu.InterpretParams``.

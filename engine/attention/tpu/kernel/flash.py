@@ -36,7 +36,7 @@ def reset(state: State, rows: int, sinks: Ref | None) -> None:
     Args:
         state: the state.
         rows: how many of its rows an item takes.
-        sinks: ``[H, at least rows, 128]`` float32 in the log2 domain, or None.
+        sinks: ``[H, R, 128]`` float32 in the log2 domain, or None: R rows that repeat, in whole groups and sublanes.
     """
     heads = state.peak.shape[0]
     state.acc[:, :rows] = jnp.zeros((heads, rows, state.acc.shape[2]), jnp.float32)
@@ -45,7 +45,9 @@ def reset(state: State, rows: int, sinks: Ref | None) -> None:
         state.peak[:, :rows] = jnp.full(shape, MASKED, jnp.float32)
         state.total[:, :rows] = jnp.zeros(shape, jnp.float32)
         return
-    state.peak[:, :rows] = sinks[:, :rows]
+    period = min(rows, sinks.shape[1])
+    repeated = jnp.broadcast_to(sinks[:, :period][:, None], (heads, rows // period, period, LANES))
+    state.peak[:, :rows] = repeated.reshape(shape)
     state.total[:, :rows] = jnp.where(jax.lax.broadcasted_iota(jnp.int32, shape, 2) == 0, 1.0, 0.0)
 
 
