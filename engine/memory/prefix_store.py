@@ -43,6 +43,9 @@ class PrefixStore:
         directory: made if it is missing.
         page_format: of the pages to save, and the only one that is restored.
 
+    Attributes:
+        loaded: digest of everything that ``load`` has returned.
+
     Raises:
         ConfigError: the directory cannot be made.
     """
@@ -56,6 +59,7 @@ class PrefixStore:
             ) from error
         self.directory = directory
         self.page_format = page_format
+        self.loaded = ""
 
     def save(self, segments: Iterable[PrefixSegment]) -> int:
         """Writes segments, each safe on disk before the next is begun, and then removes those of earlier saves.
@@ -87,10 +91,11 @@ class PrefixStore:
         self._remove_temporary_files()
         for path in self._files():
             try:
-                segment = self._decode(path)
+                segment, digest = self._decode(path)
             except (EngineError, SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
                 _logger.warning("saved prefix %s is not restored: %s", path.name, error)
             else:
+                self.loaded = hashlib.blake2b((self.loaded + digest).encode(), digest_size=32).hexdigest()
                 yield segment
 
     def _files(self) -> list[Path]:
@@ -98,7 +103,7 @@ class PrefixStore:
 
     def _remove_temporary_files(self) -> None:
         for path in self.directory.glob(_PATTERN + _TEMPORARY):
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process that loads from here may have done it
 
     def _write(self, name: str, content: bytes) -> None:
         temporary = self.directory / (name + _TEMPORARY)
@@ -130,12 +135,13 @@ class PrefixStore:
         content: bytes = serialize({"token_ids": tokens, "pages": pages}, metadata)
         return content
 
-    def _decode(self, path: Path) -> PrefixSegment:
+    def _decode(self, path: Path) -> tuple[PrefixSegment, str]:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             tokens, pages = file.get_tensor("token_ids"), file.get_tensor("pages")
         text = metadata["header"]
-        if _digest(text, tokens, pages) != metadata["digest"]:
+        digest = _digest(text, tokens, pages)
+        if digest != metadata["digest"]:
             raise ConfigError("its digest does not match: it is damaged; delete it")
         header = json.loads(text)
         if (header["format"], header["version"]) != (FORMAT, VERSION):
@@ -145,7 +151,8 @@ class PrefixStore:
         self.page_format.require_same(header["page_format"], path.name)
         data = pages.view(self.page_format.dtype).reshape(-1, *self.page_format.page_shape)
         tokens = self.page_format.check_pages(tokens, header["first_page"], data)
-        return PrefixSegment(CacheScope.from_key_bytes(header["scope"].encode()), tokens, header["first_page"], data)
+        scope = CacheScope.from_key_bytes(header["scope"].encode())
+        return PrefixSegment(scope, tokens, header["first_page"], data), digest
 
 
 def _digest(header: str, tokens: np.ndarray, pages: np.ndarray) -> str:

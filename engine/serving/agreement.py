@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
-from engine.errors import IntegrityError, RequestError
+from engine.errors import ConfigError, EngineError, IntegrityError, RequestError
 from engine.processes import SharedPlan
 from engine.serving.intake import Checked
 from engine.serving.request import SamplingParams
@@ -44,6 +45,42 @@ class Agreement:
         if isinstance(agreed, str):
             raise refused or RequestError(agreed)
         return [(np.array(ids, np.int32), _params(values)) for ids, values in agreed]
+
+    def done_by_first(self, action: Callable[[], int]) -> int:
+        """What process 0's ``action`` returns, in every process, once it is done; the others do not call theirs.
+
+        Raises:
+            Exception: what the action raises, in process 0.
+            EngineError: it raised there, in the others.
+            ProcessLost: process 0 is gone.
+        """
+        if not self.plan.is_shared:
+            return action()
+        failed: Exception | None = None
+        done: object = None
+        if self.plan.leads:
+            try:
+                done = action()
+            except Exception as error:  # whatever it is, the others must not wait for it
+                failed, done = error, f"{type(error).__name__}: {error}"
+        agreed: int | str = self.plan.agree(done)
+        if isinstance(agreed, str):
+            raise failed or EngineError(f"process 0 could not do its part: {agreed}; see what it said")
+        return agreed
+
+    def require_same(self, value: str, what: str) -> None:
+        """Refuses to go on where this process has something else than process 0.
+
+        Args:
+            value: what tells it from others.
+            what: names it in the message, with what would make it the same.
+
+        Raises:
+            ConfigError: the values differ.
+            ProcessLost: process 0 is gone.
+        """
+        if self.plan.agree(value) != value:
+            raise ConfigError(f"process {jax.process_index()} has not what process 0 has: {what}")
 
     def later_abort(self, request_id: int) -> None:
         """Has every process abort a request before the next step; counts in process 0 alone."""

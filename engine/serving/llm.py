@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from engine.memory.scope import CacheScope, LayoutKey
 from engine.models.checkpoint import load_llama
 from engine.models.default_model import DEFAULT_MODEL_DIR
 from engine.models.llama import Llama
+from engine.models.replacement import require_replaceable
 from engine.models.sharding import shard_llama
 from engine.models.text import Tokenizer, load_tokenizer
 from engine.processes import SharedPlan, lost
@@ -95,9 +97,12 @@ class LLM:
         )
         self.caches, self._store = make_caches(self.config, self.model.config, pool, self._runner)
         self._agreement = Agreement(SharedPlan())
+        if self._store is not None:
+            where = f"saved prefixes from prefix_cache_dir={self.config.prefix_cache_dir}"
+            self._agreement.require_same(self._store.loaded, f"{where}; let it be one directory that all can read")
         self.scheduler = make_scheduler(self.config, self.caches, self._agreement.plan.clock)
         self.stats = EngineStats()
-        self._identity = weights_identity(model if isinstance(model, Llama) else self.model, directory)
+        self._identity = self._identity_of(model if isinstance(model, Llama) else self.model, directory)
         self._weights_epoch = 0
         self._layout = LayoutKey.of(pool.layout.to_dict())
         self._intake = Intake(self.model.config, self.tokenizer, self.plan.context_length, self._scope_for)
@@ -237,28 +242,30 @@ class LLM:
 
         Raises:
             RequestError: requests are unfinished.
-            ConfigError: the geometry or dtype differs.
+            ConfigError: the geometry, the dtype or the shape of a parameter differs.
         """
         if self._unfinished:
             raise RequestError(f"{len(self._unfinished)} requests are unfinished; finish or abort them first")
+        require_replaceable(model, self.model, self.config.tp)
         if self._mesh is not None:
             model = shard_llama(model, self._mesh)
-        if model.config != self.model.config or model.dtype != self.model.dtype:
-            raise ConfigError("the new weights have another geometry or dtype; make a new LLM for them")
         self._weights_epoch += 1
         with self._gate:
             for prefix in self._prefixes:
                 prefix.raise_weights_epoch(self._identity, self._weights_epoch)
         # An epoch counts within one process: saved prefixes of other weights may have the same number.
-        self._identity = weights_identity(model, None)
+        self._identity = self._identity_of(model)
         self.model = model
         self._runner.replace_weights(model)
 
     def save_prefix_cache(self) -> int:
         """Saves every cached prefix to ``prefix_cache_dir``; returns how many files hold them.
 
+        Of several processes, which all must call it, process 0 writes them; when it returns they are there.
+
         Raises:
             ConfigError: no directory was configured.
+            OSError: the disk refuses; in processes other than 0 an EngineError that says so.
         """
         host = self.caches[0].host  # of all
         if self._store is None or host is None:
@@ -266,9 +273,8 @@ class LLM:
         with self._gate:
             for prefix in self._prefixes:
                 prefix.evict(prefix.evictable_pages)
-            if not self._agreement.plan.leads:
-                return 0  # every process has the same prefixes, and a directory takes one writer
-            return self._store.save(host.tier.segments())
+            # Every process has the same prefixes, and a directory takes one writer.
+            return self._agreement.done_by_first(partial(self._store.save, host.tier.segments()))
 
     def check_integrity(self) -> None:
         """Proves that every page of every replica is accounted for; else IntegrityError."""
@@ -301,6 +307,11 @@ class LLM:
     @property
     def _prefixes(self) -> list[RadixCache]:
         return [cache.prefix for cache in self.caches if cache.prefix]
+
+    def _identity_of(self, model: Llama, directory: Path | None = None) -> str:
+        """The name of the weights, process 0's: what was made in memory has another one in each process."""
+        name: str = self._agreement.plan.agree(weights_identity(model, directory))
+        return name
 
     def _scope_for(self, tenant_salt: str) -> CacheScope:
         return CacheScope(self._identity, self._weights_epoch, None, tenant_salt, self._layout)

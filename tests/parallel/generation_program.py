@@ -25,10 +25,12 @@ def run(case, model, one, prompts, params):
     llm = LLM(model, **OPTIONS, **case)
     before, shardings = pointers(llm.pool), [buffer.sharding for buffer in llm.pool.buffers]
     many = answers(llm, prompts, params)
+    llm.replace_weights(model)  # by the same: nothing compiles, nothing that was cached is used
+    again = answers(llm, prompts[1:2], params[1:2])
     devices = list(llm.pool.mesh.devices.flat)
     return {
         "answers": len(many),
-        "unlike": unlike(one, many),
+        "unlike": unlike(one, many) + unlike(one[1:2], again) + again[0].cached_tokens,
         "moved": pointers(llm.pool) != before,
         "resharded": [buffer.sharding for buffer in llm.pool.buffers] != shardings,
         "compiles": llm.compiles_after_warmup,

@@ -13,7 +13,7 @@ from serving_support import make_llama
 
 from engine import LLM, SamplingParams
 from engine.config import EngineConfig
-from engine.errors import ProcessLost, RequestError
+from engine.errors import ConfigError, ProcessLost, RequestError
 from engine.models.sharding import shard_llama
 from engine.processes import join_from, leave_at_once
 from engine.serving import device_memory
@@ -66,7 +66,7 @@ def compare(options, prompts, params):
     report["stepped"] = one_by_one(llm, prompts[:3])
     report["compiles"] = llm.compiles_after_warmup
     llm.check_integrity()
-    report["parcels"] = llm._runner.parcels
+    report["parcels"], report["weights"] = llm._runner.parcels, llm._identity
     print(json.dumps(report), flush=True)
 
 
@@ -97,5 +97,30 @@ def size(reports, options):
     print(json.dumps({"index": index, "size": pool.size}), flush=True)
 
 
+def keep(options, prompts):
+    """Prompts one by one, in a pool that holds two of them, and then the first again; what is cached is saved."""
+    llm = LLM(**options)  # the model that ships: prefixes are saved for weights that have a name
+    skewed(llm)
+    params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    answers = [llm.generate([prompt], params)[0] for prompt in [*prompts, prompts[0]]]
+    report = {"index": index, "answers": [answer.token_ids for answer in answers]}
+    report |= {"cached": [answer.cached_tokens for answer in answers], "loaded": llm.metrics().host_tier.loaded_pages}
+    report["compiles"] = llm.compiles_after_warmup
+    report["saved"] = llm.save_prefix_cache() if llm.config.prefix_cache_dir else None
+    report["there"] = len(os.listdir(llm.config.prefix_cache_dir)) if report["saved"] else 0
+    llm.check_integrity()
+    print(json.dumps(report), flush=True)
+
+
+def open_directories(options, directories):
+    """Each process is told of another directory of saved prefixes."""
+    try:
+        LLM(**options | {"prefix_cache_dir": directories[index]})
+    except ConfigError as error:
+        print(json.dumps({"refused": str(error)}), flush=True)
+        leave_at_once(2)
+    leave_at_once(0)
+
+
 mode, *arguments = (json.loads(argument) for argument in sys.argv[1:])
-{"compare": compare, "die": die, "size": size}[mode](*arguments)
+{"compare": compare, "die": die, "size": size, "keep": keep, "open_directories": open_directories}[mode](*arguments)

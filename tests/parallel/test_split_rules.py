@@ -1,19 +1,18 @@
 """What may be split how: refusals before anything is loaded, and weights that go straight to their shards."""
 
-import tomllib
 from pathlib import Path
 
 import pytest
 from devices import run_on_devices
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, read_toml
 from engine.errors import ConfigError
 from engine.models.llama_config import LlamaConfig
 from engine.models.sharding import split_config
 from engine.parallel import make_mesh
 from engine.serving.build import plan_pool
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("llama*.toml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*-*.toml"))  # those with a geometry
 
 
 def geometry(**changes):
@@ -67,11 +66,15 @@ def test_too_few_devices_are_refused_with_the_count():
         make_mesh(tp=4096)
 
 
+@pytest.mark.parametrize("axes", [{}, {"dp": 4}, {"cp": 8}, {"tp": 2, "dp": 2, "cp": 2}], ids=str)
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_plan_of_a_split_pool_is_the_whole_plan_over_its_devices(path):
-    tables = tomllib.loads(path.read_text())
+def test_a_configuration_file_says_the_split_and_the_plan_is_the_whole_one_over_its_devices(tmp_path, path, axes):
+    kept = [line for line in path.read_text().splitlines() if line.split("=")[0].strip() not in axes]
+    (tmp_path / "split.toml").write_text("\n".join([*kept, *(f"{name} = {size}" for name, size in axes.items())]))
+    tables = read_toml(tmp_path / "split.toml")
     model = LlamaConfig.from_mapping(tables["model"])
     split = EngineConfig.from_mapping(tables["engine"])
+    assert {name: getattr(split, name) for name in axes} == axes
     alone = EngineConfig.from_mapping({**tables["engine"], "tp": 1, "dp": 1, "cp": 1})
     one, many = (plan_pool(engine, model, "bfloat16", platform="tpu") for engine in (alone, split))
     repeats = max(1, split.tp // model.num_key_value_heads)
