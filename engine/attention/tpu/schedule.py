@@ -37,13 +37,14 @@ def make_schedule(geo: Geometry, metadata: AttentionMetadata, *, cache_pages: in
     cu_q_lens = jax.lax.cummax(jnp.clip(cu_q_lens, 0, num_tokens))
     q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
     most_queries = jnp.array([tile.queries for tile in geo.tiles], jnp.int32)
-    kind = jnp.searchsorted(most_queries[:-1], q_lens).astype(jnp.int32)
+    # Every pair is compared: a binary search is a loop of tiny programs, before the first layer of each step.
+    kind = jnp.searchsorted(most_queries[:-1], q_lens, method="compare_all").astype(jnp.int32)
     items = jnp.where(q_lens > 0, -(-q_lens // most_queries[kind]), 0)
     # A stable sort puts the sequences of one kind together, in order.
     order = jnp.argsort(kind, stable=True).astype(jnp.int32)
     ends = jnp.cumsum(items[order])
     index = jnp.arange(max(1, num_tokens // geo.tiles[-1].queries + min(batch, num_tokens)), dtype=jnp.int32)
-    place = jnp.minimum(jnp.searchsorted(ends, index, side="right"), batch - 1)
+    place = jnp.minimum(jnp.searchsorted(ends, index, side="right", method="compare_all"), batch - 1)
     seq = order[place]
     skipped = (index - (ends[place] - items[seq])) * most_queries[kind[seq]]
     table, runs = _find_runs(jnp.clip(page_table, 0, cache_pages - 1), geo.run_pages)
