@@ -197,20 +197,22 @@ class CacheManager:
         """
         self.grow_as_planned(self.plan_growth(rows, counts))
 
-    def grow_decoding(self, rows: DecodingRows) -> bool:
-        """Gives each row a page where it begins one, and a token more; False, with nothing changed, without room.
+    def has_room_to_decode(self, rows: DecodingRows) -> bool:
+        """Whether ``grow_decoding`` would find the pages, by eviction if need be."""
+        beginning = rows.beginning().size
+        return beginning <= self.allocator.available_pages() or beginning <= self.reclaimable_pages
+
+    def grow_decoding(self, rows: DecodingRows) -> None:
+        """Gives each row a page where it begins one, and a token more. All rows or none.
 
         Raises:
             ShapeError: the rows have changed otherwise.
+            KVPoolExhausted: too few pages are free or evictable.
         """
         rows.check_unchanged()  # before anything is evicted or taken
         beginning = rows.beginning()
-        if beginning.size > self.allocator.available_pages():
-            if beginning.size > self.reclaimable_pages:
-                return False
-            self._make_room(beginning.size)
+        self._make_room(beginning.size)
         rows.grow(beginning, self.allocator.alloc_single_pages(beginning.size))
-        return True
 
     def can_fork(self, row: int, tokens: int) -> bool:
         """Whether ``fork`` keeps the rule by which ``admit`` lets in."""

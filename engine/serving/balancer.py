@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -70,7 +71,12 @@ class Balancer(QueueFront):
         self.replicas[0].check_fits(request)
 
     def next_step(self, *, settled: bool = True) -> ScheduledStep | None:
-        """Plans a step of every replica, as ``Scheduler.next_step``; all of them or, where one fails, none."""
+        """Plans a step of every replica, as ``Scheduler.next_step``; all of them or, where one fails, none.
+
+        It repeats the one before it where every replica can.
+        """
+        if all(replica.is_steady for replica in self.replicas) and all(each.can_repeat() for each in self.replicas):
+            return self._all_of([replica.repeat for replica in self.replicas])
         plans: list[StepPlan] = []
         for replica in self.replicas:
             plan = replica.plan_running(settled=settled)
@@ -79,10 +85,16 @@ class Balancer(QueueFront):
             plans.append(plan)
         while self.waiting and self._admit_first(plans):
             pass
+        return self._all_of(
+            [partial(replica.schedule, plan) for replica, plan in zip(self.replicas, plans, strict=True)]
+        )
+
+    def _all_of(self, schedules: Sequence[Callable[[], ScheduledStep]]) -> ScheduledStep:
+        """The steps of all replicas as one; where one of them fails, none is scheduled."""
         parts: list[ScheduledStep] = []
         try:
-            for replica, plan in zip(self.replicas, plans, strict=True):
-                parts.append(replica.schedule(plan))
+            for schedule in schedules:
+                parts.append(schedule())
         except BaseException:  # an interrupt too: what the others have planned will not run
             self._undo(parts)
             raise

@@ -72,11 +72,12 @@ class Batcher:
             before it: int32 ``[2, SHARED_PAGES]`` each, places and pages.
         """
         rows, batch, total = step.req_pool_idx, len(step.requests), step.num_tokens
+        new_pages = self._page_table.take_new_pages(rows) if step.growth is None else step.growth.take_new_pages()
         if step.growth is not None and self._pattern is not None and rows is self._last_rows:
             shape, pattern = self._pattern
             parcel = StepParcel.over(pattern.copy(), shape)
             np.add(step.starts, 1, out=parcel.kv_lens[:batch], casting="same_kind")
-            return parcel, shape, self._fill_updates(parcel, *step.growth.take_new_pages())
+            return parcel, shape, self._fill_updates(parcel, *new_pages)
         shape = shape or self.shape_of(total)
         parcel = StepParcel.padding(shape)
         np.cumsum(step.counts, out=parcel.cu_q_lens[1 : batch + 1])
@@ -93,7 +94,7 @@ class Batcher:
         for name, values in self._params.items():
             getattr(parcel, name)[:batch] = values
         self._pattern = (shape, parcel.packed.copy()) if step.on_device.all() else None
-        return parcel, shape, self._fill_updates(parcel, *self._page_table.take_new_pages(rows))
+        return parcel, shape, self._fill_updates(parcel, *new_pages)
 
     def shape_of(self, tokens: int) -> ParcelShape:
         """The smallest shape that holds as many new tokens."""

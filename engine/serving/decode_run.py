@@ -31,9 +31,9 @@ class DecodeRun:
 
     @classmethod
     def after(cls, step: ScheduledStep, plan: RunningRows, growth: DecodingRows) -> DecodeRun:
-        """The steps that may follow ``step``, which has been planned."""
+        """The steps that may follow ``step``, which has been planned and filled."""
         rows = step.req_pool_idx
-        return cls(step, growth, min(int((plan.limit[rows] - plan.known[rows]).min()), growth.steps_left))
+        return cls(step, growth, int((plan.limit[rows] - plan.known[rows]).min(initial=growth.steps_left)))
 
     def next_step(self, plan: RunningRows) -> ScheduledStep:
         """Notes that each request computes a token more, whose page-table rows have grown."""

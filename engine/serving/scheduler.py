@@ -59,8 +59,9 @@ class Scheduler(QueueFront):
         self.retractions = 0
         self._pool_name = pool_name
         self._plan = RunningRows(cache.page_table.max_requests)
-        self._run: DecodeRun | None = None  # of the last step
-        self._last_rows: Int32 | None = None  # likewise
+        self._last_rows: Int32 | None = None  # of the last step that was planned
+        self._second: ScheduledStep | None = None  # that step, if it was the second of its kind
+        self._run: DecodeRun | None = None  # the steps that have repeated it
 
     @property
     def running(self) -> list[Request]:
@@ -116,20 +117,40 @@ class Scheduler(QueueFront):
             The step; None if the pool is short while a step is under way: commit that first, since who must give up
             its pages is decided when all is known.
         """
-        if (step := self._repeat()) is not None:
-            return step
+        if self.is_steady and self.can_repeat():
+            return self.repeat()
         plan = self.plan_running(settled=settled)
         if plan is None:
             return None
         while self.waiting and self.has_place(plan) and self.admit_first(plan):
             pass
-        step = self.schedule(plan)
-        rows = step.req_pool_idx
-        # The second of its kind: making a run costs as much as a step, and often somebody comes or goes.
-        is_second = rows.size > 0 and self._plan.is_current(rows) and rows is self._last_rows and step.on_device.all()
-        self._run = DecodeRun.after(step, self._plan, self.cache.page_table.decoding_rows(rows)) if is_second else None
-        self._last_rows = rows
-        return step
+        return self.schedule(plan)
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the last two steps were of all who run, decoding, since when nobody has come or gone or may come.
+
+        Not after the first such step: making a run of steps costs as much as one, and often somebody comes or goes.
+        """
+        step = self._second
+        if step is None or not self._plan.is_current(step.req_pool_idx):
+            return False
+        return not self.waiting or len(self.running) >= self.max_running_requests
+
+    def can_repeat(self) -> bool:
+        """Of a steady scheduler, whether its next step is the one before it, a token further, with room for it."""
+        if self._run is None and self._second is not None:
+            rows = self._second.req_pool_idx
+            self._run = DecodeRun.after(self._second, self._plan, self.cache.page_table.decoding_rows(rows))
+        run = self._run
+        return run is not None and run.steps_left > 0 and self.cache.has_room_to_decode(run.growth)
+
+    def repeat(self) -> ScheduledStep:
+        """The step before, a token further, where ``can_repeat`` says so."""
+        if self._run is None:
+            raise ValueError("there is no step to repeat; ask can_repeat first")
+        self.cache.grow_decoding(self._run.growth)
+        return self._run.next_step(self._plan)
 
     def plan_running(self, *, settled: bool) -> StepPlan | None:
         """What those who run already do in the next step, once those who are in their way have been retracted.
@@ -180,7 +201,10 @@ class Scheduler(QueueFront):
             counts = np.append(counts, np.array(plan.chunks, np.int64))
             growth = self.cache.plan_growth(rows, counts)
         self.cache.grow_as_planned(growth)
-        return self._scheduled(rows, counts)
+        step = self._scheduled(rows, counts)
+        is_second = self._plan.is_current(rows) and rows is self._last_rows and step.on_device.all()
+        self._last_rows, self._second, self._run = rows, step if is_second else None, None
+        return step
 
     def commit(self, step: ScheduledStep, tokens: Int32, finished: list[Request]) -> None:
         """Books a step that has run, the whole of it also where the prefix cache fails for some request.
@@ -315,15 +339,6 @@ class Scheduler(QueueFront):
         finished += ended
         for_each(self._release, ended)
 
-    def _repeat(self) -> ScheduledStep | None:
-        """The step before this one, a token further, where that is the plan and there is room for it."""
-        run = self._run
-        if run is None or not run.steps_left or not self._plan.is_current(run.step.req_pool_idx):
-            return None
-        if self.waiting and len(self.running) < self.max_running_requests:
-            return None
-        return run.next_step(self._plan) if self.cache.grow_decoding(run.growth) else None
-
     def _scheduled(self, rows: Int32, counts: Int64) -> ScheduledStep:
         """Notes that ``counts`` tokens of ``rows`` will be computed."""
         plan = self._plan
@@ -358,5 +373,5 @@ class Scheduler(QueueFront):
     def _release(self, request: Request) -> None:
         # A step that was scheduled and did not run has grown the row by slots that hold nothing yet.
         computed = request.tokens(0, request.num_computed)
-        self._run = None  # it would keep alive what has ended
+        self._second = self._run = None  # they would keep alive what has ended
         self.cache.release(self._plan.release(request), request.scope, computed)

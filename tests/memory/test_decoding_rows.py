@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.errors import ShapeError
+from engine.errors import KVPoolExhausted, ShapeError
 from engine.memory.cache_manager import CacheManager
 from engine.memory.scope import CacheScope, LayoutKey
 
@@ -31,7 +31,8 @@ def test_rows_grow_as_one_by_one(lens, page_size, steps):
     told = np.zeros((ours.max_requests, ours.max_pages), np.int32)
     for _ in range(steps):
         before = together.lens
-        assert cache.grow_decoding(together)
+        assert cache.has_room_to_decode(together)
+        cache.grow_decoding(together)
         plain.grow(plain_rows, np.ones(rows.size, np.int64))
         np.testing.assert_array_equal(before + 1, together.lens)  # what was handed out stays as it was
         np.testing.assert_array_equal(together.lens, theirs.kv_lens(plain_rows))
@@ -65,7 +66,9 @@ def test_without_room_nothing_changes():
     cache, rows = cache_with_rows([4, 8], pages=4)
     together = cache.page_table.decoding_rows(rows)
     before = cache.page_table.kv_lens(rows)
-    assert not cache.grow_decoding(together)  # two pages begin and one is free
+    assert not cache.has_room_to_decode(together)  # two pages begin and one is free
+    with pytest.raises(KVPoolExhausted, match="cannot allocate 2 pages: 1 free"):
+        cache.grow_decoding(together)
     np.testing.assert_array_equal(cache.page_table.kv_lens(rows), before)
     np.testing.assert_array_equal(together.lens, before)
     assert cache.allocator.available_pages() == 1
@@ -78,7 +81,8 @@ def test_room_is_made_by_eviction():
     cache.release(int(rows[2]), SCOPE, gone)
     together = cache.page_table.decoding_rows(rows[:2])
     assert cache.allocator.available_pages() == 0
-    assert cache.grow_decoding(together)
+    assert cache.has_room_to_decode(together)
+    cache.grow_decoding(together)
     cache.check_integrity()
 
 

@@ -265,7 +265,7 @@ def test_a_repeated_step_is_the_one_that_planning_anew_would_make(data):
     slots, overlap = data.draw(st.integers(1, 5), label="slots"), data.draw(st.booleans(), label="overlap")
     sides = [make(size, slots, 16) for _ in range(2)]
     planner = sides[1][1]
-    planner._repeat = lambda: None
+    planner.can_repeat = lambda: False
     devices = [PretendDevice(cache.page_table, parcel_shapes(slots, 16, PAGE)) for cache, _ in sides]
     stop_at = data.draw(st.integers(2, 60), label="stop at")
     shapes = [(data.draw(st.integers(1, 8)), data.draw(st.integers(1, 24))) for _ in range(5)]
