@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from engine.bench.prefix_serving import Pair as EnginePair
-from engine.bench.prefix_serving import overhead_row, shared_rows
+from engine.bench.prefix_serving import overhead_rows, shared_rows
 from engine.bench.timing import median_ratio, print_table, time_in_turn
 from engine.memory.integers import Int32
 from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
@@ -128,7 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--leaves", type=int, default=20_000, help="leaves while evicting (default 20,000)")
     parser.add_argument("--long", type=int, default=32_768, help="tokens of the long prompt (default 32,768)")
     parser.add_argument("--rounds", type=int, default=200, help="measured calls of each (default 200)")
-    parser.add_argument("--serving-rounds", type=int, default=15, help="measured runs of the engines (default 15)")
+    parser.add_argument("--serving-rounds", type=int, default=40, help="measured runs of the engines (default 40)")
     parser.add_argument("--only", choices=("calls", "serving"), help="half of it")
 
 
@@ -140,9 +140,9 @@ def run(args: argparse.Namespace) -> None:
         print_table(HEADER, rows)
     if args.only != "calls":
         pair = EnginePair(args.page_size)
-        rows = [*shared_rows(pair, max(args.serving_rounds // 5, 1)), overhead_row(pair, args.serving_rounds)]
+        rows = [*shared_rows(pair, max(args.serving_rounds // 10, 1)), *overhead_rows(pair, args.serving_rounds)]
         # A step of the small model is short, and nobody serves it: what the cache costs beside one of more work.
-        rows.append(overhead_row(EnginePair(args.page_size, hidden_size=512), args.serving_rounds))
+        rows += overhead_rows(EnginePair(args.page_size, hidden_size=512), args.serving_rounds)
         print_table(("serving", "measured", "bar"), rows)
 
 

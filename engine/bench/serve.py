@@ -9,7 +9,6 @@ expected one, the two tokens' logits must be nearer to each other than that expl
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 import time
 from collections import deque
@@ -41,14 +40,12 @@ class StepSample:
         tail_waste_tokens: slots of last pages that hold nothing yet.
         rows: running requests.
         waiting: waiting requests.
-        fed_tokens: tokens fed since the engine was made.
     """
 
     held_pages: int
     tail_waste_tokens: int
     rows: int
     waiting: int
-    fed_tokens: int
 
 
 @dataclass
@@ -157,16 +154,9 @@ def verdict(llm: LLM, trace: Sequence[TraceRequest], served: Served, expected: d
 
 
 def utilisation(llm: LLM, served: Served) -> float:
-    """Mean share of the pool that was held by requests, over the steps after which some waited for pages alone.
-
-    That is while a slot was free and the step had tokens left to feed.
-    """
+    """Mean share of the pool that was held by requests, over the steps after which some waited and a slot was free."""
     total, slots = llm.cache.size // llm.config.page_size, llm.config.max_running_requests
-    loaded = [
-        now.held_pages / total
-        for before, now in itertools.pairwise(served.samples)
-        if now.waiting and now.rows < slots and now.fed_tokens - before.fed_tokens < llm.scheduler.max_step_tokens
-    ]
+    loaded = [now.held_pages / total for now in served.samples if now.waiting and now.rows < slots]
     return float(np.mean(loaded)) if loaded else 0.0
 
 
@@ -248,8 +238,7 @@ def _sample(llm: LLM) -> StepSample:
     metrics = llm.metrics()
     pool = metrics.pool
     held = pool.private_pages + pool.locked_pages
-    fed = metrics.prompt_tokens + metrics.generation_tokens
-    return StepSample(held, pool.tail_waste_tokens, len(pool.rows), metrics.waiting, fed)
+    return StepSample(held, pool.tail_waste_tokens, len(pool.rows), metrics.waiting)
 
 
 def _judge(answer: RequestOutput, expected: RequestOutput, request: TraceRequest) -> str:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from engine.bench.timing import median_ratio, print_table, time_in_turn
+from engine.bench.timing import median_ratio, print_table, replaced, time_in_turn, timed
 from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
 from engine.serving.llm import LLM
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
         engine = DecodingEngine(model, batch, overlap=False)
         parts, device, moved, compiles = engine.measure(args.steps)
         totals[batch] = sum(parts.values())
-        plain = median(engine.timed(engine.feed_plainly) for _ in range(args.steps)) * 1e6
+        plain = engine.measure_plain_feed(args.steps)
         values = [*parts.values(), totals[batch]]
         cells = [f"{value:.0f}" for value in (*values, device, plain)]
         rows.append([f"{batch} sequences", *cells, moved])
@@ -108,23 +107,23 @@ class DecodingEngine:
         llm = self.llm
         clock: dict[str, list[float]] = {name: [] for name in (*PARTS, "device", "whole")}
         compiles, runner, batcher = llm.compiles_after_warmup, llm._runner, llm._stepper._batcher
-        dispatch = _timed(clock["transfer, dispatch"], runner.step)
+        dispatch = timed(clock["transfer, dispatch"], runner.step)
 
         def step_then_wait(*arguments: Any) -> Any:
             result = dispatch(*arguments)
-            _timed(clock["device"], result.tokens.block_until_ready)()
+            timed(clock["device"], result.tokens.block_until_ready)()
             return result
 
         with contextlib.ExitStack() as wrapped:
             for owner, name, call in (
-                (llm.scheduler, "next_step", _timed(clock["schedule"], llm.scheduler.next_step)),
-                (batcher, "fill", _timed(clock["fill"], batcher.fill)),
-                (llm.scheduler, "commit", _timed(clock["commit"], llm.scheduler.commit)),
+                (llm.scheduler, "next_step", timed(clock["schedule"], llm.scheduler.next_step)),
+                (batcher, "fill", timed(clock["fill"], batcher.fill)),
+                (llm.scheduler, "commit", timed(clock["commit"], llm.scheduler.commit)),
                 (runner, "step", step_then_wait),
             ):
-                wrapped.enter_context(_replaced(owner, name, call))
+                wrapped.enter_context(replaced(owner, name, call))
             for _ in range(steps):
-                _timed(clock["whole"], llm.step)()
+                timed(clock["whole"], llm.step)()
         parts = {name: median(clock[name]) * 1e6 for name in PARTS}
         named = zip(*(clock[name] for name in (*PARTS, "device")), strict=True)
         rest = [whole - sum(own) for whole, own in zip(clock["whole"], named, strict=True)]
@@ -146,16 +145,18 @@ class DecodingEngine:
                 (runner, "_sample", _counting(runner._sample, sent)),
                 (runner, "_update_rows", _counting(runner._update_rows, sent)),
             ):
-                wrapped.enter_context(_replaced(owner, name, call))
+                wrapped.enter_context(replaced(owner, name, call))
             for _ in range(steps):
                 self.llm.step()
         return f"{sent[0] / steps:g}, {read[0] / steps:g}"
 
-    def timed(self, call: Callable[[], object]) -> float:
-        """Seconds that a call takes."""
+    def measure_plain_feed(self, steps: int) -> float:
+        """Median microseconds of the rival."""
         seconds: list[float] = []
-        _timed(seconds, call)()
-        return seconds[0]
+        feed = timed(seconds, self.feed_plainly)
+        for _ in range(steps):
+            feed()
+        return median(seconds) * 1e6
 
     def feed_plainly(self) -> None:
         """What a step needs, gathered request by request and sent array by array; the pages are there already."""
@@ -183,18 +184,6 @@ def _compare(model: Llama, batch: int, rounds: int) -> None:
     print(f"microseconds a whole step of {batch} sequences: {whole}; overlapped is {ratio:.2f} times as fast")
 
 
-def _timed(seconds: list[float], call: Callable[..., Any]) -> Callable[..., Any]:
-    """The same call, that notes how long it takes."""
-
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        result = call(*args, **kwargs)
-        seconds.append(time.perf_counter() - start)
-        return result
-
-    return wrapper
-
-
 def _counting(program: Callable[..., Any] | None, sent: list[int]) -> Callable[..., Any]:
     """The same program, that counts which of its arguments are the host's."""
 
@@ -203,13 +192,3 @@ def _counting(program: Callable[..., Any] | None, sent: list[int]) -> Callable[.
         return program(*args) if program else None
 
     return wrapper
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = owner.__dict__.get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        delattr(owner, name) if before is None else setattr(owner, name, before)

@@ -21,13 +21,14 @@ from engine.memory.host_tier import HostTier
 from engine.memory.integers import Int32, Int64
 from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
 from engine.memory.page_mover import HostPages, PageMover
-from engine.memory.page_table import ReqToTokenPool, RowGrowth
+from engine.memory.page_table import ReqToTokenPool
 from engine.memory.prefix_cache import EvictionPolicyName, RadixCache
 from engine.memory.prefix_match import EvictedPages, PrefixMatch
+from engine.memory.row_growth import RowGrowth
 from engine.memory.scope import CacheScope
 
 # Of a page's tokens: so many steps ahead each running request finds its pages when another is admitted.
-LOOKAHEAD_SHARE = 4
+LOOKAHEAD_SHARE = 8
 EVICT_AT_ONCE = 64  # pages, at most a 32nd of the pool
 
 
@@ -114,7 +115,7 @@ class CacheManager:
         """Gives a request a row and the pages that are cached of its tokens, or None while there is no room or no row.
 
         The rule: for this request and for each that runs, there must be pages for the tokens that it knows and for
-        what it may add in the next steps, a quarter of a page's tokens, but no more than it can ever need. So nobody
+        what it may add in the next steps, an eighth of a page's tokens, but no more than it can ever need. So nobody
         who was let in is short of pages at once, and hardly any page waits for a token that never comes.
 
         Args:
@@ -230,8 +231,8 @@ class CacheManager:
             ShapeError: ``row`` holds fewer tokens.
             KVPoolExhausted: there is no row, or no page for the partial one.
         """
-        if tokens > int(self.page_table.kv_lens([row])[0]):
-            raise ShapeError(f"cannot fork {tokens} tokens of row {row}: it holds {self.page_table.kv_lens([row])[0]}")
+        if tokens > self.page_table.kv_len(row):
+            raise ShapeError(f"cannot fork {tokens} tokens of row {row}: it holds {self.page_table.kv_len(row)}")
         full, rest = divmod(tokens, self.page_size)
         pages = self.page_table.row_pages(row)
         new_row = self.page_table.alloc_row()
@@ -262,8 +263,8 @@ class CacheManager:
         """
         if self.prefix is None or self._is_forgotten[row]:
             return
-        tokens, pages = self._full_pages(row, token_ids)
-        priority = int(self._priority[row])
+        pages = self.page_table.full_pages(row, len(token_ids))
+        tokens, priority = token_ids[: pages.size * self.page_size], int(self._priority[row])
         self._locked[row] = self.prefix.advance(self._locked[row], scope, tokens, pages, priority=priority)
 
     def release(self, row: int, scope: CacheScope, token_ids: Int32) -> None:
@@ -274,7 +275,10 @@ class CacheManager:
         """
         try:
             if self.prefix is not None and not self._is_forgotten[row]:
-                self.prefix.insert(scope, *self._full_pages(row, token_ids), priority=int(self._priority[row]))
+                pages = self.page_table.full_pages(row, len(token_ids))
+                tokens, priority = token_ids[: pages.size * self.page_size], int(self._priority[row])
+                self.prefix.finish(self._locked[row], scope, tokens, pages, priority=priority)
+                del self._locked[row]
         finally:
             self._give_back(row)
 
@@ -334,11 +338,6 @@ class CacheManager:
             # More than is short where the pool is large: a call costs more than a page, and decoding asks for few.
             self.prefix.evict(min(max(short, min(EVICT_AT_ONCE, self.size // self.page_size // 32)), evictable))
 
-    def _full_pages(self, row: int, token_ids: Int32) -> tuple[Int32, Int32]:
-        """A row's full pages, and the tokens that they hold as far as they are told."""
-        full = min(int(self.page_table.kv_lens([row])[0]), len(token_ids)) // self.page_size
-        return token_ids[: full * self.page_size], self.page_table.row_pages(row)[:full]
-
     def _give_back(self, row: int) -> None:
         """Ends a row and all that it holds: its lock, its pages, what is known of its request."""
         if self.prefix and row in self._locked:
@@ -352,7 +351,7 @@ class CacheManager:
         if self.host is None:
             return 0
         wanted = token_ids[: len(token_ids) - 1]
-        held = int(self.page_table.kv_lens([row])[0]) // self.page_size
+        held = self.page_table.kv_len(row) // self.page_size
         data = self.host.tier.get(scope, wanted, held)
         if len(data):
             self.grow(np.array([row], np.int32), np.array([len(data) * self.page_size], np.int64))

@@ -41,7 +41,7 @@ class CachedPages:
         if len(set(listed)) != len(listed):
             twice = next(page for at, page in enumerate(listed) if page in listed[:at])
             raise ShapeError(f"cannot cache page {twice}: it is listed twice, a page holds the tokens of one place")
-        self._allocator.retain(pages)
+        self._allocator.retain(pages, are_distinct=True)
         self._is_cached[pages] = True
 
     def remove(self, runs: list[Int32]) -> None:

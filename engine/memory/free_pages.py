@@ -17,9 +17,7 @@ import numpy as np
 
 from engine.memory.integers import Int32, Int64, ranges
 
-# Below this many free pages a merge takes microseconds, so it always pays.
-CHEAP_MERGE_PAGES = 1024
-# Else a merge waits until this share of the free pages is loose.
+# A merge waits until this share of the free pages is loose: in a full pool pages are few and come back one by one.
 LOOSE_SHARE = 8
 # Marking the pages in a table of the pool beats sorting them once they are this share of it.
 DENSE_SHARE = 16
@@ -131,15 +129,17 @@ class FreePages:
         return np.concatenate(parts)
 
     def _merge_pays(self) -> bool:
-        return self._loose_count > 0 and (
-            self.count <= CHEAP_MERGE_PAGES or self._loose_count * LOOSE_SHARE >= self.count
-        )
+        return self._loose_count > 0 and self._loose_count * LOOSE_SHARE >= self.count
 
     def _merge(self) -> None:
         """Orders all free pages into runs, the longest first."""
         pages = self._ascending()
-        first = np.flatnonzero(np.diff(pages, prepend=-1) != 1)
-        lengths = np.diff(first, append=pages.size)
+        breaks = (pages[1:] - pages[:-1] != 1).nonzero()[0]
+        first = np.zeros(breaks.size + 1, np.int64)
+        np.add(breaks, 1, out=first[1:])
+        lengths = np.empty_like(first)
+        np.subtract(first[1:], first[:-1], out=lengths[:-1])
+        lengths[-1] = pages.size - first[-1]
         # NumPy sorts 16-bit keys by radix, many times as fast; the order among giant runs does not matter.
         order = np.argsort(np.uint16(0xFFFF) - np.minimum(lengths, 0xFFFF).astype(np.uint16), kind="stable")
         lengths = lengths[order]

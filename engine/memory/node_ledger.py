@@ -34,6 +34,11 @@ class NodeLedger:
         self.evictable += node.num_pages
         return node
 
+    def extend(self, leaf: RadixNode, tokens: Int32, pages: Int32) -> None:
+        """Adds pages to the end of a locked leaf."""
+        leaf.tree.extend(leaf, tokens, pages)
+        self.protected += pages.size
+
     def ending_at(self, node: RadixNode, num_pages: int) -> RadixNode:
         """The node of this path that ends ``num_pages`` from the root, ``node`` or its upper part, split off."""
         if node.end == num_pages:
@@ -46,11 +51,16 @@ class NodeLedger:
     def lock(self, node: RadixNode) -> None:
         """Protects a node and its ancestors, once more."""
         for step in node.path():
-            if step.locks == 0:
-                step.tree.order.remove(step)
-                self.evictable -= step.num_pages
-                self.protected += step.num_pages
-            step.locks += 1
+            self._protect(step)
+
+    def move_lock(self, source: RadixNode | None, target: RadixNode) -> None:
+        """The same as ``lock`` of ``target`` and ``unlock`` of ``source``, without visiting what lies above both."""
+        for step in target.path():
+            if step is source:
+                return
+            self._protect(step)
+        if source is not None:
+            self.unlock(source)
 
     def unlock(self, node: RadixNode) -> None:
         """Takes back one ``lock``; what becomes evictable counts as used just now."""
@@ -120,3 +130,11 @@ class NodeLedger:
                 f"the counters say {self.evictable} evictable and {self.protected} protected pages, the trees "
                 f"{evictable} and {protected}; this is a bug, report it"
             )
+
+    def _protect(self, node: RadixNode) -> None:
+        """Adds a lock to one node."""
+        if node.locks == 0:
+            node.tree.order.remove(node)
+            self.evictable -= node.num_pages
+            self.protected += node.num_pages
+        node.locks += 1

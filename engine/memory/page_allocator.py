@@ -229,9 +229,9 @@ class PagedTokenToKVPoolAllocator:
         if wanted.size:
             self._ledger.release_once(wanted // self.page_size, known_since=self._handouts.time_of(slots))
 
-    def retain(self, pages: npt.ArrayLike) -> None:
+    def retain(self, pages: npt.ArrayLike, *, are_distinct: bool = False) -> None:
         """Adds a holder to each page, see ``PageLedger.retain``."""
-        self._ledger.retain(pages)
+        self._ledger.retain(pages, are_distinct=are_distinct)
 
     def release(self, pages: npt.ArrayLike) -> None:
         """Takes a holder from each page, see ``PageLedger.release``."""

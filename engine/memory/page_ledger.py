@@ -82,21 +82,27 @@ class PageLedger:
         """
         return self._ref_count[self._known_pages(pages)]
 
-    def retain(self, pages: npt.ArrayLike) -> None:
+    def retain(self, pages: npt.ArrayLike, *, are_distinct: bool = False) -> None:
         """Adds a holder to each page; a page that is listed n times gets n.
 
         Args:
             pages: page ids that are held, ``[n]``.
+            are_distinct: whether the caller knows that none is listed twice; that is cheaper.
 
         Raises:
             ShapeError: not an integer vector, or a page that nobody holds: it may be handed out at any time.
         """
         wanted = integer_vector("pages", pages)
-        held = self.holders(wanted) > 0
-        if not held.all():
-            page = int(wanted[held.argmin()])
+        if not wanted.size:
+            return
+        holders = self.holders(wanted)
+        if holders.min() < 1:
+            page = int(wanted[holders.argmin()])
             raise ShapeError(f"cannot retain page {page}: nobody holds it; retain a page before its holder releases it")
-        np.add.at(self._ref_count, wanted, _ONE)
+        if are_distinct:
+            self._ref_count[wanted] = holders + _ONE
+        else:
+            np.add.at(self._ref_count, wanted, _ONE)
 
     def release(self, pages: npt.ArrayLike) -> None:
         """Takes a holder from each page; a page that is listed n times loses n. At no holder the page is free.

@@ -7,7 +7,6 @@ whose table holds a slot a token: here it is one entry a page.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,29 +15,7 @@ import numpy.typing as npt
 from engine.errors import DoubleFreeError, IntegrityError, KVPoolExhausted, ShapeError
 from engine.memory.decoding_rows import DecodingRows
 from engine.memory.integers import INT32_MAX, Bool, Int32, Int64, equal_lengths, integer_vector, positive_option, ranges
-
-
-@dataclass(frozen=True, eq=False)
-class RowGrowth:
-    """What it takes to grow page-table rows.
-
-    Attributes:
-        rows: ``[B]``.
-        lens, ends: ``[B]`` tokens before and afterwards.
-        held: ``[B]`` pages before.
-        fresh: ``[B]`` pages that the new tokens begin.
-    """
-
-    rows: Int64
-    lens: Int32
-    ends: Int64
-    held: Int64
-    fresh: Int64
-
-    @property
-    def num_pages(self) -> int:
-        """Fresh pages in all."""
-        return int(self.fresh.sum())
+from engine.memory.row_growth import RowGrowth
 
 
 class ReqToTokenPool:
@@ -143,11 +120,13 @@ class ReqToTokenPool:
             ShapeError: not a row in use, its last page is partial, more tokens than ``max_context_tokens``, or not
                 distinct pages other than the null page.
         """
-        added, length = integer_vector("pages", pages), int(self._kv_lens[self._checked_rows([row])[0]])
+        added, length = integer_vector("pages", pages), self.kv_len(row)
         held = length // self.page_size
         end = length + added.size * self.page_size
         if length % self.page_size:
             raise ShapeError(f"row {row} ends in a partial page at {length} tokens; full pages follow full pages only")
+        if not added.size:
+            return
         self._check_context(np.array([row]), np.array([end]))
         self._check_new_pages(added)
         if np.isin(added, self._table[row, :held]).any():
@@ -274,14 +253,32 @@ class ReqToTokenPool:
         """
         return self._kv_lens[self._checked_rows(req_pool_indices, distinct=False)]
 
+    def kv_len(self, row: int) -> int:
+        """Tokens in one row.
+
+        Raises:
+            ShapeError: not a row in use.
+        """
+        # Not through an array of one row: this is asked for each request that comes or goes.
+        if not 0 <= row < self.max_requests or not self._in_use.item(row):
+            raise ShapeError(f"row {row} of {self.max_requests} is not in use; get it from alloc_row first")
+        return self._kv_lens.item(row)
+
     def row_pages(self, row: int) -> Int32:
         """The pages of one row in order; int32 ``[n]``, fresh.
 
         Raises:
             ShapeError: not a row in use.
         """
-        self._checked_rows([row])
-        return self._table[row, : -(-int(self._kv_lens[row]) // self.page_size)].copy()
+        return self._table[row, : -(-self.kv_len(row) // self.page_size)].copy()
+
+    def full_pages(self, row: int, tokens: int) -> Int32:
+        """Those pages of one row that its first ``tokens`` tokens, or all that it has, fill; int32 ``[n]``, fresh.
+
+        Raises:
+            ShapeError: not a row in use.
+        """
+        return self._table[row, : min(self.kv_len(row), tokens) // self.page_size].copy()
 
     def held_pages(self) -> Int32:
         """The pages of all rows, a shared page once per row; int32 ``[n]``, for the allocator's integrity check."""

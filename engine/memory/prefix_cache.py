@@ -8,8 +8,8 @@ A request's way:
     cache.lock(found)                         # its pages stay
     …                                         # allocate the rest; cache.evict(...) where pages are short
     cache.record(found)                       # a hit, now that the request really runs
-    cache.insert(scope, tokens, pages)        # when pages have become full: the cache takes references of its own
-    cache.unlock(found)                       # when the request ends
+    found = cache.advance(found, scope, tokens, pages)   # when pages have become full: the cache takes its references
+    cache.finish(found, scope, tokens, pages)            # when the request ends; or cache.unlock(found)
 """
 
 from __future__ import annotations
@@ -27,10 +27,8 @@ from engine.memory.node_ledger import NodeLedger
 from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
 from engine.memory.prefix_forest import PrefixForest
 from engine.memory.prefix_match import EvictedPages, PrefixMatch, checked_scope, token_vector
-from engine.memory.radix_tree import RadixNode, Walk
+from engine.memory.radix_tree import NO_PAGES, RadixNode
 from engine.memory.scope import CacheScope
-
-_NO_PAGES = np.empty(0, np.int32)
 
 EvictionPolicyName = Literal["lru", "lfu", "priority"]
 
@@ -117,10 +115,10 @@ class RadixCache:
         tokens = token_vector(token_ids)
         tree = self._forest.find(checked_scope(scope))
         if tree is None:
-            return PrefixMatch(_NO_PAGES, 0, tokens.size, self, None)
+            return PrefixMatch(NO_PAGES, 0, tokens.size, self, None)
         most = max(tokens.size - 1, 0) // self.page_size
         walk = tree.walk(tokens[: most * self.page_size])
-        return PrefixMatch(_joined(walk), walk.num_pages * self.page_size, tokens.size, self, walk.node)
+        return PrefixMatch(walk.pages, walk.num_pages * self.page_size, tokens.size, self, walk.node)
 
     def lock(self, match: PrefixMatch) -> None:
         """Protects the pages of a match from eviction, once more if they are already; undone by ``unlock``.
@@ -196,8 +194,8 @@ class RadixCache:
     ) -> PrefixMatch:
         """Inserts what a request has computed meanwhile and moves its lock to the end of it.
 
-        The same as ``insert``, ``lock`` of all of it, and one ``unlock`` of ``match``, in one walk. Where the weights
-        have been replaced since the scope was made, nothing changes.
+        The same as ``insert``, ``lock`` of all of it, and one ``unlock`` of ``match``, in one walk from the end of
+        ``match``. Where the weights have been replaced since the scope was made, nothing changes.
 
         Args:
             match: the request's locked handle.
@@ -217,15 +215,45 @@ class RadixCache:
         tokens, page_ids = self._checked(token_ids, pages)
         if not self._forest.accepts(checked_scope(scope)):
             return match
-        entered = self._enter(scope, tokens, page_ids, priority)
-        known = entered.pages.size
-        cached = (
-            np.concatenate([entered.pages, page_ids[known:].astype(np.int32)]) if known else page_ids.astype(np.int32)
-        )
-        held = PrefixMatch(cached, cached.size * self.page_size, tokens.size, self, entered.node)
-        self.lock(held)
-        self.unlock(match)
+        held = self._enter(scope, tokens, page_ids, priority, match)
+        known = held.num_tokens // self.page_size
+        if known < page_ids.size:
+            held.pages = np.concatenate([held.pages, page_ids[known:].astype(np.int32)])
+            held.num_tokens = tokens.size
+        node = self._settle(held)
+        if node is not None:
+            self._nodes.move_lock(match.node, node)
+        match.locks -= 1
+        held.locks = 1
         return held
+
+    def finish(
+        self,
+        match: PrefixMatch,
+        scope: CacheScope,
+        token_ids: npt.ArrayLike,
+        pages: npt.ArrayLike,
+        *,
+        priority: int = 0,
+    ) -> None:
+        """Inserts all that a request has computed and takes back its lock: ``insert`` and ``unlock``, in one walk.
+
+        Args:
+            match: the request's locked handle.
+            scope: as for ``insert``, like all of the same name.
+            token_ids: likewise.
+            pages: likewise.
+            priority: likewise.
+
+        Raises:
+            ConfigError, ShapeError: as for ``insert``; the lock stays.
+            DoubleFreeError: as for ``unlock``.
+        """
+        self._require_locked(match)
+        tokens, page_ids = self._checked(token_ids, pages)
+        if self._forest.accepts(checked_scope(scope)):
+            self._enter(scope, tokens, page_ids, priority, match)
+        self.unlock(match)
 
     def evict(self, num_pages: int) -> int:
         """Releases evictable pages in the order of the policy, ends of sequences first.
@@ -315,21 +343,37 @@ class RadixCache:
             )
         return tokens[: page_ids.size * self.page_size], page_ids
 
-    def _enter(self, scope: CacheScope, tokens: Int32, page_ids: Int64, priority: int) -> PrefixMatch:
-        """Inserts whole pages; says what was cached already, with the node around or at the end of them all."""
+    def _enter(
+        self, scope: CacheScope, tokens: Int32, page_ids: Int64, priority: int, after: PrefixMatch | None = None
+    ) -> PrefixMatch:
+        """Inserts whole pages; says what was cached already, with the node around or at the end of them all.
+
+        The search begins where ``after``, a locked match of the beginning, ends. What it alone keeps is lengthened
+        under its lock: a sequence that grows by chunks is one node.
+        """
         level = priority if self.policy == "priority" else 0
         tree = self._forest.find(scope)
-        walk = None if tree is None else tree.walk(tokens)
+        start = None
+        if tree is not None and after is not None and after.node is not None:
+            start = tree.resume(after.node, after.num_tokens // self.page_size, tokens)
+        walk = None if tree is None else tree.walk(tokens, start)
         known = 0 if walk is None else walk.num_pages
-        node = None if walk is None else walk.node
+        node = end_of_walk = None if walk is None else walk.node
         if known < page_ids.size:
             self._pages.add(page_ids[known:])
             end = self._forest.plant(scope).root if node is None else self._nodes.ending_at(node, known)
-            fresh = page_ids[known:].astype(np.int32)
-            node = self._nodes.attach(end, tokens[known * self.page_size :], fresh, level)
-        if node is not None:
+            fresh, rest = page_ids[known:].astype(np.int32), tokens[known * self.page_size :]
+            if end is start and end.locks == 1 and end.level == level and not end.children:
+                self._nodes.extend(end, rest, fresh)
+                node = end
+            else:
+                node = self._nodes.attach(end, rest, fresh, level)
+        # What was attached to ``start``, which is the root or locked with all above it, stands in order already.
+        if node is not None and (start is None or end_of_walk is not start or level):
             self._nodes.use(node, least_level=level)
-        pages = _NO_PAGES if walk is None else _joined(walk)
+        pages = NO_PAGES if walk is None else walk.pages
+        if start is not None and after is not None:
+            pages = np.concatenate([after.pages[: start.end], pages])
         return PrefixMatch(pages, known * self.page_size, tokens.size, self, node)
 
     def _require_locked(self, match: PrefixMatch) -> None:
@@ -354,11 +398,3 @@ class RadixCache:
             node = self._nodes.ending_at(node, end)
         match.node = node
         return node
-
-
-def _joined(walk: Walk) -> Int32:
-    if len(walk.runs) == 1:
-        return walk.runs[0]
-    pages = np.concatenate(walk.runs) if walk.runs else np.empty(0, np.int32)
-    pages.flags.writeable = False
-    return pages

@@ -8,7 +8,7 @@ stroke of memory, and always compared, since the children's hash table compares 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from engine.errors import IntegrityError
 from engine.memory.eviction import Evictable, EvictionOrder
 from engine.memory.integers import Int32
 from engine.memory.scope import CacheScope
+
+NO_PAGES = np.empty(0, np.int32)
+NO_PAGES.flags.writeable = False
 
 
 class RadixNode(Evictable):
@@ -69,19 +72,27 @@ class RadixNode(Evictable):
             node = node.parent
 
 
-@dataclass(frozen=True, slots=True)
-class Walk:
+class Walk(NamedTuple):
     """How far a sequence is in a tree.
 
     Attributes:
         node: the last node that shares a page with it; the root where none does.
         num_pages: pages shared from the root on; they may end inside ``node``.
-        runs: the shared pages, int32, in order.
+        runs: the shared pages from where the walk began, int32, in order.
     """
 
     node: RadixNode
     num_pages: int
     runs: list[Int32]
+
+    @property
+    def pages(self) -> Int32:
+        """The runs joined; read-only."""
+        if len(self.runs) < 2:
+            return self.runs[0] if self.runs else NO_PAGES
+        pages = np.concatenate(self.runs)
+        pages.flags.writeable = False
+        return pages
 
 
 class RadixTree:
@@ -103,19 +114,24 @@ class RadixTree:
         nothing = np.empty(0, np.int32)
         self.root = RadixNode(self, None, 0, nothing, nothing)
 
-    def walk(self, tokens: Int32) -> Walk:
+    def walk(self, tokens: Int32, start: RadixNode | None = None) -> Walk:
         """Follows a sequence as far as it is cached; changes nothing.
 
         Args:
             tokens: int32, whole pages.
+            start: a node of this tree to the end of which the sequence is known to be cached; None is the root.
         """
-        data, total = tokens.tobytes(), tokens.size // self.page_size
-        node, at, block = self.root, 0, 1
+        node = start or self.root
+        data, total, size = tokens.tobytes(), tokens.size // self.page_size, self._key_type.itemsize
+        at, block = node.end, 1
         runs: list[Int32] = []
         singles: list[int] = []  # pages of nodes of one page since the last run: joined at once, they cost a fifth
         while at < total:
             block = min(block, total - at)  # keys are cut out in blocks, which double from one page a node to the next
-            keys = np.frombuffer(data, self._key_type, block, at * self._key_type.itemsize).tolist()
+            if block == 1:
+                keys = [data[at * size : (at + 1) * size]]
+            else:
+                keys = np.frombuffer(data, self._key_type, block, at * size).tolist()
             before = len(singles)
             child = None
             for key in keys:
@@ -131,7 +147,7 @@ class RadixTree:
                 block *= 2
                 continue
             node, block = child, 1
-            whole = data.startswith(node.tokens.data, at * self._key_type.itemsize)
+            whole = data.startswith(node.tokens.data, at * size)
             shared = node.pages.size if whole else self._shared_pages(tokens, at, node)
             runs += _joined(singles)
             runs.append(node.pages[:shared])
@@ -148,6 +164,19 @@ class RadixTree:
         node = RadixNode(self, parent, parent.end, kept_tokens, kept_pages)
         parent.children[self._key(node)] = node
         return node
+
+    def extend(self, leaf: RadixNode, tokens: Int32, pages: Int32) -> None:
+        """Adds pages to the end of a leaf other than the root."""
+        kept_pages = np.concatenate([leaf.pages, pages])
+        kept_pages.flags.writeable = False
+        leaf.hold(np.concatenate([leaf.tokens, tokens]), kept_pages)
+
+    def resume(self, node: RadixNode, num_pages: int, tokens: Int32) -> RadixNode | None:
+        """``node``, if a walk may begin at its end: it ends ``num_pages`` from this root, and the tokens begin so."""
+        if node.tree is not self or node.end != num_pages:
+            return None
+        data, size = tokens.tobytes(), self._key_type.itemsize
+        return node if all(data.startswith(step.tokens.data, step.start * size) for step in node.path()) else None
 
     def split(self, node: RadixNode, num_pages: int) -> RadixNode:
         """Cuts a node in two after its first ``num_pages`` pages and returns the upper half.

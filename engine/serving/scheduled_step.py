@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from engine.memory.decoding_rows import DecodingRows
 from engine.memory.integers import Bool, Int32, Int64
-from engine.memory.page_table import RowGrowth
+from engine.memory.row_growth import RowGrowth
 from engine.serving.request import Request
 
 

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.errors import DoubleFreeError
 from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
 from engine.memory.prefix_cache import RadixCache
 from engine.memory.scope import Adapter, CacheScope, LayoutKey
 
-TOTAL_PAGES = 24
+TOTAL_PAGES = 32
 LAYOUT = LayoutKey.of({"order": "interleaved", "head_dim": 64})
 # Names that would collide were they joined as strings.
 TENANTS = [(None, "x"), (Adapter("x"), ""), (None, "")]
@@ -28,9 +28,11 @@ class Entry:
 class Held:
     """A match of the model: the entries it covers, root first."""
 
-    def __init__(self, match, entries):
+    def __init__(self, match, entries, scope, tokens):
         self.match = match
         self.entries = entries
+        self.scope = scope
+        self.tokens = tokens
         self.locks = 0
 
 
@@ -72,27 +74,65 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         self.lost += self.live.pop(scope, {}).values()
 
     tenants = st.integers(0, len(TENANTS) - 1)
-    sequences = st.lists(st.integers(0, 1), min_size=0, max_size=24)
+    # Zeros and a few others: most begin alike, so that much is shared and many nodes are split.
+    sequences = st.builds(
+        lambda zeros, rest: [0] * zeros + rest, st.integers(0, 12), st.lists(st.integers(0, 1), max_size=3)
+    )
+    growth = st.lists(st.integers(0, 1), min_size=1, max_size=9)
+    seldom = st.integers(0, 4)  # of what empties the cache: everything else needs something there
 
     @rule(tenant=tenants, tokens=sequences, reuse=st.booleans(), priority=st.integers(-2, 2), old=st.integers(0, 4))
     def insert(self, tenant, tokens, reuse, priority, old):
         scope = self.scope(tenant, age=old // 4)
-        known = self.known(scope, tokens)
         count = len(tokens) // self.page_size
+        if not self.make_room(count):
+            return
+        known = self.known(scope, tokens)
         mine = [entry.page for entry in known] if reuse else []
         need = count - len(mine)
-        if need > self.allocator.available_pages():
-            return
         # The pages that the request reuses get it as a holder before anything else.
         self.allocator.retain(np.array(mine, np.int32))
         fresh = self.allocator.alloc(need * self.page_size)[:: self.page_size] // self.page_size
         pages = np.array([*mine, *fresh], np.int32)
         cached = self.cache.insert(scope, tokens, pages, priority=priority)
         assert cached == len(known) * self.page_size
-        if scope.weights_epoch == self.epoch:
-            for prefix, page in list(zip(self.prefixes(tokens), pages.tolist(), strict=True))[len(known) :]:
-                self.live.setdefault(scope, {})[prefix] = Entry(page)
+        self.insert_model(scope, tokens, pages)
         self.allocator.release(pages)
+
+    def insert_model(self, scope, tokens, pages):
+        if scope.weights_epoch == self.epoch:
+            entries = self.live.setdefault(scope, {}) if pages.size else self.live.get(scope, {})
+            for prefix, page in zip(self.prefixes(tokens), pages.tolist(), strict=True):
+                entries.setdefault(prefix, Entry(page))
+
+    @precondition(lambda self: any(held.locks for held in self.matches))
+    @rule(data=st.data(), more=growth, go_on=st.integers(0, 9), ends=st.booleans(), priority=st.integers(-2, 2))
+    def grow(self, data, more, go_on, ends, priority):
+        """A request goes on from a locked match, as a rule with a longer sequence, and perhaps ends."""
+        held = data.draw(st.sampled_from([held for held in self.matches if held.locks]))
+        tokens = (held.tokens if go_on else []) + more
+        tokens = tokens[: len(tokens) // self.page_size * self.page_size]
+        if not self.make_room(len(tokens) // self.page_size):
+            return
+        pages = self.allocator.alloc(len(tokens))[:: self.page_size] // self.page_size
+        if ends:
+            self.cache.finish(held.match, held.scope, tokens, pages, priority=priority)
+        else:
+            match = self.cache.advance(held.match, held.scope, tokens, pages, priority=priority)
+        self.insert_model(held.scope, tokens, pages)
+        if ends:
+            self.unlock_model(held)
+        elif held.scope.weights_epoch == self.epoch:
+            entries = self.known(held.scope, tokens)
+            assert match.pages.tolist() == [entry.page for entry in entries]
+            grown = Held(match, entries, held.scope, tokens)
+            self.lock_model(grown)
+            self.unlock_model(held)
+            self.remember(grown)
+        else:
+            assert match is held.match
+        self.allocator.release(pages)
+        self.forget_released()
 
     @rule(tenant=tenants, tokens=sequences)
     def match(self, tenant, tokens):
@@ -101,22 +141,38 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         entries = self.known(scope, tokens[:-1])
         assert match.num_tokens == len(entries) * self.page_size
         assert match.pages.tolist() == [entry.page for entry in entries]
-        self.matches.append(Held(match, entries))
+        self.remember(Held(match, entries, scope, tokens[: match.num_tokens]))
 
+    def remember(self, held):
+        """Keeps a few handles; the oldest goes, or what nobody gives back would soon fill the pool."""
+        self.matches.append(held)
+        if len(self.matches) > 5:
+            oldest = self.matches.pop(0)
+            while oldest.locks:
+                self.cache.unlock(oldest.match)
+                self.unlock_model(oldest)
+
+    @rule(tenant=tenants, tokens=sequences)
+    def begin(self, tenant, tokens):
+        """What a request does first."""
+        self.match(tenant, tokens)
+        self.cache.lock(self.matches[-1].match)
+        self.lock_model(self.matches[-1])
+
+    @precondition(lambda self: self.matches)
     @rule(data=st.data())
     def lock(self, data):
         self.use(data, self.cache.lock, self.lock_model)
 
+    @precondition(lambda self: self.matches)
     @rule(data=st.data())
     def record(self, data):
         self.use(data, self.cache.record, self.record_model)
 
     def use(self, data, call, then):
-        if not self.matches:
-            return
         held = data.draw(st.sampled_from(self.matches))
         reachable = {entry for entries in self.live.values() for entry in entries.values()}
-        if reachable.issuperset(held.entries) or (held.locks and call == self.cache.record):
+        if reachable.issuperset(held.entries) or held.locks:
             call(held.match)
             then(held)
         else:
@@ -132,16 +188,18 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         self.queries += held.match.num_queried
         self.hits += held.match.num_tokens
 
+    @precondition(lambda self: self.matches)
     @rule(data=st.data())
     def unlock(self, data):
-        if not self.matches:
-            return
         held = data.draw(st.sampled_from(self.matches))
         if held.locks == 0:
             with pytest.raises(DoubleFreeError, match="holds no lock"):
                 self.cache.unlock(held.match)
             return
         self.cache.unlock(held.match)
+        self.unlock_model(held)
+
+    def unlock_model(self, held):
         held.locks -= 1
         for entry in held.entries:
             entry.locks -= 1
@@ -155,8 +213,17 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         assert wanted - self.told == min(wanted, len(lost)), "what cannot be reached goes first"
         self.forget_released()
 
-    @rule(tenant=st.none() | tenants)
-    def reset(self, tenant):
+    def make_room(self, pages):
+        """Evicts what is short; whether there are so many pages now."""
+        short = pages - self.allocator.available_pages()
+        if 0 < short <= self.cache.evictable_pages:
+            self.evict(short)
+        return pages <= self.allocator.available_pages()
+
+    @rule(tenant=st.none() | tenants, chance=seldom)
+    def reset(self, tenant, chance):
+        if chance:
+            return
         free = self.allocator.available_pages()
         scope = None if tenant is None else self.scope(tenant)
         released = self.cache.reset(scope)
@@ -165,8 +232,10 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         assert self.allocator.available_pages() == free + released
         self.forget_released()
 
-    @rule()
-    def replace_weights(self):
+    @rule(chance=seldom)
+    def replace_weights(self, chance):
+        if chance:
+            return
         cached = self.cache.cached_pages
         self.epoch += 1
         self.cache.raise_weights_epoch("model", self.epoch)
@@ -201,4 +270,4 @@ class PrefixCacheMachine(RuleBasedStateMachine):
 
 
 TestPrefixCache = PrefixCacheMachine.TestCase
-TestPrefixCache.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestPrefixCache.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)

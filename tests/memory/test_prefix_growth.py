@@ -1,0 +1,162 @@
+"""``advance`` and ``finish`` against the calls that they stand for, on two caches of equal history."""
+
+import numpy as np
+import pytest
+
+from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.prefix_cache import RadixCache
+from engine.memory.scope import CacheScope, LayoutKey
+
+PAGE, PAGES = 2, 256
+POLICIES = ["lru", "lfu", "priority"]
+SCOPES = [CacheScope("model", 0, None, salt, LayoutKey.of({"page_size": PAGE})) for salt in ("", "salt")]
+
+
+class Player:
+    """Requests on one cache, through the calls that are tested or through the plain ones."""
+
+    def __init__(self, policy, is_plain):
+        self.cache = RadixCache(
+            PagedTokenToKVPoolAllocator(PAGES * PAGE, PAGE), PAGE, policy=policy, on_evict=self.note
+        )
+        self.is_plain = is_plain
+        self.evicted = []
+
+    def note(self, evicted):
+        for run in evicted:
+            ends = run.first_page + np.arange(len(run.pages), 0, -1)  # the last page of a sequence goes first
+            self.evicted += [(run.scope.tenant_salt, tuple(run.token_ids[: end * PAGE].tolist())) for end in ends]
+
+    def begin(self, scope, tokens):
+        match = self.cache.match(scope, tokens)
+        self.cache.lock(match)
+        self.cache.record(match)
+        return match
+
+    def grow(self, match, scope, tokens, priority, ends):
+        self.cache.evict(max(0, tokens.size // PAGE - self.cache.allocator.available_pages()))
+        pages = self.cache.allocator.alloc(tokens.size)[::PAGE] // PAGE
+        if not self.is_plain:
+            call = self.cache.finish if ends else self.cache.advance
+            held = call(match, scope, tokens, pages, priority=priority)
+        else:
+            self.cache.insert(scope, tokens, pages, priority=priority)
+            held = None
+            if not ends:
+                held = self.cache.match(scope, np.append(tokens, np.int32(0)))
+                self.cache.lock(held)
+            self.cache.unlock(match)
+        self.cache.allocator.release(pages)
+        return held
+
+
+def drawn_tokens(rng, pages):
+    """Few values and mostly one, so that much is known already and some ends inside a node."""
+    return (rng.random(pages) < 0.15).repeat(PAGE).astype(np.int32)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("seed", np.random.SeedSequence().generate_state(6).tolist())
+def test_requests_that_grow_leave_what_the_plain_calls_leave(policy, seed):
+    rng = np.random.default_rng(seed)
+    players = [Player(policy, is_plain) for is_plain in (False, True)]
+    running = []  # [scope, tokens, priority, handles]
+    for _ in range(120):
+        if len(running) < 4 and rng.random() < 0.5:
+            scope, tokens = SCOPES[rng.integers(2)], drawn_tokens(rng, rng.integers(0, 8))
+            handles = [player.begin(scope, tokens) for player in players]
+            running.append([scope, tokens, int(rng.integers(3)), handles])
+        elif running:
+            at, ends = int(rng.integers(len(running))), bool(rng.random() < 0.3)
+            scope, tokens, priority, handles = running[at]
+            tokens = np.append(tokens, drawn_tokens(rng, rng.integers(0, 4)))
+            handles = [
+                player.grow(each, scope, tokens, priority, ends) for player, each in zip(players, handles, strict=True)
+            ]
+            if ends:
+                del running[at]
+            else:
+                assert handles[0].num_tokens == handles[1].num_tokens == tokens.size
+                assert handles[0].pages.tolist() == handles[1].pages.tolist()
+                running[at] = [scope, tokens, priority, handles]
+        ours, plain = (player.cache for player in players)
+        ours.check_integrity()
+        assert (ours.protected_pages, ours.evictable_pages) == (plain.protected_pages, plain.evictable_pages)
+    for *_, handles in running:
+        for player, handle in zip(players, handles, strict=True):
+            player.cache.unlock(handle)
+    for player in players:
+        while player.cache.evict(1):
+            pass
+    assert sorted(players[0].evicted) == sorted(players[1].evicted)
+
+
+@pytest.mark.parametrize("policy", ["lfu", "priority"])
+def test_what_grows_from_a_favoured_beginning_is_not_favoured_itself(policy):
+    """A beginning that was hit, or asked for with priority, lies in a node of a higher level."""
+    player = Player(policy, is_plain=False)
+    first, longer, other = (np.arange(size * PAGE, dtype=np.int32) + start for size, start in [(2, 0), (3, 0), (1, 50)])
+    player.grow(player.begin(SCOPES[0], other), SCOPES[0], other, 1, ends=True)
+    player.grow(player.begin(SCOPES[0], first), SCOPES[0], first, 2, ends=True)
+    for tokens in (other, first, first):
+        player.cache.unlock(player.begin(SCOPES[0], np.append(tokens, 0)))
+    player.grow(player.begin(SCOPES[0], longer), SCOPES[0], longer, 0, ends=True)
+    for _ in range(4):
+        player.cache.evict(1)
+    assert [len(tokens) // PAGE for _, tokens in player.evicted] == [3, 1, 2, 1]
+    assert player.evicted[1][1] == tuple(other.tolist())
+
+
+def test_a_handle_that_is_shared_protects_no_more_than_it_covers():
+    """Two answers to one prompt share its handle; what one of them adds is its own."""
+    player = Player("lru", is_plain=False)
+    tokens = np.arange(5 * PAGE, dtype=np.int32)
+    shared = player.grow(player.begin(SCOPES[0], tokens), SCOPES[0], tokens[: 2 * PAGE], 0, ends=False)
+    player.cache.lock(shared)
+    own = player.grow(shared, SCOPES[0], tokens, 0, ends=False)
+    assert player.cache.protected_pages == 5
+    player.cache.unlock(own)
+    assert (player.cache.protected_pages, player.cache.evictable_pages) == (2, 3)
+    player.cache.unlock(shared)
+    assert (player.cache.protected_pages, player.cache.evictable_pages) == (0, 5)
+    player.cache.check_integrity()
+
+
+def test_what_follows_another_request_s_pages_is_not_protected_by_it():
+    player = Player("lru", is_plain=False)
+    tokens = np.arange(5 * PAGE, dtype=np.int32)
+    first, second = (player.begin(SCOPES[0], tokens) for _ in range(2))
+    first = player.grow(first, SCOPES[0], tokens[: 2 * PAGE], 0, ends=False)
+    player.grow(second, SCOPES[0], tokens, 0, ends=True)
+    assert (player.cache.protected_pages, player.cache.evictable_pages) == (2, 3)
+    assert player.cache.match(SCOPES[0], np.append(tokens, 0)).num_tokens == tokens.size
+
+
+def test_a_sequence_that_grows_by_chunks_is_one_node():
+    player = Player("lru", is_plain=False)
+    tokens = np.arange(40 * PAGE, dtype=np.int32)
+    handle = player.begin(SCOPES[0], tokens[:PAGE])
+    for pages in range(4, 41, 4):
+        handle = player.grow(handle, SCOPES[0], tokens[: pages * PAGE], 0, ends=False)
+    assert len(list(handle.node.path())) == 1
+    assert handle.num_tokens == tokens.size
+    assert player.cache.match(SCOPES[0], tokens).num_tokens == tokens.size - PAGE
+
+
+def test_a_handle_of_other_tokens_or_another_scope_is_not_gone_on_from():
+    player = Player("lru", is_plain=False)
+    tokens = np.arange(1, 4 * PAGE + 1, dtype=np.int32)
+    handle = player.grow(player.begin(SCOPES[0], tokens), SCOPES[0], tokens, 0, ends=False)
+    other = np.append(tokens + 1, tokens)
+    player.grow(handle, SCOPES[0], other, 0, ends=True)
+    handle = player.grow(player.begin(SCOPES[0], tokens), SCOPES[0], tokens, 0, ends=False)
+    player.grow(handle, SCOPES[1], np.append(tokens, tokens), 0, ends=True)
+    found = [
+        player.cache.match(scope, np.append(each, 0)).num_tokens
+        for scope, each in zip(SCOPES, [other, other], strict=True)
+    ]
+    assert found == [other.size, 0]
+    assert player.cache.match(SCOPES[1], np.append(tokens, np.append(tokens, 0))).num_tokens == 2 * tokens.size
+    assert player.cache.match(SCOPES[0], np.append(tokens, np.append(tokens, 0))).num_tokens == tokens.size
+    assert player.cache.protected_pages == 0
+    player.cache.check_integrity()
