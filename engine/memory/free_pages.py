@@ -74,7 +74,7 @@ class FreePages:
         return self._pages[self._tail : self._tail + count]
 
     def take_runs(self, lengths: Int64) -> Int32:
-        """Takes ``sum(lengths) <= self.count`` pages, each length as one ascending run where there is one.
+        """Takes ``sum(lengths) <= self.count`` pages, each length as one ascending run where one is in order.
 
         Args:
             lengths: pages per sequence, ``[B]``, none negative.

@@ -29,10 +29,18 @@ class NodeLedger:
     def attach(self, parent: RadixNode, tokens: Int32, pages: Int32, level: int) -> RadixNode:
         """Adds an evictable leaf of at least one page; it needs a ``use`` before it stands in order."""
         node = parent.tree.attach(parent, tokens, pages)
+        self._clock += 1
         node.level, node.stamp = level, self._clock
         node.tree.order.append(node)
         self.evictable += node.num_pages
         return node
+
+    def may_extend(self, node: RadixNode, level: int) -> bool:
+        """Whether a node that one handle keeps may take more pages, of ``level``, under its lock.
+
+        It must be a leaf that was never trimmed: a handle from before could take the new pages for those it had.
+        """
+        return node.locks == 1 and node.level == level and not node.children and not node.is_trimmed
 
     def extend(self, leaf: RadixNode, tokens: Int32, pages: Int32) -> None:
         """Adds pages to the end of a locked leaf."""

@@ -260,8 +260,9 @@ class ReqToTokenPool:
             ShapeError: not a row in use.
         """
         # Not through an array of one row: this is asked for each request that comes or goes.
-        if not 0 <= row < self.max_requests or not self._in_use.item(row):
-            raise ShapeError(f"row {row} of {self.max_requests} is not in use; get it from alloc_row first")
+        is_row = type(row) is int or isinstance(row, np.integer)
+        if not is_row or not 0 <= row < self.max_requests or not self._in_use.item(row):
+            raise ShapeError(f"row {row!r} of {self.max_requests} is not in use; get it from alloc_row first")
         return self._kv_lens.item(row)
 
     def row_pages(self, row: int) -> Int32:

@@ -27,7 +27,7 @@ from engine.memory.node_ledger import NodeLedger
 from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
 from engine.memory.prefix_forest import PrefixForest
 from engine.memory.prefix_match import EvictedPages, PrefixMatch, checked_scope, token_vector
-from engine.memory.radix_tree import NO_PAGES, RadixNode
+from engine.memory.radix_tree import NO_PAGES, RadixNode, joined
 from engine.memory.scope import CacheScope
 
 EvictionPolicyName = Literal["lru", "lfu", "priority"]
@@ -218,11 +218,13 @@ class RadixCache:
         held = self._enter(scope, tokens, page_ids, priority, match)
         known = held.num_tokens // self.page_size
         if known < page_ids.size:
-            held.pages = np.concatenate([held.pages, page_ids[known:].astype(np.int32)])
+            held.pages = joined([held.pages, page_ids[known:].astype(np.int32)])
             held.num_tokens = tokens.size
         node = self._settle(held)
         if node is not None:
             self._nodes.move_lock(match.node, node)
+        elif match.node is not None:
+            self._nodes.unlock(match.node)
         match.locks -= 1
         held.locks = 1
         return held
@@ -238,12 +240,7 @@ class RadixCache:
     ) -> None:
         """Inserts all that a request has computed and takes back its lock: ``insert`` and ``unlock``, in one walk.
 
-        Args:
-            match: the request's locked handle.
-            scope: as for ``insert``, like all of the same name.
-            token_ids: likewise.
-            pages: likewise.
-            priority: likewise.
+        The arguments are those of ``advance``.
 
         Raises:
             ConfigError, ShapeError: as for ``insert``; the lock stays.
@@ -363,17 +360,19 @@ class RadixCache:
             self._pages.add(page_ids[known:])
             end = self._forest.plant(scope).root if node is None else self._nodes.ending_at(node, known)
             fresh, rest = page_ids[known:].astype(np.int32), tokens[known * self.page_size :]
-            if end is start and end.locks == 1 and end.level == level and not end.children:
+            if end is start and self._nodes.may_extend(end, level):
                 self._nodes.extend(end, rest, fresh)
                 node = end
             else:
                 node = self._nodes.attach(end, rest, fresh, level)
+        elif node is not None:
+            node = self._nodes.ending_at(node, known)  # what lies beyond was not used
         # What was attached to ``start``, which is the root or locked with all above it, stands in order already.
-        if node is not None and (start is None or end_of_walk is not start or level):
+        if node is not None and (start is None or end_of_walk is not start or self.policy == "priority"):
             self._nodes.use(node, least_level=level)
         pages = NO_PAGES if walk is None else walk.pages
         if start is not None and after is not None:
-            pages = np.concatenate([after.pages[: start.end], pages])
+            pages = joined([after.pages[: start.end], pages])
         return PrefixMatch(pages, known * self.page_size, tokens.size, self, node)
 
     def _require_locked(self, match: PrefixMatch) -> None:

@@ -34,9 +34,21 @@ class RadixNode(Evictable):
         children: the tokens of their first page, as bytes, to the nodes that follow.
         locks: handles that protect this node, those that end below it counted.
         attached: whether it is still in the tree.
+        is_trimmed: whether it has lost pages at its end.
     """
 
-    __slots__ = ("attached", "children", "locks", "only_page", "pages", "parent", "start", "tokens", "tree")
+    __slots__ = (
+        "attached",
+        "children",
+        "is_trimmed",
+        "locks",
+        "only_page",
+        "pages",
+        "parent",
+        "start",
+        "tokens",
+        "tree",
+    )
 
     def __init__(self, tree: RadixTree, parent: RadixNode | None, start: int, tokens: Int32, pages: Int32) -> None:
         super().__init__(level=0, stamp=0)
@@ -47,6 +59,7 @@ class RadixNode(Evictable):
         self.children: dict[bytes, RadixNode] = {}
         self.locks = 0
         self.attached = True
+        self.is_trimmed = False
 
     def hold(self, tokens: Int32, pages: Int32) -> None:
         """Gives the node its pages and their tokens."""
@@ -88,11 +101,7 @@ class Walk(NamedTuple):
     @property
     def pages(self) -> Int32:
         """The runs joined; read-only."""
-        if len(self.runs) < 2:
-            return self.runs[0] if self.runs else NO_PAGES
-        pages = np.concatenate(self.runs)
-        pages.flags.writeable = False
-        return pages
+        return joined(self.runs) if self.runs else NO_PAGES
 
 
 class RadixTree:
@@ -149,13 +158,13 @@ class RadixTree:
             node, block = child, 1
             whole = data.startswith(node.tokens.data, at * size)
             shared = node.pages.size if whole else self._shared_pages(tokens, at, node)
-            runs += _joined(singles)
+            runs += _as_runs(singles)
             runs.append(node.pages[:shared])
             singles = []
             at += shared
             if not whole:
                 break
-        return Walk(node, at, runs + _joined(singles))
+        return Walk(node, at, runs + _as_runs(singles))
 
     def attach(self, parent: RadixNode, tokens: Int32, pages: Int32) -> RadixNode:
         """Adds a leaf below ``parent``, which has no child with that first page; keeps copies of the arrays."""
@@ -167,9 +176,7 @@ class RadixTree:
 
     def extend(self, leaf: RadixNode, tokens: Int32, pages: Int32) -> None:
         """Adds pages to the end of a leaf other than the root."""
-        kept_pages = np.concatenate([leaf.pages, pages])
-        kept_pages.flags.writeable = False
-        leaf.hold(np.concatenate([leaf.tokens, tokens]), kept_pages)
+        leaf.hold(np.concatenate([leaf.tokens, tokens]), joined([leaf.pages, pages]))
 
     def resume(self, node: RadixNode, num_pages: int, tokens: Int32) -> RadixNode | None:
         """``node``, if a walk may begin at its end: it ends ``num_pages`` from this root, and the tokens begin so."""
@@ -200,6 +207,7 @@ class RadixTree:
         """Takes the last ``num_pages`` pages off a leaf, not all of them, and returns them."""
         left = leaf.pages.size - num_pages
         removed = leaf.pages[left:]
+        leaf.is_trimmed = True
         leaf.hold(leaf.tokens[: left * self.page_size], leaf.pages[:left])
         return removed
 
@@ -254,7 +262,14 @@ class RadixTree:
         return node.tokens[: self.page_size].tobytes()
 
 
-def _joined(pages: list[int]) -> list[Int32]:
+def joined(runs: list[Int32]) -> Int32:
+    """One run after the other; read-only."""
+    pages = np.concatenate(runs)
+    pages.flags.writeable = False
+    return pages
+
+
+def _as_runs(pages: list[int]) -> list[Int32]:
     return [np.array(pages, np.int32)] if pages else []
 
 

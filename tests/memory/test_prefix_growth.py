@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from engine.errors import DoubleFreeError
 from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
 from engine.memory.prefix_cache import RadixCache
 from engine.memory.scope import CacheScope, LayoutKey
@@ -65,7 +66,7 @@ def test_requests_that_grow_leave_what_the_plain_calls_leave(policy, seed):
         if len(running) < 4 and rng.random() < 0.5:
             scope, tokens = SCOPES[rng.integers(2)], drawn_tokens(rng, rng.integers(0, 8))
             handles = [player.begin(scope, tokens) for player in players]
-            running.append([scope, tokens, int(rng.integers(3)), handles])
+            running.append([scope, tokens, int(rng.integers(-1, 2)), handles])
         elif running:
             at, ends = int(rng.integers(len(running))), bool(rng.random() < 0.3)
             scope, tokens, priority, handles = running[at]
@@ -78,6 +79,7 @@ def test_requests_that_grow_leave_what_the_plain_calls_leave(policy, seed):
             else:
                 assert handles[0].num_tokens == handles[1].num_tokens == tokens.size
                 assert handles[0].pages.tolist() == handles[1].pages.tolist()
+                assert not handles[0].pages.flags.writeable
                 running[at] = [scope, tokens, priority, handles]
         ours, plain = (player.cache for player in players)
         ours.check_integrity()
@@ -88,7 +90,7 @@ def test_requests_that_grow_leave_what_the_plain_calls_leave(policy, seed):
     for player in players:
         while player.cache.evict(1):
             pass
-    assert sorted(players[0].evicted) == sorted(players[1].evicted)
+    assert players[0].evicted == players[1].evicted
 
 
 @pytest.mark.parametrize("policy", ["lfu", "priority"])
@@ -130,6 +132,42 @@ def test_what_follows_another_request_s_pages_is_not_protected_by_it():
     player.grow(second, SCOPES[0], tokens, 0, ends=True)
     assert (player.cache.protected_pages, player.cache.evictable_pages) == (2, 3)
     assert player.cache.match(SCOPES[0], np.append(tokens, 0)).num_tokens == tokens.size
+
+
+def test_a_child_of_lower_standing_goes_before_its_parent():
+    """Priority 0 below a beginning of priority -1, which the child raises."""
+    player = Player("priority", is_plain=False)
+    tokens = np.arange(5 * PAGE, dtype=np.int32)
+    player.grow(player.begin(SCOPES[0], tokens[: 3 * PAGE]), SCOPES[0], tokens[: 3 * PAGE], -1, ends=True)
+    player.grow(player.begin(SCOPES[0], np.append(tokens[: 3 * PAGE], 0)), SCOPES[0], tokens, 0, ends=True)
+    player.cache.evict(1)
+    player.cache.check_integrity()
+    assert player.cache.match(SCOPES[0], np.append(tokens, 0)).num_tokens == 4 * PAGE
+
+
+def test_a_handle_from_before_an_eviction_is_refused_though_other_pages_stand_there_now():
+    player = Player("lru", is_plain=False)
+    tokens = np.arange(5 * PAGE, dtype=np.int32)
+    player.grow(player.begin(SCOPES[0], tokens), SCOPES[0], tokens, 0, ends=True)
+    stale = player.cache.match(SCOPES[0], np.append(tokens, 0))
+    player.cache.evict(2)
+    handle = player.begin(SCOPES[0], np.append(tokens[: 3 * PAGE], 0))
+    other = np.append(tokens[: 3 * PAGE], tokens[: 3 * PAGE] + 50)
+    player.grow(handle, SCOPES[0], other, 0, ends=False)
+    with pytest.raises(DoubleFreeError, match="evicted or invalidated"):
+        player.cache.lock(stale)
+
+
+def test_an_advance_without_a_page_after_a_reset_gives_the_old_lock_back():
+    player = Player("lru", is_plain=False)
+    tokens = np.arange(3 * PAGE, dtype=np.int32)
+    player.grow(player.begin(SCOPES[0], tokens), SCOPES[0], tokens, 0, ends=True)
+    handle = player.begin(SCOPES[0], np.append(tokens, 0))
+    player.cache.reset()
+    handle = player.grow(handle, SCOPES[0], tokens[:0], 0, ends=False)
+    player.cache.unlock(handle)
+    assert player.cache.protected_pages == 0
+    player.cache.check_integrity()
 
 
 def test_a_sequence_that_grows_by_chunks_is_one_node():

@@ -173,9 +173,9 @@ def test_a_step_that_one_replica_cannot_take_is_taken_by_none(monkeypatch, which
 
 
 @pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.parametrize("where", ["advance", "insert"])
+@pytest.mark.parametrize("where", ["advance", "finish"])
 def test_a_step_that_cannot_be_cached_on_one_replica_is_booked_on_all(monkeypatch, which, where):
-    """``advance`` is called for prompts that were computed, ``insert`` for answers that end."""
+    """``advance`` is called for prompts that were computed, ``finish`` for answers that end."""
     balancer = make(slots=2)
     requests = [request(number, 6, new=1 + 2 * (number > 2)) for number in (1, 2, 3, 4)]
     for each in requests:
@@ -197,7 +197,7 @@ def test_a_step_that_cannot_be_cached_on_one_replica_is_booked_on_all(monkeypatc
             assert len(each.output) == length + (each.request_id in ran)
         for replica in balancer.replicas:
             replica.cache.check_integrity()
-    assert failures == {"advance": 1, "insert": 2}[where]
+    assert failures == {"advance": 1, "finish": 2}[where]
     assert sorted(r.request_id for r in ended) == [1, 2, 3, 4]
     assert balancer.held_tokens == 0
 
@@ -213,7 +213,7 @@ def test_a_step_that_cannot_be_cached_on_one_replica_is_undone_on_all(monkeypatc
         raise OSError("no memory for a node")
 
     with monkeypatch.context() as patched:
-        patched.setattr(balancer.replicas[0].cache.prefix, "insert", boom)
+        patched.setattr(balancer.replicas[0].cache.prefix, "finish", boom)
         with pytest.raises(OSError, match="no memory"):
             balancer.undo(step)
     assert not balancer.running

@@ -176,7 +176,7 @@ def test_a_fork_that_failed_to_make_room_starts_later(llm, dense_greedy, monkeyp
     assert llm.cache.held_tokens == 0
 
 
-@pytest.mark.parametrize("where", ["advance", "insert"])
+@pytest.mark.parametrize("where", ["advance", "finish"])
 def test_a_step_whose_prefixes_cannot_be_cached_is_booked_all_the_same(llm, dense_greedy, monkeypatch, where):
     """In overlap too: the step that was dispatched meanwhile goes on from the tokens of this one."""
     llm.cache.reset_prefix_cache()
