@@ -62,6 +62,9 @@ def _scatter_words(words: jax.Array, slots: jax.Array, tokens: jax.Array, rows: 
             done = rows_ref.at[pl.ds(0, written)]
             pltpu.make_async_copy(done, done, sem).wait()
 
+    if not interpret:
+        # Else XLA moves a small cache into VMEM and back, whole, around the writing of a few rows.
+        words = pltpu.with_memory_space_constraint(words, pltpu.HBM)
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     written: jax.Array = pl.pallas_call(
         body,
