@@ -263,8 +263,7 @@ class CacheManager:
         """
         if self.prefix is None or self._is_forgotten[row]:
             return
-        pages = self.page_table.full_pages(row, len(token_ids))
-        tokens, priority = token_ids[: pages.size * self.page_size], int(self._priority[row])
+        tokens, pages, priority = self._full_pages(row, token_ids)
         self._locked[row] = self.prefix.advance(self._locked[row], scope, tokens, pages, priority=priority)
 
     def release(self, row: int, scope: CacheScope, token_ids: Int32) -> None:
@@ -275,8 +274,7 @@ class CacheManager:
         """
         try:
             if self.prefix is not None and not self._is_forgotten[row]:
-                pages = self.page_table.full_pages(row, len(token_ids))
-                tokens, priority = token_ids[: pages.size * self.page_size], int(self._priority[row])
+                tokens, pages, priority = self._full_pages(row, token_ids)
                 self.prefix.finish(self._locked[row], scope, tokens, pages, priority=priority)
                 del self._locked[row]
         finally:
@@ -337,6 +335,11 @@ class CacheManager:
         if self.prefix:
             # More than is short where the pool is large: a call costs more than a page, and decoding asks for few.
             self.prefix.evict(min(max(short, min(EVICT_AT_ONCE, self.size // self.page_size // 32)), evictable))
+
+    def _full_pages(self, row: int, token_ids: Int32) -> tuple[Int32, Int32, int]:
+        """A row's full pages as far as their tokens are told: these tokens, the pages, and the row's priority."""
+        pages = self.page_table.full_pages(row, len(token_ids))
+        return token_ids[: pages.size * self.page_size], pages, int(self._priority[row])
 
     def _give_back(self, row: int) -> None:
         """Ends a row and all that it holds: its lock, its pages, what is known of its request."""

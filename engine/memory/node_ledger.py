@@ -61,9 +61,9 @@ class NodeLedger:
         for step in node.path():
             self._protect(step)
 
-    def move_lock(self, source: RadixNode | None, target: RadixNode) -> None:
+    def move_lock(self, source: RadixNode | None, target: RadixNode | None) -> None:
         """The same as ``lock`` of ``target`` and ``unlock`` of ``source``, without visiting what lies above both."""
-        for step in target.path():
+        for step in () if target is None else target.path():
             if step is source:
                 return
             self._protect(step)

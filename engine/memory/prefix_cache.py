@@ -220,11 +220,7 @@ class RadixCache:
         if known < page_ids.size:
             held.pages = joined([held.pages, page_ids[known:].astype(np.int32)])
             held.num_tokens = tokens.size
-        node = self._settle(held)
-        if node is not None:
-            self._nodes.move_lock(match.node, node)
-        elif match.node is not None:
-            self._nodes.unlock(match.node)
+        self._nodes.move_lock(match.node, held.node)
         match.locks -= 1
         held.locks = 1
         return held
@@ -343,7 +339,7 @@ class RadixCache:
     def _enter(
         self, scope: CacheScope, tokens: Int32, page_ids: Int64, priority: int, after: PrefixMatch | None = None
     ) -> PrefixMatch:
-        """Inserts whole pages; says what was cached already, with the node around or at the end of them all.
+        """Inserts whole pages; says what was cached already, with the node at the end of them all.
 
         The search begins where ``after``, a locked match of the beginning, ends. What it alone keeps is lengthened
         under its lock: a sequence that grows by chunks is one node.

@@ -74,7 +74,7 @@ def test_a_pool_that_was_freed_at_random_heals(num_pages):
 @given(data=st.data(), num_pages=st.integers(1, 200))
 @settings(max_examples=150)
 def test_a_lone_sequence_gets_a_run_if_any_is_long_enough(data, num_pages):
-    # Pools this small merge whenever it helps; in large ones merging waits until it is paid for.
+    # All are loose, so that the first taking merges them; else that waits until an eighth is.
     free = data.draw(st.sets(st.integers(1, num_pages), min_size=1))
     bag = fragmented(num_pages, sorted(free))
     longest = max(runs(np.array(sorted(free))))

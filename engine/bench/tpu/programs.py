@@ -90,16 +90,8 @@ def compile_attention(
     with jax.sharding.use_abstract_mesh(Mesh([device], ("x",)).abstract_mesh):
         lowered = jax.jit(step, donate_argnums=0).lower(cache, queries, new, new, rest)
     compiled = lowered.compile()
-    memory: Any = compiled.memory_analysis()
-    text = compiled.as_text() or ""
-    cache_bytes = layout.bytes_per_token * slots
-    found: dict[str, Any] = {
-        "cache bytes": cache_bytes,
-        "temporary bytes": memory.temp_size_in_bytes,
-        "alias bytes": memory.alias_size_in_bytes,
-        "VMEM bytes": max(kernel_vmem_bytes(text).values()),
-        "moves": moves_of_at_least(text, cache_bytes // 2),
-    }
+    found = _footprint(compiled, layout.bytes_per_token * slots)
+    found["VMEM bytes"] = max(kernel_vmem_bytes(compiled.as_text() or "").values())
     if folder:
         (dump,) = fresh_dumps(Path(folder), "ragged_paged_attention", _seen)
         spec = AttentionSpec(page_size, head_dim**-0.5, window)
@@ -124,12 +116,16 @@ def compile_scatter(
     new = like((tokens, kv_heads, head_dim), _query_dtype(dtype))
     arguments = like(layout.buffer_shape(slots), jnp.dtype(dtype)), like((tokens,), jnp.int32), new, new
     compiled = jax.jit(set_kv_buffer, donate_argnums=0).lower(*arguments).compile()
-    memory: Any = compiled.memory_analysis()
-    text, cache_bytes = compiled.as_text() or "", layout.bytes_per_token * slots
+    found = _footprint(compiled, layout.bytes_per_token * slots)
+    return found | {"kernel": "tpu_custom_call" in (compiled.as_text() or "")}
+
+
+def _footprint(compiled: Any, cache_bytes: int) -> dict[str, Any]:
+    """What a compiled program over a donated cache takes and moves, in bytes."""
+    memory = compiled.memory_analysis()
     return {
         "cache bytes": cache_bytes,
         "temporary bytes": memory.temp_size_in_bytes,
         "alias bytes": memory.alias_size_in_bytes,
-        "moves": moves_of_at_least(text, cache_bytes // 2),
-        "kernel": "tpu_custom_call" in text,
+        "moves": moves_of_at_least(compiled.as_text() or "", cache_bytes // 2),
     }
