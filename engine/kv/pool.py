@@ -82,8 +82,7 @@ class TokenToKVPool:
                 layout, tp=mesh.shape[TENSOR_AXIS], cp=axis_size(mesh, CONTEXT_AXIS), platform=platform
             )
         self.size, self.layout, self.mesh = size, layout, mesh
-        sharding = None if mesh is None else NamedSharding(mesh, buffer_spec(mesh))
-        self.buffers = tuple(_zeros(self.buffer_shape, layout.dtype, sharding) for _ in range(layer_num))
+        self.buffers = self._fresh_buffers(layer_num)
 
     @property
     def page_size(self) -> int:
@@ -190,6 +189,16 @@ class TokenToKVPool:
                 )
         self.buffers = tuple(buffers)
         return self
+
+    def renew(self) -> None:
+        """Takes new buffers, of zeros, where the old ones are lost: donated to a program that failed."""
+        for buffer in self.buffers:
+            buffer.delete()  # a failed program's result may keep its memory
+        self.buffers = self._fresh_buffers(self.layer_num)
+
+    def _fresh_buffers(self, count: int) -> tuple[jax.Array, ...]:
+        sharding = None if self.mesh is None else NamedSharding(self.mesh, buffer_spec(self.mesh))
+        return tuple(_zeros(self.buffer_shape, self.dtype, sharding) for _ in range(count))
 
     def _check_layer(self, layer_id: int) -> None:
         if not 0 <= layer_id < self.layer_num:

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 
 from engine.memory.integers import Int32
-from engine.serving.all_calls import for_each
 from engine.serving.request import FinishReason, Request
 from engine.serving.request_queue import QueueFront, RequestQueue
 from engine.serving.scheduled_step import PageCopy, ScheduledStep, StepPlan
@@ -71,12 +69,12 @@ class Balancer(QueueFront):
         self.replicas[0].check_fits(request)
 
     def next_step(self, *, settled: bool = True) -> ScheduledStep | None:
-        """Plans a step of every replica, as ``Scheduler.next_step``; all of them or, where one fails, none.
+        """Plans a step of every replica, as ``Scheduler.next_step``.
 
         It repeats the one before it where every replica can.
         """
         if all(replica.is_steady for replica in self.replicas) and all(each.can_repeat() for each in self.replicas):
-            return self._all_of([replica.repeat for replica in self.replicas])
+            return _joined([replica.repeat() for replica in self.replicas])
         plans: list[StepPlan] = []
         for replica in self.replicas:
             plan = replica.plan_running(settled=settled)
@@ -85,23 +83,10 @@ class Balancer(QueueFront):
             plans.append(plan)
         while self.waiting and self._admit_first(plans):
             pass
-        return self._all_of(
-            [partial(replica.schedule, plan) for replica, plan in zip(self.replicas, plans, strict=True)]
-        )
-
-    def _all_of(self, schedules: Sequence[Callable[[], ScheduledStep]]) -> ScheduledStep:
-        """The steps of all replicas as one; where one of them fails, none is scheduled."""
-        parts: list[ScheduledStep] = []
-        try:
-            for schedule in schedules:
-                parts.append(schedule())
-        except BaseException:  # an interrupt too: what the others have planned will not run
-            self._undo(parts)
-            raise
-        return _joined(parts)
+        return _joined([replica.schedule(plan) for replica, plan in zip(self.replicas, plans, strict=True)])
 
     def commit(self, step: ScheduledStep, tokens: Int32, finished: list[Request]) -> None:
-        """Books a step that has run, of every replica also where another one fails, as ``Scheduler.commit``.
+        """Books a step that has run, as ``Scheduler.commit``.
 
         Args:
             step: of all replicas.
@@ -109,8 +94,8 @@ class Balancer(QueueFront):
             finished: the requests that finish are added to it.
         """
         by_replica = tokens.reshape(len(self.replicas), -1)
-        parts = list(zip(self.replicas, step.parts, by_replica, strict=True))
-        for_each(lambda part: part[0].commit(*part[1:], finished), parts)
+        for replica, part, of_part in zip(self.replicas, step.parts, by_replica, strict=True):
+            replica.commit(part, of_part, finished)
 
     def sampled_rows(self, step: ScheduledStep) -> list[tuple[Request, int]]:
         """As ``Scheduler.sampled_rows``; every replica has as many rows of the results."""
@@ -120,17 +105,14 @@ class Balancer(QueueFront):
             for request, row in replica.sampled_rows(part)
         ]
 
-    def undo(self, step: ScheduledStep) -> None:
-        """Takes back a step that did not run, as ``Scheduler.undo``."""
-        self._undo(step.parts)
+    def give_back_rows(self, *, keeps_pages: bool) -> None:
+        """Ends every row of every replica, see ``QueueFront``."""
+        for replica in self.replicas:
+            replica.give_back_rows(keeps_pages=keeps_pages)
 
     def fork(self, parent: Request, child: Request) -> PageCopy | None:
         """Starts ``child`` from the pages of ``parent``, on the parent's replica, as ``Scheduler.fork``."""
         return self.replicas[parent.replica].fork(parent, child)
-
-    def give_up(self, request: Request) -> None:
-        """Sends a running request back to wait with the tokens it has."""
-        self.replicas[request.replica].give_up(request)
 
     def end(self, request: Request, reason: FinishReason) -> None:
         """Ends a request wherever it stands and gives back every page it holds; does nothing if it has ended."""
@@ -139,7 +121,9 @@ class Balancer(QueueFront):
     def _admit_first(self, plans: Sequence[StepPlan]) -> bool:
         """Admits who waits first to some replica; returns whether one had room."""
         places = [index for index, plan in enumerate(plans) if self.replicas[index].has_place(plan)]
-        request = self.waiting[0]
+        request = self.queue.first()
+        if request is None:
+            return False
         for index in self._by_preference(request, places):
             request.replica = index  # before it has a row there: nothing may come between the two
             if self.replicas[index].admit_first(plans[index]):
@@ -158,9 +142,6 @@ class Balancer(QueueFront):
         if not cached[best] or known[best] - known[emptiest_first[0]] > self._much_fuller:
             return emptiest_first
         return [best, *(index for index in emptiest_first if index != best)]
-
-    def _undo(self, parts: Sequence[ScheduledStep]) -> None:
-        for_each(lambda part: part[0].undo(part[1]), list(zip(self.replicas, parts, strict=False)))
 
 
 def _joined(parts: Sequence[ScheduledStep]) -> ScheduledStep:

@@ -8,10 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from engine.config import EngineConfig
-from engine.errors import ConfigError, EngineError, RequestError
+from engine.errors import ConfigError, EngineError, IntegrityError, ProcessLost, RequestError
 from engine.kv.pool import TokenToKVPool
 from engine.memory.cache_manager import CacheManager
 from engine.memory.prefix_cache import RadixCache
@@ -36,9 +34,12 @@ from engine.serving.build import (
     weights_dtype,
     weights_identity,
 )
-from engine.serving.gate import Gate
+from engine.serving.gate import Gate, SnapshotBoard
+from engine.serving.groups import AnswerGroups, group_of, is_unstarted
 from engine.serving.intake import Intake
 from engine.serving.metrics import EngineMetrics, collect_metrics
+from engine.serving.recovery import Recovery, end
+from engine.serving.reports import Reports
 from engine.serving.request import FinishReason, Request, RequestOutput, SamplingParams
 from engine.serving.runner import CompileCounter, ModelRunner
 from engine.serving.stats import EngineStats
@@ -109,10 +110,12 @@ class LLM:
         self._gate = Gate()
         batcher = make_batcher(self.caches, shapes)
         self._stepper = Stepper(self.scheduler, batcher, self._runner, self.stats, overlap=self.config.overlap_steps)
-        self._unfinished: dict[int, Request] = {}  # leaders: the first of the answers to a prompt
-        self._leader_of: dict[int, Request] = {}
-        self._unforked: list[Request] = []  # leaders with siblings that have not started
-        self._ended: list[Request] = []  # not reported yet; kept over a step that fails
+        self._groups = AnswerGroups()
+        self._recovery = Recovery(self.scheduler, self._stepper, self._runner, self._groups, self.stats)
+        self._reports = Reports(self._groups, self._recovery, self.stats, self._text_of)
+        self._board = SnapshotBoard(
+            lambda: collect_metrics(self.scheduler, self.stats), self._gate, lambda: self.scheduler.has_work
+        )
         self._compiles = CompileCounter()
         self._runner.compile_all(on_compile)
         self._compiles.count = 0
@@ -128,6 +131,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers many prompts at once.
 
+        Requests that another thread or ``on_progress`` adds meanwhile are served beside them; ``step`` reports those. A
+        step that fails is run again by the rule of ``engine.serving.recovery``.
+
         Args:
             prompts: texts, or lists of token ids.
             sampling_params: for all, or one for each prompt; None is greedy with the default length.
@@ -141,27 +147,28 @@ class LLM:
             RequestError: a prompt can never be served, or requests of ``add_request`` are unfinished; then none was
                 started.
         """
-        if self._unfinished:
+        if self._groups.unfinished:
             raise RequestError(
-                f"generate needs an idle engine, and {len(self._unfinished)} added requests are unfinished; "
+                f"generate needs an idle engine, and {len(self._groups.unfinished)} added requests are unfinished; "
                 "call step until they are done, or abort them"
             )
         checked = self._agreement.on_requests(lambda: self._intake.check(prompts, sampling_params))
         requests = [self._intake.make(request) for request in checked]
         for request in requests:
             self.scheduler.check_fits(request)
-        done: dict[int, RequestOutput] = {}
-        try:
-            for request in requests:
-                self._add(request)
-            while self._unfinished:
-                done |= self.step(return_logits=return_logits)
-                if on_progress:
-                    on_progress(len(done), len(requests))
-        finally:  # an interrupted call leaves no page behind
-            for request in requests:
-                self._abort(request.request_id)
-        return [done.get(request.request_id) or self._output(request) for request in requests]  # who was aborted: as is
+        with self._reports.claimed(requests) as done:
+            try:
+                for request in requests:
+                    self._add(request)
+                open_ids = {request.request_id for request in requests}
+                while open_ids := open_ids & self._groups.unfinished.keys():
+                    self._advance_or_recover(return_logits)
+                    if on_progress:
+                        on_progress(len(done), len(requests))
+            finally:  # an interrupted call leaves no page behind
+                self._abort_all(requests)
+        # Of a request that was aborted what there is.
+        return [done.get(request.request_id) or self._reports.output(request) for request in requests]
 
     def add_request(self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None) -> int:
         """Queues a request for ``step`` and returns its id; raises RequestError if it can never be served."""
@@ -173,37 +180,67 @@ class LLM:
     def step(self, *, return_logits: bool = False) -> dict[int, RequestOutput]:
         """Advances by one step and returns the answers that are finished, by request id.
 
-        Where steps overlap, what is dispatched now is read and booked by the next call.
-        """
-        with self._gate:
-            if not self._agreement.plan.is_shared:
-                return self._step(return_logits)
-            try:
-                for request_id in self._agreement.on_step(self._runner.parcels):
-                    self._abort(request_id)
-                return self._step(return_logits)
-            except (RuntimeError, ValueError) as error:  # as jax reports that a collective lost its partner
-                if isinstance(error, EngineError):
-                    raise
-                raise lost(f"the step failed: {error}") from error
+        Where steps overlap, what is dispatched now is read and booked by the next call. Answers to a running
+        ``generate`` are left to it.
 
-    def _step(self, return_logits: bool) -> dict[int, RequestOutput]:
-        self._ended += [request for late in self.scheduler.expire() for request in self._with_unstarted(late)]
+        Raises:
+            Exception: whatever made the step fail. The engine has recovered by the rule of ``engine.serving.recovery``:
+                call again to go on; a request that keeps failing ends with the reason "error".
+            ProcessLost: another process is gone; this one cannot go on.
+        """
+        self._advance(return_logits)
+        return self._reports.take()
+
+    def _advance(self, return_logits: bool) -> None:
+        """A step, with what it has finished put where it belongs."""
+        with self._gate.entered():
+            try:
+                self._agreed_step(return_logits)
+                failures = [*self.scheduler.queue.faults, *self._reports.make()]
+                if self.scheduler.queue.faults:
+                    self._recovery.check_books(failures[0])
+                    self.scheduler.queue.faults.clear()
+            except ProcessLost:
+                raise
+            except BaseException as error:
+                self._recovery.after(error)
+                raise
+            if failures:
+                raise failures[0]
+
+    def _advance_or_recover(self, return_logits: bool) -> None:
+        """A step of ``generate``, which goes on where one fails: the rule of recovery ends what keeps failing."""
+        try:
+            self._advance(return_logits)
+        except (ProcessLost, IntegrityError):
+            raise
+        except Exception:
+            if self._agreement.plan.is_shared:
+                raise
+            _logger.exception("a step failed; generate goes on")
+
+    def _agreed_step(self, return_logits: bool) -> None:
+        if not self._agreement.plan.is_shared:
+            return self._step(return_logits)
+        try:
+            for request_id in self._agreement.on_step(self._runner.parcels):
+                self._abort(request_id)
+            return self._step(return_logits)
+        except (RuntimeError, ValueError) as error:  # as jax reports that a collective lost its partner
+            if isinstance(error, EngineError):
+                raise
+            raise lost(f"the step failed: {error}") from error
+
+    def _step(self, return_logits: bool) -> None:
+        ended = self._groups.ended
+        ended += [request for late in self.scheduler.expire() for request in self._with_unstarted(late)]
         self._start_siblings()  # those whose start failed in the last step
         if self.scheduler.has_work:
-            self._stepper.advance(self._ended, return_logits=return_logits)
+            self._stepper.advance(ended, return_logits=return_logits)
             self._start_siblings()
         else:
             self._stepper.drop()
         self._gate.interrupts.let_in()  # while what has ended is still to be reported
-        outputs = self._outputs_of(self._ended)  # decodes text, which may fail; nothing is forgotten before
-        for request in self._ended:
-            self._leader_of.pop(request.request_id, None)
-        for request_id in outputs:
-            del self._unfinished[request_id]
-        ended, self._ended = self._ended, []
-        self.stats.finished.update(request.finish_reason for request in ended if request.finish_reason)
-        return outputs
 
     def abort(self, request_id: int) -> None:
         """Ends a request, with its siblings, and gives back every page; does nothing if it has ended.
@@ -216,24 +253,39 @@ class LLM:
             self._abort(request_id)
 
     def _abort(self, request_id: int) -> None:
-        with self._gate:
-            leader = self._unfinished.pop(request_id, None)
-            if leader is not None:
-                for request in (leader, *leader.siblings):
-                    self._leader_of.pop(request.request_id, None)
-                    self.stats.finished[FinishReason.ABORT] += request.finish_reason is None
-                    self._end(request, FinishReason.ABORT)
-                if not self.scheduler.has_work:
-                    self._stepper.drop()  # or the idle time until the next step would count as its own
+        with self._gate.entered():
+            leader = self._groups.unfinished.get(request_id)
+            if leader is None:
+                return
+            try:
+                for request in group_of(leader):
+                    end(self.scheduler, request, FinishReason.ABORT)
+            except BaseException as error:
+                self._recovery.after(error)
+                raise
+            self._reports.count(leader)
+            self._groups.forget(leader)
+            if not self.scheduler.has_work:
+                self._stepper.drop()  # or the idle time until the next step would count as its own
+
+    def _abort_all(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            try:
+                self._abort(request.request_id)
+            except Exception:
+                _logger.exception("request %d could not be aborted; once more", request.request_id)
+                self._abort(request.request_id)  # the books have been put right
 
     def metrics(self) -> EngineMetrics:
-        """What the engine does and holds now; from another thread, once the step that runs is done."""
-        with self._gate.looking():
-            return collect_metrics(self.scheduler, self.stats)
+        """What the engine does and holds: now, or of a busy engine from another thread, after one of its last steps.
+
+        Readers never hold a step up, however many there are: see ``SnapshotBoard``.
+        """
+        return self._board.read()
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached prefix, on the device and on the host; no counter goes back."""
-        with self._gate:
+        with self._gate.entered():
             for cache in self.caches:
                 cache.reset_prefix_cache()
 
@@ -244,13 +296,13 @@ class LLM:
             RequestError: requests are unfinished.
             ConfigError: the geometry, the dtype or the shape of a parameter differs.
         """
-        if self._unfinished:
-            raise RequestError(f"{len(self._unfinished)} requests are unfinished; finish or abort them first")
+        if self._groups.unfinished:
+            raise RequestError(f"{len(self._groups.unfinished)} requests are unfinished; finish or abort them first")
         require_replaceable(model, self.model, self.config.tp)
         if self._mesh is not None:
             model = shard_llama(model, self._mesh)
         self._weights_epoch += 1
-        with self._gate:
+        with self._gate.entered():
             for prefix in self._prefixes:
                 prefix.raise_weights_epoch(self._identity, self._weights_epoch)
         # An epoch counts within one process: saved prefixes of other weights may have the same number.
@@ -270,7 +322,7 @@ class LLM:
         host = self.caches[0].host  # of all
         if self._store is None or host is None:
             raise ConfigError("there is nowhere to save prefixes; set prefix_cache_dir and host_tier_bytes")
-        with self._gate:
+        with self._gate.entered():
             for prefix in self._prefixes:
                 prefix.evict(prefix.evictable_pages)
             # Every process has the same prefixes, and a directory takes one writer.
@@ -278,9 +330,9 @@ class LLM:
 
     def check_integrity(self) -> None:
         """Proves that every page of every replica is accounted for; else IntegrityError."""
-        with self._gate.looking():
-            for cache in self.caches:
-                cache.check_integrity()
+        with self._gate.entered():
+            for replica in self.scheduler.replicas:
+                replica.check_integrity()
 
     @property
     def cache(self) -> CacheManager:
@@ -317,65 +369,31 @@ class LLM:
         return CacheScope(self._identity, self._weights_epoch, None, tenant_salt, self._layout)
 
     def _add(self, request: Request) -> None:
-        with self._gate:
-            self.scheduler.add(request)
-            self._unfinished[request.request_id] = request
-            for member in (request, *request.siblings):
-                self._leader_of[member.request_id] = request
-            if request.siblings:
-                self._unforked.append(request)
-
-    def _end(self, request: Request, reason: FinishReason) -> None:
-        """Ends a request whether it has reached the scheduler or not."""
-        if request.arrival is None:
-            request.finish_reason = reason
-        else:
-            self.scheduler.end(request, reason)
+        with self._gate.entered():
+            try:
+                self._groups.add(request)
+                self.scheduler.add(request)
+            except BaseException:
+                self._groups.forget(request)
+                if request in self.scheduler.waiting:
+                    self.scheduler.waiting.remove(request)
+                raise
 
     def _with_unstarted(self, request: Request) -> list[Request]:
         """A request that ran out of time, and the siblings that wait for it to compute their prompt."""
-        unstarted = [sibling for sibling in request.siblings if sibling.arrival is None]
+        unstarted = [sibling for sibling in request.siblings if is_unstarted(sibling)]
         for sibling in unstarted:
-            self._end(sibling, FinishReason.TIMEOUT)
+            sibling.finish_reason = FinishReason.TIMEOUT
         return [request, *unstarted]
 
     def _start_siblings(self) -> None:
         """Starts the other answers to a prompt once it has been computed, from its pages."""
-        for leader in [leader for leader in self._unforked if leader.output or leader.finish_reason]:
-            for sibling in leader.siblings:
-                if sibling.arrival is None and sibling.finish_reason is None:
-                    self._start(sibling, leader)
-            self._unforked.remove(leader)  # not before: what fails here must not lose the others
-
-    def _start(self, sibling: Request, leader: Request) -> None:
-        copy = self.scheduler.fork(leader, sibling)
-        try:
+        for leader, sibling in self._groups.to_start():
+            self.scheduler.queue.acting_for = sibling
+            copy = self.scheduler.fork(leader, sibling)
             if copy is not None:
                 self._runner.copy(copy.sources, copy.targets, replica=copy.replica)
-        except BaseException:  # an interrupt too: its last page holds nothing
-            self.scheduler.give_up(sibling)
-            raise
+            self.scheduler.queue.acting_for = None
 
-    def _outputs_of(self, ended: list[Request]) -> dict[int, RequestOutput]:
-        """The answers that are complete now: a leader's, once its siblings have ended too."""
-        outputs = {}
-        for request in ended:
-            leader = self._leader_of.get(request.request_id)
-            if leader is None or leader.request_id in outputs:  # aborted since it ended; or a sibling brought it
-                continue
-            if all(member.finish_reason is not None for member in (leader, *leader.siblings)):
-                outputs[leader.request_id] = self._output(leader)
-        return outputs
-
-    def _output(self, request: Request) -> RequestOutput:
-        finish = request.finish_reason or FinishReason.ABORT
-        return RequestOutput(
-            prompt_token_ids=request.prompt.tolist(),
-            token_ids=list(request.output),
-            text=self.tokenizer.decode(request.output) if self.tokenizer else "",
-            finish_reason=finish.value,
-            cached_tokens=request.cached_tokens or 0,
-            logprobs=None if request.params.logprobs is None else list(request.logprobs),
-            logits=np.stack(request.logits) if request.logits else None,
-            siblings=tuple(self._output(sibling) for sibling in request.siblings),
-        )
+    def _text_of(self, request: Request) -> str:
+        return self.tokenizer.decode(request.output) if self.tokenizer else ""

@@ -94,12 +94,18 @@ def _is_number(value: object) -> bool:
 
 
 class FinishReason(StrEnum):
-    """Why an answer ended."""
+    """Why an answer ended.
+
+    STOP: by a token that ends it. LENGTH: by its length. ABORT: by its caller. TIMEOUT: its time was up. NON_FINITE:
+    the model's logits were no numbers to choose a token by. ERROR: steps failed on its account, see ``recovery``.
+    """
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
     TIMEOUT = "timeout"
+    NON_FINITE = "non_finite"
+    ERROR = "error"
 
 
 @dataclass(frozen=True)
@@ -123,11 +129,12 @@ class RequestOutput:
         prompt_token_ids: the prompt as it was fed.
         token_ids: the generated tokens.
         text: the generated tokens as text; empty where the model has no tokenizer.
-        finish_reason: "stop", "length", "abort" or "timeout".
+        finish_reason: a ``FinishReason``: "stop", "length", "abort", "timeout", "non_finite" or "error".
         cached_tokens: tokens of the prompt that were not computed because their pages were cached.
         logprobs: one entry a generated token where the request asked for them.
         logits: float32 ``[len(token_ids), vocab]`` where ``generate`` was asked to return them.
         siblings: the other ``n - 1`` answers drawn from the prompt.
+        error: what was wrong, where ``finish_reason`` is "non_finite" or "error"; else None.
     """
 
     prompt_token_ids: list[int]
@@ -138,6 +145,7 @@ class RequestOutput:
     logprobs: list[TokenLogprobs] | None = None
     logits: npt.NDArray[np.float32] | None = None
     siblings: tuple[RequestOutput, ...] = ()
+    error: str | None = None
 
 
 @dataclass(eq=False)
@@ -158,6 +166,8 @@ class Request:
         cached_tokens: tokens found cached when it was first admitted; None before.
         retractions: how often its pages were taken back.
         siblings: the requests of the other answers to the same prompt.
+        error: what was wrong, see ``RequestOutput``.
+        failures: steps that failed on its account since it got its last token.
     """
 
     request_id: int
@@ -177,6 +187,9 @@ class Request:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     logits: list[npt.NDArray[np.float32]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: str | None = None
+    failures: int = 0
+    failures_at: int = 0  # tokens of the answer at the last of them
 
     @property
     def rank(self) -> tuple[float, int]:
@@ -227,3 +240,24 @@ class Request:
         elif len(self.output) == self.params.max_new_tokens:
             self.finish_reason = FinishReason.LENGTH
         return self.finish_reason is not None
+
+    def note_non_finite(self) -> None:
+        """Ends the answer where no token could be chosen."""
+        self.finish_reason = FinishReason.NON_FINITE
+        self.error = (
+            f"the logits after {self.num_tokens} tokens are NaN or infinite: the model's numbers exceed its dtype or "
+            "the pool's; use float32 or bfloat16 for both"
+        )
+
+    def note_failure(self) -> int:
+        """Counts a step that failed on its account; returns how many have since its last token."""
+        if self.failures_at != len(self.output):
+            self.failures = 0
+        self.failures, self.failures_at = self.failures + 1, len(self.output)
+        return self.failures
+
+    def settle(self) -> None:
+        """Makes its parts agree after a fault that may have come between any two of them."""
+        del self.logprobs[len(self.output) :], self.logits[len(self.output) :]
+        if self.output and self.finish_reason is None:
+            self.note_end()

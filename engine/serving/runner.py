@@ -97,7 +97,8 @@ class ModelRunner:
         self._shapes = shapes
         self._placement = Placement(pool.mesh)
         empty = partial(DeviceRows.empty, pool.replicas * shapes[0].rows, max_pages)
-        self.rows = jax.jit(empty, out_shardings=self._placement.by_replica)()
+        self._empty_rows = jax.jit(empty, out_shardings=self._placement.by_replica)
+        self.rows = self._empty_rows()
         self._step_function = partial(forward_step, graph, structure, backend, self._placement)
         self._steps: dict[ParcelShape, Callable[..., Any]] = {}
         self._sample: Callable[..., tuple[Sampled, DeviceRows]] | None = None
@@ -189,6 +190,22 @@ class ModelRunner:
         if self._copies_ahead:
             tokens.copy_to_host_async()
         return StepResult(tokens, sampled, to_sample.logits)
+
+    def recover(self) -> bool:
+        """After a step that failed: makes anew the pool and the rows where that step has taken them with it.
+
+        Returns:
+            Whether the pages still hold what they did.
+
+        Raises:
+            Exception: what the device raises where it cannot make them.
+        """
+        if not _is_usable(self.rows):
+            self.rows = self._empty_rows()
+        if _is_usable(self.pool):
+            return True
+        self.pool.renew()
+        return False
 
     def replace_weights(self, model: Llama) -> None:
         """Takes other weights of the same shapes; every program stays compiled."""
@@ -311,6 +328,15 @@ def _update(placement: Placement, rows: DeviceRows, updates: jax.Array) -> Devic
 
     updated: DeviceRows = placement.own(placement.each_replica(enter)(rows, updates))
     return updated
+
+
+def _is_usable(tree: Any) -> bool:
+    """Whether arrays were neither donated to a program that failed nor computed by one."""
+    try:
+        jax.block_until_ready(tree)
+    except Exception:  # whatever the failed program raised; of a deleted array jax's own RuntimeError
+        return False
+    return not any(array.is_deleted() for array in jax.tree.leaves(tree))
 
 
 def _placed(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -13,6 +13,7 @@ import numpy as np
 
 from engine.memory.integers import Bool, Int32, Int64
 from engine.serving.request import Request
+from engine.serving.scheduled_step import ScheduledStep
 
 
 class RunningRows:
@@ -69,6 +70,14 @@ class RunningRows:
         self.tenancy[row] += 1
         return row
 
+    def clear(self) -> None:
+        """Forgets every request; what was planned for any row is stale from now on."""
+        self.requests.clear()
+        self._by_row = [None] * len(self._by_row)
+        self._in_order = self._stop_ids = None
+        self._sharing, self._outputs = (), []
+        self.tenancy += 1
+
     def in_order(self) -> Int32:
         """The rows in order of admission: the same array until a request comes or goes; not to be changed."""
         if self._in_order is None:
@@ -106,6 +115,27 @@ class RunningRows:
         The last token of an answer is never fed.
         """
         return np.minimum(self.known[rows], self.limit[rows] - 1) - self.scheduled[rows]
+
+    def schedule(self, rows: Int32, counts: Int64) -> ScheduledStep:
+        """Notes that ``counts`` tokens of ``rows`` will be computed."""
+        starts = self.scheduled[rows]
+        samples = starts + counts == self.known[rows]
+        self.scheduled[rows] += counts
+        self.known[rows] += samples
+        is_decode = starts >= self.prompt[rows]
+        return ScheduledStep(
+            requests=self.of(rows),
+            req_pool_idx=rows,
+            starts=starts,
+            counts=counts,
+            is_decode=is_decode,
+            on_device=starts >= self.admitted[rows],
+            samples=samples,
+            ends=samples & (self.known[rows] == self.limit[rows]),
+            tenancies=self.tenancy[rows],
+            num_tokens=int(counts.sum()),
+            num_decode_tokens=int(counts[is_decode].sum()),
+        )
 
     def are_live(self, rows: Int32, tenancies: Int64) -> Bool:
         """Whether the requests that a step was planned for have their rows still."""

@@ -14,20 +14,23 @@ higher priority is worth a bounded head start, so that nobody starves.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 
-from engine.errors import RequestTooLarge
+from engine.errors import IntegrityError, RequestTooLarge
 from engine.memory.cache_manager import CacheManager
 from engine.memory.integers import Bool, Int32, Int64
-from engine.serving.all_calls import for_each
 from engine.serving.decode_run import DecodeRun
 from engine.serving.request import FinishReason, Request
 from engine.serving.request_queue import QueueFront, RequestQueue
 from engine.serving.running_rows import RunningRows
 from engine.serving.scheduled_step import PageCopy, ScheduledStep, StepPlan
+
+_logger = logging.getLogger(__name__)
 
 
 class Scheduler(QueueFront):
@@ -173,8 +176,11 @@ class Scheduler(QueueFront):
         return plan.may_admit and len(self.running) < self.max_running_requests and self._budget(plan) > 0
 
     def admit_first(self, plan: StepPlan) -> bool:
-        """Admits who waits first to a step that has a place; returns whether the pool has room for it."""
-        request = self.waiting[0]
+        """Admits the request that is first to a step that has a place; returns whether there is one and room for it."""
+        request = self.queue.first()
+        if request is None:
+            return False
+        self.queue.acting_for = request
         admission = self.cache.admit(
             request.scope,
             request.tokens(0, request.num_tokens),
@@ -182,12 +188,14 @@ class Scheduler(QueueFront):
             priority=request.params.priority,
             counts_hit=request.cached_tokens is None,
         )
+        self.queue.acting_for = None
         if admission is None:
             return False
         request.begin(admission.cached_tokens + admission.loaded_tokens)
         if request.cached_tokens is None:
             request.cached_tokens = request.num_computed
-        self._plan.admit(self.waiting.pop(0), admission.row)
+        self.waiting.remove(request)
+        self._plan.admit(request, admission.row)
         chunk = min(request.num_pending, self._budget(plan))
         plan.admitted.append(admission.row)
         plan.chunks.append(chunk)
@@ -201,40 +209,42 @@ class Scheduler(QueueFront):
             counts = np.append(counts, np.array(plan.chunks, np.int64))
             growth = self.cache.plan_growth(rows, counts)
         self.cache.grow_as_planned(growth)
-        step = self._scheduled(rows, counts)
+        step = self._plan.schedule(rows, counts)
         is_second = self._plan.is_current(rows) and rows is self._last_rows and step.on_device.all()
         self._last_rows, self._second, self._run = rows, step if is_second else None, None
         return step
 
     def commit(self, step: ScheduledStep, tokens: Int32, finished: list[Request]) -> None:
-        """Books a step that has run, the whole of it also where the prefix cache fails for some request.
+        """Books a step that has run.
 
-        What was computed for a request that has ended or lost its pages since the step was planned is dropped.
+        What was computed for a request that has ended or lost its pages since the step was planned is dropped. Where
+        the prefix cache fails for a request, that one's pages are not cached: see ``RequestQueue.faults``.
 
         Args:
-            step: one that was planned and not undone.
-            tokens: ``tokens[i]`` was sampled for row ``i``, padding may follow.
+            step: one that was planned, and not taken back since.
+            tokens: ``tokens[i]`` was sampled for row ``i``, or is negative where none could be; padding may follow.
             finished: the requests that finish are added to it; what they held is free or cached.
-
-        Raises:
-            Exception: what the prefix cache raises; then something that could be cached is not.
         """
-        chosen = tokens[: len(step.requests)].tolist()
-        if step.growth is not None and self._plan.is_current(step.req_pool_idx):
+        tokens = tokens[: len(step.requests)]
+        chosen, is_chosen = tokens.tolist(), tokens >= 0
+        all_chosen = bool(is_chosen.all())
+        if all_chosen and step.growth is not None and self._plan.is_current(step.req_pool_idx):
             self._plan.append(chosen)
             self._release_ended(step, step.ends, chosen, finished)
             return
         live = self.still_run(step)
         sampled = live & step.samples
+        if not all_chosen:
+            self._end_unchosen(step, sampled & ~is_chosen, finished)
+            live, sampled = self.still_run(step), sampled & is_chosen
         for index in np.flatnonzero(sampled).tolist():
             step.requests[index].output.append(chosen[index])
         for index in np.flatnonzero(live & ~step.on_device).tolist():
             request, samples = step.requests[index], bool(sampled[index])
             request.num_prefilled, request.is_decoding = int(step.starts[index] + step.counts[index]), samples
-        try:
-            for_each(self._publish, [step.requests[index] for index in np.flatnonzero(live & ~step.is_decode).tolist()])
-        finally:
-            self._release_ended(step, step.ends, chosen, finished, sampled)
+        for index in np.flatnonzero(live & ~step.is_decode).tolist():
+            self._publish(step.requests[index])
+        self._release_ended(step, step.ends, chosen, finished, sampled)
 
     def still_run(self, step: ScheduledStep) -> Bool:
         """Which rows of a step are for requests that have not ended or lost their pages since it was planned."""
@@ -245,13 +255,22 @@ class Scheduler(QueueFront):
         rows = np.flatnonzero(self.still_run(step) & step.samples).tolist()
         return [(step.requests[row], row) for row in rows]
 
-    def undo(self, step: ScheduledStep) -> None:
-        """Takes back a step that did not run: its requests give up their rows and wait again.
+    def check_integrity(self) -> None:
+        """Proves that every page is accounted for and that the running requests have the rows; else IntegrityError."""
+        self.cache.check_integrity()
+        rows, used = sorted(self._plan.in_order().tolist()), self.cache.page_table.rows_in_use().tolist()
+        if rows != used:
+            raise IntegrityError(f"the rows {used} are in use, and the running requests have {rows}; this is a bug")
 
-        The rows have grown by slots that hold nothing, and a row grows at its end only. What was computed before is
-        still cached.
-        """
-        for_each(self.give_up, [step.requests[index] for index in np.flatnonzero(self.still_run(step)).tolist()])
+    def give_back_rows(self, *, keeps_pages: bool) -> None:
+        """Ends every row, see ``QueueFront``; the books are begun anew where they do not balance afterwards."""
+        for request in self.running if keeps_pages else ():
+            with suppress(Exception):  # the check below says whether that was harmless
+                self.cache.release(self._row_of(request), request.scope, request.tokens(0, request.num_computed))
+        if not (keeps_pages and self._has_all_back()):
+            self.cache.clear()
+            self._plan.clear()
+        self._last_rows = self._second = self._run = None
 
     def fork(self, parent: Request, child: Request) -> PageCopy | None:
         """Starts ``child``, another answer to the prompt that ``parent`` has just computed, from the parent's pages.
@@ -260,32 +279,25 @@ class Scheduler(QueueFront):
 
         Returns:
             The copy of the prompt's partial last page that the device must make; None where none is needed, or where
-            there is no room now: then the child waits its turn like any other request.
+            there is no room now or the parent has lost its pages: then the child waits like any other request.
 
         Raises:
             Exception: what saving evicted pages raises; the child has not started then.
         """
         shared = len(parent.prompt) - 1
         row, has_slot = parent.req_pool_idx, len(self.running) < self.max_running_requests
-        if row is None or not has_slot or not self.cache.can_fork(row, shared):
-            self._queue.arrive(child, parent.arrival or 0.0)
-            self._queue.wait(child)
+        # A parent that was retracted after its first token may run again and not have computed its prompt yet.
+        if row is None or parent.num_computed < shared or not has_slot or not self.cache.can_fork(row, shared):
+            self.queue.arrive(child, parent.arrival or 0.0)
+            self.queue.wait(child)
             return None
         child_row, sources, targets = self.cache.fork(row, shared)
-        self._queue.arrive(child, parent.arrival or 0.0)
+        self.queue.arrive(child, parent.arrival or 0.0)
         child.replica = parent.replica
         child.begin(shared)
         child.cached_tokens = shared
         self._plan.admit(child, child_row)
         return PageCopy(sources, targets, parent.replica) if sources.size else None
-
-    def give_up(self, request: Request) -> None:
-        """Sends a running request back to wait with the tokens it has; what it computed may stay cached."""
-        try:
-            self._release(request)
-        finally:  # or it would neither run nor wait
-            request.begin(0)
-            self._queue.wait(request)
 
     def end(self, request: Request, reason: FinishReason) -> None:
         """Ends a request wherever it stands and gives back every page it holds; does nothing if it has ended."""
@@ -337,41 +349,55 @@ class Scheduler(QueueFront):
         ending = [step.requests[index] for index in may_end.nonzero()[0].tolist()]
         ended = [request for request in ending if request.note_end()]
         finished += ended
-        for_each(self._release, ended)
+        for request in ended:
+            self._release(request)
 
-    def _scheduled(self, rows: Int32, counts: Int64) -> ScheduledStep:
-        """Notes that ``counts`` tokens of ``rows`` will be computed."""
-        plan = self._plan
-        starts = plan.scheduled[rows]
-        samples = starts + counts == plan.known[rows]
-        plan.scheduled[rows] += counts
-        plan.known[rows] += samples
-        is_decode = starts >= plan.prompt[rows]
-        return ScheduledStep(
-            requests=plan.of(rows),
-            req_pool_idx=rows,
-            starts=starts,
-            counts=counts,
-            is_decode=is_decode,
-            on_device=starts >= plan.admitted[rows],
-            samples=samples,
-            ends=samples & (plan.known[rows] == plan.limit[rows]),
-            tenancies=plan.tenancy[rows],
-            num_tokens=int(counts.sum()),
-            num_decode_tokens=int(counts[is_decode].sum()),
-        )
+    def _end_unchosen(self, step: ScheduledStep, rows: Bool, finished: list[Request]) -> None:
+        """Ends the requests of a step for which no token could be chosen; nothing of them is cached."""
+        for index in np.flatnonzero(rows).tolist():
+            request = step.requests[index]
+            request.note_non_finite()
+            finished.append(request)
+            self._release(request, keeps_pages=False)
 
     def _retract(self, request: Request) -> None:
-        self.give_up(request)
+        """Sends a running request back to wait with the tokens it has; what it computed may stay cached."""
+        self._release(request)
+        request.begin(0)
+        self.queue.wait(request)
         request.retractions += 1
         self.retractions += 1
 
     def _publish(self, request: Request) -> None:
-        if request.req_pool_idx is not None:
+        if request.req_pool_idx is None:
+            return
+        try:
             self.cache.publish(request.req_pool_idx, request.scope, request.tokens(0, request.num_computed))
+        except Exception as error:  # the request gets on without
+            self.queue.faults.append(error)
 
-    def _release(self, request: Request) -> None:
+    def _release(self, request: Request, *, keeps_pages: bool = True) -> None:
         # A step that was scheduled and did not run has grown the row by slots that hold nothing yet.
-        computed = request.tokens(0, request.num_computed)
+        computed = request.tokens(0, request.num_computed if keeps_pages else 0)
         self._second = self._run = None  # they would keep alive what has ended
-        self.cache.release(self._plan.release(request), request.scope, computed)
+        row = self._plan.release(request)
+        try:
+            self.cache.release(row, request.scope, computed)
+        except Exception as error:  # the row has been given back
+            self.queue.faults.append(error)
+
+    @staticmethod
+    def _row_of(request: Request) -> int:
+        if request.req_pool_idx is None:
+            raise IntegrityError(f"request {request.request_id} runs and has no row")
+        return request.req_pool_idx
+
+    def _has_all_back(self) -> bool:
+        """Whether the books balance with no request running."""
+        self._plan.clear()
+        try:
+            self.check_integrity()
+        except Exception as error:  # whatever a fault has made of them
+            _logger.error("the books of the cache do not balance after a fault and are begun anew: %s", error)
+            return False
+        return not self.cache.held_tokens

@@ -69,11 +69,10 @@ class Stepper:
     def advance(self, finished: list[Request], *, return_logits: bool = False) -> None:
         """Dispatches the next step and commits the one before it, or the next itself where steps do not overlap.
 
-        A step that fails or is interrupted is taken back, and so is what was dispatched after it: their requests wait
-        again with the tokens that they have.
+        Where it raises, every step under way is to be taken back: see ``Recovery``.
 
         Args:
-            finished: the requests that finish are added to it, also where something fails after that.
+            finished: the requests that finish are added to it.
             return_logits: keep the logits of the step that is dispatched.
         """
         while (step := self._scheduler.next_step(settled=not self._flights)) is None:
@@ -86,39 +85,31 @@ class Stepper:
             self.drop()
 
     def drop(self) -> None:
-        """Forgets the step under way, when no request is left whose tokens it computes."""
+        """Forgets the steps under way, when there is no request left whose tokens they compute, or all start anew."""
         self._flights.clear()
 
     def _dispatch(self, step: ScheduledStep, *, keeps_logits: bool) -> Flight:
-        try:
-            parcel, shape, earlier_updates = self._batcher.fill(step)
-            result = self._runner.step(parcel, shape, earlier_updates)
-            logits = self._runner.to_read(result.logits) if keeps_logits else None
-        except BaseException:  # an interrupt too: what did not run must not be taken for computed
-            self._scheduler.undo(step)
-            raise
+        parcel, shape, earlier_updates = self._batcher.fill(step)
+        result = self._runner.step(parcel, shape, earlier_updates)
+        logits = self._runner.to_read(result.logits) if keeps_logits else None
         return Flight(step, result, time.perf_counter(), logits, bool(parcel.wants_logprobs[0]))
 
     def _land(self, finished: list[Request]) -> None:
         """Waits for the oldest step and commits it; adds the requests that finish."""
         flight = self._flights[0]
         step, result = flight.step, flight.result
-        try:
-            tokens = np.asarray(result.tokens)
-            logits = None if flight.logits is None else np.asarray(flight.logits)
-            sampled: Sampled | None = jax.device_get(result.sampled) if flight.keeps_logprobs else None
-        except BaseException:
-            while self._flights:
-                self._scheduler.undo(self._flights.pop().step)
-            raise
-        self._flights.popleft()
+        tokens = np.asarray(result.tokens)
+        logits = None if flight.logits is None else np.asarray(flight.logits)
+        sampled: Sampled | None = jax.device_get(result.sampled) if flight.keeps_logprobs else None
         if logits is not None or sampled is not None:
             for request, index in self._scheduler.sampled_rows(step):
-                _keep(request, index, logits, sampled)
-        now = time.perf_counter()
-        self._stats.note(step, now - max(flight.dispatched, self._landed), self._scheduler.held_tokens)
-        self._landed = now
+                if tokens[index] >= 0:
+                    _keep(request, index, logits, sampled)
+        now, held_tokens = time.perf_counter(), self._scheduler.held_tokens
         self._scheduler.commit(step, tokens, finished)
+        self._flights.popleft()
+        self._stats.note(step, now - max(flight.dispatched, self._landed), held_tokens)
+        self._landed = now
 
 
 def _keep(request: Request, index: int, logits: npt.NDArray[np.float32] | None, sampled: Sampled | None) -> None:

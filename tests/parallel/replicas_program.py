@@ -139,6 +139,20 @@ def restored(axes, model, prompts, params, one):
         return {"files": files, "restored": reports}
 
 
+def moved_leader():
+    """A leader of three that one replica retracts in the plan that books its first token, and the other lets in."""
+    llm = LLM(make_llama(), dp=2, page_size=4, max_total_tokens=192, max_running_requests=4, chunked_prefill_size=16)
+    drawn = np.random.default_rng(0)
+    lengths, news, counts = (37, 4, 4, 48), (40, 4, 4, 20), (1, 1, 1, 3)
+    prompts = [drawn.integers(0, VOCAB, size=length).tolist() for length in lengths]
+    params = [SamplingParams(max_new_tokens=new, n=n) for new, n in zip(news, counts, strict=True)]
+    ids = [llm.add_request(*each) for each in zip(prompts, params, strict=True)]
+    outputs = {}
+    for _ in range(200):
+        outputs |= llm.step()
+    return {"answers": [[len(each.token_ids) for each in (outputs[i], *outputs[i].siblings)] for i in ids]}
+
+
 def main(cases, saves):
     model = make_llama(seed=3, num_attention_heads=8, num_key_value_heads=2, hidden_size=64)
     prompts, params = traffic()
@@ -150,6 +164,7 @@ def main(cases, saves):
         print(json.dumps({"case": [axes, options], **report}), flush=True)
     for axes in saves:
         print(json.dumps({"case": axes, **restored(axes, model, prompts, params, one)}), flush=True)
+    print(json.dumps(moved_leader()), flush=True)
 
 
 main(*(json.loads(argument) for argument in sys.argv[1:]))

@@ -17,7 +17,7 @@ MANY = [
 
 
 def check(cases, saves):
-    *results, restored = run_on_devices("replicas_program.py", cases, saves)
+    *results, restored, moved = run_on_devices("replicas_program.py", cases, saves)
     assert [result["case"] for result in results] == cases
     for result in results:
         assert (result["unlike"], result["wrong"]) == (0, 0), result
@@ -33,6 +33,7 @@ def check(cases, saves):
             assert result["hits"] > 0, result
         if result["case"][1].get("host_tier_bytes"):
             assert result["loaded"] > 0, result
+    assert moved["answers"] == [[40], [4], [4], [20, 20, 20]]
     assert restored["files"] > 0
     for again in restored["restored"]:
         assert again["unlike"] == 0, restored

@@ -9,6 +9,7 @@ from serving_support import VOCAB, make_llama
 
 from engine.serving.exporter import EngineCollector
 from engine.serving.llm import LLM
+from engine.serving.recovery import MAX_TRIES
 from engine.serving.request import SamplingParams
 
 LONGEST_ANSWER = 20
@@ -63,12 +64,12 @@ class EngineMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        for request_id in list(self.llm._unfinished):  # of a run that found a bug
+        for request_id in list(self.llm._groups.unfinished):  # of a run that found a bug
             self.llm.abort(request_id)
         self.llm.cache.reset_prefix_cache()
         self.llm.scheduler.clock = self.clock = Clock()
         self.open: dict[int, tuple[int, SamplingParams]] = {}
-        self.weights = 0
+        self.weights = self.faults = 0
         self.counted: dict[str, int] = {}
         self.llm.replace_weights(self.models[0])
 
@@ -91,14 +92,22 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(steps):
             self.take(self.llm.step())
 
-    @rule(where=st.sampled_from(["step", "copy", "read", "write"]), steps=st.integers(1, 6), late=st.booleans())
-    def fail(self, where, steps, late):
+    @rule(
+        where=st.sampled_from(["step", "copy", "read", "write"]),
+        steps=st.integers(1, 6),
+        late=st.booleans(),
+        loses=st.booleans(),
+    )
+    def fail(self, where, steps, late, loses):
         """A fault on the device's side, before it did its work or after; what the call would have said comes later."""
         original = getattr(self.llm._runner, where)
 
         def failing(*args, **kwargs):
             if late and where != "step":
                 original(*args, **kwargs)
+            if loses:
+                self.llm.pool.buffers[-1].delete()
+            self.faults += 1
             raise Boom
 
         setattr(self.llm._runner, where, failing)
@@ -137,7 +146,9 @@ class EngineMachine(RuleBasedStateMachine):
             right = self.answers[self.weights][prompt]
             for answer in (output, *output.siblings):
                 assert answer.token_ids == right[: len(answer.token_ids)]
-                if params.timeout is None or answer.finish_reason != "timeout":
+                if answer.finish_reason == "error":
+                    assert self.faults >= MAX_TRIES
+                elif params.timeout is None or answer.finish_reason != "timeout":
                     assert (len(answer.token_ids), answer.finish_reason) == (params.max_new_tokens, "length")
             assert len(output.siblings) == params.n - 1
 

@@ -1,6 +1,7 @@
 """What a step that fails half way must not lose, and whose saved prefixes are whose."""
 
 import dataclasses
+import threading
 
 import pytest
 from serving_support import make_llama
@@ -195,4 +196,162 @@ def test_a_step_whose_prefixes_cannot_be_cached_is_booked_all_the_same(llm, dens
     assert failures > 0
     for request_id, prompt, new in zip(ids, prompts, lengths, strict=True):
         assert finished[request_id].token_ids == dense_greedy(prompt, new)
+    assert llm.cache.held_tokens == 0
+
+
+def lose_the_pool(llm, times):
+    """Steps that fail on the device after the pool was donated to them: its buffers are gone."""
+    step, left = llm._runner.step, [times]
+
+    def failing(*arguments):
+        if left[0]:
+            left[0] -= 1
+            for buffer in (*llm.pool.buffers, llm._runner.rows.page_table):
+                buffer.delete()
+            raise RuntimeError("the device ran out of memory")
+        return step(*arguments)
+
+    return failing
+
+
+@pytest.mark.parametrize("steps_before", [0, 3])
+def test_a_device_error_after_the_pool_was_donated_costs_no_answer(llm, dense_greedy, monkeypatch, steps_before):
+    prompts = random_prompts([9, 40, 14], seed=51)
+    cached, params = prompts[0] + [1], SamplingParams(max_new_tokens=8)
+    llm.generate([cached], params)  # what is cached of it is lost with the pool, and must not be served
+    ids = [llm.add_request(prompt, params) for prompt in prompts]
+    finished, compiles = {}, llm.compiles_after_warmup
+    for _ in range(steps_before):
+        finished |= llm.step()
+    with monkeypatch.context() as patched:
+        patched.setattr(llm._runner, "step", lose_the_pool(llm, 1))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            llm.step()
+        finished |= finish(llm)
+    assert [finished[i].token_ids for i in ids] == [dense_greedy(p, 8) for p in prompts]
+    assert llm.generate([cached], params)[0].token_ids == dense_greedy(cached, 8)
+    assert llm.compiles_after_warmup == compiles
+    assert llm.cache.held_tokens == 0
+
+
+def test_generate_goes_on_by_itself_after_a_step_that_failed(llm, dense_greedy, monkeypatch):
+    prompts = random_prompts([9, 40, 14], seed=52)
+    monkeypatch.setattr(llm._runner, "step", lose_the_pool(llm, 2))
+    outputs = llm.generate(prompts, SamplingParams(max_new_tokens=8))
+    assert [output.token_ids for output in outputs] == [dense_greedy(p, 8) for p in prompts]
+
+
+def test_a_device_that_always_fails_ends_every_request_with_the_error(llm, dense_greedy, monkeypatch):
+    prompts = random_prompts([9, 40, 14, 3, 6, 8], seed=53)
+    with monkeypatch.context() as patched:
+        patched.setattr(llm._runner, "step", lose_the_pool(llm, 10**6))
+        outputs = llm.generate(prompts, SamplingParams(max_new_tokens=8, n=2))
+    for output in outputs:
+        for answer in (output, *output.siblings):
+            assert (answer.finish_reason, answer.token_ids) == ("error", [])
+            assert answer.error == "RuntimeError: the device ran out of memory"
+    llm.check_integrity()
+    assert llm.generate(prompts[:1], SamplingParams(max_new_tokens=3))[0].token_ids == dense_greedy(prompts[0], 3)
+
+
+@pytest.mark.parametrize("where", ["admit", "fill", "plan_growth"])
+def test_one_culprit_ends_with_its_error_and_never_stops_the_others(llm, dense_greedy, monkeypatch, where):
+    """Whatever raises for it: where it is let in, in the parcel of a step of several, or where rows grow."""
+    llm.reset_prefix_cache()
+    prompts, bad = random_prompts([9, 40, 14], seed=54), [96] * 13
+    owner = {"admit": llm.cache, "fill": llm._stepper._batcher, "plan_growth": llm.cache}[where]
+    original = getattr(owner, where)
+
+    def concerns_bad(first, *rest):
+        if where == "admit":
+            return list(rest[0][:13]) == bad
+        rows = first.req_pool_idx if where == "fill" else first
+        return any(r.req_pool_idx in set(rows.tolist()) and list(r.prompt) == bad for r in llm.scheduler.running)
+
+    def failing(*arguments, **named):
+        if concerns_bad(*arguments):
+            raise Boom("this one")
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(owner, where, failing)
+    outputs = llm.generate([prompts[0], bad, *prompts[1:]], SamplingParams(max_new_tokens=8))
+    assert (outputs[1].finish_reason, outputs[1].error) == ("error", "Boom: this one")
+    assert [outputs[i].token_ids for i in (0, 2, 3)] == [dense_greedy(p, 8) for p in prompts]
+    llm.check_integrity()
+    assert llm.cache.held_tokens == 0
+
+
+def test_an_answer_whose_text_can_never_be_decoded_comes_without_it(llm, monkeypatch):
+    class Text:
+        def decode(self, tokens):
+            if len(tokens) == 1:
+                return "text"
+            raise Boom("no such text")
+
+    monkeypatch.setattr(llm, "tokenizer", Text())
+    first, second = llm.generate([[4], [5]], [SamplingParams(max_new_tokens=n) for n in (1, 8)])
+    assert (first.text, first.finish_reason, first.error) == ("text", "length", None)
+    assert (second.text, second.finish_reason, second.error) == ("", "length", "Boom: no such text")
+    assert len(second.token_ids) == 8
+
+
+def test_a_request_that_is_added_while_generate_runs_is_reported_by_step(llm, dense_greedy):
+    prompts, added = random_prompts([9, 12, 7], seed=55), []
+
+    def on_progress(done, total):
+        if not added:
+            added.append(llm.add_request(prompts[2], SamplingParams(max_new_tokens=2)))
+
+    params = [SamplingParams(max_new_tokens=n) for n in (9, 3)]
+    outputs = llm.generate(prompts[:2], params, on_progress=on_progress)
+    assert [len(output.token_ids) for output in outputs] == [9, 3]
+    finished = llm.step()  # it ended while generate ran
+    assert finished[added[0]].token_ids == dense_greedy(prompts[2], 2)
+    assert not llm.scheduler.has_work
+
+
+def test_a_request_that_outlives_the_generate_it_was_added_to_goes_on(llm, dense_greedy):
+    prompts, added = random_prompts([9, 12], seed=56), []
+
+    def on_progress(done, total):
+        if not added:
+            added.append(llm.add_request(prompts[1], SamplingParams(max_new_tokens=20)))
+
+    llm.generate(prompts[:1], SamplingParams(max_new_tokens=2), on_progress=on_progress)
+    assert finish(llm)[added[0]].token_ids == dense_greedy(prompts[1], 20)
+
+
+def test_threads_add_step_and_generate_and_each_gets_its_own_answers(llm, dense_greedy):
+    prompts = random_prompts([9, 12, 7, 5, 20, 3], seed=57)
+    begun, added, stepped = threading.Event(), {}, {}
+
+    def others():
+        begun.wait()
+        for prompt in prompts[2:]:
+            added[llm.add_request(prompt, SamplingParams(max_new_tokens=4))] = prompt
+            stepped.update(llm.step())
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    outputs = llm.generate(prompts[:2], SamplingParams(max_new_tokens=40), on_progress=lambda *_: begun.set())
+    thread.join()
+    stepped |= finish(llm)
+    stepped |= llm.step()
+    assert [output.token_ids for output in outputs] == [dense_greedy(p, 40) for p in prompts[:2]]
+    assert {i: answer.token_ids for i, answer in stepped.items()} == {i: dense_greedy(p, 4) for i, p in added.items()}
+
+
+def test_a_fault_of_the_prefix_cache_that_breaks_the_books_is_put_right(llm, dense_greedy, monkeypatch):
+    prompts = random_prompts([10, 9], seed=58)
+    llm.reset_prefix_cache()
+
+    def half_way(*_, **__):
+        llm.cache.allocator.alloc(4)  # pages that nobody knows of
+        raise Boom
+
+    with monkeypatch.context() as patched:
+        patched.setattr(llm.cache.prefix, "advance", half_way)
+        outputs = llm.generate(prompts, SamplingParams(max_new_tokens=6))
+    assert [output.token_ids for output in outputs] == [dense_greedy(p, 6) for p in prompts]
+    llm.check_integrity()
     assert llm.cache.held_tokens == 0

@@ -1,6 +1,7 @@
 """Metrics say what is so: every page has one place, counts are of what happened, a scrape sees no half step."""
 
 import threading
+import time
 import urllib.request
 
 import numpy as np
@@ -12,7 +13,7 @@ from test_scheduler import PAGE, make, request, run_step
 from engine.errors import ConfigError, IntegrityError
 from engine.memory.pool_snapshot import snapshot_pool
 from engine.serving.exporter import PREFIX, serve_metrics
-from engine.serving.gate import Gate
+from engine.serving.gate import Gate, SnapshotBoard
 from engine.serving.metrics import collect_metrics
 from engine.serving.request import SamplingParams
 from engine.serving.stats import EngineStats
@@ -145,28 +146,101 @@ def test_scrapes_during_steps_see_whole_steps_and_are_answered(llm):
     assert max(running) <= 4
 
 
-def test_who_looks_goes_before_the_next_call_and_not_into_the_one_that_runs():
+def test_a_call_that_waits_goes_before_the_next_step_and_not_into_the_one_that_runs():
     gate, seen, state = Gate(), [], [0]
     inside = threading.Event()
 
-    def look():
+    def call():
         inside.wait()
-        with gate.looking():
+        with gate.entered():
             seen.append(state[0])
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=call)
     thread.start()
-    with gate:
+    with gate.entered():
         state[0] = -1  # half a call
         inside.set()
-        while not gate._lookers:
+        while not gate._turnstile.locked():
             pass
-        with gate:  # a call within the call does not wait for who looks
+        with gate.entered():  # a call within the call does not wait
             state[0] = 1
-    with gate:
+    with gate.entered():
         state[0] = 2
     thread.join()
     assert seen == [1]
+
+
+def test_readers_do_not_wait_for_the_call_that_runs_and_get_the_last_snapshot():
+    gate, state = Gate(), [0]
+    board = SnapshotBoard(lambda: state[0], gate, lambda: False)
+    seen = []
+    with gate.entered():
+        state[0] = 1
+        reader = threading.Thread(target=lambda: seen.append(board.read()))
+        reader.start()
+        reader.join(10)
+        assert seen == [0]
+    assert board.read() == 1
+
+
+def test_a_busy_engine_makes_a_snapshot_where_one_is_wanted_and_not_for_every_reader():
+    gate, made = Gate(), []
+
+    def make():
+        made.append(len(made))
+        return made[-1]
+
+    board = SnapshotBoard(make, gate, lambda: True)
+
+    def read():
+        seen = []
+        reader = threading.Thread(target=lambda: seen.extend(board.read() for _ in range(2)))
+        reader.start()
+        reader.join()
+        return seen
+
+    with gate.entered():
+        pass
+    assert read() == [0, 0]  # nobody drives, and the engine is in the middle of its work
+    with gate.entered():
+        pass
+    assert read() == [1, 1]
+    done = threading.Event()
+    readers = [threading.Thread(target=lambda: [board.read() for _ in iter(done.is_set, True)]) for _ in range(4)]
+    for reader in readers:
+        reader.start()
+    begun = time.monotonic()
+    while time.monotonic() < begun + 0.5:  # steps, many more than snapshots may be made
+        with gate.entered():
+            pass
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert 3 < len(made) < 15
+    assert board.read() == made[-1]  # the thread that drives sees its own last call
+
+
+def test_readers_of_metrics_do_not_starve_the_engine(llm):
+    """Four loops of readers beside a run: a lock that they took in turns made it stand still."""
+    prompts, params = random_prompts([10, 12, 9, 11], seed=25), SamplingParams(max_new_tokens=20)
+    llm.generate(prompts, params)
+    done, read = threading.Event(), [0] * 4
+
+    def loop(index):
+        while not done.is_set():
+            llm.metrics()
+            read[index] += 1
+
+    threads = [threading.Thread(target=loop, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    steps = llm.stats.steps
+    llm.generate(prompts, params)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert llm.stats.steps - steps > 20
+    assert min(read) > 0
 
 
 @pytest.mark.parametrize(("port", "address"), [(70_000, "127.0.0.1"), (0, "203.0.113.1")])

@@ -409,7 +409,8 @@ def test_a_step_that_did_not_run_is_taken_back():
     for number in (1, 2):
         scheduler.add(request(number, 10))
     run_step(scheduler)
-    scheduler.undo(scheduler.next_step())
+    scheduler.next_step()
+    scheduler.restart(scheduler.running)
     assert [r.request_id for r in scheduler.waiting] == [1, 2]
     assert [r.num_computed for r in scheduler.waiting] == [0, 0]
     assert cache.held_tokens == 0
@@ -432,3 +433,46 @@ def test_twins_in_a_tight_pool_get_on_though_each_holds_its_own_copy_of_the_prom
         cache.check_integrity()
     assert finished == [1, 2]
     assert scheduler.retractions == 1  # the copy is given up for the cached pages
+
+
+@pytest.mark.parametrize("decoding", [False, True])
+def test_a_request_for_which_no_token_can_be_chosen_ends_and_its_pages_are_nobodys(decoding):
+    cache, scheduler = make(size=128)
+    requests = [request(number, 9, new=12) for number in (1, 2, 3)]
+    for each in requests:
+        scheduler.add(each)
+    for _ in range(4 if decoding else 1):
+        run_step(scheduler)
+    while scheduler.waiting or not all(r.output for r in requests[:2]):
+        run_step(scheduler)
+    step, lengths = scheduler.next_step(), [len(r.output) for r in requests]
+    tokens = np.full(5, 7, np.int32)
+    tokens[[r.request_id for r in step.requests].index(2)] = -2
+    finished = commit(scheduler, step, tokens)
+    assert [(r.request_id, r.finish_reason) for r in finished] == [(2, FinishReason.NON_FINITE)]
+    assert "NaN or infinite" in requests[1].error
+    assert [len(r.output) - n for r, n in zip(requests, lengths, strict=True)] == [1, 0, 1]
+    assert requests[1].req_pool_idx is None
+    cache.check_integrity()
+    while scheduler.has_work:
+        run_step(scheduler)
+    assert [len(r.output) for r in requests] == [12, lengths[1], 12]
+    assert cache.held_tokens == 0
+
+
+def test_a_parent_that_was_retracted_after_its_first_token_is_not_forked_half_computed():
+    cache, scheduler = make(size=128, budget=8)
+    parent, child = request(1, 20, new=8, n=2), request(2, 20, new=8)
+    scheduler.add(parent)
+    while not parent.output:
+        run_step(scheduler)
+    scheduler._retract(parent)
+    cache.reset_prefix_cache()
+    run_step(scheduler)  # it runs again, and has computed 8 of its 20 tokens
+    assert parent.req_pool_idx is not None
+    assert scheduler.fork(parent, child) is None
+    assert child in scheduler.waiting
+    while scheduler.has_work:
+        run_step(scheduler)
+        cache.check_integrity()
+    assert [len(r.output) for r in (parent, child)] == [8, 8]

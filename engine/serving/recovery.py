@@ -1,0 +1,123 @@
+"""What becomes of an engine in which a step has failed, whatever raised and wherever.
+
+The rule:
+
+1. Every step that was planned and not committed is taken back. All requests wait again with the tokens that they have:
+   the requests themselves are what is true, and all else is made to agree with them. Books that do not balance are
+   begun anew, and so are the pool's buffers where the failed step has taken them with it.
+2. The error comes out of ``LLM.step``, and the next step goes on. ``LLM.generate`` goes on by itself.
+3. A request on whose account steps fail ``MAX_TRIES`` times without a token in between ends with the reason "error".
+   Where it is not known which of several it is, they are let in one by one after the second failure: the one that
+   fails alone is it.
+4. ``MAX_FRUITLESS`` failures with no step and no ended request between them end everything that is unfinished.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from engine.serving.balancer import Balancer
+from engine.serving.groups import AnswerGroups
+from engine.serving.request import FinishReason, Request
+from engine.serving.runner import ModelRunner
+from engine.serving.scheduler import Scheduler
+from engine.serving.stats import EngineStats
+from engine.serving.stepper import Stepper
+
+MAX_TRIES = 3
+TRIES_TOGETHER = 2
+MAX_FRUITLESS = 10
+
+_logger = logging.getLogger(__name__)
+
+
+class Recovery:
+    """Brings an engine back to a state in which it can go on.
+
+    Args:
+        scheduler: whose rows are given back.
+        stepper: whose steps under way are dropped.
+        runner: whose pool may be lost.
+        groups: the requests.
+        stats: tells whether steps get on.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler | Balancer,
+        stepper: Stepper,
+        runner: ModelRunner,
+        groups: AnswerGroups,
+        stats: EngineStats,
+    ) -> None:
+        self._scheduler = scheduler
+        self._stepper = stepper
+        self._runner = runner
+        self._groups = groups
+        self._stats = stats
+        self._fruitless = 0  # failures in a row
+        self._steps = 0  # that had run at the last of them
+
+    def after(self, error: BaseException) -> None:
+        """Recovers from whatever was raised in the middle of a change."""
+        members = self._groups.members()
+        running = [request for request in members if request.req_pool_idx is not None]
+        culprit = self._scheduler.queue.culprit(running)
+        self._stepper.drop()
+        for request in members:
+            request.settle()
+        self._scheduler.restart(members, keeps_pages=self._has_pages())
+        self._groups.restart()
+        if isinstance(error, Exception):  # an interrupt is nobody's fault
+            self._blame(culprit, running, error)
+
+    def blame(self, request: Request, error: Exception) -> bool:
+        """Notes a failure on a request's account; returns whether it has been given up."""
+        tries = request.note_failure()
+        _logger.error("request %d: failure %d of %d on its account: %r", request.request_id, tries, MAX_TRIES, error)
+        return tries >= MAX_TRIES
+
+    def check_books(self, fault: Exception) -> None:
+        """After the prefix cache has failed for a request: begins anew where that has left the books unbalanced."""
+        try:
+            for replica in self._scheduler.replicas:
+                replica.check_integrity()
+        except Exception:
+            self.after(fault)
+
+    def _has_pages(self) -> bool:
+        try:
+            return self._runner.recover()
+        except Exception as error:  # the next steps fail for want of a pool, until all requests have ended
+            _logger.error("no new pool could be made in place of the lost one: %r", error)
+            return False
+
+    def _blame(self, culprit: Request | None, running: list[Request], error: Exception) -> None:
+        self._fruitless = 1 if self._stats.steps != self._steps else self._fruitless + 1
+        self._steps = self._stats.steps
+        if self._fruitless > MAX_FRUITLESS:
+            _logger.error("%d steps failed in a row; every request is ended: %r", self._fruitless, error)
+            self._give_up(self._groups.members(), error)
+        elif culprit is not None:
+            if self.blame(culprit, error):
+                self._give_up([culprit], error)
+        else:
+            _logger.error("a step of %d requests failed and is run again: %r", len(running), error)
+            if running and self._fruitless >= TRIES_TOGETHER:
+                self._scheduler.queue.suspect(running)
+
+    def _give_up(self, requests: list[Request], error: Exception) -> None:
+        for request in requests:
+            if request.finish_reason is None:
+                request.error = f"{type(error).__name__}: {error}"
+                end(self._scheduler, request, FinishReason.ERROR)
+                self._groups.ended.append(request)
+        self._fruitless = 0
+
+
+def end(scheduler: Scheduler | Balancer, request: Request, reason: FinishReason) -> None:
+    """Ends a request whether it has reached the scheduler or not."""
+    if request.arrival is None:
+        request.finish_reason = reason
+    else:
+        scheduler.end(request, reason)

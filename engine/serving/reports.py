@@ -1,0 +1,98 @@
+"""Finished answers, until whoever asked for them has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from engine.serving.groups import AnswerGroups, group_of
+from engine.serving.recovery import Recovery
+from engine.serving.request import FinishReason, Request, RequestOutput
+from engine.serving.stats import EngineStats
+
+
+class Reports:
+    """Makes the answers of groups that are complete, and keeps each for the call that it belongs to.
+
+    Args:
+        groups: of requests.
+        recovery: what to do about an answer that cannot be made.
+        stats: counts why requests ended.
+        text_of: a request's answer as text.
+    """
+
+    def __init__(
+        self, groups: AnswerGroups, recovery: Recovery, stats: EngineStats, text_of: Callable[[Request], str]
+    ) -> None:
+        self._groups = groups
+        self._recovery = recovery
+        self._stats = stats
+        self._text_of = text_of
+        # By whose they are, a call of generate or None for whoever steps; and the calls by request.
+        self._made: dict[int | None, dict[int, RequestOutput]] = {}
+        self._claims: dict[int, int] = {}
+
+    @contextmanager
+    def claimed(self, requests: Sequence[Request]) -> Iterator[dict[int, RequestOutput]]:
+        """The answers to these requests, by id, come into the dict that it yields and are no step's as long."""
+        done: dict[int, RequestOutput] = {}
+        try:
+            self._made[id(done)] = done
+            self._claims.update((request.request_id, id(done)) for request in requests)
+            yield done
+        finally:
+            self._made.pop(id(done), None)
+            for request in requests:
+                self._claims.pop(request.request_id, None)
+
+    def take(self) -> dict[int, RequestOutput]:
+        """The answers that no call has claimed, once each; taken last of all, or they are lost with the call."""
+        return self._made.pop(None, {})
+
+    def make(self) -> list[Exception]:
+        """Makes the answers that are complete; returns what failed for some of them, which are made again."""
+        failures: list[Exception] = []
+        for leader in self._groups.complete():
+            call = self._claims.get(leader.request_id)
+            made = self._made.setdefault(call if call in self._made else None, {})
+            if leader.request_id not in made:  # a fault may have come after it was put there
+                try:
+                    made[leader.request_id] = self._output_or_blame(leader)
+                except Exception as error:
+                    failures.append(error)
+                    continue
+                self.count(leader)
+            self._groups.forget(leader)
+        self._groups.ended[:] = [request for leader in self._groups.complete() for request in group_of(leader)]
+        return failures
+
+    def count(self, leader: Request) -> None:
+        """Counts why the requests of a group ended."""
+        self._stats.finished.update(member.finish_reason or FinishReason.ABORT for member in group_of(leader))
+
+    def output(self, request: Request, *, has_text: bool = True) -> RequestOutput:
+        """A request's answer, or what there is of it."""
+        finish = request.finish_reason or FinishReason.ABORT
+        return RequestOutput(
+            prompt_token_ids=request.prompt.tolist(),
+            token_ids=list(request.output),
+            text=self._text_of(request) if has_text else "",
+            finish_reason=finish.value,
+            cached_tokens=request.cached_tokens or 0,
+            logprobs=None if request.params.logprobs is None else list(request.logprobs),
+            logits=np.stack(request.logits) if request.logits else None,
+            siblings=tuple(self.output(sibling, has_text=has_text) for sibling in request.siblings),
+            error=request.error,
+        )
+
+    def _output_or_blame(self, leader: Request) -> RequestOutput:
+        """A group's answer; without its text where that cannot be had, after some tries that raise."""
+        try:
+            return self.output(leader)
+        except Exception as error:
+            if not self._recovery.blame(leader, error):
+                raise
+            leader.error = f"{type(error).__name__}: {error}"
+            return self.output(leader, has_text=False)
