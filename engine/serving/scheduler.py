@@ -265,8 +265,9 @@ class Scheduler(QueueFront):
     def give_back_rows(self, *, keeps_pages: bool) -> None:
         """Ends every row, see ``QueueFront``; the books are begun anew where they do not balance afterwards."""
         for request in self.running if keeps_pages else ():
-            with suppress(Exception):  # the check below says whether that was harmless
-                self.cache.release(self._row_of(request), request.scope, request.tokens(0, request.num_computed))
+            if (row := request.req_pool_idx) is not None:
+                with suppress(Exception):  # the check below says whether that was harmless
+                    self.cache.release(row, request.scope, request.tokens(0, request.num_computed))
         if not (keeps_pages and self._has_all_back()):
             self.cache.clear()
             self._plan.clear()
@@ -385,12 +386,6 @@ class Scheduler(QueueFront):
             self.cache.release(row, request.scope, computed)
         except Exception as error:  # the row has been given back
             self.queue.faults.append(error)
-
-    @staticmethod
-    def _row_of(request: Request) -> int:
-        if request.req_pool_idx is None:
-            raise IntegrityError(f"request {request.request_id} runs and has no row")
-        return request.req_pool_idx
 
     def _has_all_back(self) -> bool:
         """Whether the books balance with no request running."""
