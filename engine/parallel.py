@@ -9,11 +9,12 @@ Three axes, always in this order, so that the devices of one tensor group are ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.experimental.mesh_utils import create_device_mesh
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from engine.errors import ConfigError
 
@@ -76,3 +77,44 @@ def spec_over(mesh: Mesh, *entries: str | tuple[str, ...] | None) -> PartitionSp
         present = tuple(axis for axis in axes if axis in mesh.shape)
         kept.append(present if len(present) > 1 else present[0] if present else None)
     return PartitionSpec(*kept)
+
+
+def explicit_sharding(array: Any) -> NamedSharding | None:
+    """How an array is split over Explicit axes of a mesh, which its type says; None where it is not."""
+    sharding = jax.typeof(array).sharding
+    return sharding if any(entry is not None for entry in sharding.spec) else None
+
+
+def shard_over(
+    function: Callable[..., Any], mesh: Mesh | AbstractMesh, *, in_specs: Any, out_specs: Any, check_vma: bool = True
+) -> Callable[..., Any]:
+    """``jax.shard_map``, whose arguments may come in any sharding.
+
+    Over Auto axes they do anyway. Over Explicit ones, which ``jax.make_mesh`` makes by default, the sharding is part of
+    an array's type, so that each is first brought to that of its ``in_specs`` entry.
+    """
+    split = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
+    if AxisType.Explicit not in mesh.axis_types:
+        return split
+    specs = (in_specs,) if isinstance(in_specs, PartitionSpec) else in_specs
+
+    def call(*operands: Any) -> Any:
+        return split(*placed(operands, mesh, specs))
+
+    return call
+
+
+def placed(tree: Any, mesh: Mesh | AbstractMesh, specs: Any) -> Any:
+    """Traced arrays in a sharding each, whatever the kind of the mesh's axes.
+
+    Args:
+        tree: of arrays.
+        mesh: the mesh.
+        specs: a PartitionSpec for all, or a tree of them.
+    """
+    place = jax.sharding.reshard if AxisType.Explicit in mesh.axis_types else jax.lax.with_sharding_constraint
+
+    def place_all(spec: PartitionSpec, part: Any) -> Any:
+        return jax.tree.map(lambda array: place(array, NamedSharding(mesh, spec)), part)
+
+    return jax.tree.map(place_all, specs, tree, is_leaf=lambda spec: isinstance(spec, PartitionSpec))

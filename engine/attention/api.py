@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from engine.attention.checks import (
+    check_arrays,
     check_lengths,
     check_metadata_shapes,
     check_options,
@@ -20,12 +23,14 @@ from engine.attention.checks import (
     check_token_arrays,
 )
 from engine.attention.cpu import attend_cpu
-from engine.attention.metadata import AttentionMetadata, Int32Array, locate_new_tokens
+from engine.attention.metadata import AttentionMetadata, Int32Array, locate_new_tokens, running_sum
 from engine.attention.reference import attend_reference
 from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.attention.tpu.backend import attend_tpu
 from engine.attention.xla import attend_xla
 from engine.errors import BackendUnsupported, ConfigError
+from engine.kv.split import split_of_heads
+from engine.parallel import explicit_sharding, shard_over
 
 # (q, k, v, fused_kv, metadata, heads, spec) -> (out, fused_kv) or, where the spec wants it, (out, fused_kv, lse);
 # raises BackendUnsupported where it cannot.
@@ -61,7 +66,7 @@ def ragged_paged_attention(
     cu_q_lens: jax.Array,
     kv_lens: jax.Array,
     page_size: int,
-    sm_scale: float | None = None,
+    sm_scale: float | jax.Array | None = None,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
@@ -76,6 +81,10 @@ def ragged_paged_attention(
     ``kv_lens[b] - q_len[b] … kv_lens[b] - 1`` of its context. Prefill, chunks, decode and padding rows (``q_len`` 0)
     mix freely. The semantics are those of ragged paged attention (arXiv 2604.15464). Pure; the cache is updated in
     place where it is donated. May be called under ``jit``; contents are checked only when the arrays are concrete.
+    Where they are traced, tokens that no sequence claims get zeros and are not written, whatever the metadata says.
+
+    Over an Explicit mesh (``jax.make_mesh`` makes one by default) the cache may be split by its heads: then each device
+    attends those that it holds, and q, k, v and out are split likewise.
 
     Keys and values of live tokens must be finite: an infinite or NaN value may reach every query of its own sequence
     (never another sequence's). What dead slots hold is of no account.
@@ -86,10 +95,11 @@ def ragged_paged_attention(
         v: ``[T, H, D]`` new values.
         fused_kv: ``[S, 2H, D]`` a layer's buffer, or its padded storage ``[S, 2H', D']``; any float dtype.
         page_table: ``[B, P]`` int32 page ids.
-        cu_q_lens: ``[B + 1]`` int32 running sum of new tokens per sequence, from 0.
+        cu_q_lens: ``[B + 1]`` int32 running sum of new tokens per sequence, from 0; for padding rows its last value
+            goes on, or zeros follow.
         kv_lens: ``[B]`` int32 cached plus new tokens.
         page_size: tokens a page; divides S.
-        sm_scale: factor on the logits; None is ``D ** -0.5``.
+        sm_scale: factor on the logits; None is ``D ** -0.5``. A traced scalar is applied to q in float32.
         sliding_window: tokens a query sees, itself included; None sees all before it.
         soft_cap: logits ``s`` become ``soft_cap * tanh(s / soft_cap)``; None leaves them.
         sinks: ``[Hq]`` an extra logit per query head that joins the softmax denominator only.
@@ -110,16 +120,20 @@ def ragged_paged_attention(
         BackendUnsupported: the chosen backend cannot.
     """
     check_options(page_size=page_size, sm_scale=sm_scale, sliding_window=sliding_window, soft_cap=soft_cap)
+    check_arrays(q=q, k=k, v=v, fused_kv=fused_kv, page_table=page_table, cu_q_lens=cu_q_lens, kv_lens=kv_lens)
     check_metadata_shapes(page_table, cu_q_lens, kv_lens)
     check_tensors(q, k, v, fused_kv, sinks, page_size)
     check_scales(k.shape[1], k_scale=k_scale, v_scale=v_scale)
     q, k, v, fused_kv, page_table, cu_q_lens, kv_lens = (
         _owned(array) for array in (q, k, v, fused_kv, page_table, cu_q_lens, kv_lens)
     )
-    spec = AttentionSpec(page_size, _scale(sm_scale, q.shape[2]), sliding_window, soft_cap, return_lse)
-    _check_contents(page_table, cu_q_lens, kv_lens, num_tokens=q.shape[0], num_slots=fused_kv.shape[0], spec=spec)
-    metadata: AttentionMetadata = _locate(page_table, cu_q_lens, kv_lens, num_tokens=q.shape[0], page_size=page_size)
-    heads = jax.tree.map(_owned, HeadArrays(sinks, k_scale, v_scale))
+    logit_scale = sm_scale if isinstance(sm_scale, jax.core.Tracer) else None
+    scale = 1.0 if logit_scale is not None else _scale(sm_scale, q.shape[2])
+    spec = AttentionSpec(page_size, scale, sliding_window, soft_cap, return_lse)
+    bounds = _padded(cu_q_lens)
+    _check_contents(page_table, bounds, kv_lens, num_tokens=q.shape[0], num_slots=fused_kv.shape[0], spec=spec)
+    metadata: AttentionMetadata = _locate(page_table, bounds, kv_lens, num_tokens=q.shape[0], page_size=page_size)
+    heads = jax.tree.map(_owned, HeadArrays(sinks, k_scale, v_scale, logit_scale))
     result: tuple[jax.Array, ...] = _dispatch(q, k, v, fused_kv, metadata, heads, spec=spec, impl=_known(impl))
     return result
 
@@ -136,11 +150,12 @@ def attend(
     impl: str,
 ) -> tuple[jax.Array, ...]:
     """As ``ragged_paged_attention``, with the step's metadata made beforehand."""
+    check_arrays(q=q, k=k, v=v, fused_kv=fused_kv, **vars(metadata))
     check_metadata_shapes(metadata.page_table, metadata.cu_q_lens, metadata.kv_lens)
     check_tensors(q, k, v, fused_kv, heads.sinks, spec.page_size)
     check_scales(k.shape[1], k_scale=heads.k_scale, v_scale=heads.v_scale)
     check_token_arrays(q.shape[0], out_cache_loc=metadata.out_cache_loc, positions=metadata.positions)
-    metadata = jax.tree.map(_owned, metadata)
+    metadata = jax.tree.map(_owned, dataclasses.replace(metadata, cu_q_lens=_padded(metadata.cu_q_lens)))
     _check_contents(
         metadata.page_table,
         metadata.cu_q_lens,
@@ -160,7 +175,13 @@ def _owned(array: Any) -> Any:
     return jnp.array(array) if isinstance(array, np.ndarray) else array
 
 
-def _scale(sm_scale: float | None, head_dim: int) -> float:
+def _padded(cu_q_lens: Int32Array) -> Int32Array:
+    """See ``running_sum``; a sum that falls where it can be read is left to be refused."""
+    padded: Int32Array = running_sum(cu_q_lens if isinstance(cu_q_lens, jax.core.Tracer) else np.asarray(cu_q_lens))
+    return padded
+
+
+def _scale(sm_scale: float | jax.Array | None, head_dim: int) -> float:
     return head_dim**-0.5 if sm_scale is None else float(sm_scale)
 
 
@@ -205,6 +226,10 @@ def _dispatch(
     spec: AttentionSpec,
     impl: str,
 ) -> tuple[jax.Array, ...]:
+    sharding = explicit_sharding(fused_kv) or explicit_sharding(q)
+    if sharding is not None:
+        attend_share = functools.partial(_dispatch, spec=spec, impl=impl)
+        return _over_heads(attend_share, sharding, q, k, v, fused_kv, metadata, heads, returns_lse=spec.return_lse)
     if impl != "auto":
         return BACKENDS[impl](q, k, v, fused_kv, metadata, heads, spec)
     refusals = []
@@ -214,6 +239,33 @@ def _dispatch(
         except BackendUnsupported as refusal:
             refusals.append(str(refusal))
     raise BackendUnsupported("no attention backend can do this: " + "; ".join(refusals))
+
+
+def _over_heads(
+    attend_share: Callable[..., tuple[jax.Array, ...]],
+    sharding: NamedSharding,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    fused_kv: jax.Array,
+    metadata: AttentionMetadata,
+    heads: HeadArrays,
+    *,
+    returns_lse: bool,
+) -> tuple[jax.Array, ...]:
+    """Attends over an Explicit mesh: each device the heads that it holds of the cache, as ``MeshAttention`` would."""
+    axis = split_of_heads("fused_kv", fused_kv)
+    whole, by_head, rows = PartitionSpec(), PartitionSpec(axis), PartitionSpec(None, axis)
+    of_heads = jax.tree.map(lambda array: by_head if array.ndim else whole, heads)
+    split = shard_over(
+        attend_share,
+        sharding.mesh,
+        in_specs=(rows, rows, rows, rows, whole, of_heads),
+        out_specs=(rows, rows, rows)[: 2 + returns_lse],
+        check_vma=False,  # kernels do not say over which axes their results vary
+    )
+    result: tuple[jax.Array, ...] = split(q, k, v, fused_kv, metadata, heads)
+    return result
 
 
 @functools.partial(jax.jit, static_argnames=("num_tokens", "page_size"))

@@ -14,14 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import ConfigError, ShapeError
-from engine.kv.layout import check_storage
+from engine.kv.layout import check_storage, refuse_donated
 
 Array = Any  # of NumPy or JAX, traced or not
 IntArray = npt.NDArray[np.integer[Any]]
 
 
 def check_options(
-    *, page_size: int, sm_scale: float | None, sliding_window: int | None, soft_cap: float | None
+    *, page_size: int, sm_scale: float | Array | None, sliding_window: int | None, soft_cap: float | None
 ) -> None:
     """Checks the options that hold for a whole layer.
 
@@ -35,8 +35,25 @@ def check_options(
             raise ConfigError(f"{name}={count!r} must be a whole number of tokens, at least 1 and below 2**31")
     if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0):
         raise ConfigError(f"soft_cap={soft_cap!r} must be finite and above 0; pass None for no cap")
-    if sm_scale is not None and not math.isfinite(sm_scale):
-        raise ConfigError(f"sm_scale={sm_scale!r} must be finite; pass None for head_dim ** -0.5")
+    if isinstance(sm_scale, jax.core.Tracer):
+        if sm_scale.shape or not jnp.issubdtype(sm_scale.dtype, jnp.floating):
+            raise ConfigError(f"sm_scale is traced as {sm_scale.dtype}{sm_scale.shape}; it must be one floating number")
+    elif sm_scale is not None and not (np.ndim(sm_scale) == 0 and math.isfinite(sm_scale)):
+        raise ConfigError(f"sm_scale={sm_scale!r} must be one finite number; pass None for head_dim ** -0.5")
+
+
+def check_arrays(**arrays: Array) -> None:
+    """Checks that each named argument is an array that can still be read.
+
+    Raises:
+        ShapeError: it is something else, e.g. a list or a whole pool, or an array that was donated.
+    """
+    for name, array in arrays.items():
+        if not isinstance(array, jax.Array | np.ndarray):
+            is_pool = hasattr(array, "get_fused_kv_buffer")
+            remedy = "a layer's buffer, pool.get_fused_kv_buffer(layer_id)" if is_pool else "a NumPy or JAX array"
+            raise ShapeError(f"{name} is a {type(array).__name__}, not an array; pass {remedy}")
+        refuse_donated(name, array)
 
 
 def check_tensors(q: Array, k: Array, v: Array, fused_kv: Array, sinks: Array | None, page_size: int) -> None:

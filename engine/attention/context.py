@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
+from engine.attention.metadata import is_live, sequence_of_tokens
 from engine.attention.spec import HeadArrays
 from engine.kv.scatter import set_kv_buffer
 from engine.parallel import CONTEXT_AXIS
@@ -52,8 +53,8 @@ def rows_of_device(metadata: AttentionMetadata, parts: int) -> ContextRows:
     )
     rank = lax.axis_index(CONTEXT_AXIS)
     tokens = jnp.arange(loc.shape[0], dtype=jnp.int32)
-    sequence = jnp.searchsorted(bounds, tokens, side="right").astype(jnp.int32) - 1
-    sees = (tokens < bounds[-1]) & (positions >= rank)
+    sequence = sequence_of_tokens(bounds, num_tokens=tokens.size, xp=jnp).astype(jnp.int32)
+    sees = is_live(bounds, num_tokens=tokens.size, xp=jnp) & (positions >= rank)
     last = lens.shape[0] * parts
     row = jnp.where(sees, sequence * parts + positions % parts, last)
     visible = (positions - rank) // parts + 1

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 import numpy.typing as npt
+from jax import lax
 
 from engine.attention.checks import check_lengths, check_metadata_shapes
 from engine.errors import ShapeError
@@ -63,6 +64,7 @@ class AttentionMetadata:
         named = {"page_table": page_table, "cu_q_lens": cu_q_lens, "kv_lens": kv_lens}
         table, bounds, lens = (_int32_copy(name, array) for name, array in named.items())
         check_metadata_shapes(table, bounds, lens)
+        bounds = running_sum(bounds)
         check_lengths(bounds, lens, num_tokens=num_tokens, row_tokens=table.shape[1] * page_size)
         positions, out_cache_loc = locate_new_tokens(table, bounds, lens, num_tokens=num_tokens, page_size=page_size)
         for array in (table, bounds, lens, out_cache_loc, positions):
@@ -99,8 +101,7 @@ def locate_new_tokens(
     Returns:
         ``positions[T]`` (0 in padding) and ``out_cache_loc[T]`` (-1 in padding), int32.
     """
-    tokens = xp.arange(num_tokens, dtype=xp.int32)
-    live = tokens < cu_q_lens[-1]
+    tokens, live = xp.arange(num_tokens, dtype=xp.int32), is_live(cu_q_lens, num_tokens=num_tokens, xp=xp)
     rows = sequence_of_tokens(cu_q_lens, num_tokens=num_tokens, xp=xp)
     positions = xp.where(live, kv_lens[rows] - cu_q_lens[rows + 1] + tokens, 0)
     slots = page_table[rows, positions // page_size] * page_size + positions % page_size
@@ -113,4 +114,24 @@ def sequence_of_tokens(cu_q_lens: Any, *, num_tokens: int, xp: ModuleType = np) 
     tokens = xp.arange(num_tokens, dtype=xp.int32)
     # side="right" steps over sequences without new tokens, wherever they stand.
     rows = xp.searchsorted(cu_q_lens, tokens, side="right") - 1
-    return xp.where(tokens < cu_q_lens[-1], rows, 0)
+    return xp.where(is_live(cu_q_lens, num_tokens=num_tokens, xp=xp), rows, 0)
+
+
+def is_live(cu_q_lens: Any, *, num_tokens: int, xp: ModuleType = np) -> Any:
+    """Which tokens belong to some sequence; bool ``[num_tokens]``. The sum may begin above 0 where it is traced."""
+    tokens = xp.arange(num_tokens, dtype=xp.int32)
+    return (tokens >= cu_q_lens[0]) & (tokens < cu_q_lens[-1])
+
+
+def running_sum(cu_q_lens: Any) -> Any:
+    """``cu_q_lens`` with its padding made its last value: others pad it with zeros; NumPy or JAX, int32 ``[B + 1]``.
+
+    Where it is traced, what falls otherwise counts as no new tokens.
+    """
+    if isinstance(cu_q_lens, jax.Array):
+        return lax.cummax(cu_q_lens)
+    ends = np.flatnonzero(cu_q_lens)
+    last = ends[-1] if ends.size else 0
+    padded = np.array(cu_q_lens)
+    padded[last:] = cu_q_lens[last]
+    return padded

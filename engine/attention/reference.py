@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from engine.attention.metadata import AttentionMetadata
+from engine.attention.metadata import AttentionMetadata, is_live, sequence_of_tokens
 from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv, unpad_fused
 from engine.kv.scatter import set_kv_buffer
@@ -31,8 +31,7 @@ def attend_reference(
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     page_table, cu_q_lens = jnp.asarray(metadata.page_table), jnp.asarray(metadata.cu_q_lens)
-    tokens = jnp.arange(num_tokens)
-    rows = jnp.searchsorted(cu_q_lens, tokens, side="right") - 1
+    rows = sequence_of_tokens(cu_q_lens, num_tokens=num_tokens, xp=jnp)
     columns = jnp.arange(page_table.shape[1] * spec.page_size)  # a column is a position in the context
 
     def attend_token(query: jax.Array, row: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -58,6 +57,6 @@ def attend_reference(
         return out.reshape(num_q_heads, head_dim), lse.reshape(num_q_heads)
 
     out, lse = lax.map(lambda args: attend_token(*args), (q, rows, jnp.asarray(metadata.positions)))
-    live = tokens < cu_q_lens[-1]
+    live = is_live(cu_q_lens, num_tokens=num_tokens, xp=jnp)
     out = jnp.where(live[:, None, None], heads.unscale(out), 0.0).astype(dtype)
     return (out, fused_kv, jnp.where(live[:, None], lse, -jnp.inf)) if spec.return_lse else (out, fused_kv)

@@ -13,7 +13,7 @@ from engine.attention.context import ContextRows, attend_part, rows_of_device
 from engine.attention.spec import HeadArrays
 from engine.config import require_split
 from engine.kv.split import buffer_spec, new_tokens_spec
-from engine.parallel import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, axis_size, spec_over
+from engine.parallel import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, axis_size, shard_over, spec_over
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class MeshAttention:
         parts = axis_size(self.mesh, CONTEXT_AXIS)
         if parts == 1:
             return metadata
-        split = jax.shard_map(
+        split = shard_over(
             lambda metadata: rows_of_device(metadata, parts),
-            mesh=self.mesh,
+            self.mesh,
             in_specs=spec_over(self.mesh, DATA_AXIS),
             out_specs=spec_over(self.mesh, (DATA_AXIS, CONTEXT_AXIS)),
             check_vma=False,
@@ -81,9 +81,9 @@ class MeshAttention:
     ) -> tuple[jax.Array, jax.Array]:
         """As ``FlashAttentionBackend``, over arrays that are split as the pool is, and metadata from ``prepare``."""
         new, buffer = new_tokens_spec(self.mesh), buffer_spec(self.mesh)
-        split = jax.shard_map(
+        split = shard_over(
             self._attend,
-            mesh=self.mesh,
+            self.mesh,
             in_specs=(new, new, new, buffer, self._metadata_spec(metadata), spec_over(self.mesh, TENSOR_AXIS)),
             out_specs=(new, buffer),
             check_vma=False,  # kernels do not say over which axes their results vary

@@ -29,24 +29,28 @@ class AttentionSpec:
 
 
 class HeadArrays(NamedTuple):
-    """A layer's runtime arrays, one number a head, so that one program serves every layer; None where there are none.
+    """A layer's runtime arrays, so that one program serves every layer; None where there are none.
 
     Attributes:
         sinks: ``[Hq]`` an extra logit per query head that joins the softmax denominator only.
         k_scale: ``[H]`` float32; the cache holds keys divided by it.
         v_scale: ``[H]`` float32; the cache holds values divided by it.
+        logit_scale: a scalar factor on the logits, beside the spec's.
     """
 
     sinks: jax.Array | None = None
     k_scale: jax.Array | None = None
     v_scale: jax.Array | None = None
+    logit_scale: jax.Array | None = None
 
     def scale(self, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Takes the key scale into ``q[T, Hq, D]`` and both out of ``k, v[T, H, D]``; in float32 where there is one.
+        """Takes factors into ``q[T, Hq, D]`` and scales out of ``k, v[T, H, D]``; in float32 where there are any.
 
         Attention over the cache as it is stored then gives the logits of the true keys. Multiplies by the reciprocal,
         as XLA would make of a division, so that the bits stored are the same in every backend.
         """
+        if self.logit_scale is not None:
+            q = q.astype(jnp.float32) * self.logit_scale.astype(jnp.float32)
         if self.k_scale is not None:
             q, k = q * _rows(self.k_scale, q.shape[1]), k * _rows(1 / self.k_scale, k.shape[1])
         return q, k, v if self.v_scale is None else v * _rows(1 / self.v_scale, v.shape[1])

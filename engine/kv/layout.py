@@ -18,6 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from engine.errors import ConfigError, ShapeError
+from engine.parallel import explicit_sharding
 
 LAYOUT_VERSION = 1
 ORDER = "interleaved"
@@ -44,19 +45,26 @@ def merge_kv(k: jax.Array, v: jax.Array) -> jax.Array:
             "head_dim] of one shape and dtype; cast or reshape one of them"
         )
     *leading, heads, head_dim = k.shape
-    return jnp.concatenate([k, v], axis=-1).reshape(*leading, 2 * heads, head_dim)
+    # The same order of the same elements; but over an Explicit mesh jax can tell how only this one's reshape is split.
+    halves = jnp.concatenate([k, v], axis=-1) if explicit_sharding(k) is None else jnp.stack([k, v], axis=-2)
+    return halves.reshape(*leading, 2 * heads, head_dim)
 
 
 def extract_k_from_fused_kv(fused: jax.Array) -> jax.Array:
     """Takes the keys out of the fused layout: ``[..., 2H, D] -> [..., H, D]``; ShapeError where 2H is odd."""
     _check_fused(fused)
-    return fused[..., 0::2, :]
+    return _every_other_row(fused, 0)
 
 
 def extract_v_from_fused_kv(fused: jax.Array) -> jax.Array:
     """Takes the values out of the fused layout: ``[..., 2H, D] -> [..., H, D]``; ShapeError where 2H is odd."""
     _check_fused(fused)
-    return fused[..., 1::2, :]
+    return _every_other_row(fused, 1)
+
+
+def _every_other_row(fused: jax.Array, first: int) -> jax.Array:
+    # Not by an index: outside jit that is a gather, of which jax cannot tell how it is split over an Explicit mesh.
+    return jax.lax.slice_in_dim(fused, first, None, stride=2, axis=fused.ndim - 2)
 
 
 def _check_fused(fused: jax.Array) -> None:
@@ -68,15 +76,21 @@ def _check_fused(fused: jax.Array) -> None:
 
 
 def to_stored(values: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Casts keys or values to the dtype they are stored in; an 8-bit float takes its largest finite value for more.
+    """Casts keys or values to the dtype they are stored in; what is finite stays so, at the largest value there is.
 
-    Without that e4m3fn would make NaN of whatever its scale does not reach, and one NaN spoils its whole sequence.
+    Without that a narrower float would make an infinity or a NaN of it, and one of those spoils its whole sequence.
+    An infinity is not hidden, it stays; but 8 bits, of which a scale decides what they reach, saturate there too.
     """
     target = jnp.dtype(dtype)
-    if jnp.issubdtype(target, jnp.floating) and target.itemsize == 1 and values.dtype != target:
-        most = float(jnp.finfo(target).max)
-        values = jnp.clip(values, -most, most)
+    if jnp.issubdtype(target, jnp.floating) and _largest(target) < _largest(values.dtype):
+        most = jnp.asarray(_largest(target), values.dtype)
+        clipped = jnp.clip(values, -most, most)
+        values = clipped if target.itemsize == 1 else jnp.where(jnp.isinf(values), values, clipped)
     return values.astype(target)
+
+
+def _largest(dtype: DTypeLike) -> float:
+    return float(jnp.finfo(dtype).max) if jnp.issubdtype(dtype, jnp.floating) else 0.0
 
 
 def packing(dtype: DTypeLike) -> int:
@@ -118,6 +132,8 @@ def pad_fused(fused: jax.Array, rows: int, head_dim: int) -> jax.Array:
 
 def unpad_fused(stored: jax.Array, head_num: int, head_dim: int) -> jax.Array:
     """Drops the padding: ``[..., 2H', D'] -> [..., 2H, D]``."""
+    if stored.shape[-2:] == (2 * head_num, head_dim):
+        return stored
     return stored[..., : 2 * head_num, :head_dim]
 
 
@@ -176,6 +192,15 @@ def check_storage(fused: jax.Array, head_num: int, head_dim: int) -> None:
             f"a fused buffer {fused.dtype}{list(fused.shape)} does not hold {head_num} KV heads of {head_dim}: a slot "
             f"must be [{2 * head_num}, {head_dim}], or up to [{most_rows}, {most_lanes}] where it is padded for a TPU; "
             "pass the buffer of a pool made for these heads"
+        )
+
+
+def refuse_donated(name: str, array: Any) -> None:
+    """Raises ShapeError for an array whose memory a program has been given: jax would say only that it is deleted."""
+    if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.is_deleted():
+        raise ShapeError(
+            f"{name} {array.dtype}{list(array.shape)} was donated to a program and has no memory any more; use the "
+            "array that this program returned, for a pool by replace_buffers"
         )
 
 

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from engine.errors import ShapeError
 from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv, unpad_fused
 from engine.kv.pool import TokenToKVPool
 from engine.kv.split import buffer_spec, from_device_order, to_device_order
-from engine.parallel import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, spec_over
+from engine.parallel import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, placed, shard_over, spec_over
 
 Int32 = npt.NDArray[np.int32]
 HostPages = npt.NDArray[Any]
@@ -202,14 +202,12 @@ def _gather(pool: TokenToKVPool, pages: jax.Array, replica: int = 0) -> jax.Arra
     if pool.mesh is None:
         return gather(pool.buffers, pages, jnp.int32(0))
     buffers, whole = buffer_spec(pool.mesh), PartitionSpec()
-    split = jax.shard_map(
-        gather, mesh=pool.mesh, in_specs=(buffers, whole, whole), out_specs=_pages_spec(pool.mesh), check_vma=False
+    split = shard_over(
+        gather, pool.mesh, in_specs=(buffers, whole, whole), out_specs=_pages_spec(pool.mesh), check_vma=False
     )
-    in_parts = split(pool.buffers, pages, jnp.int32(replica))
-    ordered = from_device_order(in_parts, pool.mesh, axis=_PAGE_AXIS)
     # Whole on every device, so that every process can read it.
-    pages_read: jax.Array = lax.with_sharding_constraint(ordered, NamedSharding(pool.mesh, whole))
-    return pages_read
+    gathered = placed(split(pool.buffers, pages, jnp.int32(replica)), pool.mesh, whole)
+    return from_device_order(gathered, pool.mesh, axis=_PAGE_AXIS)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -223,9 +221,9 @@ def _scatter(pool: TokenToKVPool, pages: jax.Array, data: jax.Array, replica: in
     if pool.mesh is None:
         return pool.replace_buffers(scatter(pool.buffers, pages, data, jnp.int32(0)))
     buffers, whole = buffer_spec(pool.mesh), PartitionSpec()
-    split = jax.shard_map(
+    split = shard_over(
         scatter,
-        mesh=pool.mesh,
+        pool.mesh,
         in_specs=(buffers, whole, _pages_spec(pool.mesh), whole),
         out_specs=buffers,
         check_vma=False,
@@ -246,9 +244,7 @@ def _copy(pool: TokenToKVPool, sources: jax.Array, targets: jax.Array, replica: 
     if pool.mesh is None:
         return pool.replace_buffers(copy(pool.buffers, sources, targets, jnp.int32(0)))
     buffers, whole = buffer_spec(pool.mesh), PartitionSpec()
-    split = jax.shard_map(
-        copy, mesh=pool.mesh, in_specs=(buffers, whole, whole, whole), out_specs=buffers, check_vma=False
-    )
+    split = shard_over(copy, pool.mesh, in_specs=(buffers, whole, whole, whole), out_specs=buffers, check_vma=False)
     return pool.replace_buffers(split(pool.buffers, sources, targets, jnp.int32(replica)))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -14,10 +14,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from engine.errors import ConfigError, ShapeError
-from engine.kv.layout import KVLayout, extract_k_from_fused_kv, extract_v_from_fused_kv, require_count, unpad_fused
+from engine.kv.layout import (
+    KVLayout,
+    extract_k_from_fused_kv,
+    extract_v_from_fused_kv,
+    refuse_donated,
+    require_count,
+    unpad_fused,
+)
 from engine.kv.scatter import set_kv_buffer
 from engine.kv.split import buffer_spec, in_slot_order, local_slots, new_tokens_spec, split_layout
-from engine.parallel import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, axis_size, spec_over
+from engine.parallel import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, axis_size, placed, shard_over, spec_over
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -122,13 +129,13 @@ class TokenToKVPool:
     def get_fused_kv_buffer(self, layer_id: int) -> jax.Array:
         """The buffer of a layer as it is stored, ``buffer_shape``."""
         self._check_layer(layer_id)
+        refuse_donated(f"the buffer of layer {layer_id}", self.buffers[layer_id])
         return self.buffers[layer_id]
 
     def get_kv_buffer(self, layer_id: int) -> tuple[jax.Array, jax.Array]:
         """Copies of a layer's keys and values by slot, ``[size + page_size, H, D]`` each, without padding."""
-        stored = in_slot_order(self.get_fused_kv_buffer(layer_id), self.mesh)
-        fused = unpad_fused(stored, self.layout.head_num, self.layout.head_dim)
-        return extract_k_from_fused_kv(fused), extract_v_from_fused_kv(fused)
+        half: tuple[jax.Array, jax.Array] = _halves(self.get_fused_kv_buffer(layer_id), self.layout, self.mesh)
+        return half
 
     def set_kv_buffer(self, layer_id: int, loc: jax.Array, k: jax.Array, v: jax.Array) -> None:
         """Writes tokens into a layer in place; as ``engine.kv.scatter.set_kv_buffer``.
@@ -198,7 +205,7 @@ class TokenToKVPool:
 
     def _fresh_buffers(self, count: int) -> tuple[jax.Array, ...]:
         sharding = None if self.mesh is None else NamedSharding(self.mesh, buffer_spec(self.mesh))
-        return tuple(_zeros(self.buffer_shape, self.dtype, sharding) for _ in range(count))
+        return tuple(_zeros(self.buffer_shape, self.dtype, sharding)() for _ in range(count))
 
     def _check_layer(self, layer_id: int) -> None:
         if not 0 <= layer_id < self.layer_num:
@@ -227,10 +234,18 @@ def _check_size(size: int, page_size: int, layer_num: int) -> None:
         raise ConfigError(f"size={size} tokens must be a positive multiple of page_size={page_size}; use {usable}")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any], sharding: NamedSharding | None) -> jax.Array:
-    zeros = jnp.zeros(shape, dtype)
-    return zeros if sharding is None else jax.lax.with_sharding_constraint(zeros, sharding)
+@functools.cache
+def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any], sharding: NamedSharding | None) -> Callable[[], jax.Array]:
+    """The program that makes zeros."""
+    return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _halves(fused: jax.Array, layout: KVLayout, mesh: Mesh | None) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of a buffer, by slot."""
+    by_head = fused if mesh is None else placed(fused, mesh, spec_over(mesh, None, TENSOR_AXIS, None))
+    stored = unpad_fused(in_slot_order(by_head, mesh), layout.head_num, layout.head_dim)
+    return extract_k_from_fused_kv(stored), extract_v_from_fused_kv(stored)
 
 
 def _write(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array, mesh: Mesh | None) -> jax.Array:
@@ -252,7 +267,7 @@ def _scatter_over(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array, 
 
     buffer, new = buffer_spec(mesh), new_tokens_spec(mesh)
     slots = spec_over(mesh, DATA_AXIS)
-    split = jax.shard_map(write, mesh=mesh, in_specs=(buffer, slots, new, new), out_specs=buffer)
+    split = shard_over(write, mesh, in_specs=(buffer, slots, new, new), out_specs=buffer)
     written: jax.Array = split(fused, loc, k, v)
     return written
 

@@ -13,11 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from engine.errors import ShapeError
-from engine.kv.layout import bits_of, check_storage, merge_kv, pad_fused, to_stored
+from engine.kv.layout import bits_of, check_storage, merge_kv, pad_fused, refuse_donated, to_stored
+from engine.kv.split import split_of_heads
 from engine.kv.tpu_view import view_is_free
 from engine.native import library
+from engine.parallel import explicit_sharding, shard_over
 
 
 def set_kv_buffer(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -26,7 +29,7 @@ def set_kv_buffer(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) 
     Args:
         fused: ``[S, 2H, D]``, or padded storage ``[S, 2H', D']``, whose padding is written as zeros.
         loc: ``[T]``, any integer type: slots. What is negative or not below S is dropped; of equal ones the last wins.
-        k: ``[T, H, D]``, cast to the buffer's dtype; an 8-bit float saturates.
+        k: ``[T, H, D]``, cast to the buffer's dtype; what is finite saturates.
         v: as ``k``.
 
     Returns:
@@ -35,6 +38,10 @@ def set_kv_buffer(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) 
     Raises:
         ShapeError: the arrays do not fit together, or k and v are floating and the buffer is not.
     """
+    for name, array in (("fused", fused), ("loc", loc), ("k", k), ("v", v)):
+        if not isinstance(array, jax.Array | np.ndarray):
+            raise ShapeError(f"{name} is a {type(array).__name__}, not an array; pass a NumPy or JAX array")
+        refuse_donated(name, array)
     if isinstance(loc, np.ndarray) and loc.dtype.kind in "iu":
         # jax would cut 64 bits to 32, and so bring a slot that is out of range back into it.
         loc = np.where((loc < 0) | (loc >= fused.shape[0]), np.int64(-1), loc).astype(np.int32)
@@ -72,6 +79,12 @@ def _clean(loc: jax.Array, slots: int) -> jax.Array:
 
 @functools.partial(jax.jit, inline=True)
 def _scatter(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    if (sharding := explicit_sharding(fused) or explicit_sharding(k)) is not None:
+        by_head = PartitionSpec(None, split_of_heads("fused", fused))
+        specs = (by_head, PartitionSpec(), by_head, by_head)
+        over_heads = shard_over(_scatter, sharding.mesh, in_specs=specs, out_specs=by_head, check_vma=False)
+        in_parts: jax.Array = over_heads(fused, loc, k, v)
+        return in_parts
     # Which program runs is settled when the call is lowered, so one traced on this CPU for a TPU gets the TPU's.
     choices = {}
     if jax.default_backend() == "cpu" and library.available():

@@ -15,9 +15,9 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from engine.config import require_split
-from engine.errors import ConfigError
+from engine.errors import BackendUnsupported, ConfigError
 from engine.kv.layout import KVLayout
-from engine.parallel import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, axis_size, spec_over
+from engine.parallel import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, axis_size, explicit_sharding, spec_over
 
 
 def split_layout(layout: KVLayout, *, tp: int, cp: int, platform: str) -> KVLayout:
@@ -62,6 +62,23 @@ def buffer_spec(mesh: Mesh) -> PartitionSpec:
 def new_tokens_spec(mesh: Mesh) -> PartitionSpec:
     """How q, k, v and out ``[tokens, heads, head_dim]`` are split."""
     return spec_over(mesh, DATA_AXIS, TENSOR_AXIS, None)
+
+
+def split_of_heads(name: str, fused: jax.Array) -> str | tuple[str, ...] | None:
+    """The axes of an Explicit mesh by which a fused buffer ``[slots, 2H, D]`` has its heads split; None: not split.
+
+    Raises:
+        BackendUnsupported: it is split otherwise too.
+    """
+    sharding = explicit_sharding(fused)
+    slots, axes, lanes = (None, None, None) if sharding is None else sharding.spec
+    if slots is not None or lanes is not None:
+        raise BackendUnsupported(
+            f"{name} is split as {PartitionSpec(slots, axes, lanes)}: a call alone takes a buffer that is split by its "
+            "heads; for split slots use a TokenToKVPool and MeshAttention over the mesh"
+        )
+    found: str | tuple[str, ...] | None = axes
+    return found
 
 
 def local_slots(loc: jax.Array, mesh: Mesh) -> jax.Array:

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <memory>
+#include <utility>
 
 #include "decode.h"
 #include "extend.h"
@@ -142,11 +143,15 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer fused, 
   const int32_t* bounds = cu_q_lens.typed_data();
   const Plan plan(problem, table[0], table[1], asked[0], page_table.typed_data(), bounds, kv_lens.typed_data());
   WithType(cache_type, [&](auto element) { Run<decltype(element)>(problem, plan, pool); });
-  const size_t live = std::clamp<int64_t>(bounds[table[0]], 0, asked[0]), row_bytes = out->size_bytes() / asked[0];
-  std::memset(static_cast<char*>(problem.out) + live * row_bytes, 0, out->size_bytes() - live * row_bytes);
-  if (problem.lse != nullptr) {
-    std::fill(problem.lse + live * asked[1], problem.lse + lse->element_count(),
-              -std::numeric_limits<float>::infinity());
+  // Tokens before the first sequence and past the last are nobody's.
+  const int64_t begin = std::clamp<int64_t>(bounds[0], 0, asked[0]);
+  const int64_t end = std::clamp<int64_t>(bounds[table[0]], begin, asked[0]);
+  for (const auto& [from, to] : {std::pair{int64_t{0}, begin}, std::pair{end, asked[0]}}) {
+    const size_t row_bytes = out->size_bytes() / asked[0];
+    std::memset(static_cast<char*>(problem.out) + from * row_bytes, 0, (to - from) * row_bytes);
+    if (problem.lse != nullptr) {
+      std::fill(problem.lse + from * asked[1], problem.lse + to * asked[1], -std::numeric_limits<float>::infinity());
+    }
   }
   return ffi::Error::Success();
 }

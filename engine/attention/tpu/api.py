@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from engine.attention.metadata import AttentionMetadata
+from engine.attention.metadata import AttentionMetadata, is_live
 from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.attention.tpu.block_sizes import (
     SHORT_ROWS,
@@ -91,7 +91,7 @@ def ragged_paged_attention_tpu(
         vmem_limit_bytes=vmem_limit(generation),
         interpret=interpret,
     )
-    live = (jnp.arange(q.shape[0]) < schedule.cu_q_lens[-1])[:, None, None]
+    live = is_live(schedule.cu_q_lens, num_tokens=q.shape[0], xp=jnp)[:, None, None]
     by_head = out.reshape(geo.heads, -1, geo.group, geo.lanes)[..., : q.shape[2]]
     out = heads.unscale(jnp.where(live, by_head.swapaxes(0, 1).reshape(q.shape), 0)).astype(q.dtype)
     buffer = unview_words(cache.reshape(fused_kv.shape[0], *cache.shape[2:]), *fused_kv.shape[1:])
