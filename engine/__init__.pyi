@@ -9,33 +9,49 @@ from engine.errors import (
     EngineError,
     IntegrityError,
     KVPoolExhausted,
+    ProcessLost,
     RequestError,
     RequestTooLarge,
     ShapeError,
 )
 from engine.kv.layout import KVLayout, extract_k_from_fused_kv, extract_v_from_fused_kv, merge_kv
+from engine.kv.page_copy import copy_pages, read_pages, write_pages
 from engine.kv.pool import TokenToKVPool
 from engine.kv.scatter import set_kv_buffer
+from engine.memory.cache_manager import CacheManager
+from engine.memory.host_tier import HostTier
 from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.page_format import PageFormat
 from engine.memory.page_table import ReqToTokenPool
 from engine.memory.prefix_cache import RadixCache
+from engine.memory.prefix_store import PrefixStore
+from engine.memory.scope import Adapter, CacheScope, LayoutKey
+from engine.parallel import make_mesh
 from engine.serving.llm import LLM
 from engine.serving.request import RequestOutput, SamplingParams
 
 __all__ = [
     "LLM",
+    "Adapter",
     "AttentionMetadata",
     "BackendUnsupported",
+    "CacheManager",
+    "CacheScope",
     "CheckpointError",
     "ConfigError",
     "DoubleFreeError",
     "EngineConfig",
     "EngineError",
     "FlashAttentionBackend",
+    "HostTier",
     "IntegrityError",
     "KVLayout",
     "KVPoolExhausted",
+    "LayoutKey",
+    "PageFormat",
     "PagedTokenToKVPoolAllocator",
+    "PrefixStore",
+    "ProcessLost",
     "RadixCache",
     "ReqToTokenPool",
     "RequestError",
@@ -44,9 +60,13 @@ __all__ = [
     "SamplingParams",
     "ShapeError",
     "TokenToKVPool",
+    "copy_pages",
     "extract_k_from_fused_kv",
     "extract_v_from_fused_kv",
+    "make_mesh",
     "merge_kv",
     "ragged_paged_attention",
+    "read_pages",
     "set_kv_buffer",
+    "write_pages",
 ]

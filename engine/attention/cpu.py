@@ -89,7 +89,7 @@ def _attend_native(
     axes = frozenset[str]().union(*(jax.typeof(operand).manual_axis_type.varying for operand in operands))
     lse_shape = q.shape[:2] if spec.return_lse else (0,)
     shapes = jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(lse_shape, jnp.float32)
-    results = jax.ffi.ffi_call(library.ATTENTION, shapes)(
+    results = jax.ffi.ffi_call(library.ATTENTION, shapes, vmap_method="sequential")(
         *operands,
         kv_heads=np.int32(k.shape[1]),
         page_size=np.int32(spec.page_size),

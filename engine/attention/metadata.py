@@ -45,6 +45,8 @@ class AttentionMetadata:
         *,
         num_tokens: int,
         page_size: int,
+        rows: int | None = None,
+        columns: int | None = None,
     ) -> AttentionMetadata:
         """Builds a step's metadata on the host, with NumPy alone.
 
@@ -57,14 +59,19 @@ class AttentionMetadata:
             kv_lens: ``[B]`` cached plus new tokens; 0 in padding rows.
             num_tokens: T, the step's static token count, padding included.
             page_size: tokens a page.
+            rows: static number of rows to pad to, so that one compiled program serves steps of fewer sequences; None
+                leaves them.
+            columns: static number of columns of the page table to pad to, likewise.
 
         Raises:
-            ShapeError: shapes disagree, or the lengths contradict each other (see ``check_lengths``).
+            ShapeError: shapes disagree, the lengths contradict each other (see ``check_lengths``), or there are more
+                rows or columns than are to be padded to.
         """
         named = {"page_table": page_table, "cu_q_lens": cu_q_lens, "kv_lens": kv_lens}
         table, bounds, lens = (_int32_copy(name, array) for name, array in named.items())
         check_metadata_shapes(table, bounds, lens)
         bounds = running_sum(bounds)
+        table, bounds, lens = _padded_to(table, bounds, lens, rows or len(lens), columns or table.shape[1])
         check_lengths(bounds, lens, num_tokens=num_tokens, row_tokens=table.shape[1] * page_size)
         positions, out_cache_loc = locate_new_tokens(table, bounds, lens, num_tokens=num_tokens, page_size=page_size)
         for array in (table, bounds, lens, out_cache_loc, positions):
@@ -75,6 +82,18 @@ class AttentionMetadata:
         """The same metadata as JAX arrays, moved in one transfer."""
         moved: AttentionMetadata = jax.device_put(self)
         return moved
+
+
+def _padded_to(
+    table: npt.NDArray[np.int32], bounds: npt.NDArray[np.int32], lens: npt.NDArray[np.int32], rows: int, columns: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """A step with rows that have no tokens, and columns of null pages, at its ends."""
+    more, wider = rows - table.shape[0], columns - table.shape[1]
+    if more < 0 or wider < 0:
+        raise ShapeError(
+            f"page_table is {list(table.shape)}, more than the {rows} rows and {columns} columns to pad to; raise them"
+        )
+    return np.pad(table, ((0, more), (0, wider))), np.pad(bounds, (0, more), mode="edge"), np.pad(lens, (0, more))
 
 
 def _int32_copy(name: str, values: npt.ArrayLike) -> npt.NDArray[np.int32]:

@@ -61,5 +61,5 @@ class HeadArrays(NamedTuple):
 
 
 def _rows(scale: jax.Array, heads: int) -> jax.Array:
-    """``[H]`` as ``[heads, 1]`` float32, each repeated for its group."""
-    return jnp.repeat(jnp.asarray(scale, jnp.float32), heads // scale.shape[0])[:, None]
+    """``[H]`` as ``[1, heads, 1]`` float32, each repeated for its group."""
+    return jnp.repeat(jnp.asarray(scale, jnp.float32), heads // scale.shape[0])[None, :, None]

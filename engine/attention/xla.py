@@ -195,16 +195,16 @@ class _ContextWalk:
 
     def _attend_block(self, tile: Tile, row: jax.Array, block: jax.Array, state: Softmax) -> Softmax:
         keys, values, position = self._load(row, block)
-        visible = position <= tile.position[:, None]
+        alive = (position >= tile.first_seen) & (position < tile.end)
+        visible = (position[None, :] <= tile.position[:, None]) & alive[None, :]
         if self.spec.sliding_window is not None:
-            visible &= position > tile.position[:, None] - self.spec.sliding_window
+            visible &= position[None, :] > tile.position[:, None] - self.spec.sliding_window
         logits = jnp.einsum("hrd,hld->hrl", tile.q, keys)
         if self.spec.soft_cap is not None:
             logits = self.spec.soft_cap * jnp.tanh(logits / self.spec.soft_cap)
-        logits = jnp.where(visible & (position < tile.end), logits, -jnp.inf)
+        logits = jnp.where(visible[None], logits, -jnp.inf)
         # A dead slot may hold NaN, and 0 * NaN is NaN.
-        alive = (position >= tile.first_seen) & (position < tile.end)
-        return _fold(state, logits, jnp.where(alive[:, None], values, 0.0))
+        return _fold(state, logits, jnp.where(alive[None, :, None], values, 0.0))
 
     def _load(self, row: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Keys and values ``[H, L, D]`` float32 of a block, and the positions ``[L]`` they stand at."""

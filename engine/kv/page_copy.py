@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from engine.errors import ShapeError
-from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv, unpad_fused
+from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv, refuse_donated, unpad_fused
 from engine.kv.pool import TokenToKVPool
 from engine.kv.split import buffer_spec, from_device_order, to_device_order
 from engine.parallel import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, placed, shard_over, spec_over
@@ -113,6 +113,9 @@ def copy_pages(pool: TokenToKVPool, sources: npt.ArrayLike, targets: npt.ArrayLi
 
 
 def _check_pages(pool: TokenToKVPool, name: str, pages: npt.ArrayLike) -> Int32:
+    if not isinstance(pool, TokenToKVPool):
+        raise ShapeError(f"pages of a {type(pool).__name__} cannot be copied; pass the TokenToKVPool")
+    refuse_donated("the pool's first buffer", pool.buffers[0])
     ids = np.asarray(pages)
     last = pool.size // pool.page_size
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
@@ -176,7 +179,7 @@ def _gather_layer(pool: TokenToKVPool, layer_id: int, pages: jax.Array) -> jax.A
 
 def _scatter_layer(pool: TokenToKVPool, layer_id: int, pages: jax.Array, bits: jax.Array) -> None:
     """Writes the bits ``[n, page_size, 2H, D]`` into pages of a layer; pages below 0 are dropped."""
-    slots = pages[:, None] * pool.page_size + jnp.arange(pool.page_size, dtype=jnp.int32)
+    slots = pages[:, None] * pool.page_size + jnp.arange(pool.page_size, dtype=jnp.int32)[None, :]
     slots = jnp.where(pages[:, None] < 0, -1, slots).reshape(-1)
     fused = bits.reshape(slots.size, *bits.shape[2:])
     k, v = extract_k_from_fused_kv(fused), extract_v_from_fused_kv(fused)

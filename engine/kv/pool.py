@@ -80,16 +80,51 @@ class TokenToKVPool:
             head_num=head_num, head_dim=head_dim, dtype=dtype, page_size=page_size, platform=platform
         )
         _check_size(size, page_size, layer_num)
-        if mesh is not None:
-            if TENSOR_AXIS not in mesh.shape:
-                raise ConfigError(
-                    f"the mesh has the axes {tuple(mesh.shape)}; the heads need one called {TENSOR_AXIS!r}"
-                )
-            layout = split_layout(
-                layout, tp=mesh.shape[TENSOR_AXIS], cp=axis_size(mesh, CONTEXT_AXIS), platform=platform
-            )
-        self.size, self.layout, self.mesh = size, layout, mesh
+        self.size, self.layout, self.mesh = size, _over_mesh(layout, mesh, platform), mesh
         self.buffers = self._fresh_buffers(layer_num)
+
+    @classmethod
+    def from_buffers(
+        cls,
+        buffers: Sequence[jax.Array],
+        page_size: int,
+        head_num: int,
+        head_dim: int,
+        mesh: Mesh | None = None,
+        *,
+        platform: str | None = None,
+    ) -> Self:
+        """Makes a pool of buffers that exist, without a copy: it owns them from now on, and donates them as it writes.
+
+        Args:
+            buffers: one a layer, ``[replicas * (size + page_size), 2H', D']`` as a pool makes them, of one dtype.
+            page_size: tokens per page; the first page of each replica is its null page.
+            head_num: KV heads H.
+            head_dim: D.
+            mesh: that they are split over as ``engine.kv.split`` says, or None.
+            platform: whose padding they have, as in ``jax.Device.platform``; None is that of the devices.
+
+        Raises:
+            ConfigError: a value is out of range, or the buffers are no whole number of pages, or too few.
+            ShapeError: one is no array, was donated, or is not as the pool would make it.
+        """
+        given = list(buffers)
+        for index, buffer in enumerate(given):
+            if not isinstance(buffer, jax.Array) or buffer.ndim != 3:
+                raise ShapeError(
+                    f"buffer {index} is {_described(buffer)}; it must be a JAX array [slots, 2 * heads, D]"
+                )
+        require_count("the number of buffers", len(given))
+        refuse_donated("buffer 0", given[0])
+        if platform is None:
+            platform = next(iter(given[0].devices())).platform
+        layout = KVLayout.create(
+            head_num=head_num, head_dim=head_dim, dtype=given[0].dtype, page_size=page_size, platform=platform
+        )
+        size = given[0].shape[0] // axis_size(mesh, DATA_AXIS) - page_size
+        _check_size(size, page_size, len(given))
+        pool = cls.tree_unflatten((size, _over_mesh(layout, mesh, platform), mesh), (tuple(given),))
+        return pool.replace_buffers(given)
 
     @property
     def page_size(self) -> int:
@@ -151,11 +186,12 @@ class TokenToKVPool:
             ConfigError: there is no such layer.
             ShapeError: the arrays do not fit the pool.
         """
-        self._check_layer(layer_id)
-        heads = (self.layout.head_num, self.layout.head_dim)
-        if k.shape[1:] != heads:
-            raise ShapeError(f"k {list(k.shape)} must be [tokens, {heads[0]}, {heads[1]}], as this pool was made")
-        written = _write(self.buffers[layer_id], loc, k, v, self.mesh)
+        fused, heads = self.get_fused_kv_buffer(layer_id), (self.layout.head_num, self.layout.head_dim)
+        if not isinstance(k, jax.Array | np.ndarray) or k.shape[1:] != heads:
+            raise ShapeError(
+                f"k is {_described(k)}; it must be [tokens, {heads[0]}, {heads[1]}], as this pool was made"
+            )
+        written = _write(fused, loc, k, v, self.mesh)
         self.buffers = (*self.buffers[:layer_id], written, *self.buffers[layer_id + 1 :])
 
     def share(self, buffers: tuple[jax.Array, ...]) -> Self:
@@ -189,10 +225,11 @@ class TokenToKVPool:
         if len(buffers) != self.layer_num:
             raise ShapeError(f"{len(buffers)} buffers for a pool of {self.layer_num} layers: give one for each layer")
         for layer_id, buffer in enumerate(buffers):
-            if buffer.shape != shape or buffer.dtype != self.dtype:
+            refuse_donated(f"buffer {layer_id}", buffer)
+            if getattr(buffer, "shape", None) != shape or buffer.dtype != self.dtype:
                 raise ShapeError(
-                    f"buffer {layer_id} is {buffer.dtype}{list(buffer.shape)}, the pool's are "
-                    f"{self.dtype}{list(shape)}; give what the step returned for this pool"
+                    f"buffer {layer_id} is {_described(buffer)}, the pool's are {self.dtype}{list(shape)}; give what "
+                    "the step returned for this pool"
                 )
         self.buffers = tuple(buffers)
         return self
@@ -208,6 +245,8 @@ class TokenToKVPool:
         return tuple(_zeros(self.buffer_shape, self.dtype, sharding)() for _ in range(count))
 
     def _check_layer(self, layer_id: int) -> None:
+        if isinstance(layer_id, bool) or not isinstance(layer_id, int | np.integer):
+            raise ConfigError(f"layer_id={layer_id!r} must be a whole number, from 0")
         if not 0 <= layer_id < self.layer_num:
             raise ConfigError(f"layer_id={layer_id} is not in a pool of {self.layer_num} layers; count from 0")
 
@@ -222,6 +261,20 @@ class TokenToKVPool:
         pool.size, pool.layout, pool.mesh = static
         (pool.buffers,) = children
         return pool
+
+
+def _over_mesh(layout: KVLayout, mesh: Mesh | None, platform: str) -> KVLayout:
+    """The layout of buffers that are split over a mesh."""
+    if mesh is None:
+        return layout
+    if TENSOR_AXIS not in mesh.shape:
+        raise ConfigError(f"the mesh has the axes {tuple(mesh.shape)}; the heads need one called {TENSOR_AXIS!r}")
+    return split_layout(layout, tp=mesh.shape[TENSOR_AXIS], cp=axis_size(mesh, CONTEXT_AXIS), platform=platform)
+
+
+def _described(array: Any) -> str:
+    is_array = isinstance(array, jax.Array | np.ndarray)
+    return f"{array.dtype}{list(array.shape)}" if is_array else f"a {type(array).__name__}"
 
 
 def _check_size(size: int, page_size: int, layer_num: int) -> None:

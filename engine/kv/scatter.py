@@ -108,7 +108,9 @@ def _scatter_dma(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -
         for operand, more in zip((fused, loc, k, v), missing, strict=True)
     )
     slots, tokens = last_of_equal(loc)
-    return scatter_tpu(fused, slots, tokens, k, v)
+    # Under vmap one after the other: a batched kernel would not know its copies apart.
+    written: jax.Array = jax.custom_batching.sequential_vmap(scatter_tpu)(fused, slots, tokens, k, v)
+    return written
 
 
 def _varying_axes(*operands: jax.Array) -> frozenset[str]:
@@ -119,7 +121,7 @@ def _varying_axes(*operands: jax.Array) -> frozenset[str]:
 def scatter_native(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Calls the native kernel, which writes in order; arguments as ``scatter_xla``, CPU only."""
     result = jax.ShapeDtypeStruct(fused.shape, fused.dtype)
-    call = jax.ffi.ffi_call(library.SCATTER, result, input_output_aliases={0: 0})
+    call = jax.ffi.ffi_call(library.SCATTER, result, input_output_aliases={0: 0}, vmap_method="sequential")
     written: jax.Array = call(fused, loc, k, v)
     # Within shard_map the kernel's result must be said to vary over the mesh axes that its operands vary over.
     axes = _varying_axes(fused, loc, k, v)

@@ -224,3 +224,43 @@ def test_a_write_keeps_no_hold_of_its_numpy_arguments() -> None:
     pool.set_kv_buffer(0, loc, k, k)
     k[:], loc[:] = np.nan, -1
     np.testing.assert_array_equal(pool.get_kv_buffer(0)[0][16:528], want)
+
+
+def test_a_pool_adopts_buffers_that_exist_where_they_are():
+    rng = np.random.default_rng()
+    buffers = [jnp.asarray(rng.normal(size=(24, 4, 8)), jnp.float32) for _ in range(2)]
+    before, pointers = [np.array(b) for b in buffers], [b.unsafe_buffer_pointer() for b in buffers]
+    pool = TokenToKVPool.from_buffers(buffers, 8, 2, 8)
+    assert (pool.size, pool.page_size, pool.layer_num, pool.dtype) == (16, 8, 2, np.float32)
+    k, v = (jnp.asarray(rng.normal(size=(3, 2, 8)), jnp.float32) for _ in range(2))
+    pool.set_kv_buffer(1, jnp.array([8, 9, 23]), k, v)
+    assert [b.unsafe_buffer_pointer() for b in pool.buffers] == pointers
+    np.testing.assert_array_equal(pool.buffers[0], before[0])
+    np.testing.assert_array_equal(pool.get_kv_buffer(1)[1][jnp.array([8, 9, 23])], v)
+    padded = TokenToKVPool(16, 8, jnp.bfloat16, 5, 80, 1, platform="tpu")
+    assert TokenToKVPool.from_buffers(padded.buffers, 8, 5, 80, platform="tpu").layout == padded.layout
+
+
+@pytest.mark.parametrize(
+    ("buffers", "error", "message"),
+    [
+        ([], ConfigError, "the number of buffers=0"),
+        ([np.zeros((24, 4, 8), np.float32)], ShapeError, "must be a JAX array"),
+        ([jnp.ones((24, 4, 8)), jnp.ones((16, 4, 8))], ShapeError, r"buffer 1 is float32\[16, 4, 8\]"),
+        ([jnp.ones((24, 4, 8)), jnp.ones((24, 4, 8), jnp.bfloat16)], ShapeError, "buffer 1 is bfloat16"),
+        ([jnp.ones((24, 6, 8))], ShapeError, r"the pool's are float32\[24, 4, 8\]"),
+        ([jnp.ones((8, 4, 8))], ConfigError, "size=0"),
+        ([jnp.ones((20, 4, 8))], ConfigError, "multiple of page_size=8"),
+        ([jnp.ones((24, 32))], ShapeError, "must be a JAX array"),
+    ],
+)
+def test_buffers_that_no_pool_would_make_are_not_adopted(buffers, error, message):
+    with pytest.raises(error, match=message):
+        TokenToKVPool.from_buffers(buffers, 8, 2, 8)
+
+
+@pytest.mark.parametrize("layer_id", [True, 0.0, "0", None, 2, -1])
+def test_a_layer_that_is_none_is_refused(layer_id):
+    pool = TokenToKVPool(16, 8, jnp.float32, 2, 8, 2)
+    with pytest.raises(ConfigError, match="layer_id="):
+        pool.get_fused_kv_buffer(layer_id)

@@ -136,3 +136,14 @@ def test_a_dtype_packed_below_a_byte_is_refused() -> None:
     fused, k = jnp.zeros((8, 2, 4), jnp.int4), jnp.zeros((1, 1, 4), jnp.int4)
     with pytest.raises(ShapeError, match="int4 is packed below a byte"):
         set_kv_buffer(fused, jnp.zeros(1, jnp.int32), k, k)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float16", 65504.0), ("bfloat16", float(jnp.finfo("bfloat16").max))])
+def test_what_is_finite_stays_finite_in_a_narrower_float_and_what_is_not_is_seen(dtype, most):
+    largest = float(jnp.finfo("float32").max)
+    values = [largest, -largest, most, most * 1.0005, 65519.0, -0.5, np.nan, np.inf, -np.inf]
+    k = jnp.asarray(np.array([[values]]), "float32")
+    written = np.asarray(set_kv_buffer(jnp.ones((2, 2, len(values)), dtype), jnp.array([1]), k, -k)[1], np.float32)
+    row = np.array([most, -most, most, most, min(65519.0, most), -0.5, np.nan, np.inf, -np.inf], np.float32)
+    row = np.asarray(jnp.asarray(row, dtype), np.float32)
+    np.testing.assert_array_equal(written, np.stack([row, -row]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 
 from engine.attention.metadata import AttentionMetadata
@@ -40,7 +42,12 @@ def attend_tpu(
     # Only here: Pallas takes long to import, and no other platform needs it.
     from engine.attention.tpu.api import ragged_paged_attention_tpu
 
-    return ragged_paged_attention_tpu(q, k, v, fused_kv, metadata, heads, spec, generation=generation)
+    # Under vmap one after the other: a batched kernel would not know its copies apart.
+    call = jax.custom_batching.sequential_vmap(
+        functools.partial(ragged_paged_attention_tpu, spec=spec, generation=generation)
+    )
+    result: tuple[jax.Array, ...] = call(q, k, v, fused_kv, metadata, heads)
+    return result
 
 
 def target_generation() -> str:
