@@ -136,8 +136,8 @@ def require_room(plan: PoolPlan, device_bytes: int, weight_bytes: int, mem_fract
         lower = f"lower max_total_tokens to {fitting * plan.replicas}, " if fitting else ""
         raise ConfigError(
             f"no room for max_total_tokens={plan.size_tokens}: the pool takes {format_bytes(plan.device_bytes)} a "
-            f"device, {room}; one request of {plan.context_length:,} tokens takes {format_bytes(request)}, and the longest "
-            f"context that fits is {fitting:,} tokens: {lower}raise mem_fraction_static or use more devices"
+            f"device, {room}; one request of {plan.context_length:,} tokens takes {format_bytes(request)}, and the "
+            f"longest context that fits is {fitting:,} tokens: {lower}raise mem_fraction_static or use more devices"
         )
 
 
