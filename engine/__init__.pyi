@@ -50,3 +50,5 @@ __all__ = [
     "ragged_paged_attention",
     "set_kv_buffer",
 ]
+
+__version__: str

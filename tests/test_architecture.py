@@ -17,6 +17,8 @@ LEVEL = {
     "batch": 1,
     "parallel": 1,
     "processes": 1,
+    "terminal": 1,
+    "version": 1,
     "launch": 2,
     "native": 2,
     "planning": 2,

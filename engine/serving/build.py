@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from engine.memory.host_tier import HostTier
 from engine.memory.page_format import PageFormat
 from engine.memory.prefix_cache import EvictionPolicyName
 from engine.memory.prefix_store import PrefixStore
+from engine.models.default_model import DEFAULT_MODEL_DIR
 from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
 from engine.models.sharding import split_config, weight_bytes
@@ -43,6 +45,13 @@ from engine.serving.scheduler import Scheduler
 _names_of_models: WeakKeyDictionary[Llama, str] = WeakKeyDictionary()
 
 DIGEST_BYTES = 1 << 20  # from each end of a weight file: reading a large model whole would take as long as loading it
+
+
+def model_directory(model: object) -> Path:
+    """Where the checkpoint lies; None is the Llama that ships. Raises ConfigError where it is no path."""
+    if not isinstance(model, str | os.PathLike | None):
+        raise ConfigError(f"model={model!r} must be a Llama or the path of a checkpoint directory")
+    return DEFAULT_MODEL_DIR if model is None else Path(model)
 
 
 def make_mesh_of(config: EngineConfig) -> Mesh | None:

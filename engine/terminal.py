@@ -1,0 +1,175 @@
+"""How every command behaves at a terminal: answers go to stdout, all else to stderr, and what ends it is one line.
+
+Exit codes: 0 done; 1 a check or a request failed, or the machine refused; 2 the caller's mistake; 130 Ctrl-C; 141
+whoever read the output has gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from engine.errors import EngineError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FAILED, MISTAKE, INTERRUPTED, UNREAD = 1, 2, 130, 141
+
+
+def run_command(command: Callable[[], int | None], *, alone: bool = True) -> int:
+    """Runs a command and returns the process's exit code; what ends it early is told in one line on stderr.
+
+    A bug still shows its traceback.
+
+    Args:
+        command: returns its exit code, or None for 0.
+        alone: whether to speak of Ctrl-C: of several processes their launcher does.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a model may say what the terminal cannot write
+    try:
+        code = command() or 0
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return tell_end("interrupted" if alone else "", INTERRUPTED)
+    except EngineError as error:
+        return tell_end(f"{type(error).__name__}: {error}", MISTAKE)
+    except BrokenPipeError as error:
+        return UNREAD if _is_unread() else tell_end(f"{type(error).__name__}: {error}", FAILED)
+    except (OSError, MemoryError) as error:
+        _forget_output()
+        return tell_end(f"{type(error).__name__}: {error}", FAILED)
+    except RuntimeError as error:  # jax says so where it has no device, or the device no memory
+        if _has_no_device():
+            return tell_end(f"ConfigError: jax has no device to run on: {_first_line(error)}", MISTAKE)
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return tell_end(
+            f"out of memory: {_first_line(error)}; lower max_running_requests or chunked_prefill_size", FAILED
+        )
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Around the imports of a command: Ctrl-C ends the process at once, since there is nothing yet to put in order.
+
+    Raised as an exception it would come out of the middle of a library's import, which may swallow it.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is not signal.default_int_handler:  # such as ignored, of a background process
+        yield
+        return
+    signal.signal(signal.SIGINT, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def leave(code: int) -> None:
+    """Ends the process with an exit code; after Ctrl-C at once, since a compile that was cut off may still run."""
+    if code == INTERRUPTED:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):  # unread, or closed by the caller
+                stream.flush()
+        os._exit(code)
+    raise SystemExit(code)
+
+
+def keep_stdout_for_answers() -> None:
+    """Leaves stdout to what Python prints: what libraries below it print there goes to stderr."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+        answers = os.dup(1)
+        os.dup2(2, 1)
+        sys.stdout = os.fdopen(answers, "w", encoding=sys.stdout.encoding, errors="backslashreplace")
+
+
+def tell_end(line: str, code: int) -> int:
+    """Says on stderr, in a line, what ended the command, if there is anything to say; returns the exit code."""
+    if line:
+        print(line, file=sys.stderr, flush=True)
+    return code
+
+
+def plain_console(*, stderr: bool = False, width: int | None = None) -> Console:
+    """A console that prints text as it is: ``[red]`` and ``:key:`` are no markup."""
+    from rich.console import Console  # here, because Ctrl-C comes before it is loaded, too
+
+    return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False, soft_wrap=width is None)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An option's value, as argparse's ``type``: a whole number not below ``least``."""
+
+    def whole_number(text: str) -> int:
+        with suppress(ValueError):
+            if int(text) >= least:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number at least {least}")
+
+    return whole_number
+
+
+def positive(text: str) -> float:
+    """An option's value, as argparse's ``type``: a finite number above 0."""
+    with suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
+
+
+count = at_least(1)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _has_no_device() -> bool:
+    if "jax" not in sys.modules:
+        return False
+    import jax
+
+    try:
+        return not jax.devices()
+    except RuntimeError:
+        return True
+
+
+def _is_unread() -> bool:
+    """Whether it was our own output that met a closed pipe; what is left of it then goes nowhere."""
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    except BrokenPipeError:
+        _forget_output()
+        return True
+    return False
+
+
+def _forget_output() -> None:
+    """Sends what a stream cannot write nowhere, or Python would complain again at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)
