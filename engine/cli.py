@@ -41,17 +41,13 @@ MAX_PORT = 2**16 - 1
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the process's exit code, as ``engine.terminal`` lists them."""
     args = _parser().parse_args(arguments)
-    if _is_launched():
+    is_launched = INDEX in os.environ  # one of several processes
+    if is_launched:
         keep_stdout_for_answers()
-    code = run_command(lambda: _run(args), alone=not _is_launched())
-    if code == INTERRUPTED and _is_launched():
+    code = run_command(lambda: _run(args))
+    if code == INTERRUPTED and is_launched:
         launch.end_the_others()
     return code
-
-
-def _is_launched() -> bool:
-    """Whether this is one of several processes, started by ``launch``."""
-    return INDEX in os.environ
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -162,7 +158,7 @@ def run_generate(args: argparse.Namespace) -> int:
     for number, output in enumerate(outputs):
         _print_output(number, output, text=llm.tokenizer is not None)
     if was_interrupted:
-        _tell("" if _is_launched() else "interrupted: these are the answers so far")
+        _tell("interrupted: these are the answers so far")
         return INTERRUPTED
     if llm.config.prefix_cache_dir:
         llm.save_prefix_cache()
@@ -241,7 +237,7 @@ def _metrics(args: argparse.Namespace, llm: LLM) -> Iterator[None]:
 
 def _tell(line: str) -> None:
     """What is no answer goes to stderr, of several processes by the first."""
-    if line and is_first():
+    if is_first():
         print(line, file=sys.stderr, flush=True)
 
 

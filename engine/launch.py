@@ -15,7 +15,7 @@ from types import FrameType
 
 from engine.errors import ConfigError
 from engine.processes import COORDINATOR, COUNT, INDEX
-from engine.terminal import count
+from engine.terminal import INTERRUPTED, count
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 5.0  # to end by themselves, before they are killed
@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
                 children.append(_start(words, index, args.processes, address, args.virtual_devices, group))
             return _wait(children)
         except KeyboardInterrupt:
-            _let_first_speak(children)
+            if _let_first_speak(children):
+                return INTERRUPTED
             raise
         finally:
             _stop(children)
@@ -75,12 +76,14 @@ def _signals_that_end() -> Iterator[None]:
             signal.signal(each, handler)
 
 
-def _let_first_speak(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Interrupts process 0 alone: to reach the end of its step it needs the others."""
-    if children and children[0].poll() is None:
-        children[0].send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            children[0].wait(GRACE_SECONDS)
+def _let_first_speak(children: Sequence[subprocess.Popen[bytes]]) -> bool:
+    """Interrupts process 0 alone: to reach the end of its step it needs the others. Returns whether it said so."""
+    if not children or children[0].poll() is not None:
+        return False
+    children[0].send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        children[0].wait(GRACE_SECONDS)
+    return children[0].returncode == INTERRUPTED
 
 
 def _start(

@@ -24,14 +24,10 @@ if TYPE_CHECKING:
 FAILED, MISTAKE, INTERRUPTED, UNREAD = 1, 2, 130, 141
 
 
-def run_command(command: Callable[[], int | None], *, alone: bool = True) -> int:
+def run_command(command: Callable[[], int | None]) -> int:
     """Runs a command and returns the process's exit code; what ends it early is told in one line on stderr.
 
-    A bug still shows its traceback.
-
-    Args:
-        command: returns its exit code, or None for 0.
-        alone: whether to speak of Ctrl-C: of several processes their launcher does.
+    ``command`` returns its exit code, or None for 0. A bug still shows its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -42,7 +38,7 @@ def run_command(command: Callable[[], int | None], *, alone: bool = True) -> int
             sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        return tell_end("interrupted" if alone else "", INTERRUPTED)
+        return tell_end("interrupted", INTERRUPTED)
     except EngineError as error:
         return tell_end(f"{type(error).__name__}: {error}", MISTAKE)
     except BrokenPipeError as error:
@@ -97,9 +93,8 @@ def keep_stdout_for_answers() -> None:
 
 
 def tell_end(line: str, code: int) -> int:
-    """Says on stderr, in a line, what ended the command, if there is anything to say; returns the exit code."""
-    if line:
-        print(line, file=sys.stderr, flush=True)
+    """Says on stderr, in a line, what ended the command, and returns its exit code."""
+    print(line, file=sys.stderr, flush=True)
     return code
 
 

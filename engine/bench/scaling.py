@@ -18,7 +18,7 @@ from typing import Any
 from rich.table import Table
 
 from engine.errors import EngineError
-from engine.terminal import count, plain_console
+from engine.terminal import INTERRUPTED, count, leave, plain_console, run_command
 
 SPLITS = ("tp", "cp", "dp")
 
@@ -67,7 +67,10 @@ def _in_own_process(args: argparse.Namespace, devices: int) -> dict[str, Any]:
         }
     words = [str(getattr(args, name)) for name in ("split", "requests", "context", "steps")]
     command = [sys.executable, "-m", "engine.bench.scaling", str(devices), *words]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    # A group of its own: Ctrl-C is told once, here, and `run` ends it.
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, process_group=0)
+    if done.returncode == INTERRUPTED:
+        raise KeyboardInterrupt
     if done.returncode:
         raise EngineError(f"the run on {devices} devices ended with exit code {done.returncode}; it says why above")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -127,5 +130,4 @@ def measure(devices: int, split: str, requests: int, context: int, steps: int) -
 
 
 if __name__ == "__main__":
-    words = (int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:6]))
-    leave(run_command(lambda: print(json.dumps(measure(*words))), alone=False))
+    leave(run_command(lambda: print(json.dumps(measure(int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:6]))))))
