@@ -256,9 +256,13 @@ def _progress(before: str, what: str) -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"), TimeElapsedColumn())
     with Progress(*columns, console=plain_console(stderr=True), disable=not is_first()) as bar:
         task = bar.add_task(before, total=None, done="")
-        yield lambda done, total: bar.update(
-            task, description=what, completed=done, total=total, done=f"{done}/{total}"
-        )
+        try:
+            yield lambda done, total: bar.update(
+                task, description=what, completed=done, total=total, done=f"{done}/{total}"
+            )
+        except BaseException:
+            bar.live.transient = True  # what is told then is why
+            raise
 
 
 def _print_output(number: int, output: RequestOutput, *, text: bool) -> None:

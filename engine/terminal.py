@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from engine.devices import why_no_device
 from engine.errors import EngineError
 
 if TYPE_CHECKING:
@@ -46,13 +47,13 @@ def run_command(command: Callable[[], int | None]) -> int:
     except (OSError, MemoryError) as error:
         _forget_output()
         return tell_end(f"{type(error).__name__}: {error}", FAILED)
-    except RuntimeError as error:  # jax says so where it has no device, or the device no memory
-        if _has_no_device():
-            return tell_end(f"ConfigError: jax has no device to run on: {_first_line(error)}", MISTAKE)
+    except (RuntimeError, AssertionError) as error:  # jax says so where it has no device, or the device no memory
+        if "jax" in sys.modules and (reason := why_no_device()):
+            return tell_end(f"ConfigError: {reason}", MISTAKE)
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return tell_end(
-            f"out of memory: {_first_line(error)}; lower max_running_requests or chunked_prefill_size", FAILED
+            f"out of memory: {str(error).splitlines()[0]}; lower max_running_requests or chunked_prefill_size", FAILED
         )
 
 
@@ -126,21 +127,6 @@ def positive(text: str) -> float:
 
 
 count = at_least(1)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _has_no_device() -> bool:
-    if "jax" not in sys.modules:
-        return False
-    import jax
-
-    try:
-        return not jax.devices()
-    except RuntimeError:
-        return True
 
 
 def _is_unread() -> bool:

@@ -12,6 +12,7 @@ FILES = sorted(ENGINE.rglob("*.py"))
 
 # A room may import rooms with a smaller number. memory and kv share a number: neither may import the other.
 LEVEL = {
+    "devices": 0,
     "errors": 0,
     "config": 1,
     "batch": 1,

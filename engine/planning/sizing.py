@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.config import MAX_SLOTS
 from engine.errors import ConfigError
 
 MAX_PAGE_TABLE_BYTES = 2**30
@@ -95,13 +94,12 @@ def size_pool(
         request_tokens: that the pool must hold at least; 0 is content with a page.
 
     Returns:
-        A multiple of ``page_size``, at most ``wanted_tokens`` rounded up to whole pages, and with the null page at most
-        ``MAX_SLOTS``.
+        A multiple of ``page_size``, at most ``wanted_tokens`` rounded up to whole pages.
 
     Raises:
         ConfigError: not one page fits, or not the request, with the arithmetic.
     """
-    wanted_pages = min(-(-wanted_tokens // page_size), MAX_SLOTS // page_size - 1)
+    wanted_pages = -(-wanted_tokens // page_size)
     if device_bytes is None:
         return wanted_pages * page_size
     page_bytes = page_size * token_bytes * layers // devices

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from engine.attention.backend import FlashAttentionBackend
 from engine.attention.sharded import MeshAttention
 from engine.batch import ParcelShape
-from engine.config import EngineConfig
+from engine.config import MAX_SLOTS, EngineConfig
 from engine.errors import ConfigError
 from engine.kv.layout import KVLayout
 from engine.kv.pool import TokenToKVPool
@@ -108,12 +108,12 @@ def plan_pool(
     layout = split_layout(whole, tp=config.tp, cp=config.cp, platform=platform)
     longest, devices = context_length(config, model), config.tp * config.cp
     require_page_table(config.max_running_requests, longest, config.page_size)
-    requests = config.max_running_requests // config.dp
+    requests, most_pages = config.max_running_requests // config.dp, MAX_SLOTS // config.page_size - 1
     size = (config.max_total_tokens or 0) // config.dp or size_pool(
         page_size=config.page_size,
         layers=model.num_hidden_layers,
         token_bytes=layout.bytes_per_token,
-        wanted_tokens=requests * -(-longest // config.page_size) * config.page_size,
+        wanted_tokens=min(requests * -(-longest // config.page_size), most_pages) * config.page_size,
         device_bytes=device_bytes,
         weight_bytes=weight_bytes,
         mem_fraction_static=config.mem_fraction_static,

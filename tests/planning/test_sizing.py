@@ -79,11 +79,6 @@ def plan_of(size_tokens, **changes):
     return PoolPlan(size_tokens=size_tokens, **sizes | changes)
 
 
-def test_a_pool_is_never_larger_than_its_slots_can_be_numbered():
-    size = size_pool(page_size=256, layers=1, token_bytes=1, wanted_tokens=10**12)
-    assert size + 256 <= 2**31 - 1 < size + 2 * 256
-
-
 def test_a_request_that_the_memory_cannot_hold_is_refused_with_the_longest_context_that_fits():
     # 64 KiB a token: 2 GiB less 1 GiB hold 16 Ki tokens, the null page's 16 among them.
     options = {"page_size": 16, "layers": 16, "token_bytes": 4096, "wanted_tokens": 10**9, "device_bytes": 4 * GIB}

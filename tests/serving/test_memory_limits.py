@@ -16,7 +16,7 @@ from engine.memory.host_tier import HostTier
 from engine.memory.page_format import PageFormat
 from engine.models.sharding import weight_bytes
 from engine.planning import host_memory
-from engine.serving.build import make_pool
+from engine.serving.build import make_pool, plan_pool
 from engine.serving.device_memory import device_memory
 from engine.serving.llm import LLM
 
@@ -46,6 +46,13 @@ def test_the_default_pool_takes_its_share_of_what_the_machine_has(machine_with):
     share = 0.85 * (256 * 1024 + weights)
     assert plan.total_bytes + weights <= share < plan.total_bytes + weights + 8 * TOKEN_BYTES
     assert 8 <= plan.size_tokens < 4 * 192
+
+
+def test_a_planned_pool_is_never_larger_than_its_slots_can_be_numbered():
+    model = make_llama(max_position_embeddings=2**20).config
+    config = EngineConfig(page_size=256, max_running_requests=2**15, chunked_prefill_size=2**15)
+    plan = plan_pool(config, model, "bfloat16", platform="tpu")
+    assert plan.size_tokens + 256 <= 2**31 - 1 < plan.size_tokens + 2 * 256
 
 
 def test_a_host_tier_is_taken_from_the_pool_of_a_cpu(machine_with):
