@@ -262,6 +262,7 @@ def _progress(before: str, what: str) -> Iterator[Any]:
             )
         except BaseException:
             bar.live.transient = True  # what is told then is why
+            bar.console.quiet = not bar.console.is_terminal
             raise
 
 

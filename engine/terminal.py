@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from engine.errors import EngineError
 if TYPE_CHECKING:
     from rich.console import Console
 
+OUTPUTS = (1, 2)  # descriptors of stdout and stderr
 FAILED, MISTAKE, INTERRUPTED, UNREAD = 1, 2, 130, 141
 
 
@@ -131,26 +133,25 @@ count = at_least(1)
 
 def _is_unread() -> bool:
     """Whether it was our own output that met a closed pipe; what is left of it then goes nowhere."""
-    try:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-    except BrokenPipeError:
+    poll = select.poll()
+    for descriptor in OUTPUTS:
+        poll.register(descriptor, 0)
+    unread = any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+    if unread:
         _forget_output()
-        return True
-    return False
+    return unread
 
 
 def _forget_output() -> None:
-    """Sends what a stream cannot write nowhere, or Python would complain again at its end."""
+    """Sends what stdout cannot write nowhere, or Python would complain again at its end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(nowhere, stream.fileno())
+    try:
+        sys.stdout.flush()
+    except (OSError, AttributeError):
+        os.dup2(nowhere, OUTPUTS[0])
     os.close(nowhere)
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:
-    os.write(2, b"interrupted\n")
+    os.write(OUTPUTS[1], b"interrupted\n")
     os._exit(INTERRUPTED)
