@@ -154,17 +154,17 @@ def test_the_model_that_ships_answers_in_words(capsys):
 
 def test_metrics_are_served_while_it_runs(capsys, checkpoint, monkeypatch):
     scraped = []
-    original = LLM.step
+    original = LLM._advance_or_recover
 
-    def step(self, **options):
-        result = original(self, **options)
+    def advance(self, *arguments, **options):
+        result = original(self, *arguments, **options)
         port = re.search(r"http://127.0.0.1:(\d+)/metrics", capsys.readouterr().err)
         if port:
             with urllib.request.urlopen(f"http://127.0.0.1:{port[1]}/metrics", timeout=30) as answer:
                 scraped.append(answer.read().decode())
         return result
 
-    monkeypatch.setattr(LLM, "step", step)
+    monkeypatch.setattr(LLM, "_advance_or_recover", advance)
     arguments = ("--prompt", "1", "--max-new-tokens", 2, "--metrics-port", 0)
     code, _, _ = run(capsys, "generate", "--model", checkpoint, *SMALL, *arguments)
     assert code == 0

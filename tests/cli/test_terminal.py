@@ -18,6 +18,7 @@ from engine.errors import BackendUnsupported
 from engine.serving.llm import LLM
 from engine.serving.request import RequestOutput
 from engine.serving.runner import ModelRunner
+from engine.serving.stepper import Stepper
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
@@ -250,21 +251,21 @@ def test_what_the_terminal_cannot_write_is_escaped(tmp_path):
 
 
 def test_ctrl_c_prints_the_answers_so_far(capsys, monkeypatch):
-    step, steps = LLM.step, []
+    advance, steps = Stepper.advance, []
 
-    def interrupted_step(self, **options):
-        steps.append(step(self, **options))
+    def interrupted(self, *arguments, **options):
+        steps.append(advance(self, *arguments, **options))
         if len(steps) == 30:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return steps[-1]
 
-    monkeypatch.setattr(LLM, "step", interrupted_step)
+    monkeypatch.setattr(Stepper, "advance", interrupted)
     prompts = ("--prompt", "A", "--prompt", "The", "--prompt", "Alice")
     code, out, err = run(capsys, "generate", *SMALL, *prompts, "--max-new-tokens", 9, "--ignore-eos", "--check")
     assert code == 130
     assert err.splitlines()[-1] == "interrupted: these are the answers so far"
     assert [line.split("by ")[1] for line in err.splitlines() if "ended by" in line] == ["length:", "length:", "abort:"]
-    monkeypatch.setattr(LLM, "step", step)
+    monkeypatch.setattr(Stepper, "advance", advance)
     whole = run(capsys, "generate", *SMALL, *prompts, "--max-new-tokens", 9, "--ignore-eos")[1]
     assert whole.startswith(out.rstrip("\n"))
     assert len(out.strip()) > 9
