@@ -15,6 +15,7 @@ from engine.kv.pool import TokenToKVPool
 from engine.memory.host_tier import HostTier
 from engine.memory.page_format import PageFormat
 from engine.models.sharding import weight_bytes
+from engine.models.tensor_files import StoredTensor
 from engine.planning import host_memory
 from engine.serving.build import make_pool, plan_pool
 from engine.serving.device_memory import device_memory
@@ -75,6 +76,15 @@ def test_what_the_machine_cannot_hold_is_refused_before_it_is_made(machine_with,
     monkeypatch.setattr(kv_pool, "_zeros", lambda *_: pytest.fail("a buffer was made"))
     with pytest.raises(ConfigError, match=message):
         LLM(make_llama(), **CHEAP, **options)
+
+
+def test_weights_that_the_machine_cannot_hold_are_refused_before_they_are_read(machine_with, monkeypatch):
+    machine_with(2**20)
+    monkeypatch.setattr(StoredTensor, "read", lambda *_: pytest.fail("a tensor was read"))
+    with pytest.raises(
+        ConfigError, match=r"the model of .* in float32 takes 3\.\d\d MiB of host memory and 1\.00 MiB are"
+    ):
+        LLM(**CHEAP, dtype="float32")
 
 
 def test_a_page_table_that_is_absurd_is_refused_before_the_pool_is_made():
