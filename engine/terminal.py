@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from threading import Timer
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from engine.errors import EngineError
 if TYPE_CHECKING:
     from rich.console import Console
 
+AGAIN_SECONDS = 0.05
 OUTPUTS = (1, 2)  # descriptors of stdout and stderr
 FAILED, MISTAKE, INTERRUPTED, UNREAD = 1, 2, 130, 141
 
@@ -36,7 +38,8 @@ def run_command(command: Callable[[], int | None]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a model may say what the terminal cannot write
     try:
-        code = command() or 0
+        with _no_interrupt_lost():
+            code = command() or 0
         if sys.stdout is not None:  # closed by the caller
             sys.stdout.flush()
         return code
@@ -57,6 +60,25 @@ def run_command(command: Callable[[], int | None]) -> int:
         return tell_end(
             f"out of memory: {str(error).splitlines()[0]}; lower max_running_requests or chunked_prefill_size", FAILED
         )
+
+
+@contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """Raises Ctrl-C once more where it came up in what cannot raise: a finalizer, a callback of the collector."""
+    report = sys.unraisablehook
+
+    def again(unraisable: sys.UnraisableHookArgs) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            # Later: now it would come up in here, and be lost again.
+            Timer(AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            report(unraisable)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
 
 
 @contextmanager
