@@ -19,6 +19,7 @@ from engine.serving.llm import LLM
 from engine.serving.request import RequestOutput
 from engine.serving.runner import ModelRunner
 from engine.serving.stepper import Stepper
+from engine.terminal import run_command
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
@@ -277,6 +278,21 @@ def test_ctrl_c_before_there_are_answers_is_one_line(capsys, monkeypatch):
 
     monkeypatch.setattr(ModelRunner, "compile_all", interrupt)
     assert run(capsys, "generate") == (130, "", "interrupted\n")
+
+
+def test_ctrl_c_that_a_finalizer_swallows_comes_again(capsys):
+    class Finalized:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def command():
+        Finalized()
+        time.sleep(30)
+
+    begin = time.monotonic()
+    assert run_command(command) == 130
+    assert time.monotonic() - begin < 20
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 @pytest.mark.parametrize(("module", "wait"), [("numpy", 0.0), ("jax._src.core", 0.0), ("engine.serving.llm", 1.5)])
