@@ -70,3 +70,5 @@ __all__ = [
     "set_kv_buffer",
     "write_pages",
 ]
+
+__version__: str

@@ -1,5 +1,14 @@
-"""``python -m engine``."""
+"""``python -m engine``, and the installed command."""
 
-from engine.cli import main
+from engine.terminal import leave, loading
 
-raise SystemExit(main())
+
+def main() -> None:
+    """Runs the command line; Ctrl-C ends it in one line from here on, while it still loads."""
+    with loading():
+        from engine.cli import main as run
+    leave(run())
+
+
+if __name__ == "__main__":
+    main()

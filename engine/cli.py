@@ -4,48 +4,65 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from engine import launch
 from engine.config import DTYPES, EVICTION_POLICIES, IMPLS, EngineConfig, read_toml
-from engine.errors import ConfigError, EngineError, ProcessLost, RequestError
+from engine.errors import ConfigError, Interrupted, ProcessLost, RequestError
 from engine.models import train
+from engine.models.checkpoint import CONFIG_FILE, load_config
+from engine.models.default_model import DEFAULT_MODEL_DIR
 from engine.models.llama_config import LlamaConfig
 from engine.planning.sizing import format_bytes
-from engine.processes import is_first, join_from, leave_at_once
+from engine.processes import INDEX, is_first, join_from, leave_at_once
 from engine.serving.build import plan_pool
 from engine.serving.check import check_against_dense
 from engine.serving.exporter import serve_metrics
 from engine.serving.llm import LLM
 from engine.serving.request import RequestOutput, SamplingParams
+from engine.terminal import FAILED, INTERRUPTED, keep_stdout_for_answers, plain_console, run_command
+from engine.version import NAME, package_version
 
 DEFAULT_PROMPT = "Alice was beginning to"
+FAULTS = ("error", "non_finite")  # reasons of an answer that the engine could not finish
+MAX_PORT = 2**16 - 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the process's exit code: 0 done, 1 a check failed, 2 the caller's mistake."""
+    """Runs one command; returns the process's exit code, as ``engine.terminal`` lists them."""
     args = _parser().parse_args(arguments)
+    is_launched = INDEX in os.environ  # one of several processes
+    if is_launched:
+        keep_stdout_for_answers()
+    code = run_command(lambda: _run(args))
+    if code == INTERRUPTED and is_launched:
+        launch.end_the_others()
+    return code
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         return int(args.run(args) or 0)
     except ProcessLost as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return leave_at_once(launch.FAILED)
-    except EngineError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m engine", description=__doc__)
+    name = Path(sys.argv[0]).name
+    parser = argparse.ArgumentParser(prog=name if name == NAME else "python -m engine", description=__doc__)
+    versions = f"{NAME} {package_version()}, jax {version('jax')}, Python {platform.python_version()}"
+    parser.add_argument("--version", action="version", version=versions)
     commands = parser.add_subparsers(dest="command", required=True)
     generate = commands.add_parser("generate", help="answer prompts")
     _add_engine_options(generate)
@@ -54,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--metrics-address", default="127.0.0.1", metavar="IP", help="of this machine to listen on")
     generate.set_defaults(run=run_generate)
     plan = commands.add_parser("plan", help="say what a configuration's pool takes and holds, without loading weights")
-    plan.add_argument("config", type=Path, nargs="+", help="TOML files with [model] and [engine] tables")
+    plan.add_argument(
+        "config", type=Path, nargs="+", help="TOML files with [model] and [engine] tables, or checkpoint directories"
+    )
     plan.add_argument("--platform", choices=("cpu", "gpu", "tpu"), default="tpu", help="whose padding to count")
     plan.set_defaults(run=run_plan)
     several = commands.add_parser("launch", help="run a command in several processes on this machine")
@@ -118,58 +137,108 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    """``generate``: prints what the pool holds, the answers, and what the run cost."""
-    console = Console(highlight=False, soft_wrap=True)
+    """``generate``: prints the answers; on stderr what the pool holds, how far it is, and what the run cost."""
     join_from(os.environ)
     params = SamplingParams(
         **{f.name: getattr(args, f.name) for f in fields(SamplingParams) if hasattr(args, f.name)},
     )
-    with _progress("compiling") as advance:
-        llm = LLM(**_engine_options(args), on_compile=advance)
-    console.print(llm.plan.describe())
+    options = _engine_options(args)
+    _check_metrics(args)
+    with _progress("loading the model", "compiling") as advance:
+        llm = LLM(**options, on_compile=advance)
+    _tell(llm.plan.describe())
     prompts = _prompts(args.prompt or [DEFAULT_PROMPT], llm)
-    with _metrics(args, llm, console), _progress("generating") as advance:
-        outputs = llm.generate(prompts, params, return_logits=args.check, on_progress=advance)
+    was_interrupted = False
+    try:
+        with _metrics(args, llm), _progress("generating", "generating") as advance:
+            outputs = llm.generate(prompts, params, return_logits=args.check, on_progress=advance)
+    except Interrupted as interrupt:
+        outputs, was_interrupted = interrupt.outputs, True
     compiles = llm.compiles_after_warmup
+    for number, output in enumerate(outputs):
+        _print_output(number, output, text=llm.tokenizer is not None)
+    if was_interrupted:
+        _tell("interrupted: these are the answers so far")
+        return INTERRUPTED
     if llm.config.prefix_cache_dir:
         llm.save_prefix_cache()
-    for number, output in enumerate(outputs):
-        _print_output(console, number, output, text=llm.tokenizer is not None)
-    _print_stats(console, llm, outputs, compiles)
-    return _print_check(console, llm, outputs) if args.check else 0
+    _print_stats(llm, outputs, compiles)
+    failed = any(output.finish_reason in FAULTS for output in outputs)
+    return max(_print_check(llm, outputs) if args.check else 0, FAILED if failed else 0)
 
 
 def run_plan(args: argparse.Namespace) -> int:
     """``plan``: what each configuration's pool takes, from the formula that the pool itself uses."""
-    console = Console(highlight=False, soft_wrap=True)
     for path in args.config:
-        tables = read_toml(path)
-        engine = EngineConfig.from_mapping(tables.get("engine", {}))
-        if "model" not in tables:
-            raise ConfigError(f"{path} has no [model] table, so there is no geometry to plan for; add one")
-        model = LlamaConfig.from_mapping(tables["model"])
+        engine, model = _planned(path)
         dtype = next((name for name in (engine.kv_cache_dtype, engine.dtype) if name != "auto"), "bfloat16")
         plan = plan_pool(engine, model, dtype, platform=args.platform)
-        console.print(f"{path}: {format_bytes(plan.token_bytes * plan.layers)} a token ({dtype}). {plan.describe()}")
+        print(f"{path}: {format_bytes(plan.token_bytes * plan.layers)} a token ({dtype}). {plan.describe()}")
     return 0
 
 
+def _planned(path: Path) -> tuple[EngineConfig, LlamaConfig]:
+    """What a configuration file describes, or a checkpoint directory with the engine's defaults."""
+    if path.is_dir() or path.name == CONFIG_FILE:
+        return EngineConfig(), load_config(path if path.is_dir() else path.parent)
+    tables = read_toml(path)
+    if "model" not in tables:
+        raise ConfigError(f"{path} has no [model] table, so there is no geometry to plan for; add one")
+    try:
+        return EngineConfig.from_mapping(tables.get("engine", {})), LlamaConfig.from_mapping(tables["model"])
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
 def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    options = dict(read_toml(args.config).get("engine", {})) if args.config else {}
+    tables = read_toml(args.config) if args.config else {}
+    options = dict(tables.get("engine", {}))
     for field in fields(EngineConfig):
         if getattr(args, field.name, None) is not None:
             options[field.name] = getattr(args, field.name)
+    config = EngineConfig.from_mapping(options)
+    if "model" in tables:
+        _require_same_model(LlamaConfig.from_mapping(tables["model"]), config, args.config)
     return options
 
 
+def _require_same_model(described: LlamaConfig, config: EngineConfig, path: Path) -> None:
+    """Refuses a ``[model]`` table that is not of the model whose weights will answer: it would be passed over."""
+    directory = Path(DEFAULT_MODEL_DIR if config.model is None else config.model)
+    loaded = load_config(directory)
+    names = [field.name for field in fields(LlamaConfig) if not field.name.endswith("_token_id")]
+    if wrong := [name for name in names if getattr(described, name) != getattr(loaded, name)]:
+        which = f"the one in {directory}" if config.model is not None else "the small Llama that ships (no --model)"
+        raise ConfigError(
+            f"the [model] table of {path} does not describe the model that would answer, {which}: {', '.join(wrong)} "
+            "differ; give the checkpoint that it describes by --model, or leave the table out"
+        )
+
+
+def _check_metrics(args: argparse.Namespace) -> None:
+    """What can be known to be wrong before anything is compiled."""
+    if args.metrics_port is None:
+        return
+    if not 0 <= args.metrics_port <= MAX_PORT:
+        raise ConfigError(f"--metrics-port {args.metrics_port} must be from 0 (any that is free) to {MAX_PORT}")
+    if find_spec("prometheus_client") is None:
+        raise ConfigError("--metrics-port needs prometheus-client; install it, or this package with [metrics]")
+
+
 @contextmanager
-def _metrics(args: argparse.Namespace, llm: LLM, console: Console) -> Iterator[None]:
+def _metrics(args: argparse.Namespace, llm: LLM) -> Iterator[None]:
     if args.metrics_port is None:
         yield
     else:
         with serve_metrics(llm.metrics, args.metrics_port, args.metrics_address) as port:
-            console.print(f"metrics: http://{args.metrics_address}:{port}/metrics")
+            _tell(f"metrics: http://{args.metrics_address}:{port}/metrics")
             yield
+
+
+def _tell(line: str) -> None:
+    """What is no answer goes to stderr, of several processes by the first."""
+    if is_first():
+        print(line, file=sys.stderr, flush=True)
 
 
 def _prompts(texts: list[str], llm: LLM) -> list[str] | list[list[int]]:
@@ -182,44 +251,52 @@ def _prompts(texts: list[str], llm: LLM) -> list[str] | list[list[int]]:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Any]:
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not is_first()) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+def _progress(before: str, what: str) -> Iterator[Any]:
+    """A bar on stderr: ``before``, without a count, until the first call of what it yields."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"), TimeElapsedColumn())
+    with Progress(*columns, console=plain_console(stderr=True), disable=not is_first()) as bar:
+        task = bar.add_task(before, total=None, done="")
+        try:
+            yield lambda done, total: bar.update(
+                task, description=what, completed=done, total=total, done=f"{done}/{total}"
+            )
+        except BaseException:
+            bar.live.transient = True  # what is told then is why
+            bar.console.quiet = not bar.console.is_terminal
+            raise
 
 
-def _print_output(console: Console, number: int, output: RequestOutput, *, text: bool) -> None:
-    answer = output.text if text else " ".join(map(str, output.token_ids))
-    console.print(
-        f"\n[{number}] {len(output.prompt_token_ids)} prompt tokens, ended by {output.finish_reason}:", markup=False
-    )
-    console.print(answer, markup=False)
+def _print_output(number: int, output: RequestOutput, *, text: bool) -> None:
+    _tell(f"\n[{number}] {len(output.prompt_token_ids)} prompt tokens, ended by {output.finish_reason}:")
+    print(output.text if text else " ".join(map(str, output.token_ids)), flush=True)
+    if output.error:
+        _tell(f"[{number}] {output.error}")
 
 
-def _print_stats(console: Console, llm: LLM, outputs: list[RequestOutput], compiles: int) -> None:
+def _print_stats(llm: LLM, outputs: list[RequestOutput], compiles: int) -> None:
     stats = llm.stats
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("prefill", _rate(stats.prefill_tokens, stats.prefill_seconds))
-    table.add_row("decode", _rate(stats.decode_tokens, stats.decode_seconds))
     cached = sum(output.cached_tokens for output in outputs)
-    table.add_row("cached", f"{cached:,} prompt tokens found in the prefix cache")
     share = stats.peak_held_tokens / llm.plan.size_tokens
-    table.add_row("peak pool use", f"{stats.peak_held_tokens:,} of {llm.plan.size_tokens:,} tokens ({share:.1%})")
-    table.add_row("memory", llm.metrics().describe())
-    table.add_row("compiled", f"{llm.programs} programs ahead, {compiles} after")
-    console.print()
-    console.print(table)
+    rows = {
+        "prefill": _rate(stats.prefill_tokens, stats.prefill_seconds),
+        "decode": _rate(stats.decode_tokens, stats.decode_seconds),
+        "cached": f"{cached:,} prompt tokens found in the prefix cache",
+        "peak pool use": f"{stats.peak_held_tokens:,} of {llm.plan.size_tokens:,} tokens ({share:.1%})",
+        "memory": llm.metrics().describe(),
+        "compiled": f"{llm.programs} programs ahead, {compiles} after",
+    }
+    _tell("\n" + "\n".join(f"{name:<15}{value}" for name, value in rows.items()))
 
 
 def _rate(tokens: int, seconds: float) -> str:
     return f"{tokens / seconds if seconds else 0:,.0f} tokens/s ({tokens:,} tokens in {seconds:.2f} s)"
 
 
-def _print_check(console: Console, llm: LLM, outputs: list[RequestOutput]) -> int:
-    check = check_against_dense(llm.model, outputs, kv_dtype=llm.pool.dtype)
+def _print_check(llm: LLM, outputs: list[RequestOutput]) -> int:
+    answered = [output for output in outputs if output.token_ids]
+    check = check_against_dense(llm.model, answered, kv_dtype=llm.pool.dtype)
     verdict = "ok" if check.passed else "FAILED"
-    console.print(
+    _tell(
         f"check against dense attention over unfused K and V: {check.tokens} tokens, largest logit difference "
         f"{check.largest_difference:.2e} (bound {check.bound:.0e}), {check.argmax_differs} with another best token: "
         f"{verdict}"

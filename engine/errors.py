@@ -20,6 +20,8 @@ these (but ``IntegrityError``) has changed nothing.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class EngineError(Exception):
     """Base class of everything this package raises on purpose."""
@@ -73,3 +75,15 @@ class ProcessLost(EngineError, RuntimeError):
 
 class BackendUnsupported(EngineError, NotImplementedError):
     """This attention backend cannot do what was asked; another might."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C ended a call that had answers already.
+
+    Attributes:
+        outputs: the answers so far, in the order of the prompts; what was not finished has the reason "abort".
+    """
+
+    def __init__(self, outputs: list[Any]) -> None:
+        super().__init__()
+        self.outputs = outputs

@@ -16,6 +16,7 @@ import jax
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from engine.devices import why_no_device
 from engine.errors import ConfigError
 
 DATA_AXIS, CONTEXT_AXIS, TENSOR_AXIS = "data", "context", "tensor"
@@ -36,8 +37,11 @@ def make_mesh(*, tp: int = 1, dp: int = 1, cp: int = 1, devices: Sequence[jax.De
         The mesh with ``AXES``, or None where one device is all there is to it.
 
     Raises:
-        ConfigError: there are too few devices, or several processes of which some would be left without one.
+        ConfigError: there are too few devices, or none that jax can run on, or several processes of which some would be
+            left without one.
     """
+    if devices is None and (reason := why_no_device()):
+        raise ConfigError(reason)
     available = list(jax.devices() if devices is None else devices)
     wanted = tp * dp * cp
     if wanted > len(available):

@@ -12,11 +12,14 @@ FILES = sorted(ENGINE.rglob("*.py"))
 
 # A room may import rooms with a smaller number. memory and kv share a number: neither may import the other.
 LEVEL = {
+    "devices": 0,
     "errors": 0,
     "config": 1,
     "batch": 1,
     "parallel": 1,
     "processes": 1,
+    "terminal": 1,
+    "version": 1,
     "launch": 2,
     "native": 2,
     "planning": 2,

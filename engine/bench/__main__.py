@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import importlib
+from types import ModuleType
 
-from engine.bench import allocator, attention, pods, prefix, scaling, scatter, serve, step, tpu_static, tune
-from engine.errors import EngineError
+from engine.terminal import leave, loading, run_command
 
-BENCHMARKS = {
-    "allocator": allocator,
-    "attention": attention,
-    "pods": pods,
-    "prefix": prefix,
-    "scaling": scaling,
-    "scatter": scatter,
-    "serve": serve,
-    "step": step,
-    "tpu-static": tpu_static,
-    "tune": tune,
-}
+NAMES = ("allocator", "attention", "pods", "prefix", "scaling", "scatter", "serve", "step", "tpu-static", "tune")
 
 
 def main() -> None:
     """Parses the command line and runs one benchmark."""
+    with loading():
+        benchmarks = {name: _benchmark(name) for name in NAMES}
     parser = argparse.ArgumentParser(prog="python -m engine.bench", description=__doc__)
     names = parser.add_subparsers(dest="name", required=True)
-    for name, module in BENCHMARKS.items():
+    for name, module in benchmarks.items():
         summary = (module.__doc__ or "").splitlines()[0]
         module.add_arguments(names.add_parser(name, help=summary, description=module.__doc__))
     args = parser.parse_args()
-    try:
-        BENCHMARKS[args.name].run(args)
-    except EngineError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    leave(run_command(lambda: benchmarks[args.name].run(args)))
+
+
+def _benchmark(name: str) -> ModuleType:
+    return importlib.import_module(f"engine.bench.{name.replace('-', '_')}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from engine.bench.timing import median_ratio, print_table, time_in_turn
 from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
+from engine.terminal import count
 
 Int32 = npt.NDArray[np.int32]
 
@@ -80,7 +81,7 @@ Workload = Callable[[Callable[[int, int], Allocator], int], Callable[[], object]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this benchmark."""
-    parser.add_argument("--page-size", type=int, default=16, help="tokens a page (default: %(default)s)")
+    parser.add_argument("--page-size", type=count, default=16, help="tokens a page (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -20,8 +20,10 @@ import numpy as np
 
 from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
 from engine.bench.timing import Timings, median_ratio, print_table, time_in_turn
+from engine.errors import ConfigError
 from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv
 from engine.kv.scatter import set_kv_buffer
+from engine.terminal import count
 
 BANDWIDTH_BUFFER_BYTES = 256 << 20  # far beyond any cache
 DEFAULT_SIZES = {"decode": (32, 2048), "prefill": (1, 1024)}  # batch, context; gathering makes every score at once
@@ -65,15 +67,15 @@ class Step:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this benchmark's options."""
     parser.add_argument("--mode", choices=("decode", "prefill"), default="decode", help="1 new token, or all of them")
-    parser.add_argument("--batch", type=int, help="sequences; by default 32, in prefill 1")
-    parser.add_argument("--context", type=int, help="tokens of each, the new ones included; 2048, in prefill 1024")
-    parser.add_argument("--q-heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--page-size", type=int, default=16, help="tokens")
+    parser.add_argument("--batch", type=count, help="sequences; by default 32, in prefill 1")
+    parser.add_argument("--context", type=count, help="tokens of each, the new ones included; 2048, in prefill 1024")
+    parser.add_argument("--q-heads", type=count, default=32)
+    parser.add_argument("--kv-heads", type=count, default=8)
+    parser.add_argument("--head-dim", type=count, default=128)
+    parser.add_argument("--page-size", type=count, default=16, help="tokens")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--impl", default="auto", help="ours: auto, xla, cpu, tpu or gpu")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=count, default=9)
     parser.add_argument(
         "--plot",
         type=Path,
@@ -85,7 +87,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints ours against gather-then-softmax, side by side."""
+    """Prints ours against gather-then-softmax, side by side.
+
+    Raises:
+        ConfigError: a plot is wanted and matplotlib is not installed.
+    """
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib; install it, or this package with [plot]")
     batch, context = DEFAULT_SIZES[args.mode]
     batch, context = args.batch or batch, args.context or context
     sizes = (args.q_heads, args.kv_heads, args.head_dim, args.page_size, args.dtype)

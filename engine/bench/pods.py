@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 
 from engine.bench.tpu.aot import compile_each
 from engine.bench.tpu.libtpu import libtpu_version
 from engine.config import read_toml
+from engine.errors import ConfigError
 from engine.planning.sizing import format_bytes
+from engine.terminal import count, plain_console
 
+SOURCES = Path(__file__).parents[2]
+CONFIGS = SOURCES / "configs"
 TARGET = "engine.bench.tpu.pod:compile_pod"
 MODELS = {"Llama 3 8B": "llama-3-8b", "Llama 3 70B": "llama-3-70b"}
 BEGIN, END = "<!-- written by python -m engine.bench pods --write -->", "<!-- end -->"
@@ -56,17 +59,27 @@ PODS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
-    parser.add_argument("--rows", type=int, default=32, help="sequences that each replica decodes")
-    parser.add_argument("--context", type=int, default=4096, help="tokens of each")
+    parser.add_argument("--rows", type=count, default=32, help="sequences that each replica decodes")
+    parser.add_argument("--context", type=count, default=4096, help="tokens of each")
     parser.add_argument(
-        "--write", type=Path, nargs="?", const=Path("docs/scaling.md"), metavar="FILE",
+        "--write", type=Path, nargs="?", const=SOURCES / "docs/scaling.md", metavar="FILE",
         help="put the tables into this page (default: %(const)s)",
     )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
-    """Compiles every pod and model, and prints or writes the tables."""
-    models = {name: read_toml(Path("configs") / f"{file}.toml")["model"] for name, file in MODELS.items()}
+    """Compiles every pod and model, and prints or writes the tables.
+
+    Raises:
+        BackendUnsupported: there is no libtpu.
+        ConfigError: this is no source tree, or the page cannot be written.
+    """
+    version = libtpu_version()  # refuses here, before minutes of work
+    if not CONFIGS.is_dir():
+        raise ConfigError(f"pods reads the geometries in {CONFIGS}, which only a source tree has; run it in one")
+    if args.write and not args.write.parent.is_dir():
+        raise ConfigError(f"cannot write {args.write}: {args.write.parent} is no directory; make it, or name another")
+    models = {name: read_toml(CONFIGS / f"{file}.toml")["model"] for name, file in MODELS.items()}
     pairs = [(pod, name) for pod in PODS for name in models]
     cases = [
         {"topology": pod.topology, "model": models[name], "device_bytes": pod.device_bytes, "rows": args.rows,
@@ -74,13 +87,13 @@ def run(args: argparse.Namespace) -> None:
         for pod, name in pairs
     ]  # fmt: skip
     rows, exchanged = [], []
-    with Console(stderr=True).status("compiling") as status:
+    with plain_console(stderr=True).status("compiling") as status:
         for (pod, name), found in zip(pairs, compile_each(TARGET, cases), strict=True):
             rows.append(describe(pod, name, models[name], args.rows, found))
             exchanged.append(f"* {pod.name}, {name}: {collectives(found)}")
             status.update(f"compiled {len(rows)} of {len(pairs)}")
     page = "\n".join([
-        f"jax {jax.__version__}, libtpu {libtpu_version()}, {datetime.date.today()}; each replica decodes {args.rows} "
+        f"jax {jax.__version__}, libtpu {version}, {datetime.date.today()}; each replica decodes {args.rows} "
         f"sequences of {args.context:,} tokens, bfloat16, pages of 128.\n",
         "| " + " | ".join(HEADER) + " |",
         "|" + "---|" * len(HEADER),

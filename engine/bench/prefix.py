@@ -20,6 +20,7 @@ from engine.memory.integers import Int32
 from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
 from engine.memory.prefix_cache import RadixCache
 from engine.memory.scope import CacheScope, LayoutKey
+from engine.terminal import count
 
 VOCABULARY = 32_000
 HEADER = ("call", "µs", "rival µs", "times as fast", "bar µs")
@@ -122,13 +123,13 @@ class Pair:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this benchmark's options."""
-    parser.add_argument("--page-size", type=int, default=16, help="tokens a page (default 16)")
-    parser.add_argument("--sequences", type=int, default=10_000, help="cached sequences (default 10,000)")
-    parser.add_argument("--tokens", type=int, default=1_000, help="tokens a prompt (default 1,000)")
-    parser.add_argument("--leaves", type=int, default=20_000, help="leaves while evicting (default 20,000)")
-    parser.add_argument("--long", type=int, default=32_768, help="tokens of the long prompt (default 32,768)")
-    parser.add_argument("--rounds", type=int, default=200, help="measured calls of each (default 200)")
-    parser.add_argument("--serving-rounds", type=int, default=40, help="measured runs of the engines (default 40)")
+    parser.add_argument("--page-size", type=count, default=16, help="tokens a page (default 16)")
+    parser.add_argument("--sequences", type=count, default=10_000, help="cached sequences (default 10,000)")
+    parser.add_argument("--tokens", type=count, default=1_000, help="tokens a prompt (default 1,000)")
+    parser.add_argument("--leaves", type=count, default=20_000, help="leaves while evicting (default 20,000)")
+    parser.add_argument("--long", type=count, default=32_768, help="tokens of the long prompt (default 32,768)")
+    parser.add_argument("--rounds", type=count, default=200, help="measured calls of each (default 200)")
+    parser.add_argument("--serving-rounds", type=count, default=40, help="measured runs of the engines (default 40)")
     parser.add_argument("--only", choices=("calls", "serving"), help="half of it")
 
 

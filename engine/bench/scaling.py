@@ -15,19 +15,23 @@ import time
 from statistics import median
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from engine.errors import EngineError
+from engine.terminal import INTERRUPTED, count, leave, plain_console, run_command
 
 SPLITS = ("tp", "cp", "dp")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the benchmark."""
-    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help="numbers of devices")
+    parser.add_argument(
+        "--devices", type=count, nargs="+", default=[1, 2, 4, 8], metavar="N", help="numbers of devices"
+    )
     parser.add_argument("--split", choices=SPLITS, default="tp", help="what they share: heads, tokens, requests")
-    parser.add_argument("--requests", type=int, default=8, metavar="N", help="rows of the batch (default: 8)")
-    parser.add_argument("--context", type=int, default=512, metavar="N", help="tokens of each prompt (default: 512)")
-    parser.add_argument("--steps", type=int, default=60, metavar="N", help="decode steps measured (default: 60)")
+    parser.add_argument("--requests", type=count, default=8, metavar="N", help="rows of the batch (default: 8)")
+    parser.add_argument("--context", type=count, default=512, metavar="N", help="tokens of each prompt (default: 512)")
+    parser.add_argument("--steps", type=count, default=60, metavar="N", help="decode steps measured (default: 60)")
     parser.add_argument("--virtual", action=argparse.BooleanOptionalAction, default=True, help="virtual CPU devices")
 
 
@@ -47,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
             f"{result['bytes']:,}",
             f"{first / result['step']:.2f}x",
         )
-    console = Console()
+    console = plain_console()
     console.print(table)
     if args.virtual:
         console.print(f"The devices are virtual and share {os.cpu_count()} cores: more of them cannot be faster.")
@@ -63,7 +67,12 @@ def _in_own_process(args: argparse.Namespace, devices: int) -> dict[str, Any]:
         }
     words = [str(getattr(args, name)) for name in ("split", "requests", "context", "steps")]
     command = [sys.executable, "-m", "engine.bench.scaling", str(devices), *words]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    # A group of its own: Ctrl-C is told once, here, and `run` ends it.
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, process_group=0)
+    if done.returncode == INTERRUPTED:
+        raise KeyboardInterrupt
+    if done.returncode:
+        raise EngineError(f"the run on {devices} devices ended with exit code {done.returncode}; it says why above")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -121,4 +130,4 @@ def measure(devices: int, split: str, requests: int, context: int, steps: int) -
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:6]))))
+    leave(run_command(lambda: print(json.dumps(measure(int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:6]))))))

@@ -15,6 +15,7 @@ from engine.bench.timing import median_ratio, print_table, time_in_turn
 from engine.kv.layout import merge_kv
 from engine.kv.pool import TokenToKVPool
 from engine.kv.scatter import set_kv_buffer
+from engine.terminal import count
 
 DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
 PAGE_SIZE = 16
@@ -25,13 +26,13 @@ Write = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options: the sizes of the pool and of a call."""
     parser.add_argument(
-        "--slots", type=int, default=65_536, help="token slots, a multiple of 16 (default: %(default)s)"
+        "--slots", type=count, default=65_536, help="token slots, a multiple of 16 (default: %(default)s)"
     )
-    parser.add_argument("--tokens", type=int, default=32, help="tokens written a call (default: %(default)s)")
-    parser.add_argument("--heads", type=int, default=8, help="KV heads (default: %(default)s)")
-    parser.add_argument("--head-dim", type=int, default=128, help="elements a head (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: %(default)s)")
-    parser.add_argument("--calls", type=int, default=10, help="calls a round (default: %(default)s)")
+    parser.add_argument("--tokens", type=count, default=32, help="tokens written a call (default: %(default)s)")
+    parser.add_argument("--heads", type=count, default=8, help="KV heads (default: %(default)s)")
+    parser.add_argument("--head-dim", type=count, default=128, help="elements a head (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=5, help="measured rounds (default: %(default)s)")
+    parser.add_argument("--calls", type=count, default=10, help="calls a round (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ from engine.bench.trace import TraceRequest, TraceShape, load_trace, make_trace,
 from engine.models.llama import Llama
 from engine.serving.llm import LLM
 from engine.serving.request import RequestOutput
+from engine.terminal import at_least, count, positive
 
 # Twice the bound of the dense check: each of the two logits may be off by it.
 NEAR_TIE = 2e-4
@@ -169,13 +170,13 @@ def tail_waste(served: Served) -> float:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this benchmark's options."""
     shape = TraceShape()
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--requests", type=int, default=shape.requests, help=f"default {shape.requests}")
-    parser.add_argument("--rate", type=float, default=shape.rate, help=f"arrivals a step (default {shape.rate})")
-    parser.add_argument("--page-size", type=int, default=16, help="tokens a page (default 16)")
-    parser.add_argument("--slots", type=int, default=128, help="most running requests (default 128)")
-    parser.add_argument("--host-tier-bytes", type=int, default=0, help="host memory for pages given up (default 0)")
-    parser.add_argument("--share", type=float, default=1 / 3, help="of the pool that it would like (default a third)")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--requests", type=count, default=shape.requests, help=f"default {shape.requests}")
+    parser.add_argument("--rate", type=positive, default=shape.rate, help=f"arrivals a step (default {shape.rate})")
+    parser.add_argument("--page-size", type=count, default=16, help="tokens a page (default 16)")
+    parser.add_argument("--slots", type=count, default=128, help="most running requests (default 128)")
+    parser.add_argument("--host-tier-bytes", type=at_least(0), default=0, help="for pages given up (default 0)")
+    parser.add_argument("--share", type=positive, default=1 / 3, help="of the pool it would like (default a third)")
     parser.add_argument("--variety", action="store_true", help="priorities, timeouts, several answers, tenants")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the trace, JSON lines")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="run a trace that was written")

@@ -24,6 +24,7 @@ from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
 from engine.serving.llm import LLM
 from engine.serving.request import SamplingParams
+from engine.terminal import count
 
 PAGE_SIZE, CONTEXT = 16, 2048
 PARTS = ("schedule", "fill", "transfer, dispatch", "commit")
@@ -31,10 +32,10 @@ PARTS = ("schedule", "fill", "transfer, dispatch", "commit")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this benchmark's options."""
-    parser.add_argument("--batch", type=int, nargs="+", default=[16, 64, 256], help="running sequences")
-    parser.add_argument("--steps", type=int, default=200, help="measured steps")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds of ten steps, overlapped and not")
-    parser.add_argument("--hidden", type=int, default=64, help="width of the model")
+    parser.add_argument("--batch", type=count, nargs="+", default=[16, 64, 256], help="running sequences")
+    parser.add_argument("--steps", type=count, default=200, help="measured steps")
+    parser.add_argument("--rounds", type=count, default=15, help="rounds of ten steps, overlapped and not")
+    parser.add_argument("--hidden", type=count, default=64, help="width of the model")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
 from engine.bench.tpu import baseline
@@ -19,6 +18,7 @@ from engine.bench.tpu.aot import TOPOLOGIES, compile_each
 from engine.bench.tpu.libtpu import libtpu_version
 from engine.bench.tpu.rival import REQUIREMENT, install
 from engine.errors import BackendUnsupported
+from engine.terminal import count, plain_console
 
 OURS = "engine.bench.tpu.programs:compile_attention"
 RIVAL = "engine.bench.tpu.rival:compile_rival"
@@ -42,7 +42,7 @@ def measure(shapes: list[dict[str, Any]], target: str = OURS) -> list[dict[str, 
         BackendUnsupported: there is no libtpu, or a shape does not compile.
     """
     found = []
-    with Console(stderr=True).status("compiling") as status:
+    with plain_console(stderr=True).status("compiling") as status:
         for shape, result in zip(shapes, compile_each(target, [DEFAULTS | s for s in shapes], dump=True), strict=True):
             if "failed" in result:
                 raise BackendUnsupported(f"{target} for {shape} does not compile:\n{result['failed']}")
@@ -60,7 +60,7 @@ def measure_rival(shape: dict[str, Any]) -> dict[str, Any]:
         if "memory space vmem" not in str(error):
             raise
         fact = f"{REQUIREMENT}: its default prefill blocks do not fit the VMEM of {shape['gen']}"
-        Console(stderr=True).print(f"{fact}; compiling it with halves of them")
+        plain_console(stderr=True).print(f"{fact}; compiling it with halves of them")
         return measure([shape | site | {"shrink": 2}], RIVAL)[0]
 
 
@@ -68,10 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
     parser.add_argument("--gen", choices=TOPOLOGIES, default="v6e")
     parser.add_argument("--mode", choices=("both", "decode", "prefill"), default="both", help="which figures to print")
-    parser.add_argument("--page", type=int, default=128, help="tokens a page")
-    parser.add_argument("--q-heads", type=int, default=DEFAULTS["q_heads"])
-    parser.add_argument("--kv-heads", type=int, default=DEFAULTS["kv_heads"])
-    parser.add_argument("--head-dim", type=int, default=DEFAULTS["head_dim"])
+    parser.add_argument("--page", type=count, default=128, help="tokens a page")
+    parser.add_argument("--q-heads", type=count, default=DEFAULTS["q_heads"])
+    parser.add_argument("--kv-heads", type=count, default=DEFAULTS["kv_heads"])
+    parser.add_argument("--head-dim", type=count, default=DEFAULTS["head_dim"])
     parser.add_argument("--dtype", default=DEFAULTS["dtype"], help="of the cache")
     parser.add_argument(
         "--rival", action="store_true", help=f"also fetch {REQUIREMENT} from PyPI, compile it, and print ours over it"
@@ -131,7 +131,7 @@ def _print(title: str, ours: dict[str, float], theirs: dict[str, Any]) -> None:
             ratio = "" if rival is None or not rival else f"{value / rival:.2f}"
             cells += ["" if rival is None else _number(rival), ratio]
         table.add_row(name, *cells)
-    Console(width=120).print(table)
+    plain_console(width=120).print(table)
     if "prefill blocks" in theirs:
         print("their prefill blocks (queries, keys fetched, queries and keys computed):", *theirs["prefill blocks"])
 

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from engine.attention.metadata import AttentionMetadata
@@ -23,6 +22,7 @@ from engine.attention.tpu.block_sizes import OVERRIDES, BlockSizes
 from engine.bench.timing import time_in_turn
 from engine.bench.tpu.tuning import CONTEXT, Journal, Mode, Target, candidates, formula, search, write_overrides
 from engine.errors import BackendUnsupported
+from engine.terminal import count, plain_console
 
 BATCH = 16
 PREFILL_TOKENS = 4096
@@ -32,11 +32,11 @@ ROUNDS = 7
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
     parser.add_argument("--gen", choices=("v5e", "v6e", "v7x"), help="refuse to run on another generation")
-    parser.add_argument("--kv-heads", type=int, nargs="+", default=[8, 1], help="KV heads on a device")
-    parser.add_argument("--group", type=int, nargs="+", default=[4, 8], help="query heads a KV head, one for each")
-    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--kv-heads", type=count, nargs="+", default=[8, 1], help="KV heads on a device")
+    parser.add_argument("--group", type=count, nargs="+", default=[4, 8], help="query heads a KV head, one for each")
+    parser.add_argument("--head-dim", type=count, default=128)
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float8_e4m3fn"], help="of the cache")
-    parser.add_argument("--pages", type=int, nargs="+", default=[16, 32, 64, 128, 256], help="page sizes in tokens")
+    parser.add_argument("--pages", type=count, nargs="+", default=[16, 32, 64, 128, 256], help="page sizes in tokens")
     parser.add_argument("--journal", type=Path, default=Path("tune.jsonl"), help="trials so far (default: %(default)s)")
     parser.add_argument("--table", type=Path, default=OVERRIDES, help="table to write (default: the kernel's own)")
 
@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> None:
     journal = Journal(args.journal)
     modes: tuple[Mode, ...] = ("decode", "prefill")
     total = sum(len(candidates(target, mode, formula(target))) for target in targets for mode in modes)
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = plain_console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("tuning", total=total)
         for target, trial in search(targets, time_kernel, journal):

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
+from engine.config import MAX_SLOTS
 from engine.errors import ConfigError, ShapeError
 from engine.kv.layout import (
     KVLayout,
@@ -22,6 +23,7 @@ from engine.kv.layout import (
     require_count,
     unpad_fused,
 )
+from engine.kv.room import room_for
 from engine.kv.scatter import set_kv_buffer
 from engine.kv.split import buffer_spec, in_slot_order, local_slots, new_tokens_spec, split_layout
 from engine.parallel import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, axis_size, placed, shard_over, spec_over
@@ -72,7 +74,8 @@ class TokenToKVPool:
             platform: whose padding to store with, as in ``jax.Device.platform``; None is that of the devices.
 
         Raises:
-            ConfigError: a value is out of range, or heads or pages do not split evenly.
+            ConfigError: a value is out of range, heads or pages do not split evenly, or the devices' memory, of CPUs
+                the host's, is too small.
         """
         if platform is None:
             platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
@@ -81,7 +84,11 @@ class TokenToKVPool:
         )
         _check_size(size, page_size, layer_num)
         self.size, self.layout, self.mesh = size, _over_mesh(layout, mesh, platform), mesh
-        self.buffers = self._fresh_buffers(layer_num)
+        devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+        what = f"a pool of {size:,} tokens in {layer_num} layers"
+        bytes_each = layer_num * self.replicas * (size + page_size) * self.layout.bytes_per_token // len(devices)
+        with room_for(what, bytes_each, devices):
+            self.buffers = jax.block_until_ready(self._fresh_buffers(layer_num))  # or it would fail later, unnamed
 
     @classmethod
     def from_buffers(
@@ -285,6 +292,10 @@ def _check_size(size: int, page_size: int, layer_num: int) -> None:
         below = size // page_size * page_size
         usable = f"{below} or {below + page_size}" if below > 0 else f"{page_size} or more"
         raise ConfigError(f"size={size} tokens must be a positive multiple of page_size={page_size}; use {usable}")
+    if size + page_size > MAX_SLOTS:
+        raise ConfigError(
+            f"size={size} tokens and the null page make more than {MAX_SLOTS:,} slots, which int32 can number; lower it"
+        )
 
 
 @functools.cache

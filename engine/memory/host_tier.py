@@ -19,6 +19,7 @@ from engine.memory.page_format import Int32, PageFormat, Pages
 from engine.memory.page_trie import NOT_HELD, PageNode, PageTrie, path_to, tokens_of
 from engine.memory.prefix_segment import PrefixSegment
 from engine.memory.scope import CacheScope
+from engine.planning.host_memory import require_host_memory
 
 
 @dataclass
@@ -51,7 +52,7 @@ class HostTier:
         page_format: of the pages; ``page_format.require_same`` is for whoever wants to join another pool.
 
     Raises:
-        ConfigError: the budget does not hold one page, or the machine cannot reserve it.
+        ConfigError: the budget does not hold one page, or the machine has less memory available.
     """
 
     def __init__(self, budget_bytes: int, page_format: PageFormat) -> None:
@@ -62,6 +63,7 @@ class HostTier:
                 f"a host tier of {budget_bytes} bytes holds no page: one is {page_format.page_bytes} bytes; raise the "
                 "budget or do without the tier"
             )
+        require_host_memory(budget_bytes, f"a host tier of {budget_bytes} bytes", "lower the budget")
         try:
             # Untouched memory costs nothing yet: the system backs a row when it is first written.
             self._slab = np.empty((self.capacity_pages, *page_format.page_shape), page_format.dtype)

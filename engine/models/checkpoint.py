@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from engine.errors import CheckpointError
+from engine.kv.room import room_for
 from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
-from engine.models.sharding import abstract_llama, key_names, repeat_heads, repeats_of, split_config
+from engine.models.sharding import abstract_llama, key_names, repeat_heads, repeats_of, split_config, weight_bytes
 from engine.models.tensor_files import INDEX_FILE, SINGLE_FILE, StoredTensor, read_json, stored_tensors
 from engine.parallel import TENSOR_AXIS, axis_size
 
@@ -71,7 +72,7 @@ def load_llama(directory: str | Path, *, dtype: Any, mesh: Mesh | None = None) -
 
     Raises:
         CheckpointError: a file or tensor is missing, corrupt, unexpected or of the wrong shape.
-        ConfigError: the model is not supported, or the mesh does not divide it.
+        ConfigError: the model is not supported, the mesh does not divide it, or its devices' memory is too small.
     """
     directory = Path(directory)
     stored_config = load_config(directory)
@@ -83,6 +84,13 @@ def load_llama(directory: str | Path, *, dtype: Any, mesh: Mesh | None = None) -
     }
     _check_tensors(directory, stored_config, expected, stored)
     model = abstract_llama(config, dtype, mesh)
+    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    with room_for(f"the model of {directory} in {np.dtype(dtype).name}", weight_bytes(model), devices):
+        return _filled(model, config, stored_config, stored)
+
+
+def _filled(model: Llama, config: LlamaConfig, stored_config: LlamaConfig, stored: dict[str, StoredTensor]) -> Llama:
+    """The abstract model with its weights, read tensor by tensor."""
     state = nnx.state(model)
     leaves, treedef = _leaves_of(model)
     arrays = []

@@ -140,6 +140,6 @@ def weight_bytes(model: Llama) -> int:
     """Bytes of the weights on each device: a split parameter counts by its share."""
     total = 0
     for leaf in jax.tree.leaves(nnx.state(model)):
-        shape = leaf.sharding.shard_shape(leaf.shape)
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
         total += int(np.prod(shape)) * jnp.dtype(leaf.dtype).itemsize
     return total

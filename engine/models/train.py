@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ from engine.models.dense import dense_logits
 from engine.models.llama import Llama
 from engine.models.text import TOKENIZER_FILE
 from engine.models.training_data import consecutive_windows, load_texts, sample_windows
+from engine.terminal import plain_console
 
 _DEFAULT_STEPS = 1200
 _BYTES_PER_STEP = 2048
@@ -79,17 +81,26 @@ def run(args: argparse.Namespace) -> int:
         The exit status, 0.
 
     Raises:
-        ConfigError: the extra ``train`` is not installed, or ``--steps`` is not positive.
+        ConfigError: the extra ``train`` is not installed, a number is out of range, or the folder cannot be written.
     """
-    console = Console()
-    model, result = train_default_model(args.steps, args.seed, console)
+    _require_writable(args.out)
+    model, result = train_default_model(args.steps, args.seed, plain_console(stderr=True))
     save_llama(model, args.out, dtype=jnp.bfloat16)
     write_whole(args.out / TOKENIZER_FILE, byte_tokenizer().to_str())
-    console.print(
+    print(
         f"{args.out}: {result.train_bits_per_byte:.3f} bits per byte in training, "
         f"{result.held_out_bits_per_byte:.3f} on held-out text"
     )
     return 0
+
+
+def _require_writable(folder: Path) -> None:
+    """Before the minutes that training takes."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(f"cannot write to --out {folder}: {error.strerror}; name another folder") from error
 
 
 def train_default_model(steps: int, seed: int, console: Console) -> tuple[Llama, TrainingResult]:
@@ -101,10 +112,12 @@ def train_default_model(steps: int, seed: int, console: Console) -> tuple[Llama,
         console: where the progress bar goes.
 
     Raises:
-        ConfigError: the extra ``train`` is not installed, or ``steps`` is not positive.
+        ConfigError: the extra ``train`` is not installed, or a number is out of range.
     """
     if steps <= 0:
         raise ConfigError(f"cannot train for {steps} steps; give a positive number")
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"cannot draw weights with the seed {seed}; give a number from 0 to 2**32 - 1")
     optimizer = _optimizer(steps)
     training_text, held_out_text = load_texts()
     model = Llama(default_config(), dtype=jnp.float32, rngs=nnx.Rngs(seed))
@@ -179,7 +192,7 @@ def _run_steps(
     """Run all steps under a progress bar; returns the parameters and the mean loss in nats of the last steps."""
     mean_loss = math.nan
     with Progress(*_PROGRESS_COLUMNS, console=console) as progress:
-        task = progress.add_task("compiling", total=steps)
+        task = progress.add_task("training", total=steps)
         while group := list(itertools.islice(batches, _REPORT_EVERY)):
             losses = []
             for windows in group:

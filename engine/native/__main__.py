@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import sys
 
-from engine.errors import BackendUnsupported
-from engine.native.build import build_library
-from engine.native.library import register
+from engine.terminal import FAILED, leave, loading, run_command
 
 
 def main() -> int:
     """Builds and loads the library; the exit status is 1 where that fails."""
+    with loading():
+        from engine.errors import BackendUnsupported
+        from engine.native.build import build_library
+        from engine.native.library import register
+
     try:
         register()
     except BackendUnsupported as error:
         print(f"native CPU kernels: {error}", file=sys.stderr)
-        return 1
+        return FAILED
     print(build_library())
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(run_command(main))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from engine.errors import ConfigError
 
+MAX_PAGE_TABLE_BYTES = 2**30
+
 
 @dataclass(frozen=True)
 class PoolPlan:
@@ -76,6 +78,7 @@ def size_pool(
     weight_bytes: int = 0,
     mem_fraction_static: float = 0.85,
     devices: int = 1,
+    request_tokens: int = 0,
 ) -> int:
     """Usable token slots of a pool, of one replica where there are several.
 
@@ -88,26 +91,79 @@ def size_pool(
         weight_bytes: what the weights take of it.
         mem_fraction_static: share of the device's memory for weights and pool together.
         devices: that share each token.
+        request_tokens: that the pool must hold at least; 0 is content with a page.
 
     Returns:
         A multiple of ``page_size``, at most ``wanted_tokens`` rounded up to whole pages.
 
     Raises:
-        ConfigError: not one page fits, with the arithmetic.
+        ConfigError: not one page fits, or not the request, with the arithmetic.
     """
     wanted_pages = -(-wanted_tokens // page_size)
     if device_bytes is None:
         return wanted_pages * page_size
     page_bytes = page_size * token_bytes * layers // devices
-    budget = int(device_bytes * mem_fraction_static) - weight_bytes
+    budget, room = _budget(device_bytes, weight_bytes, mem_fraction_static)
     pages = budget // page_bytes - 1  # the null page takes one
     if pages < 1:
         raise ConfigError(
-            f"no room for a KV pool: {mem_fraction_static} of {format_bytes(device_bytes)} less "
-            f"{format_bytes(weight_bytes)} of weights leaves {format_bytes(max(budget, 0))}, and two pages of "
-            f"{page_size} tokens take {format_bytes(2 * page_bytes)}; raise mem_fraction_static or use more devices"
+            f"no room for a KV pool: {room}, and two pages of {page_size} tokens take {format_bytes(2 * page_bytes)}; "
+            "raise mem_fraction_static or use more devices"
+        )
+    if pages * page_size < request_tokens:
+        needed = (-(-request_tokens // page_size) + 1) * page_bytes
+        raise ConfigError(
+            f"no room for one request of {request_tokens:,} tokens: its pool takes {format_bytes(needed)}, {room}; the "
+            f"longest context that fits is {pages * page_size:,} tokens: lower context_length to it, raise "
+            "mem_fraction_static or use more devices"
         )
     return min(pages, wanted_pages) * page_size
+
+
+def require_room(plan: PoolPlan, device_bytes: int, weight_bytes: int, mem_fraction_static: float) -> None:
+    """Refuses a pool of a size that was asked for where its share of the memory cannot hold it; as ``size_pool``.
+
+    Raises:
+        ConfigError: it is too large, with the arithmetic and the largest size that fits.
+    """
+    budget, room = _budget(device_bytes, weight_bytes, mem_fraction_static)
+    if plan.device_bytes > budget:
+        page_bytes = plan.page_size * plan.token_bytes * plan.layers * plan.replicas // plan.devices
+        fitting = max(budget // page_bytes - 1, 0) * plan.page_size
+        request = -(-plan.context_length // plan.page_size) * page_bytes
+        lower = f"lower max_total_tokens to {fitting * plan.replicas}, " if fitting else ""
+        raise ConfigError(
+            f"no room for max_total_tokens={plan.size_tokens}: the pool takes {format_bytes(plan.device_bytes)} a "
+            f"device, {room}; one request of {plan.context_length:,} tokens takes {format_bytes(request)}, and the "
+            f"longest context that fits is {fitting:,} tokens: {lower}raise mem_fraction_static or use more devices"
+        )
+
+
+def _budget(device_bytes: int, weight_bytes: int, mem_fraction_static: float) -> tuple[int, str]:
+    """Bytes of a device that the pool may take, and the arithmetic in words."""
+    budget = max(int(device_bytes * mem_fraction_static) - weight_bytes, 0)
+    return budget, (
+        f"{mem_fraction_static} of {format_bytes(device_bytes)} less {format_bytes(weight_bytes)} of weights leaves "
+        f"{format_bytes(budget)}"
+    )
+
+
+def require_page_table(max_requests: int, context_length: int, page_size: int) -> None:
+    """Refuses a page table that is larger than ``MAX_PAGE_TABLE_BYTES``.
+
+    Raises:
+        ConfigError: it is, with the arithmetic.
+    """
+    columns = -(-context_length // page_size)
+    table_bytes = 4 * max_requests * columns
+    if table_bytes > MAX_PAGE_TABLE_BYTES:
+        rows = MAX_PAGE_TABLE_BYTES // (4 * columns)
+        raise ConfigError(
+            f"the page table of max_running_requests={max_requests:,} rows of {columns:,} pages ({context_length:,} "
+            f"tokens in pages of {page_size}) takes {format_bytes(table_bytes)}, more than "
+            f"{format_bytes(MAX_PAGE_TABLE_BYTES)}; lower max_running_requests{f' to {rows:,}' if rows else ''} or "
+            "context_length, or raise page_size"
+        )
 
 
 def format_bytes(count: int) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
@@ -16,7 +19,7 @@ from jax.sharding import Mesh
 from engine.attention.backend import FlashAttentionBackend
 from engine.attention.sharded import MeshAttention
 from engine.batch import ParcelShape
-from engine.config import EngineConfig
+from engine.config import MAX_SLOTS, EngineConfig
 from engine.errors import ConfigError
 from engine.kv.layout import KVLayout
 from engine.kv.pool import TokenToKVPool
@@ -26,11 +29,12 @@ from engine.memory.host_tier import HostTier
 from engine.memory.page_format import PageFormat
 from engine.memory.prefix_cache import EvictionPolicyName
 from engine.memory.prefix_store import PrefixStore
+from engine.models.default_model import DEFAULT_MODEL_DIR
 from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
 from engine.models.sharding import split_config, weight_bytes
 from engine.parallel import make_mesh
-from engine.planning.sizing import PoolPlan, size_pool
+from engine.planning.sizing import PoolPlan, require_page_table, require_room, size_pool
 from engine.serving.balancer import Balancer
 from engine.serving.batcher import Batcher, ReplicaBatcher
 from engine.serving.device_memory import device_memory
@@ -41,6 +45,13 @@ from engine.serving.scheduler import Scheduler
 _names_of_models: WeakKeyDictionary[Llama, str] = WeakKeyDictionary()
 
 DIGEST_BYTES = 1 << 20  # from each end of a weight file: reading a large model whole would take as long as loading it
+
+
+def model_directory(model: object) -> Path:
+    """Where the checkpoint lies; None is the Llama that ships. Raises ConfigError where it is no path."""
+    if not isinstance(model, str | os.PathLike | None):
+        raise ConfigError(f"model={model!r} must be a Llama or the path of a checkpoint directory")
+    return DEFAULT_MODEL_DIR if model is None else Path(model)
 
 
 def make_mesh_of(config: EngineConfig) -> Mesh | None:
@@ -83,6 +94,9 @@ def plan_pool(
         platform: whose padding the pool is stored with.
         device_bytes: each device's memory; None where it does not say.
         weight_bytes: what is in use of it: the weights.
+
+    Raises:
+        ConfigError: the memory cannot hold what is wanted, or the page table would be absurd; with the arithmetic.
     """
     whole = KVLayout.create(
         head_num=split_config(model, config.tp).num_key_value_heads,
@@ -93,18 +107,20 @@ def plan_pool(
     )
     layout = split_layout(whole, tp=config.tp, cp=config.cp, platform=platform)
     longest, devices = context_length(config, model), config.tp * config.cp
-    requests = config.max_running_requests // config.dp
+    require_page_table(config.max_running_requests, longest, config.page_size)
+    requests, most_pages = config.max_running_requests // config.dp, MAX_SLOTS // config.page_size - 1
     size = (config.max_total_tokens or 0) // config.dp or size_pool(
         page_size=config.page_size,
         layers=model.num_hidden_layers,
         token_bytes=layout.bytes_per_token,
-        wanted_tokens=requests * -(-longest // config.page_size) * config.page_size,
+        wanted_tokens=min(requests * -(-longest // config.page_size), most_pages) * config.page_size,
         device_bytes=device_bytes,
         weight_bytes=weight_bytes,
         mem_fraction_static=config.mem_fraction_static,
         devices=devices,
+        request_tokens=config.context_length or 0,
     )
-    return PoolPlan(
+    plan = PoolPlan(
         size_tokens=size * config.dp,
         page_size=config.page_size,
         layers=model.num_hidden_layers,
@@ -113,19 +129,26 @@ def plan_pool(
         devices=devices * config.dp,
         replicas=config.dp,
     )
+    if device_bytes is not None:
+        require_room(plan, device_bytes, weight_bytes, config.mem_fraction_static)
+    return plan
 
 
 def make_pool(config: EngineConfig, model: Llama, mesh: Mesh | None) -> tuple[PoolPlan, TokenToKVPool]:
     """Sizes the pool for the devices that hold ``model`` and creates it there; the same size in every process."""
     dtype = model.dtype if config.kv_cache_dtype == "auto" else jnp.dtype(config.kv_cache_dtype)
-    memory = device_memory(jax.devices()[:1] if mesh is None else list(mesh.devices.flat))
-    plan = plan_pool(
-        config,
-        model.config,
-        dtype,
-        platform=jax.default_backend(),
-        device_bytes=memory.limit_bytes if memory else None,
-        weight_bytes=max(weight_bytes(model), memory.used_bytes) if memory else 0,
+    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    plan_for = partial(plan_pool, config, model.config, dtype, platform=devices[0].platform)
+    weights = weight_bytes(model)
+    measure = partial(device_memory, devices, weight_bytes=weights, host_bytes=config.host_tier_bytes)
+    memory = measure()
+    if memory and memory.limit_bytes - memory.used_bytes < plan_for().device_bytes:
+        gc.collect()  # an engine that nobody has any more may still hold its pool: its parts know each other
+        memory = measure()
+    plan = (
+        plan_for()
+        if memory is None
+        else plan_for(device_bytes=memory.limit_bytes, weight_bytes=max(weights, memory.used_bytes))
     )
     heads, head_dim = model.config.num_key_value_heads, model.config.head_dim
     size = plan.size_tokens // plan.replicas

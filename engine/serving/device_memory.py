@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from socket import gethostname
 
 import jax
 import numpy as np
+import numpy.typing as npt
 from jax.experimental import multihost_utils
+
+from engine.kv.room import report_of
+from engine.planning.host_memory import available_bytes, require_host_memory
 
 
 @dataclass(frozen=True)
@@ -18,30 +24,55 @@ class DeviceMemory:
     used_bytes: int
 
 
-def device_memory(devices: Sequence[jax.Device]) -> DeviceMemory | None:
+def device_memory(devices: Sequence[jax.Device], *, weight_bytes: int = 0, host_bytes: int = 0) -> DeviceMemory | None:
     """The least memory and the largest use over the devices of all processes.
 
-    Every process must call it, at the same point of its work, and all get the same answer.
+    Every process must call it, at the same point of its work, and all get the same answer. CPU devices share what their
+    machine still has available, in equal parts, and use what the weights take.
 
     Args:
         devices: what the pool will lie on; of those of other processes, their own report counts.
+        weight_bytes: of the weights that each device holds already.
+        host_bytes: of the host's memory that each process will take for something else.
 
     Returns:
-        None where some device does not say its memory, such as a CPU.
+        None where neither device nor system says its memory.
+
+    Raises:
+        ConfigError: the host has not even ``host_bytes``.
     """
     local = [device for device in devices if device.process_index == jax.process_index()]
     reports = [report_of(device) for device in local]
     limit = min((report.get("bytes_limit", 0) for report in reports), default=0)
     used = max((report.get("bytes_in_use", 0) for report in reports), default=0)
+    processes, sharing = _on_this_host(len(local))
+    require_host_memory(
+        processes * host_bytes, f"host_tier_bytes={host_bytes} in {processes} processes", "lower host_tier_bytes"
+    )
+    available = available_bytes()
+    if not limit and available is not None and all(device.platform == "cpu" for device in local):
+        limit, used = (available - processes * host_bytes) // max(sharing, 1) + weight_bytes, weight_bytes
     if jax.process_count() > 1:
         # Halves of 32 bits: without jax_enable_x64 jax would cut a number of bytes in two.
-        words = np.array([divmod(limit, 2**31), divmod(used, 2**31)], np.int32)
-        gathered = np.asarray(multihost_utils.process_allgather(words)).astype(np.int64)
+        gathered = _of_all([divmod(limit, 2**31), divmod(used, 2**31)])
         totals = gathered[..., 0] * 2**31 + gathered[..., 1]
         limit, used = int(totals[:, 0].min()), int(totals[:, 1].max())
     return DeviceMemory(limit, used) if limit else None
 
 
-def report_of(device: jax.Device) -> dict[str, int]:
-    """What a device says about its memory; empty where it says nothing."""
-    return device.memory_stats() or {}
+def _on_this_host(devices: int) -> tuple[int, int]:
+    """How many processes of this engine share this process's machine, and how many of its devices.
+
+    Returns once all have loaded what they load, so that what is available then is the same for all of them.
+    """
+    if jax.process_count() == 1:
+        return 1, devices
+    host = zlib.crc32(gethostname().encode()) >> 1
+    everyone = _of_all([host, devices])
+    here = everyone[everyone[:, 0] == host]
+    return len(here), int(here[:, 1].sum())
+
+
+def _of_all(numbers: object) -> npt.NDArray[np.int64]:
+    """The same numbers of every process, ``[processes, ...]``; each below 2**31."""
+    return np.asarray(multihost_utils.process_allgather(np.array(numbers, np.int32))).astype(np.int64)

@@ -15,7 +15,6 @@ from engine.memory.cache_manager import CacheManager
 from engine.memory.prefix_cache import RadixCache
 from engine.memory.scope import CacheScope, LayoutKey
 from engine.models.checkpoint import load_llama
-from engine.models.default_model import DEFAULT_MODEL_DIR
 from engine.models.llama import Llama
 from engine.models.replacement import require_replaceable
 from engine.models.sharding import shard_llama
@@ -30,6 +29,7 @@ from engine.serving.build import (
     make_mesh_of,
     make_pool,
     make_scheduler,
+    model_directory,
     step_tokens,
     weights_dtype,
     weights_identity,
@@ -79,7 +79,7 @@ class LLM:
                     f"dtype={self.config.dtype!r} for a Llama of {model.dtype}; leave it out, or cast the model"
                 )
         else:
-            directory = Path(model or DEFAULT_MODEL_DIR)
+            directory = model_directory(model)
             self.config = EngineConfig.from_mapping({"model": str(directory), **options})
             self._mesh = make_mesh_of(self.config)
             self.model = load_llama(directory, dtype=weights_dtype(self.config), mesh=self._mesh)
@@ -146,6 +146,7 @@ class LLM:
         Raises:
             RequestError: a prompt can never be served, or requests of ``add_request`` are unfinished; then none was
                 started.
+            Interrupted: Ctrl-C, a KeyboardInterrupt that carries the answers so far.
         """
         if self._groups.unfinished:
             raise RequestError(
@@ -167,8 +168,7 @@ class LLM:
                         on_progress(len(done), len(requests))
             finally:  # an interrupted call leaves no page behind
                 self._abort_all(requests)
-        # Of a request that was aborted what there is.
-        return [done.get(request.request_id) or self._reports.output(request) for request in requests]
+        return self._reports.answers(requests, done)
 
     def add_request(self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None) -> int:
         """Queues a request for ``step`` and returns its id; raises RequestError if it can never be served."""

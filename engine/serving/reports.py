@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from engine.errors import Interrupted
 from engine.serving.groups import AnswerGroups, group_of
 from engine.serving.recovery import Recovery
 from engine.serving.request import FinishReason, Request, RequestOutput
@@ -36,16 +37,26 @@ class Reports:
 
     @contextmanager
     def claimed(self, requests: Sequence[Request]) -> Iterator[dict[int, RequestOutput]]:
-        """The answers to these requests, by id, come into the dict that it yields and are no step's as long."""
+        """The answers to these requests, by id, come into the dict that it yields and are no step's as long.
+
+        Raises:
+            Interrupted: in place of a KeyboardInterrupt within, with the answers so far.
+        """
         done: dict[int, RequestOutput] = {}
         try:
             self._made[id(done)] = done
             self._claims.update((request.request_id, id(done)) for request in requests)
             yield done
+        except KeyboardInterrupt as interrupt:
+            raise Interrupted(self.answers(requests, done)) from interrupt
         finally:
             self._made.pop(id(done), None)
             for request in requests:
                 self._claims.pop(request.request_id, None)
+
+    def answers(self, requests: Sequence[Request], done: dict[int, RequestOutput]) -> list[RequestOutput]:
+        """Those that are done, in the order of the requests; of what was aborted what there is."""
+        return [done.get(request.request_id) or self.output(request) for request in requests]
 
     def take(self) -> dict[int, RequestOutput]:
         """The answers that no call has claimed, once each; taken last of all, or they are lost with the call."""

@@ -3,7 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError
-from engine.planning.sizing import PoolPlan, format_bytes, size_pool
+from engine.planning.sizing import PoolPlan, format_bytes, require_page_table, require_room, size_pool
+
+GIB = 2**30
 
 
 def test_a_device_that_does_not_say_its_memory_gets_what_is_wanted_in_whole_pages():
@@ -70,3 +72,46 @@ def test_concurrency_counts_whole_pages():
 )
 def test_bytes_are_told_in_the_largest_unit(count, text):
     assert format_bytes(count) == text
+
+
+def plan_of(size_tokens, **changes):
+    sizes = {"page_size": 16, "layers": 16, "token_bytes": 4096, "context_length": 131_072}
+    return PoolPlan(size_tokens=size_tokens, **sizes | changes)
+
+
+def test_a_request_that_the_memory_cannot_hold_is_refused_with_the_longest_context_that_fits():
+    # 64 KiB a token: 2 GiB less 1 GiB hold 16 Ki tokens, the null page's 16 among them.
+    options = {"page_size": 16, "layers": 16, "token_bytes": 4096, "wanted_tokens": 10**9, "device_bytes": 4 * GIB}
+    options |= {"weight_bytes": GIB, "mem_fraction_static": 0.5}
+    assert size_pool(**options, request_tokens=16_368) == 16_368
+    with pytest.raises(
+        ConfigError, match=r"16,369 tokens: its pool takes 1\.00 GiB, 0\.5 of 4\.00 GiB less"
+    ) as refused:
+        size_pool(**options, request_tokens=16_369)
+    assert "the longest context that fits is 16,368 tokens" in str(refused.value)
+
+
+@pytest.mark.parametrize(("devices", "replicas"), [(1, 1), (4, 1), (2, 2), (8, 4)])
+def test_a_size_that_the_memory_cannot_hold_is_refused_with_the_largest_that_it_can(devices, replicas):
+    def refused(size_tokens):
+        plan = plan_of(size_tokens, devices=devices, replicas=replicas)
+        with pytest.raises(ConfigError, match="no room for max_total_tokens") as error:
+            require_room(plan, 4 * GIB, GIB, 0.5)
+        return str(error.value)
+
+    largest = int(refused(10**6 * 16).split("lower max_total_tokens to ")[1].split(",")[0])
+    require_room(plan_of(largest, devices=devices, replicas=replicas), 4 * GIB, GIB, 0.5)
+    message = refused(largest + 16 * replicas)
+    assert "0.5 of 4.00 GiB less 1.00 GiB of weights leaves 1.00 GiB" in message
+    assert f"one request of 131,072 tokens takes {format_bytes(8 * GIB * replicas // devices)}" in message
+    assert f"the longest context that fits is {largest // replicas:,} tokens" in message
+
+
+def test_a_page_table_that_no_machine_should_hold_is_refused_with_the_arithmetic():
+    require_page_table(2**16, 2**16, 16)  # 1 GiB
+    with pytest.raises(
+        ConfigError, match=r"65,536 rows of 8,192 pages .* takes 2\.00 GiB.* to 32,768 or context_length"
+    ):
+        require_page_table(2**16, 2**17, 16)
+    with pytest.raises(ConfigError, match="lower max_running_requests or context_length, or raise page_size"):
+        require_page_table(1, 2**31 - 257, 1)

@@ -80,7 +80,7 @@ def _weights(config: LlamaConfig, devices: Any, tp: int) -> int:
 def _plan(config: LlamaConfig, devices: Any, tp: int, device_bytes: int, context: int) -> PoolPlan | None:
     """The largest pool beside the weights, or None where there is no room for one request a replica."""
     dp = len(devices) // tp
-    unlimited = dp * (1 << 20)  # requests: memory is what limits the pool
+    unlimited = dp * (1 << 10)  # requests: memory is what limits the pool
     engine = EngineConfig(
         page_size=PAGE_SIZE,
         mem_fraction_static=MEMORY_SHARE,

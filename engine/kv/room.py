@@ -1,0 +1,56 @@
+"""Whether buffers fit into the memory that they are to lie in: asked before they are made, and told if it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import jax
+from jax._src.core import trace_state_clean  # whether a call is being traced has no public name (jax 0.10 to 0.12)
+
+from engine.errors import ConfigError
+from engine.planning.host_memory import require_host_memory
+from engine.planning.sizing import format_bytes
+
+REMEDY = "make it smaller, or split it over more devices"
+
+
+def report_of(device: jax.Device) -> dict[str, int]:
+    """What a device says about its memory, in bytes; empty where it says nothing, such as a CPU."""
+    return device.memory_stats() or {}
+
+
+@contextmanager
+def room_for(what: str, bytes_each: int, devices: Sequence[jax.Device]) -> Iterator[None]:
+    """Around what makes buffers: refuses before it begins, or as it fails, what the devices cannot hold.
+
+    The CPU devices of a process share the host's memory. Nothing is asked while a call is traced: it makes no buffer.
+
+    Args:
+        what: the buffers are, e.g. "a pool of 64 tokens".
+        bytes_each: that each device is to hold.
+        devices: that hold them; those of other processes are asked by their own.
+
+    Raises:
+        ConfigError: there is less memory, with both numbers.
+    """
+    local = [device for device in devices if device.process_index == jax.process_index()]
+    if trace_state_clean():
+        for device in local:
+            limit = report_of(device).get("bytes_limit")
+            if limit is not None and bytes_each > limit:
+                raise ConfigError(
+                    f"{what} takes {format_bytes(bytes_each)} on each device and {device} has {format_bytes(limit)}; "
+                    f"{REMEDY}"
+                )
+        on_host = bytes_each * sum(device.platform == "cpu" for device in local)
+        require_host_memory(on_host, what, REMEDY)
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ConfigError(
+            f"{what} takes {format_bytes(bytes_each)} on each of {len(devices)} devices, which is more than is free; "
+            f"{REMEDY}"
+        ) from error
