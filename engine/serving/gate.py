@@ -71,7 +71,7 @@ class SnapshotBoard(Generic[T]):
     An engine that nobody is inside of is looked at as it is, once after each change, if it is idle or the reader is the
     thread that drives it. Else the engine is asked for another snapshot, and makes it at the end of a call, every
     ``SNAPSHOT_SECONDS`` at most and for a ``SNAPSHOT_SHARE``-th of its time; a reader waits for it as long, and so
-    leaves the interpreter to the engine, and gets the last one if none came.
+    leaves the interpreter to the engine, and looks for itself if none came and nobody is inside.
 
     Args:
         make: looks at the engine.
@@ -99,7 +99,11 @@ class SnapshotBoard(Generic[T]):
                 return self._last
         with self._renewed:
             self._is_wanted = True
-            self._renewed.wait(SNAPSHOT_SECONDS)
+            is_new = self._renewed.wait(SNAPSHOT_SECONDS)
+        if not is_new:
+            with self._gate.tried() as can_look:  # a busy engine that nobody drives just now
+                if can_look and self._is_stale and time.monotonic() >= self._due:
+                    self._refresh()
         return self._last
 
     def _leave(self) -> None:
