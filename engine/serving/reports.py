@@ -81,11 +81,11 @@ class Reports:
             text=self._text_of(request) if has_text else "",
             finish_reason=finish.value,
             cached_tokens=request.cached_tokens or 0,
-            seed=request.seed,
             logprobs=None if request.params.logprobs is None else list(request.logprobs),
             logits=np.stack(request.logits) if request.logits else None,
             siblings=tuple(self.output(sibling, has_text=has_text) for sibling in request.siblings),
             error=request.error,
+            seed=request.seed,
         )
 
     def _output_or_blame(self, leader: Request) -> RequestOutput:

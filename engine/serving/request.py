@@ -176,12 +176,12 @@ class RequestOutput:
         text: the generated tokens as text; empty where the model has no tokenizer.
         finish_reason: a ``FinishReason``: "stop", "length", "abort", "timeout", "non_finite" or "error".
         cached_tokens: tokens of the prompt that were not computed because their pages were cached.
-        seed: that this answer was drawn with, given or not: with it as ``SamplingParams.seed`` the answer comes again.
-            A greedy request, which draws nothing, has 0 where none was given.
         logprobs: one entry a generated token where the request asked for them.
         logits: float32 ``[len(token_ids), vocab]`` where ``generate`` was asked to return them.
         siblings: the other ``n - 1`` answers drawn from the prompt.
         error: what was wrong, where ``finish_reason`` is "non_finite" or "error"; else None.
+        seed: that this answer was drawn with, given or not: with it as ``SamplingParams.seed`` the answer comes again.
+            A greedy request, which draws nothing, has 0 where none was given.
     """
 
     prompt_token_ids: list[int]
@@ -189,11 +189,11 @@ class RequestOutput:
     text: str
     finish_reason: str
     cached_tokens: int = 0
-    seed: int = 0
     logprobs: list[TokenLogprobs] | None = None
     logits: npt.NDArray[np.float32] | None = None
     siblings: tuple[RequestOutput, ...] = ()
     error: str | None = None
+    seed: int = 0
 
 
 @dataclass(eq=False)
