@@ -106,7 +106,8 @@ def _draw_all(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
 
 
 def _divisor(temperature: jax.Array) -> jax.Array:
-    return jnp.where(temperature > 0, temperature, 1.0)
+    """The temperature, no hotter or colder than what float32 can divide -inf and 0 by, also through a reciprocal."""
+    return jnp.clip(temperature, 1e-30, 1e30)
 
 
 def _all_kept(logits: jax.Array, _: SamplingInputs) -> jax.Array:
