@@ -4,7 +4,7 @@ import json
 
 from engine import LLM, SamplingParams
 
-OPTIONS = {"page_size": 4, "max_running_requests": 4, "chunked_prefill_size": 8, "host_tier_bytes": 1 << 20}
+OPTIONS = {"page_size": 4, "max_running_requests": 8, "chunked_prefill_size": 8, "host_tier_bytes": 1 << 20}
 PROMPTS = ["The old house stood", "It was a long way to the sea, and nobody had gone for years", "A", "Who is it?"]
 PARAMS = [
     SamplingParams(max_new_tokens=12, temperature=1.1, top_p=0.9, seed=3, n=3, logprobs=2),
