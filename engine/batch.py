@@ -23,6 +23,7 @@ Int32 = npt.NDArray[np.int32]
 NOWHERE = int(np.iinfo(np.int32).max)  # a row or place beyond every table: reads the null page, writes nothing
 SHARED_PAGES = 256  # new pages that a parcel has room for beside those that its tokens can begin
 LAST_SAMPLED = -1  # instead of a token id: the token that the row sampled last, which the device has
+NOT_A_TOKEN = -2  # instead of a token that was chosen: the row's logits were not numbers to choose by
 
 
 @dataclass(frozen=True)

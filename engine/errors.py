@@ -87,3 +87,12 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, outputs: list[Any]) -> None:
         super().__init__()
         self.outputs = outputs
+
+
+def shown(value: object, most: int = 80) -> str:
+    """A caller's value as a message shows it: one line of at most ``most`` characters, whatever it is."""
+    try:
+        text = repr(value).replace("\n", " ")
+    except Exception:  # a caller's object may fail in any way; an int of 5,000 digits does
+        text = f"a {type(value).__name__} that cannot be printed"
+    return text if len(text) <= most else f"{text[: most - 1]}…"

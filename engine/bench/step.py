@@ -168,7 +168,7 @@ class DecodingEngine:
             tokens.append(request.output[-1])
             positions.append(request.num_computed)
             rows.append(request.req_pool_idx or 0)
-            params.append((request.params.temperature, request.params.top_p, request.params.top_k, request.params.seed))
+            params.append((request.params.temperature, request.params.top_p, request.params.top_k, request.seed))
         table = llm.cache.page_table.rows(rows)
         at = np.array(positions) - 1
         slots = table[np.arange(len(rows)), at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE

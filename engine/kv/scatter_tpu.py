@@ -38,7 +38,8 @@ def scatter_tpu(
     words = view_words(fused)
     for start in range(0, slots.shape[0], SMEM_TOKENS):
         part = slice(start, start + SMEM_TOKENS)
-        words = _scatter_words(words, slots[part], tokens[part], rows, interpret)
+        with jax.enable_x64(False):  # a kernel counts in 32 bits, whatever the program around it does
+            words = _scatter_words(words, slots[part], tokens[part], rows, interpret)
     return unview_words(words, *fused.shape[1:])
 
 

@@ -33,7 +33,7 @@ def causal_attention(q: Array, k: Array, v: Array, *, sliding_window: int | None
     scores = jnp.einsum("qhgd,khd->hgqk", grouped, k, precision=highest, preferred_element_type=jnp.float32)
     distance = jnp.arange(tokens)[:, None] - jnp.arange(tokens)[None, :]
     seen = distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
-    weights = jax.nn.softmax(jnp.where(seen, scores * dim**-0.5, -jnp.inf), axis=-1)
+    weights = jax.nn.softmax(jnp.where(seen[None, None], scores * dim**-0.5, -jnp.inf), axis=-1)
     out = jnp.einsum("hgqk,khd->qhgd", weights, v.astype(jnp.float32), precision=highest)
     return out.reshape(q.shape).astype(q.dtype)
 

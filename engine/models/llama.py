@@ -53,7 +53,7 @@ class RMSNorm(nnx.Module):
         """Normalise the last axis of ``x``; same shape and dtype."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return wide.astype(x.dtype) * self.scale[...]
+        return wide.astype(x.dtype) * jnp.broadcast_to(self.scale[...], x.shape)
 
 
 class Attention(nnx.Module):

@@ -81,7 +81,7 @@ def rotation(positions: Array, inverse_frequency: NDArray[np.float32]) -> tuple[
     Returns:
         Two float32 arrays ``[T, 1, D / 2]``, ready to broadcast over heads.
     """
-    angles = positions.astype(jnp.float32)[:, None, None] * jnp.asarray(inverse_frequency)
+    angles = positions.astype(jnp.float32)[:, None, None] * jnp.asarray(inverse_frequency)[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -120,7 +120,9 @@ def train_default_model(steps: int, seed: int, console: Console) -> tuple[Llama,
         raise ConfigError(f"cannot draw weights with the seed {seed}; give a number from 0 to 2**32 - 1")
     optimizer = _optimizer(steps)
     training_text, held_out_text = load_texts()
-    model = Llama(default_config(), dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    # By name: what jax's default generator makes of a seed is a setting.
+    rngs = nnx.Rngs(jax.random.key(seed, impl="threefry2x32"))
+    model = Llama(default_config(), dtype=jnp.float32, rngs=rngs)
     graph, state = nnx.split(model)
     step = jax.jit(partial(_step, graph, optimizer), donate_argnums=(0, 1))
     batches = _batches(training_text, steps, model.config.max_position_embeddings, np.random.default_rng(seed))

@@ -28,18 +28,20 @@ class Agreement:
     def on_requests(self, check: Callable[[], list[Checked]]) -> list[Checked]:
         """The requests that process 0's ``check`` lets pass, or its refusal, in every process.
 
+        Seeds that nobody gave are drawn by ``check``, so they are process 0's.
+
         Raises:
-            RequestError: a request can never be served.
+            RequestError: a request can never be served; in processes other than 0 whatever stopped its ``check``.
             ProcessLost: process 0 is gone.
         """
         if not self.plan.is_shared:
             return check()
-        refused: RequestError | None = None
+        refused: Exception | None = None
         offer: object = None
         if self.plan.leads:
             try:
                 offer = [[ids.tolist(), dataclasses.asdict(params)] for ids, params in check()]
-            except RequestError as error:
+            except Exception as error:  # the caller's iterator may raise anything, and the others must not wait
                 refused, offer = error, str(error)
         agreed = self.plan.agree(offer)
         if isinstance(agreed, str):

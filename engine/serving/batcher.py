@@ -111,9 +111,10 @@ class Batcher:
     def _note_params(self, step: ScheduledStep) -> None:
         """Reads the sampling parameters of requests that are new to their rows."""
         for index in np.flatnonzero(self._noted[step.req_pool_idx] != step.tenancies).tolist():
-            row, params = step.req_pool_idx[index], step.requests[index].params
+            row, request = step.req_pool_idx[index], step.requests[index]
+            params = request.params
             self._noted[row] = step.tenancies[index]
-            self._top_k[row], self._seed[row] = params.top_k, params.seed
+            self._top_k[row], self._seed[row] = params.top_k, request.seed
             self._temperature[row], self._top_p[row] = params.temperature, params.top_p
             self._wants_logprobs[row] = params.logprobs is not None
 

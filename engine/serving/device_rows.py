@@ -20,7 +20,7 @@ class DeviceRows:
     Attributes:
         page_table: int32 ``[R, P]``, the host's table as far as it was sent; what a past request left behind its
             successor's last page is never read unmasked.
-        last_token: int32 ``[R]``, the token that each row sampled last.
+        last_token: int32 ``[R]``, the token that each row sampled last; ``NOT_A_TOKEN`` where it found none.
     """
 
     page_table: jax.Array
@@ -45,5 +45,9 @@ class DeviceRows:
         return self.page_table.at[rows].get(mode="fill", fill_value=NULL_PAGE)
 
     def known_tokens(self, token_ids: jax.Array, rows: jax.Array) -> jax.Array:
-        """``token_ids[T]`` with the tokens that the device has itself; ``rows[T]`` is whose each is."""
-        return jnp.where(token_ids == LAST_SAMPLED, self.last_token.at[rows].get(mode="clip"), token_ids)
+        """``token_ids[T]`` with the tokens that the device has itself; ``rows[T]`` is whose each is.
+
+        A row that was left without a token feeds token 0: the host drops what comes of it.
+        """
+        last = jnp.maximum(self.last_token.at[rows].get(mode="clip"), 0)
+        return jnp.where(token_ids == LAST_SAMPLED, last, token_ids)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import RequestError
+from engine.errors import RequestError, shown
 from engine.memory.scope import CacheScope
 from engine.models.llama_config import LlamaConfig
 from engine.models.text import Tokenizer
-from engine.serving.request import Request, SamplingParams
+from engine.serving.request import SEEDS, Request, SamplingParams
 
 Checked = tuple[npt.NDArray[np.int32], SamplingParams]
 
@@ -43,30 +44,31 @@ class Intake:
         self._made = 0
 
     def check(
-        self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None
+        self, prompts: Iterable[str | Sequence[int]], params: SamplingParams | Iterable[SamplingParams] | None
     ) -> list[Checked]:
-        """Checks the requests of one call.
+        """Checks the requests of one call, and draws the seeds that they leave open.
 
         Args:
             prompts: texts, or lists of token ids.
             params: for all, or one for each prompt; None is the default.
 
         Returns:
-            The tokens of each prompt, int32 ``[n]``, and its parameters, for ``make``.
+            The tokens of each prompt, int32 ``[n]``, and its parameters with a seed, for ``make``.
 
         Raises:
             RequestError: a prompt can never be served, or the counts differ.
         """
-        if isinstance(prompts, str):
-            raise RequestError("prompts is one string; give a list of prompts, [prompt] for a single one")
+        given = _as_list(prompts, "prompts", "a list of prompts, [prompt] for a single one")
         if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompts)
-        if len(params) != len(prompts):
-            raise RequestError(f"{len(params)} sampling_params for {len(prompts)} prompts; give one, or one for each")
-        for param in params:
+            each = [params or SamplingParams()] * len(given)
+        else:
+            each = _as_list(params, "sampling_params", "a SamplingParams, or one for each prompt")
+        if len(each) != len(given):
+            raise RequestError(f"{len(each)} sampling_params for {len(given)} prompts; give one, or one for each")
+        for param in each:
             if not isinstance(param, SamplingParams):
-                raise RequestError(f"sampling_params holds {param!r}; give a SamplingParams for each prompt")
-        return [self._cut(prompt, param) for prompt, param in zip(prompts, params, strict=True)]
+                raise RequestError(f"sampling_params holds {shown(param)}; give a SamplingParams for each prompt")
+        return [self._cut(prompt, param) for prompt, param in zip(given, each, strict=True)]
 
     def make(self, checked: Checked) -> Request:
         """Makes a request, and those of its siblings."""
@@ -76,7 +78,7 @@ class Intake:
         return first
 
     def _cut(self, prompt: str | Sequence[int], params: SamplingParams) -> Checked:
-        """The prompt as tokens, and the answer cut to what the context leaves."""
+        """The prompt as tokens, the answer cut to what the context leaves, and a seed."""
         ids = self._token_ids(prompt)
         room = self._context_length - len(ids)
         if room < 1:
@@ -84,14 +86,24 @@ class Intake:
                 f"prompt of {len(ids)} tokens leaves no room for an answer in a context of {self._context_length}"
                 f" tokens; shorten it to at most {self._context_length - 1}"
             )
-        return ids, dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, room))
+        unknown = [token for token in params.stop_token_ids if token >= self._vocab_size]
+        if unknown:
+            raise RequestError(
+                f"stop_token_ids holds {unknown[0]}, which the model cannot choose; ids run from 0 to"
+                f" {self._vocab_size - 1}"
+            )
+        seed = params.seed
+        if seed is None:  # of the system, so that nobody who seeds a generator of this process repeats it unawares
+            seed = secrets.randbelow(SEEDS) if params.temperature > 0 else 0
+        return ids, dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, room), seed=seed)
 
     def _make(self, ids: npt.NDArray[np.int32], params: SamplingParams, index: int) -> Request:
         self._made += 1
         return Request(
             request_id=self._made,
             prompt=ids,
-            params=dataclasses.replace(params, seed=(params.seed + index) % 2**31),
+            params=params,
+            seed=((params.seed or 0) + index) % SEEDS,
             stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos),
             scope=self._scope_for(params.tenant_salt),
         )
@@ -108,10 +120,15 @@ class Intake:
                 raise RequestError(f"the prompt is not valid text: {error}; pass it as UTF-8") from error
             prompt = self._tokenizer.encode(prompt)
         ids = _as_array(prompt)
+        if not ids.ndim or isinstance(prompt, bytes | bytearray):
+            raise RequestError(f"a prompt is {shown(prompt)}; it must be text or a list of token ids")
         if ids.ndim != 1 or not len(ids):
             raise RequestError(f"the prompt is empty or not a flat list (shape {ids.shape}); give at least one token")
-        if not np.issubdtype(ids.dtype, np.integer):
-            raise RequestError(f"token ids must be whole numbers; got an array of {ids.dtype}")
+        if ids.dtype.kind not in "iu":
+            raise RequestError(
+                f"token ids must be whole numbers from 0 to {self._vocab_size - 1}; got {shown(prompt)}, as an array"
+                f" of {ids.dtype}"
+            )
         if ids.min() < 0 or ids.max() >= self._vocab_size:
             wrong = ids[(ids < 0) | (ids >= self._vocab_size)][0]
             raise RequestError(f"token id {wrong} is outside the vocabulary; ids run from 0 to {self._vocab_size - 1}")
@@ -121,5 +138,18 @@ class Intake:
 def _as_array(prompt: Any) -> npt.NDArray[Any]:
     try:
         return np.asarray(prompt)
-    except ValueError as error:
-        raise RequestError(f"the prompt is not a flat list of token ids: {error}") from error
+    except Exception as error:  # NumPy's own, or what a foreign array raises
+        raise RequestError(f"the prompt is not a flat list of token ids: {error}; it is {shown(prompt)}") from error
+
+
+def _as_list(values: Any, name: str, rule: str) -> list[Any]:
+    """What a caller may give as any iterable with an order, a generator too; else RequestError."""
+    if isinstance(values, str):
+        raise RequestError(f"{name} is one string; give {rule}")
+    if isinstance(values, bytes | bytearray | Mapping | Set):
+        raise RequestError(f"{name} is {shown(values)}, a {type(values).__name__}; give {rule}")
+    try:
+        each = iter(values)
+    except TypeError as error:
+        raise RequestError(f"{name} is {shown(values)}; give {rule}") from error
+    return list(each)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,8 +123,8 @@ class LLM:
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Iterable[str | Sequence[int]],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         return_logits: bool = False,
         on_progress: Progress | None = None,
@@ -135,8 +135,9 @@ class LLM:
         step that fails is run again by the rule of ``engine.serving.recovery``.
 
         Args:
-            prompts: texts, or lists of token ids.
-            sampling_params: for all, or one for each prompt; None is greedy with the default length.
+            prompts: texts, or lists of token ids; any iterable of them that has an order.
+            sampling_params: for all, or one for each prompt; None is greedy with the default length. Where it has no
+                seed each prompt draws its own, which its answer reports.
             return_logits: also return the float32 logits each token was chosen from.
             on_progress: called with (requests finished, requests in all) after each step.
 

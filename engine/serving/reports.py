@@ -96,6 +96,7 @@ class Reports:
             logits=np.stack(request.logits) if request.logits else None,
             siblings=tuple(self.output(sibling, has_text=has_text) for sibling in request.siblings),
             error=request.error,
+            seed=request.seed,
         )
 
     def _output_or_blame(self, leader: Request) -> RequestOutput:

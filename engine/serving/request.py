@@ -2,35 +2,66 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from functools import wraps
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import RequestError
+from engine.errors import RequestError, shown
 from engine.memory.scope import CacheScope
 
 MAX_LOGPROBS = 20
+MAX_ANSWERS = 128  # to one prompt; for more, give the prompt more than once
+SEEDS = 2**31
+LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 AGING_SECONDS = 10.0  # a level of priority is overtaken by this much earlier an arrival
 
+Made = TypeVar("Made")
 
+
+def _refuses_unknown_names(cls: type[Made]) -> type[Made]:
+    """Lets a dataclass name the field that was meant, where Python's own error would not."""
+    make: Callable[..., None] = cls.__init__
+    known = sorted(field.name for field in fields(cls))  # type: ignore[arg-type]
+
+    @wraps(make)
+    def checked(self: Made, *values: Any, **named: Any) -> None:
+        for name in named:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(known)}"
+                raise RequestError(f"{cls.__name__} has no {name!r}; {hint}")
+        make(self, *values, **named)
+
+    cls.__init__ = checked  # type: ignore[method-assign, assignment]
+    return cls
+
+
+@_refuses_unknown_names
 @dataclass(frozen=True)
 class SamplingParams:
     """How the tokens of one request are chosen.
 
+    NumPy's numbers are taken as Python's. A wrong value or name raises RequestError.
+
     Attributes:
         max_new_tokens: most tokens to generate, at least 1.
         temperature: 0 is greedy; else logits are divided by it.
-        top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the smallest set of most likely tokens whose probability reaches this, in (0, 1].
-        seed: of this request's own random stream: the same seed and prompt give the same answer whoever shares
-            the batch.
+        top_k: keep the k most likely tokens; 0 keeps all. Of equal ones at the edge the lower ids stay.
+        top_p: keep the smallest set of most likely tokens whose probability reaches this, in (0, 1]; 1 keeps all.
+        seed: of this request's own random stream, 0 to 2**31 - 1: with the same seed a prompt gets the same answer
+            whoever shares the batch. None draws one for each request; ``RequestOutput.seed`` tells it.
         stop_token_ids: tokens that end the answer; they are part of it.
         ignore_eos: do not stop at the model's end-of-text tokens.
         logprobs: how many of the most likely tokens to report at each position beside the chosen one, 0 to 20;
             None reports nothing.
-        n: answers to draw from one prompt, at least 1; answer ``i`` uses ``seed + i`` and shares the prompt's pages.
+        n: answers to draw from one prompt, 1 to 128; answer ``i`` uses seed ``(seed + i) % 2**31`` and shares the
+            prompt's pages.
         priority: higher goes first; each level is worth as much as ``AGING_SECONDS`` of waiting. Under the eviction
             policy "priority" what is cached of it stays longer, too.
         timeout: seconds from arrival after which the request is ended with what it has; None never.
@@ -41,7 +72,7 @@ class SamplingParams:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    seed: int = 0
+    seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
@@ -51,46 +82,60 @@ class SamplingParams:
     tenant_salt: str = ""
 
     def __post_init__(self) -> None:
-        """Checks every value; raises RequestError."""
-        rules = (
-            ("max_new_tokens", _is_int(self.max_new_tokens) and self.max_new_tokens >= 1, "a whole number at least 1"),
-            (
-                "temperature",
-                _is_number(self.temperature) and 0 <= self.temperature < float("inf"),
-                "0 (greedy) or positive and finite",
-            ),
-            ("top_k", _is_int(self.top_k) and 0 <= self.top_k < 2**31, "0 (all tokens) or a positive whole number"),
-            ("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("seed", _is_int(self.seed) and 0 <= self.seed < 2**31, "a whole number from 0 to 2**31 - 1"),
-            ("n", _is_int(self.n) and self.n >= 1, "a whole number at least 1"),
-            ("priority", _is_int(self.priority) and abs(self.priority) < 2**31, "a whole number of 32 bits"),
-            (
-                "timeout",
-                self.timeout is None or (_is_number(self.timeout) and self.timeout > 0),
-                "None or a positive number of seconds",
-            ),
-            ("tenant_salt", isinstance(self.tenant_salt, str), "a string"),
-            (
-                "logprobs",
-                self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
-                f"None or from 0 to {MAX_LOGPROBS}",
-            ),
-        )
-        for name, holds, rule in rules:
-            if not holds:
-                raise RequestError(f"{name}={getattr(self, name)!r} is not allowed: it must be {rule}")
-        stop = self.stop_token_ids
-        if not isinstance(stop, list | tuple | set | frozenset) or not all(map(_is_int, stop)):
-            raise RequestError(f"stop_token_ids={stop!r} is not allowed: it must be a list of whole numbers")
-        object.__setattr__(self, "stop_token_ids", tuple(stop))
+        """Checks every value."""
+        self._require("max_new_tokens", _whole(self.max_new_tokens, 1), "a whole number at least 1")
+        hot = f"0 (greedy) or positive and at most {LARGEST_FLOAT32:.3g}"
+        self._require("temperature", _number(self.temperature, 0, LARGEST_FLOAT32), hot)
+        self._require("top_k", _whole(self.top_k, 0, 2**31), "0 (all tokens) or a positive whole number below 2**31")
+        top_p = _number(self.top_p, 0, 1)
+        self._require("top_p", top_p or None, "above 0 and at most 1")
+        if self.seed is not None:
+            self._require("seed", _whole(self.seed, 0, SEEDS), "None or a whole number from 0 to 2**31 - 1")
+        self._require("n", _whole(self.n, 1, MAX_ANSWERS + 1), f"a whole number from 1 to {MAX_ANSWERS}")
+        self._require("priority", _whole(self.priority, 1 - 2**31, 2**31), "a whole number of 32 bits")
+        if self.timeout is not None:
+            seconds = _number(self.timeout, 0, LARGEST_FLOAT32)
+            self._require("timeout", seconds or None, "None or a positive and finite number of seconds")
+        if self.logprobs is not None:
+            allowed = _whole(self.logprobs, 0, MAX_LOGPROBS + 1)
+            self._require("logprobs", allowed, f"None or a whole number from 0 to {MAX_LOGPROBS}")
+        self._require("ignore_eos", _flag(self.ignore_eos), "True or False")
+        self._require("tenant_salt", str(self.tenant_salt) if isinstance(self.tenant_salt, str) else None, "a string")
+        self._require("stop_token_ids", _tokens(self.stop_token_ids), "a list of token ids, whole numbers from 0")
+
+    def _require(self, name: str, value: object, rule: str) -> None:
+        """Takes ``value``, which is None where the field ``name`` breaks its rule."""
+        if value is None:
+            raise RequestError(f"{name}={shown(getattr(self, name))} is not allowed: it must be {rule}")
+        object.__setattr__(self, name, value)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+def _whole(value: object, least: int, end: int | None = None) -> int | None:
+    """The value as Python's int; None where it is none, or not from ``least`` to ``end - 1``."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        return None
+    return int(value) if least <= value and (end is None or value < end) else None
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+def _number(value: object, least: float, most: float) -> float | None:
+    """The value as Python's float; None where it is none, NaN, or not from ``least`` to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return None
+    number = value if isinstance(value, int) else float(value)  # an int may be too large for a float
+    return float(number) if least <= number <= most else None
+
+
+def _flag(value: object) -> bool | None:
+    return bool(value) if isinstance(value, bool | np.bool_) else None
+
+
+def _tokens(values: object) -> tuple[int, ...] | None:
+    if isinstance(values, np.ndarray):
+        values = values.tolist()
+    if not isinstance(values, list | tuple | set | frozenset):
+        return None
+    known = [token for value in values if (token := _whole(value, 0, 2**31)) is not None]
+    return tuple(known) if len(known) == len(values) else None
 
 
 class FinishReason(StrEnum):
@@ -135,6 +180,8 @@ class RequestOutput:
         logits: float32 ``[len(token_ids), vocab]`` where ``generate`` was asked to return them.
         siblings: the other ``n - 1`` answers drawn from the prompt.
         error: what was wrong, where ``finish_reason`` is "non_finite" or "error"; else None.
+        seed: that this answer was drawn with, given or not: with it as ``SamplingParams.seed`` the answer comes again.
+            A greedy request, which draws nothing, has 0 where none was given.
     """
 
     prompt_token_ids: list[int]
@@ -146,6 +193,7 @@ class RequestOutput:
     logits: npt.NDArray[np.float32] | None = None
     siblings: tuple[RequestOutput, ...] = ()
     error: str | None = None
+    seed: int = 0
 
 
 @dataclass(eq=False)
@@ -155,6 +203,7 @@ class Request:
     Attributes:
         prompt: token ids, int32 ``[prompt_len]``.
         params: how to choose its tokens.
+        seed: of its random stream, whether given or drawn.
         stop_ids: every token that ends it.
         req_pool_idx: its page-table row while it runs, else None.
         replica: whose row that is, where there are several.
@@ -175,6 +224,7 @@ class Request:
     params: SamplingParams
     stop_ids: frozenset[int]
     scope: CacheScope
+    seed: int = 0
     arrival: float | None = None
     req_pool_idx: int | None = None
     replica: int = 0

@@ -133,20 +133,20 @@ class ModelRunner:
         for shape in self._shapes:
             step = jax.jit(partial(self._step_function, shape), donate_argnums=(1, 2))
             packed = self._placement.like((self.pool.replicas * shape.packed_size,))
-            lowered = step.lower(self._weights, self.pool, self.rows, packed)
+            lowered = _lowered(step, self._weights, self.pool, self.rows, packed)
             self._steps[shape] = program = lowered.compile()
             compiled()
         # Apart from the step, which is greedy: the sort takes longer to compile than a small model, for every shape.
         to_sample = jax.tree.map(_placed, lowered.out_info[0], program.output_shardings[0])
         sampler = jax.jit(partial(_sample, self._placement, shape), donate_argnums=0)
-        self._sample = sampler.lower(self.rows, to_sample).compile()
+        self._sample = _lowered(sampler, self.rows, to_sample).compile()
         compiled()
         update = jax.jit(partial(_update, self._placement), donate_argnums=0)
         updates = self._placement.like((2 * self.pool.replicas, SHARED_PAGES))
-        self._update_rows = update.lower(self.rows, updates).compile()
+        self._update_rows = _lowered(update, self.rows, updates).compile()
         compiled()
         if self._placement.is_split:
-            self._gather = jax.jit(self._placement.whole).lower(to_sample.logits).compile()
+            self._gather = _lowered(jax.jit(self._placement.whole), to_sample.logits).compile()
             compiled()
         self._warm_up_copies(compiled)
 
@@ -337,6 +337,12 @@ def _is_usable(tree: Any) -> bool:
     except Exception:  # whatever the failed program raised; of a deleted array jax's own RuntimeError
         return False
     return not any(array.is_deleted() for array in jax.tree.leaves(tree))
+
+
+def _lowered(program: Any, *arguments: Any) -> Any:
+    """Traces and lowers a jitted program in 32 bits, whatever jax is set to: kernels for a TPU know no more."""
+    with jax.enable_x64(False):
+        return program.lower(*arguments)
 
 
 def _placed(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:

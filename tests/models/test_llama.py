@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -127,3 +128,14 @@ def test_the_forward_pass_traces_to_the_same_numbers() -> None:
     model, tokens = random_llama(CONFIG), random_tokens(9)
     # Fusion may change the order of sums.
     np.testing.assert_allclose(jitted_logits(model, tokens), dense_logits(model, tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_no_strict_mode_or_width_of_jax_changes_logits(dtype: Any) -> None:
+    config = replace(CONFIG, attention_bias=True, tie_word_embeddings=True, max_position_embeddings=64)
+    model, tokens = Llama(config, dtype=dtype, rngs=nnx.Rngs(2)), random_tokens(22, seed=3).reshape(2, 11)
+    expected = dense_logits(model, tokens)
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"), jax.enable_x64(True):
+        got = dense_logits(model, tokens)
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, expected)

@@ -1,11 +1,16 @@
 """Invariants of the whole engine on a small random Llama; every key and value lives in the fused, paged pool."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import settings_program
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving_support import VOCAB, make_llama
@@ -442,3 +447,84 @@ def test_a_request_out_of_time_ends_and_gives_back_its_pages(llm):
 def test_saving_prefixes_needs_a_place(llm):
     with pytest.raises(ConfigError, match="nowhere to save"):
         llm.save_prefix_cache()
+
+
+WARM = SamplingParams(max_new_tokens=12, temperature=1.0)
+
+
+def test_without_a_seed_equal_prompts_get_another_draw_each_and_its_seed_repeats_it(llm):
+    prompt = random_prompts([23], seed=40)[0]
+    drawn = llm.generate([prompt] * 8, WARM)
+    assert len({tuple(output.token_ids) for output in drawn}) == 8
+    assert len({output.seed for output in drawn}) == 8
+    again = llm.generate([prompt] * 8, WARM)
+    assert {output.seed for output in again}.isdisjoint(output.seed for output in drawn)
+    for output in drawn:  # alone, over a warm prefix, beside greedy neighbours
+        repeated = dataclasses.replace(WARM, seed=output.seed)
+        first, _ = llm.generate([prompt, prompt[:9]], [repeated, SamplingParams(max_new_tokens=5)])
+        assert (first.token_ids, first.seed) == (output.token_ids, output.seed)
+
+
+def test_a_seed_that_was_drawn_repeats_under_retraction_and_in_other_chunks(llm, tight):
+    prompts = random_prompts([10, 12, 9, 11], seed=41)
+    before = tight.scheduler.retractions
+    drawn = tight.generate(prompts, dataclasses.replace(WARM, max_new_tokens=20))
+    assert tight.scheduler.retractions > before
+    seeds = [dataclasses.replace(WARM, max_new_tokens=20, seed=output.seed) for output in drawn]
+    assert [o.token_ids for o in llm.generate(prompts, seeds)] == [o.token_ids for o in drawn]
+
+
+def test_each_of_several_answers_reports_a_seed_of_its_own(llm):
+    output = llm.generate([[3, 1, 4]], dataclasses.replace(WARM, n=4))[0]
+    answers = [output, *output.siblings]
+    assert [answer.seed for answer in answers] == [(output.seed + index) % 2**31 for index in range(4)]
+    assert len({tuple(answer.token_ids) for answer in answers}) == 4
+    for answer in answers:
+        alone = llm.generate([[3, 1, 4]], dataclasses.replace(WARM, seed=answer.seed))[0]
+        assert alone.token_ids == answer.token_ids
+
+
+def test_a_generator_of_prompts_is_answered_in_its_order(llm, dense_greedy):
+    prompts = random_prompts([5, 9, 3], seed=42)
+    outputs = llm.generate((prompt for prompt in prompts), (SamplingParams(max_new_tokens=n) for n in (2, 3, 4)))
+    assert [o.token_ids for o in outputs] == [dense_greedy(p, n) for p, n in zip(prompts, (2, 3, 4), strict=True)]
+    assert {output.seed for output in outputs} == {0}
+    with pytest.raises(RequestError, match="prompts is None; give a list of prompts"):
+        llm.generate(None)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["overlapped", "in turn"])
+def poisoned(request):
+    """An engine whose model makes NaN of the last token of its vocabulary."""
+    llama = make_llama()
+    llama.embed_tokens.embedding[...] = llama.embed_tokens.embedding[...].at[VOCAB - 1].set(jnp.nan)
+    return small_llm(llama, overlap_steps=request.param, chunked_prefill_size=4)
+
+
+@pytest.mark.parametrize("how", [{}, {"logprobs": 2}, {"temperature": 1.0, "seed": 4, "top_p": 0.9, "logprobs": 1}])
+def test_a_request_whose_logits_are_no_numbers_ends_and_harms_no_other(poisoned, how):
+    llm, poison = poisoned, VOCAB - 1
+    good = [[token % poison for token in prompt] for prompt in random_prompts([6, 40, 11], seed=43)]
+    params = SamplingParams(max_new_tokens=8, **how)
+    expected = llm.generate(good, params)
+    bad = [5, poison, 7, 8]
+    llm.cache.reset_prefix_cache()
+    outputs = llm.generate([good[0], bad, good[1], [*good[2], poison], good[2]], params)
+    for output in (outputs[1], outputs[3]):
+        assert (output.finish_reason, output.token_ids, output.text) == ("non_finite", [], "")
+        assert not output.logprobs
+        assert "NaN or infinite" in output.error
+    assert [outputs[i].token_ids for i in (0, 2, 4)] == [output.token_ids for output in expected]
+    assert llm.cache.held_tokens == 0
+    llm.cache.check_integrity()
+
+
+def test_no_setting_of_jax_changes_an_answer():
+    names = "JAX_ENABLE_X64=1 JAX_DEFAULT_PRNG_IMPL=rbg JAX_THREEFRY_PARTITIONABLE=0 JAX_NUMPY_DTYPE_PROMOTION=strict"
+    settings = dict(name.split("=") for name in names.split())
+    program = [sys.executable, settings_program.__file__]
+    with subprocess.Popen(program, env=os.environ | settings, stdout=subprocess.PIPE) as other:
+        expected = settings_program.answers()
+        got = json.loads(other.communicate()[0])
+    assert all(found for found in expected if isinstance(found, bool))  # pages came back from the host tier
+    assert got == expected

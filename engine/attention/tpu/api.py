@@ -81,16 +81,16 @@ def ragged_paged_attention_tpu(
     _check_scalars(schedule, page_size=geo.page_size, table=metadata.page_table.shape)
     scaled, k, v = heads.scale(q.astype(jnp.float32), k, v)
     k, v = (to_stored(half, geo.kv_dtype) for half in (k, v))
-    out, *lse, cache = call_kernel(
-        geo,
-        schedule,
+    queries, rows = (
         _queries_by_head(geo, scaled, spec.sm_scale),
         view_words(pad_fused(merge_kv(k, v), *fused_kv.shape[1:])),
-        None if heads.sinks is None else _sink_rows(geo, heads.sinks),
-        view_words(fused_kv).reshape(-1, geo.page_size, geo.words, geo.pack, LANES),
-        vmem_limit_bytes=vmem_limit(generation),
-        interpret=interpret,
     )
+    sinks = None if heads.sinks is None else _sink_rows(geo, heads.sinks)
+    pages = view_words(fused_kv).reshape(-1, geo.page_size, geo.words, geo.pack, LANES)
+    with jax.enable_x64(False):  # a kernel counts in 32 bits, whatever the program around it does
+        out, *lse, cache = call_kernel(
+            geo, schedule, queries, rows, sinks, pages, vmem_limit_bytes=vmem_limit(generation), interpret=interpret
+        )
     live = is_live(schedule.cu_q_lens, num_tokens=q.shape[0], xp=jnp)[:, None, None]
     by_head = out.reshape(geo.heads, -1, geo.group, geo.lanes)[..., : q.shape[2]]
     out = heads.unscale(jnp.where(live, by_head.swapaxes(0, 1).reshape(q.shape), 0)).astype(q.dtype)
