@@ -35,8 +35,10 @@ class EngineConfig:
 
     Attributes:
         model: checkpoint directory in the Hugging Face layout; None is the small Llama that ships with the package.
-        dtype: of weights and activations; "auto" is float32 on CPU and bfloat16 on accelerators.
+        dtype: of weights and activations; "auto" is what decodes fast: float32 on CPU, bfloat16 on accelerators.
         kv_cache_dtype: of the pool; "auto" is ``dtype``.
+        parse_special_tokens: whether the name of a special token in a prompt's text becomes that token, as chat
+            templates need; without, it is text like any other, so that a user's words cannot end or begin a turn.
         page_size: tokens a page, 1 to 256.
         max_total_tokens: usable token slots in the pool, 1 to 2**31 - 257, a multiple of ``page_size``; None sizes it
             by ``mem_fraction_static``, and never larger than ``max_running_requests * context_length``. What the
@@ -65,6 +67,7 @@ class EngineConfig:
     model: str | None = None
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
+    parse_special_tokens: bool = True
     page_size: int = 16
     max_total_tokens: int | None = None
     mem_fraction_static: float = 0.85
@@ -89,7 +92,7 @@ class EngineConfig:
         _check_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", *DTYPES))
         _check_choice("attention_impl", self.attention_impl, IMPLS)
         _check_choice("eviction_policy", self.eviction_policy, EVICTION_POLICIES)
-        for name in ("disable_radix_cache", "overlap_steps"):
+        for name in ("disable_radix_cache", "overlap_steps", "parse_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={_shown(getattr(self, name))} must be true or false")
         _check_count("host_tier_bytes", self.host_tier_bytes, least=0, most=MAX_HOST_TIER_BYTES)

@@ -124,10 +124,12 @@ def test_redundant_tensors_are_passed_over(tmp_path: Path) -> None:
     assert_same_parameters(load_llama(tmp_path, dtype="float32"), model)
 
 
-def test_end_tokens_of_the_generation_config_take_precedence(checkpoint: Path) -> None:
+def test_end_tokens_of_the_generation_config_count_beside_those_of_the_config(checkpoint: Path) -> None:
     assert load_config(checkpoint).eos_token_id == (2, 3)
     (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
-    assert load_config(checkpoint).eos_token_id == (9,)
+    assert load_config(checkpoint).eos_token_id == (2, 3, 9)
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 8, 9]}))
+    assert load_config(checkpoint).eos_token_id == (2, 3, 8, 9)
     (checkpoint / "generation_config.json").write_text(json.dumps({"temperature": 0.6}))
     assert load_config(checkpoint).eos_token_id == (2, 3)
 
