@@ -36,13 +36,13 @@ def rope_from_hf(config: Mapping[str, Any], layer_kind: str = "full_attention") 
     kind = table.get("rope_type") or table.get("type") or "default"
     if kind == "default":
         return theta, None
+    factor, low, high = (_given(table, {}, name, None) for name in ("factor", "low_freq_factor", "high_freq_factor"))
     if kind == "linear":
-        return theta, LinearScaling(_given(table, {}, "factor", None))
+        return theta, LinearScaling(factor)
     if kind == "llama3":
         # As transformers has it: what is left out is the context that the file states.
         before = _given(config, table, "original_max_position_embeddings", config.get("max_position_embeddings"))
-        factors: list[Any] = [table.get(name) for name in ("factor", "low_freq_factor", "high_freq_factor")]
-        return theta, Llama3Scaling(*factors, before)
+        return theta, Llama3Scaling(factor, low, high, before)
     raise unsupported("rope_type", kind, list(_SUPPORTED))
 
 
