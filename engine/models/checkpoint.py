@@ -135,7 +135,8 @@ def _filled(model: Llama, config: LlamaConfig, stored_config: LlamaConfig, store
 
 def _tell_of_another_head(directory: Path, head: StoredTensor, embedding: StoredTensor) -> None:
     """Logs where a tied model's file holds an output projection that is not its embedding: nobody else would notice."""
-    rows = [(slice(at, at + _ROWS_COMPARED),) for at in range(0, head.shape[0], _ROWS_COMPARED)]
+    last = head.shape[0]
+    rows = [(slice(at, min(at + _ROWS_COMPARED, last)),) for at in range(0, last, _ROWS_COMPARED)]
     if head.shape != embedding.shape or not all(np.array_equal(head.read(at), embedding.read(at)) for at in rows):
         _logger.warning(
             "%s ties its output projection to the embedding by %s, so the %s that it stores, another one, is not used; "
