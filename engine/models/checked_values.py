@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from engine.config import shown
 from engine.errors import ConfigError
-
-_LONGEST_SHOWN = 80
 
 
 def require_count(name: str, value: object, most: int) -> int:
@@ -39,12 +38,3 @@ def require_token_ids(name: str, value: object) -> tuple[int, ...]:
 def unsupported(name: str, value: object, supported: object) -> ConfigError:
     """The error of a feature that the models here do not have."""
     return ConfigError(f"unsupported model: {name}={shown(value)}; supported: {supported}")
-
-
-def shown(value: object) -> str:
-    """``value`` as a message shows it: whatever a file may hold, in a line."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # too many digits, or too deep
-        return f"a {type(value).__name__} too large to show"
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"

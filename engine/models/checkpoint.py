@@ -111,6 +111,8 @@ def load_llama(directory: str | Path, *, dtype: Any, mesh: Mesh | None = None) -
         for path, leaf in _leaves_of(abstract_llama(stored_config, dtype))[0]
     }
     _check_tensors(directory, stored_config, expected, stored)
+    if stored_config.tie_word_embeddings and _TIED_HEAD in stored:
+        _tell_of_another_head(directory, stored[_TIED_HEAD], stored[_EMBEDDING])
     model = abstract_llama(config, dtype, mesh)
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
     with room_for(f"the model of {directory} in {np.dtype(dtype).name}", weight_bytes(model), devices):
@@ -128,14 +130,12 @@ def _filled(model: Llama, config: LlamaConfig, stored_config: LlamaConfig, store
         arrays.append(_StoredParameter(stored[_tensor_name(path)], path, repeats, config.head_dim).load(leaf))
     nnx.replace_by_pure_dict(state, jax.tree_util.tree_unflatten(treedef, arrays))
     nnx.update(model, state)
-    if stored_config.tie_word_embeddings and _TIED_HEAD in stored:
-        _tell_of_another_head(directory, stored[_TIED_HEAD], stored[_EMBEDDING])
     return model
 
 
 def _tell_of_another_head(directory: Path, head: StoredTensor, embedding: StoredTensor) -> None:
     """Logs where a tied model's file holds an output projection that is not its embedding: nobody else would notice."""
-    last = head.shape[0]
+    last = embedding.shape[0]
     rows = [(slice(at, min(at + _ROWS_COMPARED, last)),) for at in range(0, last, _ROWS_COMPARED)]
     if head.shape != embedding.shape or not all(np.array_equal(head.read(at), embedding.read(at)) for at in rows):
         _logger.warning(

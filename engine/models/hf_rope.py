@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from engine.config import shown
 from engine.errors import ConfigError
-from engine.models.checked_values import shown, unsupported
+from engine.models.checked_values import unsupported
 from engine.models.rotary import LinearScaling, Llama3Scaling, RopeScaling
 
 _DEFAULT_THETA = 10000.0
