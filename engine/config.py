@@ -203,8 +203,11 @@ def _check_count(
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: of a number of thousands of digits, which Python refuses to print, its size."""
+    """A value as a message shows it, whatever a file may hold: in a line, and not too long a one."""
     if isinstance(value, int) and value.bit_length() > LONGEST_SHOWN:
         return f"<a number of {value.bit_length()} bits>"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # of a part that Python refuses to print: thousands of digits, or of levels
+        return f"<a {type(value).__name__}>"
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
