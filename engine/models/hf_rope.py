@@ -34,7 +34,7 @@ def rope_from_hf(config: Mapping[str, Any], layer_kind: str = "full_attention") 
     partial = _given(table, config, "partial_rotary_factor", 1.0)
     if partial != 1.0:
         raise unsupported("partial_rotary_factor", partial, 1.0)
-    kind = table.get("rope_type") or table.get("type") or "default"
+    kind = _given(table, {"rope_type": table.get("type")}, "rope_type", "default")
     if kind == "default":
         return theta, None
     factor, low, high = (_given(table, {}, name, None) for name in ("factor", "low_freq_factor", "high_freq_factor"))
@@ -49,9 +49,10 @@ def rope_from_hf(config: Mapping[str, Any], layer_kind: str = "full_attention") 
 
 def _table(config: Mapping[str, Any], layer_kind: str) -> Mapping[str, Any]:
     """The table of rope parameters; of several, each under a kind of layer, that of ``layer_kind``."""
-    table = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(table, Mapping):
-        raise ConfigError(f"invalid model config: rope parameters are {shown(table)}; they must be a table")
+    tables = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key) is not None]
+    if wrong := [table for table in tables if not isinstance(table, Mapping)]:
+        raise ConfigError(f"invalid model config: rope parameters are {shown(wrong[0])}; they must be a table")
+    table: Mapping[str, Any] = next(filter(None, tables), {})
     nested = {key: value for key, value in table.items() if isinstance(value, Mapping)}
     if not nested:
         return table

@@ -105,9 +105,13 @@ class Tokenizer:
         Args:
             token_ids: what to decode.
             prompt: the tokens before it; its last few alone are looked at.
+
+        Raises:
+            CheckpointError: the tokenizer cannot decode them.
         """
-        context = self._last_with_text(prompt)
-        before, text = self._text(context), self._text([*context, *token_ids])
+        with _refused_as(CheckpointError, "the tokenizer cannot decode the answer"):
+            context = self._last_with_text(prompt)
+            before, text = self._text(context), self._text([*context, *token_ids])
         while not text.startswith(before):
             before = before[:-1]
         return text[len(before) :]

@@ -21,8 +21,8 @@ from engine.serving.request import RequestOutput
 # Largest difference of a logit, as a share of the largest logit. The two sides differ by the order of sums alone, and
 # what each rounds; a rounding is half a unit of the last place (2**-24, 2**-11 and 2**-8 of a number), and a logit
 # inherits some of every layer's. 16 of them at 16 bits, where activations are stored that short between all operations;
-# 160 in float32, where sums of thousands of terms are what rounds. A wrong token or page moves logits by a tenth.
-CHECK_BOUND = {"float32": 160 * 2**-24, "float16": 16 * 2**-11, "bfloat16": 16 * 2**-8}
+# 512 in float32, where sums of thousands of terms are what rounds. A wrong token or page moves logits by a tenth.
+CHECK_BOUND = {"float32": 512 * 2**-24, "float16": 16 * 2**-11, "bfloat16": 16 * 2**-8}
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,12 @@ def test_linear_scaling_is_read() -> None:
         *(({key: "false"}, key) for key in ("tie_word_embeddings", "attention_bias", "mlp_bias")),
         *(({"rope_scaling": {"rope_type": kind, "factor": 2.0}}, kind) for kind in ("dynamic", "longrope", "su")),
         ({"rope_scaling": {"rope_type": ["linear"]}}, "rope_type"),
-        ({"rope_scaling": [1]}, "rope parameters"),
+        *(
+            ({key: wrong}, "rope parameters")
+            for key in ("rope_scaling", "rope_parameters")
+            for wrong in ([1], False, "", 0)
+        ),
+        ({"rope_scaling": {"rope_type": ""}}, "rope_type"),
         ({"rope_scaling": {"type": "linear", "factor": 1e6}}, "context"),
         ({"model_type": ["llama"]}, "model_type"),
         ({"model_type": None}, "model_type"),

@@ -251,3 +251,18 @@ def test_a_panic_of_the_library_is_an_error_of_ours(tmp_path: Path) -> None:
     assert tokenizer is not None
     with pytest.raises(RequestError, match="cannot encode"):
         tokenizer.encode("a")
+
+
+def test_a_decoder_that_panics_is_an_error_of_ours() -> None:
+    class Panic(BaseException):
+        pass
+
+    class Backend:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(KINDS["byte level"], name)
+
+        def decode(self, *args: Any, **options: Any) -> str:
+            raise Panic("index out of bounds")
+
+    with pytest.raises(CheckpointError, match="cannot decode the answer: index out of bounds"):
+        Tokenizer(Backend()).decode([104])  # type: ignore[arg-type]
