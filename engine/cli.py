@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +30,7 @@ from engine.serving.build import plan_pool
 from engine.serving.check import check_against_dense
 from engine.serving.exporter import serve_metrics
 from engine.serving.llm import LLM
+from engine.serving.loading import describe_dtype
 from engine.serving.request import RequestOutput, SamplingParams
 from engine.terminal import FAILED, INTERRUPTED, keep_stdout_for_answers, plain_console, run_command
 from engine.version import NAME, package_version
@@ -90,6 +92,13 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--config", type=Path, help="TOML file whose [engine] table gives the defaults")
     group.add_argument("--model", help="checkpoint directory in the Hugging Face layout; default: the Llama that ships")
     group.add_argument("--dtype", choices=("auto", *DTYPES), help="of weights and activations")
+    group.add_argument(
+        "--no-parse-special-tokens",
+        dest="parse_special_tokens",
+        action="store_false",
+        default=None,
+        help="a special token's name in a prompt is text like any other",
+    )
     group.add_argument("--kv-cache-dtype", choices=("auto", *DTYPES), help="of the pool")
     group.add_argument("--page-size", type=int, metavar="N", help="tokens a page, 1 to 256")
     group.add_argument("--max-total-tokens", type=int, metavar="N", help="token slots in the pool")
@@ -144,14 +153,19 @@ def run_generate(args: argparse.Namespace) -> int:
     )
     options = _engine_options(args)
     _check_metrics(args)
+    prompts = partial(_prompts, args.prompt or [DEFAULT_PROMPT])
     with _progress("loading the model", "compiling") as advance:
-        llm = LLM(**options, on_compile=advance)
+        llm = LLM(
+            **options,
+            on_compile=advance,
+            before_compile=lambda engine: engine.check_requests(prompts(engine), params),
+        )
+    _tell(describe_dtype(llm.config, llm.model))
     _tell(llm.plan.describe())
-    prompts = _prompts(args.prompt or [DEFAULT_PROMPT], llm)
     was_interrupted = False
     try:
         with _metrics(args, llm), _progress("generating", "generating") as advance:
-            outputs = llm.generate(prompts, params, return_logits=args.check, on_progress=advance)
+            outputs = llm.generate(prompts(llm), params, return_logits=args.check, on_progress=advance)
     except Interrupted as interrupt:
         outputs, was_interrupted = interrupt.outputs, True
     compiles = llm.compiles_after_warmup
@@ -293,12 +307,6 @@ def _rate(tokens: int, seconds: float) -> str:
 
 
 def _print_check(llm: LLM, outputs: list[RequestOutput]) -> int:
-    answered = [output for output in outputs if output.token_ids]
-    check = check_against_dense(llm.model, answered, kv_dtype=llm.pool.dtype)
-    verdict = "ok" if check.passed else "FAILED"
-    _tell(
-        f"check against dense attention over unfused K and V: {check.tokens} tokens, largest logit difference "
-        f"{check.largest_difference:.2e} (bound {check.bound:.0e}), {check.argmax_differs} with another best token: "
-        f"{verdict}"
-    )
+    check = check_against_dense(llm.model, outputs, kv_dtype=llm.pool.dtype)
+    _tell(f"check against dense attention over unfused K and V: {check.describe()}")
     return int(not check.passed)

@@ -35,8 +35,10 @@ class EngineConfig:
 
     Attributes:
         model: checkpoint directory in the Hugging Face layout; None is the small Llama that ships with the package.
-        dtype: of weights and activations; "auto" is float32 on CPU and bfloat16 on accelerators.
+        dtype: of weights and activations; "auto" is what decodes fast: float32 on CPU, bfloat16 on accelerators.
         kv_cache_dtype: of the pool; "auto" is ``dtype``.
+        parse_special_tokens: whether the name of a special token in a prompt's text becomes that token, as chat
+            templates need; without, it is text like any other, so that a user's words cannot end or begin a turn.
         page_size: tokens a page, 1 to 256.
         max_total_tokens: usable token slots in the pool, 1 to 2**31 - 257, a multiple of ``page_size``; None sizes it
             by ``mem_fraction_static``, and never larger than ``max_running_requests * context_length``. What the
@@ -65,6 +67,7 @@ class EngineConfig:
     model: str | None = None
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
+    parse_special_tokens: bool = True
     page_size: int = 16
     max_total_tokens: int | None = None
     mem_fraction_static: float = 0.85
@@ -84,19 +87,19 @@ class EngineConfig:
     def __post_init__(self) -> None:
         """Checks every value; raises ConfigError."""
         if self.model is not None and not isinstance(self.model, str):
-            raise ConfigError(f"model={_shown(self.model)} must be the path of a checkpoint directory")
+            raise ConfigError(f"model={shown(self.model)} must be the path of a checkpoint directory")
         _check_choice("dtype", self.dtype, ("auto", *DTYPES))
         _check_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", *DTYPES))
         _check_choice("attention_impl", self.attention_impl, IMPLS)
         _check_choice("eviction_policy", self.eviction_policy, EVICTION_POLICIES)
-        for name in ("disable_radix_cache", "overlap_steps"):
+        for name in ("disable_radix_cache", "overlap_steps", "parse_special_tokens"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={_shown(getattr(self, name))} must be true or false")
+                raise ConfigError(f"{name}={shown(getattr(self, name))} must be true or false")
         _check_count("host_tier_bytes", self.host_tier_bytes, least=0, most=MAX_HOST_TIER_BYTES)
         if self.host_tier_bytes and self.disable_radix_cache:
             raise ConfigError("host_tier_bytes needs the prefix cache: what it keeps is found through it; enable it")
         if not isinstance(self.prefix_cache_dir, str | os.PathLike | None):
-            raise ConfigError(f"prefix_cache_dir={_shown(self.prefix_cache_dir)} must be the path of a directory")
+            raise ConfigError(f"prefix_cache_dir={shown(self.prefix_cache_dir)} must be the path of a directory")
         if self.prefix_cache_dir is not None and not self.host_tier_bytes:
             raise ConfigError("prefix_cache_dir needs a host tier to load into; set host_tier_bytes")
         _check_count("page_size", self.page_size, most=MAX_PAGE_SIZE, rule="from {} to {}")
@@ -114,7 +117,7 @@ class EngineConfig:
         self._check_split()
         if not isinstance(self.mem_fraction_static, float) or not 0 < self.mem_fraction_static < 1:
             raise ConfigError(
-                f"mem_fraction_static={_shown(self.mem_fraction_static)} must lie between 0 and 1, both excluded"
+                f"mem_fraction_static={shown(self.mem_fraction_static)} must lie between 0 and 1, both excluded"
             )
 
     def _check_split(self) -> None:
@@ -140,7 +143,7 @@ def refuse_unknown_keys(given: Iterable[str], known: Iterable[str], what: str) -
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
-            raise ConfigError(f"unknown key {_shown(key)} in the {what}; {hint}")
+            raise ConfigError(f"unknown key {shown(key)} in the {what}; {hint}")
 
 
 def require_split(option: str, parts: int, sizes: Mapping[str, int]) -> None:
@@ -183,25 +186,28 @@ def read_toml(path: str | Path) -> dict[str, dict[str, Any]]:
     refuse_unknown_keys(content, ("model", "engine"), f"configuration {path}")
     for table, values in content.items():
         if not isinstance(values, dict):
-            raise ConfigError(f"{table!r} in the configuration {path} must be a table, [{table}]; got {_shown(values)}")
+            raise ConfigError(f"{table!r} in the configuration {path} must be a table, [{table}]; got {shown(values)}")
     return content
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
-        raise ConfigError(f"{name}={_shown(value)} is not known; choose one of {', '.join(choices)}")
+        raise ConfigError(f"{name}={shown(value)} is not known; choose one of {', '.join(choices)}")
 
 
 def _check_count(
     name: str, value: object, *, least: int = 1, most: int, rule: str = "at least {} and at most {}"
 ) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ConfigError(f"{name}={_shown(value)} must be a whole number {rule.format(least, most)}")
+        raise ConfigError(f"{name}={shown(value)} must be a whole number {rule.format(least, most)}")
 
 
-def _shown(value: object) -> str:
-    """A value as a message shows it: of a number of thousands of digits, which Python refuses to print, its size."""
+def shown(value: object) -> str:
+    """A value as a message shows it, whatever a file may hold: in a line, and not too long a one."""
     if isinstance(value, int) and value.bit_length() > LONGEST_SHOWN:
         return f"<a number of {value.bit_length()} bits>"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # of a part that Python refuses to print: thousands of digits, or of levels
+        return f"<a {type(value).__name__}>"
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"

@@ -6,7 +6,9 @@ each device gets its part straight from the file, and a process reads what its o
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -24,6 +26,7 @@ from safetensors.numpy import save_file
 
 from engine.errors import CheckpointError
 from engine.kv.room import room_for
+from engine.models.checked_values import require_token_ids
 from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
 from engine.models.sharding import abstract_llama, key_names, repeat_heads, repeats_of, split_config, weight_bytes
@@ -36,25 +39,50 @@ _LEAF_NAMES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bi
 # Old checkpoints store what the config already says; a tied model may store its embedding a second time.
 _REDUNDANT = re.compile(r"rotary_emb\.inv_freq$")
 _TIED_HEAD = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
+_ROWS_COMPARED = 4096  # at once: both may be gigabytes
+
+_logger = logging.getLogger(__name__)
 
 
 def load_config(directory: str | Path) -> LlamaConfig:
     """Read the geometry of a checkpoint.
 
     Args:
-        directory: folder with ``config.json``; the end-of-text tokens of a ``generation_config.json`` next to it take
-            precedence, as they do when transformers generates.
+        directory: folder with ``config.json``; the end-of-text tokens of a ``generation_config.json`` next to it count
+            beside those of ``config.json``: where files of a checkpoint disagree, each names a token that ends a text.
 
     Raises:
-        CheckpointError: the file is missing or is not JSON.
+        CheckpointError: there is no such folder, or a file is missing or is not JSON.
         ConfigError: the model is not supported.
     """
     directory = Path(directory)
-    values = read_json(directory / CONFIG_FILE)
+    _require_checkpoint(directory)
+    config = LlamaConfig.from_hf(read_json(directory / CONFIG_FILE))
     generation = directory / GENERATION_CONFIG_FILE
-    if generation.is_file() and (eos := read_json(generation).get("eos_token_id")) is not None:
-        values = values | {"eos_token_id": eos}
-    return LlamaConfig.from_hf(values)
+    if not generation.is_file():
+        return config
+    name = f"eos_token_id of {GENERATION_CONFIG_FILE}"
+    more = require_token_ids(name, read_json(generation).get("eos_token_id"))
+    return dataclasses.replace(config, eos_token_id=tuple(dict.fromkeys([*config.eos_token_id, *more])))
+
+
+def _require_checkpoint(directory: Path) -> None:
+    """Refuses what is no folder with a ``config.json``, and says what it is; raises CheckpointError."""
+    need = f"a checkpoint is a folder with {CONFIG_FILE} and safetensors, in the Hugging Face layout"
+    try:
+        if directory.suffix == ".gguf":
+            raise CheckpointError(f"{directory} is a GGUF file, which is not supported; {need}")
+        if directory.is_file():
+            raise CheckpointError(f"{directory} is a file; {need}: give the folder")
+        if not directory.is_dir():
+            hub = "; a name on a hub is not fetched: download it and give the folder" * (len(directory.parts) == 2)
+            raise CheckpointError(f"there is no folder {directory}: {need}{hub}")
+        if not (directory / CONFIG_FILE).exists():
+            names = sorted(path.name for path in directory.iterdir())
+            raise CheckpointError(f"{directory / CONFIG_FILE} does not exist; {need}; the folder holds {_first(names)}")
+    except OSError as error:
+        raise CheckpointError(f"cannot look into {directory}: {error.strerror}; {need}") from error
 
 
 def load_llama(directory: str | Path, *, dtype: Any, mesh: Mesh | None = None) -> Llama:
@@ -83,6 +111,8 @@ def load_llama(directory: str | Path, *, dtype: Any, mesh: Mesh | None = None) -
         for path, leaf in _leaves_of(abstract_llama(stored_config, dtype))[0]
     }
     _check_tensors(directory, stored_config, expected, stored)
+    if stored_config.tie_word_embeddings and _TIED_HEAD in stored:
+        _tell_of_another_head(directory, stored[_TIED_HEAD], stored[_EMBEDDING])
     model = abstract_llama(config, dtype, mesh)
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
     with room_for(f"the model of {directory} in {np.dtype(dtype).name}", weight_bytes(model), devices):
@@ -101,6 +131,20 @@ def _filled(model: Llama, config: LlamaConfig, stored_config: LlamaConfig, store
     nnx.replace_by_pure_dict(state, jax.tree_util.tree_unflatten(treedef, arrays))
     nnx.update(model, state)
     return model
+
+
+def _tell_of_another_head(directory: Path, head: StoredTensor, embedding: StoredTensor) -> None:
+    """Logs where a tied model's file holds an output projection that is not its embedding: nobody else would notice."""
+    last = embedding.shape[0]
+    rows = [(slice(at, min(at + _ROWS_COMPARED, last)),) for at in range(0, last, _ROWS_COMPARED)]
+    if head.shape != embedding.shape or not all(np.array_equal(head.read(at), embedding.read(at)) for at in rows):
+        _logger.warning(
+            "%s ties its output projection to the embedding by %s, so the %s that it stores, another one, is not used; "
+            "set tie_word_embeddings to false if that is what the model was trained with",
+            directory,
+            CONFIG_FILE,
+            head.name,
+        )
 
 
 def save_llama(model: Llama, directory: str | Path, *, dtype: Any = None) -> None:

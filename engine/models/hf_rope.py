@@ -1,7 +1,7 @@
 """How Hugging Face configurations state rotary parameters: three spellings of the same table.
 
-Transformers 5 writes ``rope_parameters`` (theta inside); before it came ``rope_theta`` next to ``rope_scaling``,
-whose kind is ``rope_type`` or, older still, ``type``.
+Transformers 5 writes ``rope_parameters`` (theta inside, and one table for each kind of layer where they differ); before
+it came ``rope_theta`` next to ``rope_scaling``, whose kind is ``rope_type`` or, older still, ``type``.
 """
 
 from __future__ import annotations
@@ -10,37 +10,62 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from engine.config import shown
 from engine.errors import ConfigError
+from engine.models.checked_values import unsupported
 from engine.models.rotary import LinearScaling, Llama3Scaling, RopeScaling
 
 _DEFAULT_THETA = 10000.0
 _SUPPORTED = ("default", "linear", "llama3")
 
 
-def rope_from_hf(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def rope_from_hf(config: Mapping[str, Any], layer_kind: str = "full_attention") -> tuple[float, RopeScaling | None]:
     """Return theta and the scaling rule of a configuration.
 
     Args:
         config: a parsed ``config.json``.
+        layer_kind: whose parameters to return where there are some for each kind of layer.
 
     Raises:
         ConfigError: the rope type is not supported, or a parameter of it is missing or out of range.
     """
-    table = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(table, Mapping):
-        raise ConfigError(f"invalid model config: rope parameters are {table!r}; they must be a table")
-    theta = table.get("rope_theta", config.get("rope_theta", _DEFAULT_THETA))
-    partial = table.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    table = _table(config, layer_kind)
+    theta = _given(table, config, "rope_theta", _DEFAULT_THETA)
+    partial = _given(table, config, "partial_rotary_factor", 1.0)
     if partial != 1.0:
-        raise ConfigError(f"unsupported model: partial_rotary_factor={partial}; supported: 1.0")
-    kind = table.get("rope_type", table.get("type", "default"))
+        raise unsupported("partial_rotary_factor", partial, 1.0)
+    kind = _given(table, {"rope_type": table.get("type")}, "rope_type", "default")
     if kind == "default":
         return theta, None
+    factor, low, high = (_given(table, {}, name, None) for name in ("factor", "low_freq_factor", "high_freq_factor"))
     if kind == "linear":
-        return theta, LinearScaling(factor=_number(table, kind, "factor"))
+        return theta, LinearScaling(factor)
     if kind == "llama3":
-        return theta, _llama3(table)
-    raise ConfigError(f"unsupported model: rope_type={kind!r}; supported: {list(_SUPPORTED)}")
+        # As transformers has it: what is left out is the context that the file states.
+        before = _given(config, table, "original_max_position_embeddings", config.get("max_position_embeddings"))
+        return theta, Llama3Scaling(factor, low, high, before)
+    raise unsupported("rope_type", kind, list(_SUPPORTED))
+
+
+def _table(config: Mapping[str, Any], layer_kind: str) -> Mapping[str, Any]:
+    """The table of rope parameters; of several, each under a kind of layer, that of ``layer_kind``."""
+    tables = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key) is not None]
+    if wrong := [table for table in tables if not isinstance(table, Mapping)]:
+        raise ConfigError(f"invalid model config: rope parameters are {shown(wrong[0])}; they must be a table")
+    table: Mapping[str, Any] = next(filter(None, tables), {})
+    nested = {key: value for key, value in table.items() if isinstance(value, Mapping)}
+    if not nested:
+        return table
+    if layer_kind not in nested:
+        raise ConfigError(
+            f"invalid model config: rope parameters for {sorted(nested)}, and every layer is a {layer_kind}; "
+            "they must be there for it"
+        )
+    return nested[layer_kind]
+
+
+def _given(first: Mapping[str, Any], second: Mapping[str, Any], key: str, default: Any) -> Any:
+    return next((table[key] for table in (first, second) if table.get(key) is not None), default)
 
 
 def rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
@@ -48,24 +73,3 @@ def rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
     return {"rope_type": "linear" if isinstance(scaling, LinearScaling) else "llama3", **asdict(scaling)}
-
-
-def _llama3(table: Mapping[str, Any]) -> Llama3Scaling:
-    low, high = _number(table, "llama3", "low_freq_factor"), _number(table, "llama3", "high_freq_factor")
-    if not low < high:
-        raise ConfigError(
-            f"invalid model config: low_freq_factor={low} must be below high_freq_factor={high} for rope_type 'llama3'"
-        )
-    return Llama3Scaling(
-        factor=_number(table, "llama3", "factor"),
-        low_freq_factor=low,
-        high_freq_factor=high,
-        original_max_position_embeddings=int(_number(table, "llama3", "original_max_position_embeddings")),
-    )
-
-
-def _number(table: Mapping[str, Any], kind: str, key: str) -> float:
-    value = table.get(key)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-        raise ConfigError(f"invalid model config: rope_type {kind!r} needs a positive number {key}, found {value!r}")
-    return float(value)

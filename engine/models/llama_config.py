@@ -1,4 +1,4 @@
-"""The geometry of a Llama-family model, and how a Hugging Face ``config.json`` states it."""
+"""The geometry of a Llama-family model."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from engine.errors import ConfigError
+from engine.models.checked_values import require_count, require_flag, require_number, require_token_ids, unsupported
+from engine.models.hf_config import ARCHITECTURES, LARGEST_COUNT, SIZES, fields_from_hf
 from engine.models.hf_rope import rope_from_hf, rope_to_hf
-from engine.models.rotary import RopeScaling
+from engine.models.rotary import LinearScaling, RopeScaling
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-_REQUIRED_HF_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# What transformers assumes where a config.json leaves these out: (rms_norm_eps, max_position_embeddings).
-_HF_DEFAULTS = {"llama": (1e-6, 2048), "mistral": (1e-6, 131072), "qwen2": (1e-6, 32768)}
-# As above, of sliding_window; null in the file means none.
-_MISTRAL_WINDOW = 4096
+# More than any model has; layers and heads are Python's to count, so they are fewer.
+_LARGEST = {"num_hidden_layers": 1 << 12, "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12}
+_LONGEST_CONTEXT = (1 << 31) - 1  # positions are int32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +33,7 @@ class LlamaConfig:
         rms_norm_eps: what RMSNorm adds to the mean square.
         rope_theta: base of the rotary wavelengths.
         rope_scaling: rule that stretches them, or None.
-        max_position_embeddings: the model's context in tokens.
+        max_position_embeddings: the context in tokens before linear scaling lengthens it; see ``context_length``.
         tie_word_embeddings: whether the output projection is the embedding.
         sliding_window: tokens that a query sees, itself included, or None for all.
         attention_bias: whether q, k and v have biases (and the output projection too, where model_type is llama).
@@ -64,16 +63,20 @@ class LlamaConfig:
     eos_token_id: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.model_type not in _ARCHITECTURES:
-            raise _unsupported("model_type", self.model_type, sorted(_ARCHITECTURES))
-        for name in (*_REQUIRED_HF_KEYS, "num_key_value_heads", "head_dim", "max_position_embeddings"):
-            _require_positive_int(name, getattr(self, name))
+        if not isinstance(self.model_type, str) or self.model_type not in ARCHITECTURES:
+            raise unsupported("model_type", self.model_type, sorted(ARCHITECTURES))
+        for name in (*SIZES, "num_key_value_heads", "head_dim"):
+            require_count(name, getattr(self, name), _LARGEST.get(name, LARGEST_COUNT))
+        require_count("max_position_embeddings", self.max_position_embeddings, _LONGEST_CONTEXT)
+        require_count("the context that rope_scaling lengthens", self.context_length, _LONGEST_CONTEXT)
+        for name in ("tie_word_embeddings", "attention_bias"):
+            require_flag(name, getattr(self, name))
         if self.sliding_window is not None:
-            _require_positive_int("sliding_window", self.sliding_window)
+            require_count("sliding_window", self.sliding_window, _LONGEST_CONTEXT)
             if self.model_type == "llama":
-                raise _unsupported("sliding_window of a llama", self.sliding_window, "None, or model_type='mistral'")
-        _require_positive("rms_norm_eps", self.rms_norm_eps)
-        _require_positive("rope_theta", self.rope_theta)
+                raise unsupported("sliding_window of a llama", self.sliding_window, "None, or model_type='mistral'")
+        require_number("rms_norm_eps", self.rms_norm_eps, least=1e-30, most=1.0)
+        require_number("rope_theta", self.rope_theta, least=1.0, most=1e30)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"invalid model config: num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -81,6 +84,21 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"invalid model config: head_dim={self.head_dim} must be even: rotary turns pairs")
+        if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
+            raise unsupported("rope_scaling", self.rope_scaling, "LinearScaling, Llama3Scaling or None")
+        for name in ("bos_token_id", "eos_token_id"):
+            ids = require_token_ids(name, getattr(self, name))
+            if outside := [token for token in ids if token >= self.vocab_size]:
+                raise ConfigError(
+                    f"invalid model config: {name}={outside[0]} is outside the vocabulary of {self.vocab_size} tokens"
+                )
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a text: linear scaling squeezes ``factor`` times the positions into those trained."""
+        if isinstance(self.rope_scaling, LinearScaling):
+            return int(self.max_position_embeddings * self.rope_scaling.factor)
+        return self.max_position_embeddings
 
     @property
     def output_bias(self) -> bool:
@@ -100,60 +118,36 @@ class LlamaConfig:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(table) - known):
             raise ConfigError(f"unknown model config keys {unknown}; known are {sorted(known)}")
-        required = {*_REQUIRED_HF_KEYS, "num_key_value_heads", "head_dim"}
+        required = {*SIZES, "num_key_value_heads", "head_dim"}
         if missing := sorted(required - set(table)):
             raise ConfigError(f"model config lacks {missing}; add them")
         values = dict(table)
         if isinstance(values.get("rope_scaling"), Mapping):
             _, values["rope_scaling"] = rope_from_hf(values)
-        values["eos_token_id"] = _token_ids("eos_token_id", values.get("eos_token_id"))
+        values["eos_token_id"] = require_token_ids("eos_token_id", values.get("eos_token_id"))
         return cls(**values)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> LlamaConfig:
         """Read the contents of a Hugging Face ``config.json``.
 
-        Keys without influence on the forward pass are passed over.
+        Keys without influence on the forward pass are passed over; those left out are the architecture's own.
 
         Args:
             config: the parsed JSON object.
 
         Raises:
-            ConfigError: the architecture, activation, rope type or another feature is not supported, a required key
-                is missing, or a value is out of range.
+            ConfigError: the architecture, activation, rope type or another feature is not supported, or a value has
+                the wrong type or is out of range.
         """
-        model_type = config.get("model_type")
-        if model_type not in _ARCHITECTURES:
-            raise _unsupported("model_type", model_type, sorted(_ARCHITECTURES))
-        if missing := [key for key in _REQUIRED_HF_KEYS if config.get(key) is None]:
-            raise ConfigError(f"config.json lacks {missing}; restore the file as it was published")
-        _refuse_unsupported(config)
-        eps, context = _HF_DEFAULTS[model_type]
-        heads = config["num_attention_heads"]
-        _require_positive_int("num_attention_heads", heads)
-        theta, scaling = rope_from_hf(config)
-        return cls(
-            model_type=model_type,
-            **{key: config[key] for key in _REQUIRED_HF_KEYS},
-            num_key_value_heads=_value_or(config, "num_key_value_heads", 8 if model_type == "mistral" else heads),
-            head_dim=_value_or(config, "head_dim", config["hidden_size"] // heads),
-            rms_norm_eps=_value_or(config, "rms_norm_eps", eps),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            max_position_embeddings=_value_or(config, "max_position_embeddings", context),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            sliding_window=_sliding_window(config),
-            attention_bias=model_type == "qwen2" or bool(config.get("attention_bias", False)),
-            bos_token_id=config.get("bos_token_id"),
-            eos_token_id=_token_ids("eos_token_id", config.get("eos_token_id")),
-        )
+        return cls(**fields_from_hf(config))
 
     def to_hf(self) -> dict[str, Any]:
         """Return the ``config.json`` of this model, readable by `from_hf` and by transformers."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rope_scaling"}
         eos = list(self.eos_token_id)
         return values | {
-            "architectures": [_ARCHITECTURES[self.model_type]],
+            "architectures": [ARCHITECTURES[self.model_type]],
             "hidden_act": "silu",
             "rope_scaling": rope_to_hf(self.rope_scaling),
             "use_sliding_window": self.sliding_window is not None,
@@ -161,55 +155,3 @@ class LlamaConfig:
             "max_window_layers": 0 if self.sliding_window is not None else self.num_hidden_layers,
             "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         }
-
-
-def _unsupported(name: str, value: object, supported: object) -> ConfigError:
-    return ConfigError(f"unsupported model: {name}={value!r}; supported: {supported}")
-
-
-def _require_positive_int(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ConfigError(f"invalid model config: {name}={value!r} must be a positive integer")
-
-
-def _require_positive(name: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-        raise ConfigError(f"invalid model config: {name}={value!r} must be a positive number")
-
-
-def _value_or(config: Mapping[str, Any], key: str, default: Any) -> Any:
-    value = config.get(key)
-    return default if value is None else value
-
-
-def _token_ids(name: str, value: object) -> tuple[int, ...]:
-    ids = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
-        raise ConfigError(f"invalid model config: {name}={value!r} must be token ids (one, a list, or none)")
-    return ids
-
-
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    activation = config.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise _unsupported("hidden_act", activation, ["silu"])
-    if config.get("mlp_bias"):
-        raise _unsupported("mlp_bias", True, [False])
-    if config.get("quantization_config") is not None:
-        raise _unsupported("quantization_config", config["quantization_config"], "unquantised weights only")
-
-
-def _sliding_window(config: Mapping[str, Any]) -> int | None:
-    """Return the one window of all layers; llama has none, mistral's is on by its presence, qwen2's by a switch."""
-    mistral = config["model_type"] == "mistral"
-    window: int | None = config.get("sliding_window", _MISTRAL_WINDOW if mistral else None)
-    if mistral:
-        return window
-    if config["model_type"] == "llama" or window is None or not config.get("use_sliding_window", False):
-        return None
-    layers = config["num_hidden_layers"]
-    windowless = min(config.get("max_window_layers", 28), layers)
-    kinds = config.get("layer_types") or ["full_attention"] * windowless + ["sliding_attention"] * (layers - windowless)
-    if len(set(kinds)) > 1:
-        raise _unsupported("layer_types", kinds, "the same sliding window in every layer, or in none")
-    return window if kinds[0] == "sliding_attention" else None

@@ -15,12 +15,24 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
+from engine.errors import ConfigError
+from engine.models.checked_values import require_count, require_number
+
+_LARGEST_FACTOR = 1e6
+
 
 @dataclass(frozen=True)
 class LinearScaling:
-    """Position interpolation (Chen et al., 2023): every frequency is divided by ``factor``."""
+    """Position interpolation (Chen et al., 2023): every frequency is divided by ``factor``.
+
+    Raises:
+        ConfigError: the factor is not a number of at least 1.
+    """
 
     factor: float
+
+    def __post_init__(self) -> None:
+        require_number("factor of rope_type 'linear'", self.factor, least=1, most=_LARGEST_FACTOR)
 
 
 @dataclass(frozen=True)
@@ -32,12 +44,27 @@ class Llama3Scaling:
         low_freq_factor: wavelengths above ``original_max_position_embeddings / low_freq_factor`` are stretched fully.
         high_freq_factor: wavelengths below ``original_max_position_embeddings / high_freq_factor`` are kept.
         original_max_position_embeddings: the context, in tokens, of the model before it was stretched.
+
+    Raises:
+        ConfigError: a value is out of range.
     """
 
     factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        require_number("factor of rope_type 'llama3'", self.factor, least=1, most=_LARGEST_FACTOR)
+        for name in ("low_freq_factor", "high_freq_factor"):
+            require_number(f"{name} of rope_type 'llama3'", getattr(self, name), least=1e-6, most=_LARGEST_FACTOR)
+        context = self.original_max_position_embeddings
+        require_count("original_max_position_embeddings of rope_type 'llama3'", context, (1 << 31) - 1)
+        if not self.low_freq_factor < self.high_freq_factor:
+            raise ConfigError(
+                f"invalid model config: low_freq_factor={self.low_freq_factor} must be below "
+                f"high_freq_factor={self.high_freq_factor} for rope_type 'llama3'"
+            )
 
 
 RopeScaling = LinearScaling | Llama3Scaling

@@ -6,6 +6,7 @@ Every header is read and checked before the first tensor, so a shard that is mis
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from engine.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+OTHER_WEIGHTS = (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".npz")
 _DTYPES = ("F32", "F16", "BF16")
 _REMEDY = "fetch it again, as it was published"
 
@@ -58,17 +60,33 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
-        CheckpointError: there is no such file, or it holds something else.
+        CheckpointError: there is no such file, or it holds something else; a key that stands twice, and NaN and
+            Infinity, which are not JSON, count as something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist; a Hugging Face checkpoint has it") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path} nests tables or lists too deeply to be a checkpoint's; {_REMEDY}") from error
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a JSON object; {_REMEDY}")
     return content
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice!r} stands there twice")
+    return table
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -81,7 +99,11 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     if single.is_file():
         return _read_header(single)
     if not index.is_file():
-        raise CheckpointError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; convert it to safetensors")
+        others = [path.name for path in sorted(directory.iterdir()) if path.suffix in OTHER_WEIGHTS]
+        found = f" but {', '.join(others[:2])}{', …' if len(others) > 2 else ''}" if others else ""
+        raise CheckpointError(
+            f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{found}; convert it to safetensors"
+        )
     return _read_shards(directory, index)
 
 

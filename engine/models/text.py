@@ -1,61 +1,217 @@
-"""Text to token ids and back, by the ``tokenizer.json`` of a checkpoint."""
+"""Text to token ids and back, by the ``tokenizer.json`` of a checkpoint and what ``tokenizer_config.json`` adds."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import tokenizers
 
-from engine.errors import CheckpointError
+from engine.config import shown
+from engine.errors import CheckpointError, EngineError, RequestError
+from engine.models.tensor_files import read_json
 
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+# Tokens of the prompt that an answer is decoded behind: a character has at most 4 bytes, and a token at least one.
+_CONTEXT_TOKENS = 8
+_REPLACEMENT = "\ufffd"
+
+
+@dataclass(frozen=True)
+class TextEnds:
+    """The tokens around a text, as ``tokenizer_config.json`` has them.
+
+    Attributes:
+        bos: id of the token that begins a text, or None.
+        eos: id of the token that ends a text, or None.
+        add_bos: whether to begin a text with ``bos``; None leaves it to the post-processor of ``tokenizer.json``.
+        add_eos: whether to end a text with ``eos``; None as above.
+    """
+
+    bos: int | None = None
+    eos: int | None = None
+    add_bos: bool | None = None
+    add_eos: bool | None = None
 
 
 class Tokenizer:
     """A checkpoint's tokenizer.
 
     Args:
-        backend: the parsed ``tokenizer.json``.
+        backend: the parsed ``tokenizer.json``; its truncation and padding are switched off.
+        ends: the tokens around a text.
+        parse_special_tokens: whether the name of a special token in a text becomes that token; else it is text like
+            any other, so that what a user writes cannot end a turn or begin one.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, ends: TextEnds | None = None, *, parse_special_tokens: bool = True
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = not parse_special_tokens
         self._backend = backend
+        self._ends = ends or TextEnds()
+        self._special = {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
+        self._byte_of = _byte_tokens(backend)
 
     @property
     def vocab_size(self) -> int:
         """Number of token ids, special ones included."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of ``text``, begun as the checkpoint's post-processor says (usually with bos)."""
-        return list(self._backend.encode(text).ids)
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The token that ends a text, where ``tokenizer_config.json`` names one."""
+        return frozenset() if self._ends.eos is None else frozenset((self._ends.eos,))
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of ``token_ids``.
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of ``text`` between the tokens that the checkpoint puts around it (usually a bos).
+
+        ``add_bos_token`` and ``add_eos_token`` of ``tokenizer_config.json`` outweigh the post-processor of
+        ``tokenizer.json``. What the text itself begins or ends with, as chat templates do, is not put there again.
+
+        Raises:
+            RequestError: the tokenizer cannot encode the text.
+        """
+        with _refused_as(RequestError, "the tokenizer cannot encode the prompt"):
+            encoding = self._backend.encode(text)
+        ids, added = list(encoding.ids), encoding.special_tokens_mask
+        begin = next((at for at, mark in enumerate(added) if not mark), len(ids))
+        end = next((at for at in range(len(ids), begin, -1) if not added[at - 1]), begin)
+        head = _with_or_without(ids[:begin], self._ends.bos, self._ends.add_bos)
+        tail = _with_or_without(ids[end:], self._ends.eos, self._ends.add_eos)
+        body = ids[begin:end]
+        if head and body[:1] == head[-1:]:
+            head.pop()
+        if tail and body[-1:] == tail[:1]:
+            tail.pop(0)
+        return head + body + tail
+
+    def decode(self, token_ids: Sequence[int], *, prompt: Sequence[int] | npt.NDArray[np.int32] = ()) -> str:
+        """Return the text of ``token_ids`` where they stand: behind ``prompt``.
 
         Special tokens are left out. Bytes that are not UTF-8, such as the first half of a character whose other half
-        has not been generated yet, become U+FFFD.
+        has not been generated yet, become U+FFFD. Of a character whose first half ends the prompt, the whole is part
+        of the answer.
+
+        Args:
+            token_ids: what to decode.
+            prompt: the tokens before it; its last few alone are looked at.
+
+        Raises:
+            CheckpointError: the tokenizer cannot decode them.
         """
-        return str(self._backend.decode(list(token_ids), skip_special_tokens=True))
+        with _refused_as(CheckpointError, "the tokenizer cannot decode the answer"):
+            context = self._last_with_text(prompt)
+            before, text = self._text(context), self._text([*context, *token_ids])
+        while not text.startswith(before):
+            before = before[:-1]
+        return text[len(before) :]
+
+    def _last_with_text(self, prompt: Sequence[int] | npt.NDArray[np.int32]) -> list[int]:
+        """The last tokens of ``prompt`` that decode to something."""
+        backwards = (int(prompt[at]) for at in range(len(prompt) - 1, -1, -1))
+        with_text = (t for t in backwards if t not in self._special and self._backend.id_to_token(t) is not None)
+        return list(islice(with_text, _CONTEXT_TOKENS))[::-1]
+
+    def _text(self, token_ids: Sequence[int]) -> str:
+        text = str(self._backend.decode(list(token_ids), skip_special_tokens=True))
+        if self._byte_of and _REPLACEMENT in text:
+            return "".join(self._pieces([token for token in token_ids if token not in self._special]))
+        return text
+
+    def _pieces(self, token_ids: list[int]) -> Iterator[str]:
+        """The text in pieces: the library replaces a whole run of byte tokens for one byte of it that is wrong."""
+        for at, (is_bytes, run) in enumerate(groupby(token_ids, self._byte_of.__contains__)):
+            tokens = list(run)
+            if is_bytes:
+                yield bytes(self._byte_of[token] for token in tokens).decode(errors="replace")
+            elif at == 0:
+                yield self._backend.decode(tokens, skip_special_tokens=True)
+            else:  # behind another token: what begins a text may lose its first space
+                yield self._backend.decode([tokens[0], *tokens])[len(self._backend.decode(tokens[:1])) :]
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer | None:
-    """Read ``tokenizer.json`` of a checkpoint folder.
+def load_tokenizer(directory: str | Path, *, parse_special_tokens: bool = True) -> Tokenizer | None:
+    """Read ``tokenizer.json`` of a checkpoint folder, and ``tokenizer_config.json`` where there is one.
 
     Args:
         directory: the folder.
+        parse_special_tokens: see `Tokenizer`.
 
     Returns:
         The tokenizer, or None where the folder has none: such a model is served by token ids alone.
 
     Raises:
-        CheckpointError: the file is not a tokenizer.
+        CheckpointError: the file is not a tokenizer, or the other one is wrong.
     """
     path = Path(directory) / TOKENIZER_FILE
     if not path.is_file():
         return None
+    with _refused_as(CheckpointError, f"cannot read {path}; restore the file as it was published"):
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    ends = _text_ends(Path(directory) / TOKENIZER_CONFIG_FILE, backend)
+    return Tokenizer(backend, ends, parse_special_tokens=parse_special_tokens)
+
+
+@contextmanager
+def _refused_as(kind: type[EngineError], what: str) -> Iterator[None]:
+    """Turns whatever the library raises into an error of ours."""
     try:
-        return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
-    except Exception as error:  # the library raises bare Exception, whatever is wrong
-        raise CheckpointError(f"cannot read {path}: {error}; restore the file as it was published") from error
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # bare Exceptions, and panics, which are not even that
+        raise kind(f"{what}: {error}") from error
+
+
+def _with_or_without(ids: list[int], token: int | None, wanted: bool | None) -> list[int]:
+    """What the post-processor puts at one end of a text, with ``token`` or without it."""
+    if token is None or wanted is None or (token in ids) == wanted:
+        return ids
+    return [*ids, token] if wanted else [other for other in ids if other != token]
+
+
+def _byte_tokens(backend: tokenizers.Tokenizer) -> dict[int, int]:
+    """The tokens that stand for single bytes of characters which the vocabulary lacks, and their bytes."""
+    names = {byte: f"<0x{byte:02X}>" for byte in range(256)}
+    found = {backend.token_to_id(name): byte for byte, name in names.items()}
+    return {
+        token: byte for token, byte in found.items() if token is not None and backend.decode([token]) != names[byte]
+    }
+
+
+def _text_ends(path: Path, backend: tokenizers.Tokenizer) -> TextEnds:
+    if not path.is_file():
+        return TextEnds()
+    values = read_json(path)
+    bos, eos = (_token_id(path, key, values, backend) for key in ("bos_token", "eos_token"))
+    add_bos, add_eos = (_switch(path, key, values) for key in ("add_bos_token", "add_eos_token"))
+    return TextEnds(bos, eos, add_bos, add_eos)
+
+
+def _switch(path: Path, key: str, values: dict[str, Any]) -> bool | None:
+    value = values.get(key)
+    if not isinstance(value, bool | None):
+        raise CheckpointError(f"{path} has {key}={shown(value)}, which must be true or false; restore the file")
+    return value
+
+
+def _token_id(path: Path, key: str, values: dict[str, Any], backend: tokenizers.Tokenizer) -> int | None:
+    """The id of a token that is named by its text, or by a table that holds it; None where it is not in the vocabulary.
+
+    Published checkpoints name tokens that they do not have: such a token can neither be fed nor generated.
+    """
+    value = values.get(key)
+    name = value.get("content") if isinstance(value, dict) else value
+    if value is not None and not isinstance(name, str):
+        raise CheckpointError(f"{path} has {key}={shown(value)}, which must be the text of a token; restore the file")
+    return None if name is None else backend.token_to_id(name)

@@ -59,20 +59,11 @@ def make_mesh_of(config: EngineConfig) -> Mesh | None:
     return make_mesh(tp=config.tp, dp=config.dp, cp=config.cp)
 
 
-def weights_dtype(config: EngineConfig) -> Any:
-    """The dtype of weights and activations: float32 on CPU, where 16 bits are no faster, unless told."""
-    if config.dtype != "auto":
-        return jnp.dtype(config.dtype)
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-
-
 def context_length(config: EngineConfig, model: LlamaConfig) -> int:
     """Most tokens of one request; raises ConfigError where more are wanted than the model has positions."""
-    wanted = config.context_length or model.max_position_embeddings
-    if wanted > model.max_position_embeddings:
-        raise ConfigError(
-            f"context_length={wanted} exceeds the model's {model.max_position_embeddings} positions; lower it"
-        )
+    wanted = config.context_length or model.context_length
+    if wanted > model.context_length:
+        raise ConfigError(f"context_length={wanted} exceeds the model's {model.context_length} positions; lower it")
     return wanted
 
 

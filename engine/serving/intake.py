@@ -24,7 +24,7 @@ class Intake:
 
     Args:
         model: its vocabulary and end-of-text tokens.
-        tokenizer: None where prompts must be token ids.
+        tokenizer: its end-of-text token counts too; None where prompts must be token ids.
         context_length: most tokens of prompt and answer together.
         scope_for: tenant salt to the scope under which a prompt may share cached prefixes.
     """
@@ -38,7 +38,7 @@ class Intake:
     ) -> None:
         self._scope_for = scope_for
         self._vocab_size = model.vocab_size
-        self._eos = frozenset(model.eos_token_id)
+        self._eos = frozenset(model.eos_token_id) | (tokenizer.eos_token_ids if tokenizer else frozenset())
         self._tokenizer = tokenizer
         self._context_length = context_length
         self._made = 0

@@ -8,17 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineError, IntegrityError, ProcessLost, RequestError
 from engine.kv.pool import TokenToKVPool
 from engine.memory.cache_manager import CacheManager
 from engine.memory.prefix_cache import RadixCache
 from engine.memory.scope import CacheScope, LayoutKey
-from engine.models.checkpoint import load_llama
 from engine.models.llama import Llama
 from engine.models.replacement import require_replaceable
 from engine.models.sharding import shard_llama
-from engine.models.text import Tokenizer, load_tokenizer
 from engine.processes import SharedPlan, lost
 from engine.serving.agreement import Agreement
 from engine.serving.batcher import parcel_shapes
@@ -26,17 +23,16 @@ from engine.serving.build import (
     make_backend,
     make_batcher,
     make_caches,
-    make_mesh_of,
     make_pool,
     make_scheduler,
-    model_directory,
     step_tokens,
-    weights_dtype,
     weights_identity,
 )
+from engine.serving.compile_cache import use_compile_cache
 from engine.serving.gate import Gate, SnapshotBoard
 from engine.serving.groups import AnswerGroups, group_of, is_unstarted
 from engine.serving.intake import Intake
+from engine.serving.loading import load_parts
 from engine.serving.metrics import EngineMetrics, collect_metrics
 from engine.serving.recovery import Recovery, end
 from engine.serving.reports import Reports
@@ -58,6 +54,7 @@ class LLM:
     Args:
         model: checkpoint directory in the Hugging Face layout, a Llama, or None for the one that ships.
         on_compile: called with (programs compiled, programs in all) while the engine compiles.
+        before_compile: called with the engine when all but that is done, such as to ``check_requests``.
         **options: the other fields of EngineConfig.
 
     Raises:
@@ -66,24 +63,16 @@ class LLM:
     """
 
     def __init__(
-        self, model: str | Path | Llama | None = None, *, on_compile: Progress | None = None, **options: Any
+        self,
+        model: str | Path | Llama | None = None,
+        *,
+        on_compile: Progress | None = None,
+        before_compile: Callable[[LLM], None] | None = None,
+        **options: Any,
     ) -> None:
-        self.tokenizer: Tokenizer | None = None
-        directory = None
-        if isinstance(model, Llama):
-            self.config = EngineConfig.from_mapping(options)
-            self._mesh = make_mesh_of(self.config)
-            self.model = model if self._mesh is None else shard_llama(model, self._mesh)
-            if self.config.dtype not in ("auto", model.dtype.name):
-                raise ConfigError(
-                    f"dtype={self.config.dtype!r} for a Llama of {model.dtype}; leave it out, or cast the model"
-                )
-        else:
-            directory = model_directory(model)
-            self.config = EngineConfig.from_mapping({"model": str(directory), **options})
-            self._mesh = make_mesh_of(self.config)
-            self.model = load_llama(directory, dtype=weights_dtype(self.config), mesh=self._mesh)
-            self.tokenizer = load_tokenizer(directory)
+        use_compile_cache()
+        loaded = load_parts(model, options)
+        self.config, self._mesh, self.model, self.tokenizer = loaded.config, loaded.mesh, loaded.model, loaded.tokenizer
         backend = make_backend(self.config, self.model.config, self._mesh)
         self.plan, pool = make_pool(self.config, self.model, self._mesh)
         slots = self.config.max_running_requests // self.config.dp
@@ -103,7 +92,7 @@ class LLM:
             self._agreement.require_same(self._store.loaded, f"{where}; let it be one directory that all can read")
         self.scheduler = make_scheduler(self.config, self.caches, self._agreement.plan.clock)
         self.stats = EngineStats()
-        self._identity = self._identity_of(model if isinstance(model, Llama) else self.model, directory)
+        self._identity = self._identity_of(model if isinstance(model, Llama) else self.model, loaded.directory)
         self._weights_epoch = 0
         self._layout = LayoutKey.of(pool.layout.to_dict())
         self._intake = Intake(self.model.config, self.tokenizer, self.plan.context_length, self._scope_for)
@@ -116,6 +105,8 @@ class LLM:
         self._board = SnapshotBoard(
             lambda: collect_metrics(self.scheduler, self.stats), self._gate, lambda: self.scheduler.has_work
         )
+        if before_compile:
+            before_compile(self)
         self._compiles = CompileCounter()
         self._runner.compile_all(on_compile)
         self._compiles.count = 0
@@ -170,6 +161,15 @@ class LLM:
             finally:  # an interrupted call leaves no page behind
                 self._abort_all(requests)
         return self._reports.answers(requests, done)
+
+    def check_requests(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> None:
+        """Raises RequestError where ``generate`` would refuse these requests; starts nothing."""
+        for checked in self._intake.check(prompts, sampling_params):
+            self.scheduler.check_fits(self._intake.make(checked))
 
     def add_request(self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None) -> int:
         """Queues a request for ``step`` and returns its id; raises RequestError if it can never be served."""
@@ -397,4 +397,4 @@ class LLM:
             self.scheduler.queue.acting_for = None
 
     def _text_of(self, request: Request) -> str:
-        return self.tokenizer.decode(request.output) if self.tokenizer else ""
+        return self.tokenizer.decode(request.output, prompt=request.prompt) if self.tokenizer else ""

@@ -11,6 +11,7 @@ from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
 from engine.serving.check import CHECK_BOUND
 from engine.serving.llm import LLM
+from engine.serving.runner import ModelRunner
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_a_16_bit_pool_is_checked_against_its_own_bound(capsys, checkpoint):
     arguments = ("--prompt", "1 2", "--max-new-tokens", 3, "--kv-cache-dtype", "bfloat16", "--check")
     code, _, err = run(capsys, "generate", "--model", checkpoint, *SMALL, *arguments)
     assert code == 0
-    assert "bound 8e-01" in err
+    assert "bound 2e-01" in err  # a sixteenth of the largest logit, about 3
 
 
 @pytest.mark.parametrize(("prompt", "message"), [("", "prompt is empty"), ("\udcff", "not valid text")])
@@ -117,6 +118,25 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, checkpoint, arguments, me
     assert code == 2
     assert message in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("prompt", ["", "99", " ".join(["1"] * 64)], ids=["empty", "unknown token", "too long"])
+def test_prompts_are_checked_before_anything_is_compiled(capsys, checkpoint, monkeypatch, prompt):
+    def compile_all(self, on_compile):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(ModelRunner, "compile_all", compile_all)
+    code, _, err = run(capsys, "generate", "--model", checkpoint, "--prompt", "1", "--prompt", prompt)
+    assert code == 2
+    assert "RequestError" in err
+
+
+def test_the_dtype_and_its_reason_are_told(capsys, checkpoint):
+    arguments = ("--model", checkpoint, *SMALL, "--prompt", "1", "--max-new-tokens", 1)
+    _, out, err = run(capsys, "generate", *arguments)
+    assert "weights are float32 (dtype='auto'), which a CPU decodes several times faster" in out + err
+    _, out, err = run(capsys, "generate", *arguments, "--dtype", "bfloat16")
+    assert "weights are bfloat16 (dtype='bfloat16'), which a CPU decodes several times slower" in out + err
 
 
 def test_an_absent_model_is_one_line_and_exit_code_2(capsys, tmp_path):

@@ -16,9 +16,11 @@ from safetensors.numpy import load_file, save_file
 
 from engine.errors import CheckpointError, ConfigError
 from engine.models.checkpoint import load_config, load_llama, save_llama
+from engine.models.default_model import byte_tokenizer
 from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
 from engine.models.rotary import Llama3Scaling
+from engine.models.text import load_tokenizer
 
 CONFIG = LlamaConfig(
     vocab_size=61,
@@ -124,10 +126,12 @@ def test_redundant_tensors_are_passed_over(tmp_path: Path) -> None:
     assert_same_parameters(load_llama(tmp_path, dtype="float32"), model)
 
 
-def test_end_tokens_of_the_generation_config_take_precedence(checkpoint: Path) -> None:
+def test_end_tokens_of_the_generation_config_count_beside_those_of_the_config(checkpoint: Path) -> None:
     assert load_config(checkpoint).eos_token_id == (2, 3)
     (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
-    assert load_config(checkpoint).eos_token_id == (9,)
+    assert load_config(checkpoint).eos_token_id == (2, 3, 9)
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 8, 9]}))
+    assert load_config(checkpoint).eos_token_id == (2, 3, 8, 9)
     (checkpoint / "generation_config.json").write_text(json.dumps({"temperature": 0.6}))
     assert load_config(checkpoint).eos_token_id == (2, 3)
 
@@ -152,6 +156,81 @@ def test_a_corrupt_config_is_refused(checkpoint: Path, content: str) -> None:
     (checkpoint / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(CheckpointError, match=r"config\.json"):
         load_llama(checkpoint, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        '{"hidden_size": 24, "hidden_size": 32}',
+        '{"rope_theta": NaN}',
+        '{"rope_theta": Infinity}',
+        '{"rope_theta": 1' + "0" * 5000 + "}",
+    ],
+    ids=["deep list", "deep table", "a key twice", "NaN", "Infinity", "a number of 5000 digits"],
+)
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_json_that_no_checkpoint_has_is_refused_by_path(checkpoint: Path, file: str, content: str) -> None:
+    byte_tokenizer().save(str(checkpoint / "tokenizer.json"))
+    (checkpoint / file).write_text(content)
+    load = load_tokenizer if file.startswith("tokenizer") else load_config
+    with pytest.raises(CheckpointError, match=file.replace(".", r"\.")):
+        load(checkpoint)
+
+
+def test_a_number_too_large_for_a_float_is_refused_by_name(checkpoint: Path) -> None:
+    path = checkpoint / "config.json"
+    path.write_text(path.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 1e400'))
+    with pytest.raises(ConfigError, match="rope_theta=inf"):
+        load_config(checkpoint)
+
+
+def test_end_tokens_of_the_generation_config_must_be_tokens(checkpoint: Path) -> None:
+    for wrong in ("2", [2, "x"], 61, 2.0):
+        (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(ConfigError, match="eos_token_id"):
+            load_config(checkpoint)
+
+
+def test_what_is_no_checkpoint_folder_is_named_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "weights").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "consolidated.00.pth").write_bytes(b"")
+    for name, said in {
+        "model.gguf": "is a GGUF file",
+        "weights": "is a file",
+        "empty": r"config\.json does not exist.*holds \[\]",
+        "other": r"config\.json does not exist.*holds \[consolidated",
+        "meta-llama/Llama-3-8B": "a name on a hub is not fetched",
+        "a" * 5000: "cannot look into",
+    }.items():
+        with pytest.raises(CheckpointError, match=said) as refused:
+            load_llama(name, dtype="float32")
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("other", ["pytorch_model.bin", "consolidated.00.pth", "model-q4.gguf"])
+def test_weights_of_another_format_are_named(checkpoint: Path, other: str) -> None:
+    (checkpoint / "model.safetensors").rename(checkpoint / other)
+    with pytest.raises(CheckpointError, match=f"neither.*but {other}; convert"):
+        load_llama(checkpoint, dtype="float32")
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["the embedding again", "another head"])
+def test_a_tied_model_with_another_stored_head_says_that_it_is_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, same: bool
+) -> None:
+    model = random_llama(replace(CONFIG, tie_word_embeddings=True))
+    save_llama(model, tmp_path)
+    embedding = np.asarray(model.embed_tokens.embedding[...])
+    head = embedding if same else np.random.default_rng(3).normal(size=embedding.shape).astype(np.float32)
+    rewrite_tensors(tmp_path, lambda tensors: tensors.update({"lm_head.weight": head}))
+    assert_same_parameters(load_llama(tmp_path, dtype="float32"), model)
+    assert ("is not used" in caplog.text) != same
 
 
 def test_an_unsupported_model_is_refused_before_its_weights_are_looked_at(checkpoint: Path) -> None:

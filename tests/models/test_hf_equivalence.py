@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import pytest
 from numpy.typing import NDArray
 from random_llama import jitted_logits, random_llama
 
-from engine.models.checkpoint import load_llama, save_llama
+from engine.models.checkpoint import load_config, load_llama, save_llama
 from engine.models.llama_config import LlamaConfig
+from engine.models.rotary import inverse_frequencies
 
 with warnings.catch_warnings():
     # Both warn of their own dependencies while they are imported.
@@ -139,3 +141,47 @@ def test_transformers_reads_what_is_saved_here(tmp_path: Path, changes: dict[str
     tokens = random_prompt()
     ours = np.asarray(jitted_logits(model, tokens.astype(np.int32)))
     np.testing.assert_allclose(ours, hf_logits(theirs, tokens), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2"])
+@pytest.mark.parametrize(
+    "left_out", [(), *((key,) for key in GEOMETRY), tuple(GEOMETRY)], ids=["none", *GEOMETRY, "all"]
+)
+def test_what_a_config_leaves_out_is_what_transformers_assumes(family: str, left_out: tuple[str, ...]) -> None:
+    given = {key: value for key, value in GEOMETRY.items() if key not in left_out}
+    if "num_attention_heads" in left_out or "hidden_size" in left_out:
+        given["head_dim"] = 16
+    theirs = getattr(transformers, f"{family}Config")(**given)
+    if theirs.num_attention_heads % theirs.num_key_value_heads:
+        pytest.skip("no model")
+    ours = LlamaConfig.from_hf({"model_type": family.lower()} | given)
+    for name in (*GEOMETRY, "rms_norm_eps", "tie_word_embeddings", "bos_token_id"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.eos_token_id == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+    assert ours.attention_bias == (family == "Qwen2")
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e5},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 5e5},
+        {"rope_scaling": LLAMA3_ROPE, "rope_parameters": LINEAR_ROPE},
+        {"rope_scaling": {key: LLAMA3_ROPE[key] for key in LLAMA3_ROPE if not key.startswith("original")}},
+        {"rope_scaling": LLAMA3_ROPE, "original_max_position_embeddings": 32},
+        {"rope_parameters": {"rope_theta": 7e5}, "rope_theta": 5e5},
+    ],
+    ids=["old", "theta outside", "both", "no original", "original outside", "theta twice"],
+)
+def test_every_spelling_of_rope_gives_the_frequencies_of_transformers(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = {"model_type": "llama", **GEOMETRY, **changes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(
+        transformers.AutoConfig.from_pretrained(tmp_path)
+    )
+    ours = load_config(tmp_path)
+    frequencies = inverse_frequencies(ours.head_dim, ours.rope_theta, ours.rope_scaling)
+    np.testing.assert_allclose(frequencies, np.asarray(theirs.inv_freq), rtol=1e-6)

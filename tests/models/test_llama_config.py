@@ -19,6 +19,18 @@ LLAMA3_RULE = {
     "original_max_position_embeddings": 8192,
 }
 
+COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+ABSURD = (0, -1.0, float("inf"), float("nan"), 1e300, 10**400, "10000", True, [1.0], {})
+
 
 def hf_config(**changes: Any) -> dict[str, Any]:
     base = {
@@ -80,6 +92,62 @@ def test_every_spelling_of_rope_parameters_is_read_alike(spelling: dict[str, Any
     assert config.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 8192)
 
 
+@pytest.mark.parametrize(("kind", "theta"), [("full_attention", 1e6), ("sliding_attention", 1e4)])
+def test_of_nested_rope_parameters_those_of_the_layers_are_read(kind: str, theta: float) -> None:
+    nested = {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+    }
+    config = LlamaConfig.from_hf(hf_config(model_type="mistral", layer_types=[kind] * 2, rope_parameters=nested))
+    assert (config.rope_theta, config.rope_scaling) == (theta, None if theta == 1e6 else LinearScaling(4.0))
+    del nested[kind]
+    with pytest.raises(ConfigError, match=kind):
+        LlamaConfig.from_hf(hf_config(model_type="mistral", layer_types=[kind] * 2, rope_parameters=nested))
+
+
+def test_linear_scaling_lengthens_the_context_and_no_other_does() -> None:
+    def context(**changes: Any) -> int:
+        config = LlamaConfig.from_hf(hf_config(**changes))
+        assert LlamaConfig.from_hf(config.to_hf()) == config
+        return config.context_length
+
+    assert context() == 4096
+    assert context(rope_scaling={"type": "linear", "factor": 4.0}) == 16384
+    assert context(rope_parameters={"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}) == 10240
+    assert context(rope_scaling={"rope_type": "llama3", **LLAMA3_RULE}) == 4096
+
+
+def test_the_context_before_llama3_scaling_is_the_models_where_it_is_left_out() -> None:
+    rule = {key: value for key, value in LLAMA3_RULE.items() if key != "original_max_position_embeddings"}
+    config = LlamaConfig.from_hf(hf_config(rope_scaling={"rope_type": "llama3", **rule}))
+    assert config.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 4096)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "eos", "bos", "eps", "context", "kv_heads", "window"),
+    [
+        ("llama", (2,), 1, 1e-6, 2048, 16, None),
+        ("mistral", (2,), 1, 1e-6, 131072, 8, 4096),
+        ("qwen2", (), None, 1e-6, 32768, 32, None),
+    ],
+)
+def test_what_a_config_leaves_out_is_the_architectures_own(
+    model_type: str, eos: Any, bos: Any, eps: float, context: int, kv_heads: int, window: int | None
+) -> None:
+    heads = 32 if model_type == "qwen2" else 16
+    given = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 2}
+    config = LlamaConfig.from_hf({"model_type": model_type, **given, "num_attention_heads": heads})
+    assert (config.eos_token_id, config.bos_token_id) == (eos, bos)
+    assert (config.rms_norm_eps, config.max_position_embeddings, config.rope_theta) == (eps, context, 1e4)
+    assert (config.num_key_value_heads, config.head_dim, config.sliding_window) == (kv_heads, 256 // heads, window)
+    assert not config.tie_word_embeddings
+
+
+def test_an_end_token_of_the_architecture_that_the_vocabulary_lacks_is_none() -> None:
+    config = {key: value for key, value in hf_config(vocab_size=2).items() if "token_id" not in key}
+    assert LlamaConfig.from_hf(config).eos_token_id == ()
+
+
 def test_linear_scaling_is_read() -> None:
     config = LlamaConfig.from_hf(hf_config(rope_scaling={"type": "linear", "factor": 2}))
     assert config.rope_scaling == LinearScaling(2.0)
@@ -103,6 +171,36 @@ def test_linear_scaling_is_read() -> None:
         ({"vocab_size": "many"}, "vocab_size='many'"),
         ({"eos_token_id": [2, "x"]}, "eos_token_id"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
+        *(({key: wrong}, key) for key in COUNTS for wrong in (2.0, "2", True, [2], -1, 2**40, 10**400)),
+        *(({"rope_theta": wrong}, "rope_theta") for wrong in ABSURD),
+        *(({"rms_norm_eps": wrong}, "rms_norm_eps") for wrong in ABSURD),
+        *(({"rope_scaling": {"type": "linear", "factor": wrong}}, "factor") for wrong in (*ABSURD, None, 0.5)),
+        *(
+            ({"rope_scaling": {"type": "llama3", **LLAMA3_RULE, key: wrong}}, key)
+            for key in LLAMA3_RULE
+            for wrong in ABSURD
+        ),
+        *(({key: "false"}, key) for key in ("tie_word_embeddings", "attention_bias", "mlp_bias")),
+        *(({"rope_scaling": {"rope_type": kind, "factor": 2.0}}, kind) for kind in ("dynamic", "longrope", "su")),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, "rope_type"),
+        *(
+            ({key: wrong}, "rope parameters")
+            for key in ("rope_scaling", "rope_parameters")
+            for wrong in ([1], False, "", 0)
+        ),
+        ({"rope_scaling": {"rope_type": ""}}, "rope_type"),
+        ({"rope_scaling": {"type": "linear", "factor": 1e6}}, "context"),
+        ({"model_type": ["llama"]}, "model_type"),
+        ({"model_type": None}, "model_type"),
+        ({"hidden_act": ["silu"]}, "hidden_act"),
+        ({"hidden_size": 250}, "hidden_size=250 is not a multiple"),
+        ({"eos_token_id": 512}, "eos_token_id=512"),
+        ({"eos_token_id": True}, "eos_token_id"),
+        ({"bos_token_id": "<s>"}, "bos_token_id"),
+        ({"bos_token_id": 512}, "bos_token_id=512"),
+        ({"model_type": "mistral", "sliding_window": "64"}, "sliding_window"),
+        ({"model_type": "qwen2", "use_sliding_window": 1}, "use_sliding_window"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "0"}, "max_window_layers"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -134,6 +232,46 @@ def test_the_sliding_window_is_the_one_that_the_architecture_applies(
     changes: dict[str, Any], window: int | None
 ) -> None:
     assert LlamaConfig.from_hf(hf_config(**changes)).sliding_window == window
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"layer_types": ["sliding_attention"] * 2}, 4096),
+        ({"layer_types": ["sliding_attention"] * 2, "sliding_window": 64}, 64),
+        ({"layer_types": ["full_attention"] * 2}, None),
+        ({"layer_types": ["full_attention"] * 2, "sliding_window": 64}, None),
+        ({"layer_types": None, "sliding_window": 64}, 64),
+    ],
+)
+def test_layer_types_of_a_mistral_say_whether_it_has_its_window(changes: dict[str, Any], window: int | None) -> None:
+    assert LlamaConfig.from_hf(hf_config(model_type="mistral") | changes).sliding_window == window
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ["full_attention", "sliding_attention"],
+        ["full_attention"],
+        ["full_attention", "chunked_attention"],
+        ["full_attention", 1],
+        "full_attention",
+        [],
+    ],
+    ids=str,
+)
+def test_layer_types_that_are_not_alike_or_not_known_are_refused(model_type: str, kinds: Any) -> None:
+    config = hf_config(model_type=model_type, layer_types=kinds, sliding_window=64, use_sliding_window=True)
+    with pytest.raises(ConfigError, match="layer_types"):
+        LlamaConfig.from_hf(config)
+
+
+def test_a_window_that_layer_types_ask_for_must_be_there() -> None:
+    for model_type, window in (("llama", 64), ("mistral", None), ("qwen2", 64)):
+        kinds = ["sliding_attention"] * 2
+        with pytest.raises(ConfigError, match="layer_types"):
+            LlamaConfig.from_hf(hf_config(model_type=model_type, layer_types=kinds, sliding_window=window))
 
 
 def test_a_window_in_some_layers_only_is_refused() -> None:

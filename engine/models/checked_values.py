@@ -1,0 +1,40 @@
+"""Checks of what a model's configuration says, each value refused by its name."""
+
+from __future__ import annotations
+
+from engine.config import shown
+from engine.errors import ConfigError
+
+
+def require_count(name: str, value: object, most: int) -> int:
+    """Return ``value`` where it is a whole number from 1 to ``most``; raises ConfigError."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ConfigError(f"invalid model config: {name}={shown(value)} must be a whole number from 1 to {most}")
+    return value
+
+
+def require_number(name: str, value: object, *, least: float, most: float) -> float:
+    """Return ``value`` where it is a number from ``least`` to ``most``; raises ConfigError, of NaN and infinity too."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+        raise ConfigError(f"invalid model config: {name}={shown(value)} must be a number from {least:g} to {most:g}")
+    return float(value)
+
+
+def require_flag(name: str, value: object) -> bool:
+    """Return ``value`` where it is true or false; raises ConfigError."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"invalid model config: {name}={shown(value)} must be true or false")
+    return value
+
+
+def require_token_ids(name: str, value: object) -> tuple[int, ...]:
+    """Return the token ids that a configuration gives as one, as a list, or as none; raises ConfigError."""
+    ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
+        raise ConfigError(f"invalid model config: {name}={shown(value)} must be token ids (one, a list, or none)")
+    return ids
+
+
+def unsupported(name: str, value: object, supported: object) -> ConfigError:
+    """The error of a feature that the models here do not have."""
+    return ConfigError(f"unsupported model: {name}={shown(value)}; supported: {supported}")
