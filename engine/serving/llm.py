@@ -69,7 +69,6 @@ class LLM:
         self, model: str | Path | Llama | None = None, *, on_compile: Progress | None = None, **options: Any
     ) -> None:
         self.tokenizer: Tokenizer | None = None
-        directory = None
         if isinstance(model, Llama):
             self.config = EngineConfig.from_mapping(options)
             self._mesh = make_mesh_of(self.config)
@@ -103,7 +102,7 @@ class LLM:
             self._agreement.require_same(self._store.loaded, f"{where}; let it be one directory that all can read")
         self.scheduler = make_scheduler(self.config, self.caches, self._agreement.plan.clock)
         self.stats = EngineStats()
-        self._identity = self._identity_of(model if isinstance(model, Llama) else self.model, directory)
+        self._identity = self._identity_of(self.model)
         self._weights_epoch = 0
         self._layout = LayoutKey.of(pool.layout.to_dict())
         self._intake = Intake(self.model.config, self.tokenizer, self.plan.context_length, self._scope_for)
@@ -294,21 +293,21 @@ class LLM:
 
         Raises:
             RequestError: requests are unfinished.
-            ConfigError: the geometry, the dtype or the shape of a parameter differs.
+            ConfigError: the geometry, the dtype, another setting of a module or the shape of a parameter differs.
         """
         if self._groups.unfinished:
             raise RequestError(f"{len(self._groups.unfinished)} requests are unfinished; finish or abort them first")
         require_replaceable(model, self.model, self.config.tp)
         if self._mesh is not None:
             model = shard_llama(model, self._mesh)
-        self._weights_epoch += 1
+        # An epoch counts within one process: saved prefixes of other weights may have the same number.
+        identity = self._identity_of(model)
         with self._gate.entered():
+            self._runner.replace_weights(model)
+            self._weights_epoch += 1
             for prefix in self._prefixes:
                 prefix.raise_weights_epoch(self._identity, self._weights_epoch)
-        # An epoch counts within one process: saved prefixes of other weights may have the same number.
-        self._identity = self._identity_of(model)
-        self.model = model
-        self._runner.replace_weights(model)
+            self._identity, self.model = identity, model
 
     def save_prefix_cache(self) -> int:
         """Saves every cached prefix to ``prefix_cache_dir``; returns how many files hold them.
@@ -360,9 +359,9 @@ class LLM:
     def _prefixes(self) -> list[RadixCache]:
         return [cache.prefix for cache in self.caches if cache.prefix]
 
-    def _identity_of(self, model: Llama, directory: Path | None = None) -> str:
-        """The name of the weights, process 0's: what was made in memory has another one in each process."""
-        name: str = self._agreement.plan.agree(weights_identity(model, directory))
+    def _identity_of(self, model: Llama) -> str:
+        """The name of the weights, process 0's: that of an engine which saves nothing is another in each process."""
+        name: str = self._agreement.plan.agree(weights_identity(self.config, model))
         return name
 
     def _scope_for(self, tenant_salt: str) -> CacheScope:

@@ -20,6 +20,7 @@ from engine.batch import SHARED_PAGES, ParcelShape, StepParcel, unpack
 from engine.errors import ConfigError
 from engine.kv.page_copy import PAGE_BUCKETS, HostPages, Int32, copy_pages, read_pages, write_pages
 from engine.kv.pool import TokenToKVPool
+from engine.models.fingerprint import settings_of
 from engine.models.llama import Llama
 from engine.serving.device_rows import DeviceRows
 from engine.serving.placement import Placement
@@ -91,6 +92,7 @@ class ModelRunner:
         moves_pages: bool,
     ) -> None:
         graph, weights = nnx.split(model)
+        self._settings = settings_of(model)
         # Leaves, not the tree: flattening a tree of Python nodes at every call takes longer than the call.
         self._weights, structure = jax.tree.flatten(weights)
         self.pool = pool
@@ -208,7 +210,13 @@ class ModelRunner:
         return False
 
     def replace_weights(self, model: Llama) -> None:
-        """Takes other weights of the same shapes; every program stays compiled."""
+        """Takes other weights of the same shapes; every program stays compiled.
+
+        Raises:
+            ConfigError: a setting of the model is another, also where it is the served object, changed since.
+        """
+        if settings_of(model) != self._settings:
+            raise ConfigError("the new model has other settings than the one that was compiled; make a new LLM for it")
         self._weights = jax.tree.leaves(nnx.split(model)[1])
 
     def _warm_up_copies(self, compiled: Callable[[], None]) -> None:
