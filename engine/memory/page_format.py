@@ -90,7 +90,10 @@ class PageFormat:
         Raises:
             ShapeError: they are not a vector of integers that fit in 32 bits.
         """
-        tokens = np.asarray(token_ids)
+        try:
+            tokens = np.asarray(token_ids)
+        except (ValueError, OverflowError) as error:
+            raise ShapeError(f"token_ids are not a flat list of integers: {error}") from error
         if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
             raise ShapeError(f"token_ids must be a vector of integers; got {tokens.dtype}{list(tokens.shape)}")
         if tokens.size and (tokens.min() < -(2**31) or tokens.max() >= 2**31):
@@ -109,7 +112,11 @@ class PageFormat:
             ShapeError: a part has the wrong shape or dtype, or they do not fit together.
         """
         tokens = self.check_tokens(token_ids)
-        if data.shape[1:] != self.page_shape or data.dtype != self.dtype:
+        if isinstance(first_page, bool) or not isinstance(first_page, int | np.integer):
+            raise ShapeError(f"first_page={first_page!r} must be an integer: how many pages come before the data")
+        if not isinstance(data, np.ndarray):
+            raise ShapeError(f"pages must be a NumPy array of this pool's pages; got a {type(data).__name__}")
+        if not data.ndim or data.shape[1:] != self.page_shape or data.dtype != self.dtype:
             raise ShapeError(
                 f"pages {data.dtype}{list(data.shape)} do not fit: a page here is {self.dtype}{list(self.page_shape)}; "
                 "pass pages of the pool that this format describes"

@@ -28,10 +28,22 @@ class LayoutKey:
     """A KV layout descriptor in hashable form.
 
     Attributes:
-        items: the descriptor's fields and values, sorted by field.
+        items: the descriptor's fields and values, sorted by field, each field once.
+
+    Raises:
+        ConfigError: there are none, or they are otherwise.
     """
 
     items: tuple[tuple[str, int | str], ...]
+
+    def __post_init__(self) -> None:
+        if not self.items:
+            raise ConfigError("a layout descriptor has no fields; pass KVLayout.to_dict() of the pool")
+        for name, value in self.items:
+            _require("a layout field's name", name, str)
+            _require(f"layout field {name}", value, int | str)
+        if self.items != tuple(sorted(dict(self.items).items())):
+            raise ConfigError(f"layout fields {[name for name, _ in self.items]} must be sorted, each once: use of()")
 
     @classmethod
     def of(cls, descriptor: Mapping[str, int | str]) -> LayoutKey:
@@ -40,12 +52,7 @@ class LayoutKey:
         Raises:
             ConfigError: it is empty, or a value is neither integer nor string.
         """
-        if not descriptor:
-            raise ConfigError("a layout descriptor has no fields; pass KVLayout.to_dict() of the pool")
-        for name, value in descriptor.items():
-            _require("a layout field's name", name, str)
-            _require(f"layout field {name}", value, int | str)
-        return cls(tuple(sorted(descriptor.items())))
+        return cls(tuple(sorted(descriptor.items(), key=lambda item: str(item[0]))))
 
 
 @dataclass(frozen=True)
@@ -100,9 +107,16 @@ class CacheScope:
         try:
             model, weights_epoch, adapter, tenant_salt, layout = json.loads(key)
             wrapped = None if adapter is None else Adapter(adapter)
-            return cls(model, weights_epoch, wrapped, tenant_salt, LayoutKey.of(dict(layout)))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"not the key of a scope: {key[:80]!r}; pass what CacheScope.key_bytes wrote") from error
+            scope = cls(model, weights_epoch, wrapped, tenant_salt, LayoutKey.of(dict(layout)))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise _no_key(key) from error
+        if scope.key_bytes() != key:  # spelled otherwise: two keys of one scope, or one that says more than we read
+            raise _no_key(key)
+        return scope
+
+
+def _no_key(key: bytes) -> ConfigError:
+    return ConfigError(f"not the key of a scope: {key[:80]!r}; pass what CacheScope.key_bytes wrote")
 
 
 def _require(name: str, value: object, kind: object) -> None:

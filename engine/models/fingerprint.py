@@ -72,4 +72,4 @@ def _digest_of(array: np.ndarray[Any, Any], threads: Executor) -> bytes:
 
 
 def _sha256(data: np.ndarray[Any, Any]) -> bytes:
-    return hashlib.sha256(data).digest()
+    return hashlib.sha256(data.data).digest()

@@ -71,11 +71,34 @@ def test_a_layout_descriptor_of_other_than_names_and_numbers_is_refused(descript
         LayoutKey.of(descriptor)
 
 
+@pytest.mark.parametrize(
+    "items", [(), (("a", True),), (("b", 1), ("a", 1)), (("a", 1), ("a", 2)), (("a", 1), ("a", 1)), ((1, "a"),)]
+)
+def test_a_layout_key_made_by_hand_is_checked_as_well(items):
+    """True == 1 would make two keys of one layout, a field named twice one key of two."""
+    with pytest.raises(ConfigError, match="layout"):
+        LayoutKey(items)
+
+
 def test_the_order_of_a_layouts_fields_does_not_matter():
     assert LayoutKey.of({"b": 1, "a": "x"}) == LayoutKey.of({"a": "x", "b": 1})
 
 
-@pytest.mark.parametrize("key", [b"", b"[]", b"null", b'["m",0,null,""]', b'["m",0,null,"",{}]', b"\xff"])
+# A layout field twice, a space, a number in another form, an integer for a name, more than Python's stack, UTF-16.
+SPELLINGS = [
+    b'["m",0,null,"",[["a",1],["a",1]]]',
+    b'["m", 0,null,"",[["a",1]]]',
+    b'["m",0e0,null,"",[["a",1]]]',
+    b'["m",-0,null,"",[["a",1]]]',
+    b'["m",0,5,"",[["a",1]]]',
+    b'["m",false,null,"",[["a",1]]]',
+    b'["m",0,null,"",[["a",true]]]',
+    b'["m",0,null,"",' + b"[" * 100_000 + b"]" * 100_000 + b"]",
+    '["m",0,null,"",[["a",1]]]'.encode("utf-16"),
+]
+
+
+@pytest.mark.parametrize("key", [b"", b"[]", b"null", b'["m",0,null,""]', b'["m",0,null,"",{}]', b"\xff", *SPELLINGS])
 def test_bytes_that_are_no_key_are_refused(key):
     with pytest.raises(ConfigError):
         CacheScope.from_key_bytes(key)
