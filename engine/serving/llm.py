@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from engine.errors import ConfigError, EngineError, IntegrityError, ProcessLost,
 from engine.kv.pool import TokenToKVPool
 from engine.memory.cache_manager import CacheManager
 from engine.memory.prefix_cache import RadixCache
+from engine.memory.saved_segments import cached_segments
 from engine.memory.scope import CacheScope, LayoutKey
 from engine.models.checkpoint import load_llama
 from engine.models.llama import Llama
@@ -310,22 +312,20 @@ class LLM:
             self._identity, self.model = identity, model
 
     def save_prefix_cache(self) -> int:
-        """Saves every cached prefix to ``prefix_cache_dir``; returns how many files hold them.
+        """Saves all that is cached, on device and host, to ``prefix_cache_dir``; returns how many files hold it.
 
-        Of several processes, which all must call it, process 0 writes them; when it returns they are there.
+        It stays cached. Of several processes, which all must call it, process 0 writes; when it returns they are there.
 
         Raises:
-            ConfigError: no directory was configured.
+            ConfigError: no directory was configured, or another engine has been saving to it for a minute.
             OSError: the disk refuses; in processes other than 0 an EngineError that says so.
         """
-        host = self.caches[0].host  # of all
-        if self._store is None or host is None:
+        if self._store is None:
             raise ConfigError("there is nowhere to save prefixes; set prefix_cache_dir and host_tier_bytes")
         with self._gate.entered():
-            for prefix in self._prefixes:
-                prefix.evict(prefix.evictable_pages)
-            # Every process has the same prefixes, and a directory takes one writer.
-            return self._agreement.done_by_first(partial(self._store.save, host.tier.segments()))
+            # Every process has the same prefixes and its part in reading them; a directory takes one writer.
+            segments = cached_segments(self.caches)
+            return self._agreement.done_by_first(partial(self._store.save, segments), partial(deque, segments, 0))
 
     def check_integrity(self) -> None:
         """Proves that every page of every replica is accounted for; else IntegrityError."""
