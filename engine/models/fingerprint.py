@@ -58,7 +58,10 @@ def _on_host(leaf: jax.Array) -> np.ndarray[Any, Any]:
         leaf = jax.jit(_same, out_shardings=NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
     # Another array over the same memory: jax keeps what the host has read for as long as the array lives.
     parts = [shard.data for shard in leaf.addressable_shards]
-    return np.asarray(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts))
+    array: np.ndarray[Any, Any] = jax.device_get(
+        jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
+    )
+    return array
 
 
 def _same(leaf: jax.Array) -> jax.Array:
