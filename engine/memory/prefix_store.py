@@ -56,8 +56,8 @@ class _Lock(Enum):
 class PrefixStore:
     """A directory of saved segments. Many processes may read it; those that save do it one after the other.
 
-    Whether the weights are still those that the pages were made with is the scope's to say: let ``CacheScope.model``
-    name them in a way that holds across processes, such as a digest of the checkpoint.
+    Whether the model is still the one that the pages were made with is the scope's to say: let ``CacheScope.model``
+    name it in a way that holds across processes, such as a digest of all its weights, its configuration and its dtype.
 
     Args:
         directory: made if it is missing, with mode 0700; one that is there is left as it is, with a warning where other

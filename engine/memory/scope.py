@@ -62,7 +62,8 @@ class CacheScope:
     Every field is required: a default would be a way to share by oversight.
 
     Attributes:
-        model: which base weights.
+        model: which base weights, and all else that they are computed with: the model's configuration, the dtype. Where
+            pages outlive the process it must not name less than every byte of them.
         weights_epoch: how often those weights have been replaced, 0 or more.
         adapter: the adapter on top of them; None is the base model alone.
         tenant_salt: separates tenants that must not learn of each other's prompts; "" is shared by all who pass it.

@@ -150,8 +150,9 @@ def _processor() -> str:
 
 
 def _cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        return (Path(base) if base else Path.home() / ".cache") / "fused-kv-engine"
+        # A relative one would depend on where the process runs, and is to be ignored.
+        return (base if base.is_absolute() else Path.home() / ".cache") / "fused-kv-engine"
     except RuntimeError as error:
         raise BackendUnsupported(f"no place for the native library: {error}; set XDG_CACHE_HOME") from error
