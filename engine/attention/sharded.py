@@ -106,5 +106,6 @@ class MeshAttention:
     ) -> tuple[jax.Array, jax.Array]:
         if isinstance(metadata, ContextRows):
             return attend_part(self.local, q, k, v, fused_kv, metadata, heads)
-        out, written = self.local(q, k, v, fused_kv, metadata, **heads._asdict())
+        own = {"sinks": heads.sinks, "k_scale": heads.k_scale, "v_scale": heads.v_scale}
+        out, written = self.local(q, k, v, fused_kv, metadata, **own)
         return out, written
