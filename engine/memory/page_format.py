@@ -38,7 +38,7 @@ class PageFormat:
     def __post_init__(self) -> None:
         sizes = {"layer_num": self.layer_num} | {name: self.layout.get(name) for name in _SIZES}
         for name, value in sizes.items():
-            if not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} of a page must be an integer from 1; pass a pool's descriptor")
         if self.layout.get("dtype") != self.dtype.name:
             raise ConfigError(

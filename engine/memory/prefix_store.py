@@ -74,7 +74,7 @@ class PrefixStore:
     def __init__(self, directory: Path, page_format: PageFormat) -> None:
         try:
             _make_private(directory)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a name can hold no NUL
             raise ConfigError(
                 f"cannot keep prefixes in {directory}: {error}; name a directory that can be made"
             ) from error

@@ -70,7 +70,7 @@ class CacheScope:
         layout: what the bytes of a page mean.
 
     Raises:
-        ConfigError: a field has the wrong type, or ``weights_epoch`` is negative.
+        ConfigError: a field has the wrong type or is no Unicode text, or ``weights_epoch`` is negative.
     """
 
     model: str
@@ -116,6 +116,15 @@ class CacheScope:
         return scope
 
 
+def is_text(value: str) -> bool:
+    """Whether a string is Unicode text: halves of surrogate pairs, side by side, are written as the whole character."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _no_key(key: bytes) -> ConfigError:
     return ConfigError(f"not the key of a scope: {key[:80]!r}; pass what CacheScope.key_bytes wrote")
 
@@ -125,3 +134,5 @@ def _require(name: str, value: object, kind: object) -> None:
     if isinstance(value, bool) or not isinstance(value, kind):  # type: ignore[arg-type]
         expected = getattr(kind, "__name__", kind)
         raise ConfigError(f"{name} is {value!r} of type {type(value).__name__}; it must be {expected}")
+    if isinstance(value, str) and not is_text(value):
+        raise ConfigError(f"{name} is {value!r}, which holds half of a surrogate pair; it must be Unicode text")

@@ -20,7 +20,7 @@ from engine.models.sharding import key_names
 PIECE_BYTES = 16 << 20  # hashed by a thread at a time
 THREADS = 8
 _RULE = "model fingerprint 1"  # another number wherever something else is hashed
-_SETTINGS = (bool, int, float, str, type(None), np.dtype, Enum, LlamaConfig)
+_SETTINGS = (bool, int, float, str, type(None), np.generic, np.dtype, Enum, LlamaConfig)
 
 
 def fingerprint(model: Llama) -> str:
@@ -53,7 +53,9 @@ def settings_of(model: Llama) -> list[tuple[str, str, str, str]]:
     return sorted(settings)
 
 
-def _on_host(leaf: jax.Array) -> np.ndarray[Any, Any]:
+def _on_host(leaf: Any) -> np.ndarray[Any, Any]:
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf)
     if not leaf.is_fully_addressable and isinstance(leaf.sharding, NamedSharding):
         leaf = jax.jit(_same, out_shardings=NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
     # Another array over the same memory: jax keeps what the host has read for as long as the array lives.

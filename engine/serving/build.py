@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +27,7 @@ from engine.memory.cache_manager import CacheManager
 from engine.memory.host_tier import HostTier
 from engine.memory.page_format import PageFormat
 from engine.memory.prefix_cache import EvictionPolicyName
+from engine.memory.prefix_segment import PrefixSegment
 from engine.memory.prefix_store import PrefixStore
 from engine.models.default_model import DEFAULT_MODEL_DIR
 from engine.models.fingerprint import fingerprint
@@ -212,6 +214,11 @@ def weights_identity(config: EngineConfig, model: Llama) -> str:
     Where they do not leave the engine, a name that no other engine has, at no cost.
     """
     return f"engine-{uuid4().hex}" if config.prefix_cache_dir is None else fingerprint(model)
+
+
+def at_first_epoch(segment: PrefixSegment) -> PrefixSegment:
+    """A segment as another engine looks for it, which begins at epoch 0: a fingerprint needs none to name weights."""
+    return replace(segment, scope=replace(segment.scope, weights_epoch=0))
 
 
 def make_backend(config: EngineConfig, model: LlamaConfig, mesh: Mesh | None) -> FlashAttentionBackend | MeshAttention:

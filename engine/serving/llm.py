@@ -25,6 +25,7 @@ from engine.processes import SharedPlan, lost
 from engine.serving.agreement import Agreement
 from engine.serving.batcher import parcel_shapes
 from engine.serving.build import (
+    at_first_epoch,
     make_backend,
     make_batcher,
     make_caches,
@@ -74,7 +75,7 @@ class LLM:
         if isinstance(model, Llama):
             self.config = EngineConfig.from_mapping(options)
             self._mesh = make_mesh_of(self.config)
-            self.model = model if self._mesh is None else shard_llama(model, self._mesh)
+            self.model = shard_llama(model, self._mesh)
             if self.config.dtype not in ("auto", model.dtype.name):
                 raise ConfigError(
                     f"dtype={self.config.dtype!r} for a Llama of {model.dtype}; leave it out, or cast the model"
@@ -300,15 +301,13 @@ class LLM:
         if self._groups.unfinished:
             raise RequestError(f"{len(self._groups.unfinished)} requests are unfinished; finish or abort them first")
         require_replaceable(model, self.model, self.config.tp)
-        if self._mesh is not None:
-            model = shard_llama(model, self._mesh)
-        # An epoch counts within one process: saved prefixes of other weights may have the same number.
-        identity = self._identity_of(model)
+        model = shard_llama(model, self._mesh)
+        identity, weights = self._identity_of(model), self._runner.weights_of(model)
         with self._gate.entered():
-            self._runner.replace_weights(model)
-            self._weights_epoch += 1
+            self._weights_epoch += 1  # first: an engine that got no further serves the old weights, from an empty cache
             for prefix in self._prefixes:
                 prefix.raise_weights_epoch(self._identity, self._weights_epoch)
+            self._runner.replace_weights(weights)
             self._identity, self.model = identity, model
 
     def save_prefix_cache(self) -> int:
@@ -324,7 +323,7 @@ class LLM:
             raise ConfigError("there is nowhere to save prefixes; set prefix_cache_dir and host_tier_bytes")
         with self._gate.entered():
             # Every process has the same prefixes and its part in reading them; a directory takes one writer.
-            segments = cached_segments(self.caches)
+            segments = map(at_first_epoch, cached_segments(self.caches))
             return self._agreement.done_by_first(partial(self._store.save, segments), partial(deque, segments, 0))
 
     def check_integrity(self) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import RequestError
-from engine.memory.scope import CacheScope
+from engine.memory.scope import CacheScope, is_text
 
 MAX_LOGPROBS = 20
 AGING_SECONDS = 10.0  # a level of priority is overtaken by this much earlier an arrival
@@ -69,7 +69,7 @@ class SamplingParams:
                 self.timeout is None or (_is_number(self.timeout) and self.timeout > 0),
                 "None or a positive number of seconds",
             ),
-            ("tenant_salt", isinstance(self.tenant_salt, str), "a string"),
+            ("tenant_salt", isinstance(self.tenant_salt, str) and is_text(self.tenant_salt), "Unicode text"),
             (
                 "logprobs",
                 self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),

@@ -209,15 +209,20 @@ class ModelRunner:
         self.pool.renew()
         return False
 
-    def replace_weights(self, model: Llama) -> None:
-        """Takes other weights of the same shapes; every program stays compiled.
+    def weights_of(self, model: Llama) -> list[jax.Array]:
+        """Another model's weights, of the same shapes, for ``replace_weights``.
 
         Raises:
-            ConfigError: a setting of the model is another, also where it is the served object, changed since.
+            ConfigError: a setting of the model is another.
         """
         if settings_of(model) != self._settings:
             raise ConfigError("the new model has other settings than the one that was compiled; make a new LLM for it")
-        self._weights = jax.tree.leaves(nnx.split(model)[1])
+        weights: list[jax.Array] = jax.tree.leaves(nnx.split(model)[1])
+        return weights
+
+    def replace_weights(self, weights: list[jax.Array]) -> None:
+        """Takes what ``weights_of`` returned; every program stays compiled."""
+        self._weights = weights
 
     def _warm_up_copies(self, compiled: Callable[[], None]) -> None:
         """Runs each copy of pages once, while no page holds anything."""

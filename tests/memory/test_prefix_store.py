@@ -221,8 +221,9 @@ def test_a_segment_of_another_format_is_not_saved(rng, tmp_path):
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot keep prefixes in"):
-        PrefixStore(tmp_path / "file" / "below", FORM)
+    for name in ("below", "nul\0"):
+        with pytest.raises(ConfigError, match="cannot keep prefixes in"):
+            PrefixStore(tmp_path / "file" / name, FORM)
 
 
 def start_python(code):

@@ -57,6 +57,9 @@ def test_every_field_of_a_scope_is_required():
         ("tenant_salt", None),
         ("tenant_salt", Adapter("salt")),
         ("layout", {"page_size": 16}),
+        # Two halves of a surrogate pair: another string than the character, and the same bytes in JSON.
+        ("tenant_salt", "\ud83d\ude00"),
+        ("model", "m\ud800"),
     ],
 )
 def test_a_field_of_the_wrong_type_is_refused_by_name(field, value):
@@ -65,7 +68,7 @@ def test_a_field_of_the_wrong_type_is_refused_by_name(field, value):
         CacheScope(**fields)
 
 
-@pytest.mark.parametrize("descriptor", [{}, {"page_size": 1.5}, {1: "a"}, {"page_size": True}])
+@pytest.mark.parametrize("descriptor", [{}, {"page_size": 1.5}, {1: "a"}, {"page_size": True}, {"layout\udfff": 1}])
 def test_a_layout_descriptor_of_other_than_names_and_numbers_is_refused(descriptor):
     with pytest.raises(ConfigError, match="layout"):
         LayoutKey.of(descriptor)
@@ -93,6 +96,7 @@ SPELLINGS = [
     b'["m",0,5,"",[["a",1]]]',
     b'["m",false,null,"",[["a",1]]]',
     b'["m",0,null,"",[["a",true]]]',
+    b'["m",0,null,"\\ud83d",[["a",1]]]',
     b'["m",0,null,"",' + b"[" * 100_000 + b"]" * 100_000 + b"]",
     '["m",0,null,"",[["a",1]]]'.encode("utf-16"),
 ]

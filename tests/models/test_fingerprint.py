@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 from safetensors import safe_open
 
 from engine.models.checkpoint import load_llama, save_llama
@@ -16,7 +17,9 @@ from engine.models.fingerprint import PIECE_BYTES, fingerprint, settings_of
 from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
 from engine.models.rotary import LinearScaling
+from engine.models.sharding import shard_llama
 from engine.models.tensor_files import INDEX_FILE, SINGLE_FILE
+from engine.parallel import AXES
 
 GEOMETRY = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
 GEOMETRY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -96,6 +99,43 @@ def test_a_setting_of_one_module_counts(seed):
     model = make(seed)
     model.layers[1].input_layernorm.epsilon = 1e-3
     assert fingerprint(model) != fingerprint(make(seed))
+
+
+def test_a_setting_that_is_numpys_counts_by_its_value(seed):
+    models = [make(seed) for _ in range(2)]
+    for model, epsilon in zip(models, np.float32([1e-3, 1e-2]), strict=True):
+        model.norm.epsilon = epsilon
+    assert fingerprint(models[0]) != fingerprint(models[1])
+
+
+def test_weights_that_are_numpys_are_named_as_the_same_on_a_device(seed):
+    assert fingerprint(with_numpy_weights(make(seed))) == fingerprint(make(seed))
+
+
+@pytest.mark.parametrize("mesh", [None, Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)])
+def test_what_is_done_to_a_model_later_does_not_reach_the_one_that_an_engine_took(seed, mesh):
+    model = with_numpy_weights(make(seed))
+    taken = shard_llama(model, mesh)
+    for leaf in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model))):
+        leaf += 1  # NumPy's, in place
+    model.config = dataclasses.replace(model.config, rope_theta=5.0)
+    assert fingerprint(taken) == fingerprint(make(seed))
+
+
+def with_numpy_weights(model):
+    """In memory that a CPU device would share: aligned to 64 bytes."""
+    state = nnx.state(model)
+    nnx.replace_by_pure_dict(state, jax.tree.map(aligned, nnx.to_pure_dict(state)))
+    nnx.update(model, state)
+    return model
+
+
+def aligned(leaf):
+    room = np.empty(leaf.nbytes + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    array = room[start : start + leaf.nbytes].view(leaf.dtype).reshape(leaf.shape)
+    array[...] = leaf
+    return array
 
 
 def test_the_same_numbers_in_another_compute_dtype_are_another_model(seed):

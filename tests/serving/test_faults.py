@@ -3,16 +3,19 @@
 import dataclasses
 import threading
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from serving_support import make_llama
-from test_generation import random_prompts, small_llm
+from test_generation import LOGIT_TOLERANCE, random_prompts, small_llm
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, RequestError
 from engine.models.checkpoint import save_llama
 from engine.serving.build import weights_identity
+from engine.serving.check import check_against_dense
 from engine.serving.llm import LLM
 from engine.serving.request import SamplingParams
 
@@ -188,10 +191,64 @@ def test_a_setting_changed_in_the_served_object_is_refused_and_nothing_changes(l
     prompt, params = random_prompts([60], seed=49), SamplingParams(max_new_tokens=2)
     answer = llm.generate(prompt, params)[0]
     model.config = dataclasses.replace(model.config, rope_theta=5.0)
+    with pytest.raises(ConfigError, match="rope_theta=5"):
+        llm.replace_weights(model)
+    model = make_llama()
+    model.norm.epsilon = 0.5
     with pytest.raises(ConfigError, match="other settings"):
         llm.replace_weights(model)
     again = llm.generate(prompt, params)[0]
     assert (again.token_ids, again.cached_tokens) == (answer.token_ids, 56)
+
+
+def test_weights_that_could_not_be_replaced_leave_the_old_ones_served(llama, monkeypatch):
+    llm = small_llm(llama, **ONE_ROW)
+    prompt, params = random_prompts([60], seed=50), SamplingParams(max_new_tokens=2)
+    answer = llm.generate(prompt, params)[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(llm.cache.prefix, "raise_weights_epoch", boom)
+        with pytest.raises(Boom):
+            llm.replace_weights(make_llama(seed=5))
+    assert [llm.generate(prompt, params)[0].cached_tokens for _ in range(2)] == [0, 56]
+    assert llm.generate(prompt, params)[0].token_ids == answer.token_ids
+    other = make_llama(seed=5)
+    llm.replace_weights(other)
+    output = llm.generate(prompt, params, return_logits=True)[0]
+    assert output.cached_tokens == 0
+    assert check_against_dense(other, [output]).largest_difference <= LOGIT_TOLERANCE
+    llm.check_integrity()
+
+
+def test_weights_in_numpy_arrays_that_are_written_to_later_do_not_change_what_is_served():
+    model, prompt, params = make_llama(), random_prompts([20], seed=51), SamplingParams(max_new_tokens=4)
+    state = nnx.state(model)
+    nnx.replace_by_pure_dict(state, jax.tree.map(np.array, nnx.to_pure_dict(state)))
+    nnx.update(model, state)
+    llm = small_llm(model, **ONE_ROW)
+    answer = llm.generate(prompt, params)[0].token_ids
+    for leaf in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model))):
+        leaf += 1
+    llm.reset_prefix_cache()
+    assert llm.generate(prompt, params)[0].token_ids == answer
+
+
+def test_prefixes_that_were_saved_after_the_weights_were_replaced_come_back_to_those_weights(llama, tmp_path):
+    options = {**ONE_ROW, "prefix_cache_dir": str(tmp_path)}
+    prompt, params = random_prompts([60], seed=52), SamplingParams(max_new_tokens=2)
+    llm = small_llm(llama, **options)
+    for seed in (5, 6):
+        llm.replace_weights(make_llama(seed=seed))
+    expected = llm.generate(prompt, params)[0]
+    assert llm.save_prefix_cache() > 0
+    again = small_llm(make_llama(seed=6), **options).generate(prompt, params)[0]
+    assert (again.cached_tokens, again.token_ids) == (56, expected.token_ids)
+    assert small_llm(llama, **options).generate(prompt, params)[0].cached_tokens == 0
+
+
+@pytest.mark.parametrize("salt", ["\ud83d\ude00", "\ud800", 5, None, b""])
+def test_a_salt_is_text(salt):
+    with pytest.raises(RequestError, match="tenant_salt="):
+        SamplingParams(tenant_salt=salt)
 
 
 @pytest.mark.parametrize("priority", [2**31, -(2**31), 10**400, 1.5, True])
