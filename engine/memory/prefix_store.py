@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterable, Iterator
 from enum import Enum, auto
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -209,23 +210,36 @@ class PrefixStore:
             raise ConfigError(f"it {flaw}; remove it")
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
+            text = metadata.get("header", "null")
+            header = json.loads(text)
+            self._check_header(header, path.name)
+            self._check_sizes(header["first_page"], file.get_slice("token_ids"), file.get_slice("pages"))
             tokens, pages = file.get_tensor("token_ids"), file.get_tensor("pages")
-        if pages.dtype != np.uint8:
-            raise ConfigError(f"its pages are {pages.dtype} where they must be bytes; delete it")
-        text = metadata["header"]
         digest = _digest(text, tokens, pages)
-        if digest != metadata["digest"]:
+        if digest != metadata.get("digest"):
             raise ConfigError("its digest does not match: it is damaged; delete it")
-        header = json.loads(text)
-        if (header["format"], header["version"]) != (FORMAT, VERSION):
-            raise ConfigError(
-                f"{header['format']!r} version {header['version']!r} is not {FORMAT!r} version {VERSION}; delete it"
-            )
-        self.page_format.require_same(header["page_format"], path.name)
         data = pages.view(self.page_format.dtype).reshape(-1, *self.page_format.page_shape)
         tokens = self.page_format.check_pages(tokens, header["first_page"], data)
         scope = CacheScope.from_key_bytes(header["scope"].encode())
         return PrefixSegment(scope, tokens, header["first_page"], data), digest
+
+    def _check_header(self, header: Any, name: str) -> None:
+        said = [header.get(name) for name in ("format", "version")] if isinstance(header, dict) else [header, None]
+        if said != [FORMAT, VERSION]:
+            raise ConfigError(f"{said[0]!r} version {said[1]!r} is not {FORMAT!r} version {VERSION}; delete it")
+        self.page_format.require_same(header["page_format"], name)
+
+    def _check_sizes(self, first_page: int, tokens: Any, pages: Any) -> None:
+        """Refuses parts that do not belong together before they are read: they may be larger than the memory."""
+        if tokens.get_dtype() != "I32" or pages.get_dtype() != "U8":
+            raise ConfigError(f"it holds {tokens.get_dtype()} and {pages.get_dtype()}, not int32 and bytes; delete it")
+        (token_count,), (byte_count,) = tokens.get_shape(), pages.get_shape()
+        page_count = token_count // self.page_format.page_size - first_page
+        if byte_count != page_count * self.page_format.page_bytes:
+            raise ConfigError(
+                f"{byte_count} bytes are not the {page_count} pages of {self.page_format.page_bytes} that its tokens "
+                "stand for; delete it"
+            )
 
 
 def _digest(header: str, tokens: np.ndarray, pages: np.ndarray) -> str:

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from prefix_pages import PAGE_SIZE, page_format, random_pages, same_bits, scope
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from engine.errors import ConfigError, ShapeError
@@ -482,6 +483,26 @@ def test_a_file_whose_digest_is_right_and_whose_content_is_not_is_named_and_left
     forge(tmp_path / "prefix-00000001.safetensors", **FORGED[what])
     assert_loads(tmp_path, segments)
     assert "prefix-00000001.safetensors is not restored" in caplog.text
+
+
+@pytest.mark.parametrize("pages", [2**40, 2**20])
+def test_a_file_larger_than_memory_is_left_out_without_reading_it(tmp_path, caplog, pages):
+    """A sparse file, of zeros that nobody wrote: one page of tokens, and as many bytes of pages as a disk has."""
+    forge(tmp_path / "honest")
+    with safe_open(tmp_path / "honest", framework="np") as file:
+        metadata = file.metadata()
+    size = 4 * PAGE_SIZE
+    header = {
+        "__metadata__": metadata,
+        "token_ids": {"dtype": "I32", "shape": [PAGE_SIZE], "data_offsets": [0, size]},
+        "pages": {"dtype": "U8", "shape": [pages], "data_offsets": [size, size + pages]},
+    }
+    text = json.dumps(header).encode()
+    with (tmp_path / "prefix-00000000.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + size + pages)
+    assert_loads(tmp_path, [])
+    assert f"{pages} bytes are not the 1 pages" in caplog.text
 
 
 @pytest.mark.parametrize(
