@@ -23,12 +23,12 @@ class PageFormat:
 
     Attributes:
         layer_num: layers whose buffers a page spans.
-        dtype: of the elements.
+        dtype: of the elements; what NumPy takes for one.
         layout: the pool's layout descriptor, as its ``to_dict`` gives it; ``page_size``, ``head_num``, ``head_dim`` and
             ``dtype`` are read, the other fields only compared.
 
     Raises:
-        ConfigError: a size is missing or below 1, or ``dtype`` is not the descriptor's.
+        ConfigError: ``layout`` is no mapping, a size is missing or below 1, or ``dtype`` is not the descriptor's.
     """
 
     layer_num: int
@@ -36,13 +36,20 @@ class PageFormat:
     layout: Mapping[str, int | str]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.layout, Mapping):
+            raise ConfigError(f"layout is a {type(self.layout).__name__}; pass a pool's descriptor, its to_dict()")
+        object.__setattr__(self, "layout", dict(self.layout))
+        try:
+            object.__setattr__(self, "dtype", np.dtype(self.dtype))
+        except TypeError as error:
+            raise ConfigError(f"dtype={self.dtype!r} of a page is none; pass the pool's") from error
         sizes = {"layer_num": self.layer_num} | {name: self.layout.get(name) for name in _SIZES}
         for name, value in sizes.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} of a page must be an integer from 1; pass a pool's descriptor")
-        if self.layout.get("dtype") != self.dtype.name:
+        if self.layout.get("dtype") != self.dtype.name or not self.dtype.isnative:  # the name does not say the order
             raise ConfigError(
-                f"pages of {self.dtype.name} cannot follow a layout of {self.layout.get('dtype')}: pass the dtype of "
+                f"pages of {self.dtype!r} cannot follow a layout of {self.layout.get('dtype')}: pass the dtype of "
                 "the pool that the layout describes"
             )
 
@@ -76,6 +83,8 @@ class PageFormat:
             ConfigError: they differ; the message lists each field that does.
         """
         ours = self.to_dict()
+        if not isinstance(theirs, Mapping):
+            raise ConfigError(f"the page format of {what} is a {type(theirs).__name__}; it must be a mapping")
         if dict(theirs) != ours:
             differing = ", ".join(
                 f"{name} {theirs.get(name)!r} (here {ours.get(name)!r})"

@@ -72,14 +72,16 @@ class PrefixStore:
         ConfigError: the directory cannot be made.
     """
 
-    def __init__(self, directory: Path, page_format: PageFormat) -> None:
+    def __init__(self, directory: str | os.PathLike[str], page_format: PageFormat) -> None:
+        if not isinstance(page_format, PageFormat):
+            raise ConfigError(f"page_format is a {type(page_format).__name__}; it must be a PageFormat")
         try:
-            _make_private(directory)
-        except (OSError, ValueError) as error:  # a name can hold no NUL
+            self.directory = Path(directory)
+            _make_private(self.directory)
+        except (OSError, TypeError, ValueError) as error:  # no path at all, or one with a NUL
             raise ConfigError(
                 f"cannot keep prefixes in {directory}: {error}; name a directory that can be made"
             ) from error
-        self.directory = directory
         self.page_format = page_format
         self.loaded = ""
 

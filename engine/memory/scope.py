@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from engine.errors import ConfigError
 
+MOST_BITS = 4096  # of a number in a key: Python refuses to write some thousand digits
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -39,6 +41,8 @@ class LayoutKey:
     def __post_init__(self) -> None:
         if not self.items:
             raise ConfigError("a layout descriptor has no fields; pass KVLayout.to_dict() of the pool")
+        if not all(isinstance(item, tuple) and len(item) == 2 for item in self.items):
+            raise ConfigError("a layout key holds pairs of a field's name and its value; use LayoutKey.of()")
         for name, value in self.items:
             _require("a layout field's name", name, str)
             _require(f"layout field {name}", value, int | str)
@@ -50,8 +54,10 @@ class LayoutKey:
         """Freezes a descriptor, e.g. what ``KVLayout.to_dict`` returns.
 
         Raises:
-            ConfigError: it is empty, or a value is neither integer nor string.
+            ConfigError: it is empty or no mapping, or a value is neither integer nor string.
         """
+        if not isinstance(descriptor, Mapping):
+            raise ConfigError(f"a layout is a {type(descriptor).__name__}; pass KVLayout.to_dict() of the pool")
         return cls(tuple(sorted(descriptor.items(), key=lambda item: str(item[0]))))
 
 
@@ -125,8 +131,8 @@ def is_text(value: str) -> bool:
     return True
 
 
-def _no_key(key: bytes) -> ConfigError:
-    return ConfigError(f"not the key of a scope: {key[:80]!r}; pass what CacheScope.key_bytes wrote")
+def _no_key(key: object) -> ConfigError:
+    return ConfigError(f"not the key of a scope: {key!r:.80}; pass what CacheScope.key_bytes wrote")
 
 
 def _require(name: str, value: object, kind: object) -> None:
@@ -134,5 +140,7 @@ def _require(name: str, value: object, kind: object) -> None:
     if isinstance(value, bool) or not isinstance(value, kind):  # type: ignore[arg-type]
         expected = getattr(kind, "__name__", kind)
         raise ConfigError(f"{name} is {value!r} of type {type(value).__name__}; it must be {expected}")
+    if isinstance(value, int) and value.bit_length() > MOST_BITS:
+        raise ConfigError(f"{name} is a number of {value.bit_length()} bits; it may have {MOST_BITS}")
     if isinstance(value, str) and not is_text(value):
         raise ConfigError(f"{name} is {value!r}, which holds half of a surrogate pair; it must be Unicode text")

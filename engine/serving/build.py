@@ -171,7 +171,7 @@ def make_caches(
         cache.attach_host_tier(tier, ReplicaMover(runner, replica))
     if config.prefix_cache_dir is None:
         return caches, None
-    store = PrefixStore(Path(config.prefix_cache_dir), page_format)
+    store = PrefixStore(config.prefix_cache_dir, page_format)
     for segment in store.load():
         tier.put(segment.scope, segment.token_ids, segment.first_page, segment.data)
     return caches, store

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from engine.errors import ConfigError, ShapeError
 from engine.memory import prefix_store
 from engine.memory.host_tier import HostTier
+from engine.memory.page_format import PageFormat
 from engine.memory.prefix_segment import PrefixSegment
 from engine.memory.prefix_store import PrefixStore
 
@@ -222,9 +223,43 @@ def test_a_segment_of_another_format_is_not_saved(rng, tmp_path):
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    for name in ("below", "nul\0"):
+    for directory in (tmp_path / "file" / "below", tmp_path / "nul\0", None, 5, b"bytes"):
         with pytest.raises(ConfigError, match="cannot keep prefixes in"):
-            PrefixStore(tmp_path / "file" / name, FORM)
+            PrefixStore(directory, FORM)
+
+
+def test_a_store_is_told_its_directory_as_text_or_path_and_its_page_format(tmp_path):
+    assert PrefixStore(str(tmp_path / "text"), FORM).directory.is_dir()
+    with pytest.raises(ConfigError, match="it must be a PageFormat"):
+        PrefixStore(tmp_path, FORM.to_dict())
+
+
+@pytest.mark.parametrize("theirs", [None, 5, [1], "ab"])
+def test_a_page_format_that_is_no_mapping_is_refused(theirs):
+    with pytest.raises(ConfigError, match="page format of x"):
+        FORM.require_same(theirs, "x")
+
+
+@pytest.mark.parametrize(
+    ("layer_num", "dtype", "layout"),
+    [
+        (2, FORM.dtype, None),
+        (2, "no dtype", FORM.layout),
+        (2, None, FORM.layout),
+        (True, FORM.dtype, FORM.layout),
+        (2, ">f4", page_format(np.float32).layout),  # the same name, and every number another
+    ],
+)
+def test_parts_of_a_page_format_that_are_none_are_refused(layer_num, dtype, layout):
+    with pytest.raises(ConfigError):
+        PageFormat(layer_num, dtype, layout)
+
+
+def test_a_page_format_takes_any_name_of_a_dtype_and_keeps_a_layout_of_its_own():
+    layout = dict(page_format(np.float32).layout)
+    form = PageFormat(2, "float32", layout)
+    layout["page_size"] *= 2
+    assert form == page_format(np.float32)
 
 
 def start_python(code):

@@ -60,6 +60,7 @@ def test_every_field_of_a_scope_is_required():
         # Two halves of a surrogate pair: another string than the character, and the same bytes in JSON.
         ("tenant_salt", "\ud83d\ude00"),
         ("model", "m\ud800"),
+        ("weights_epoch", 10**4000),
     ],
 )
 def test_a_field_of_the_wrong_type_is_refused_by_name(field, value):
@@ -75,12 +76,30 @@ def test_a_layout_descriptor_of_other_than_names_and_numbers_is_refused(descript
 
 
 @pytest.mark.parametrize(
-    "items", [(), (("a", True),), (("b", 1), ("a", 1)), (("a", 1), ("a", 2)), (("a", 1), ("a", 1)), ((1, "a"),)]
+    "items",
+    [
+        None,
+        (1, 2),
+        ((1,),),
+        (("a", 10**4000),),
+        (),
+        (("a", True),),
+        (("b", 1), ("a", 1)),
+        (("a", 1), ("a", 2)),
+        (("a", 1), ("a", 1)),
+        ((1, "a"),),
+    ],
 )
 def test_a_layout_key_made_by_hand_is_checked_as_well(items):
     """True == 1 would make two keys of one layout, a field named twice one key of two."""
     with pytest.raises(ConfigError, match="layout"):
         LayoutKey(items)
+
+
+@pytest.mark.parametrize("layout", [None, 5, [1], "ab", [("a", 1)]])
+def test_a_layout_descriptor_that_is_no_mapping_is_refused(layout):
+    with pytest.raises(ConfigError, match="a layout is a"):
+        LayoutKey.of(layout)
 
 
 def test_the_order_of_a_layouts_fields_does_not_matter():
@@ -102,7 +121,9 @@ SPELLINGS = [
 ]
 
 
-@pytest.mark.parametrize("key", [b"", b"[]", b"null", b'["m",0,null,""]', b'["m",0,null,"",{}]', b"\xff", *SPELLINGS])
+@pytest.mark.parametrize(
+    "key", [None, 5, "", b"", b"[]", b"null", b'["m",0,null,""]', b'["m",0,null,"",{}]', b"\xff", *SPELLINGS]
+)
 def test_bytes_that_are_no_key_are_refused(key):
     with pytest.raises(ConfigError):
         CacheScope.from_key_bytes(key)
