@@ -58,7 +58,7 @@ class EngineConfig:
         host_tier_bytes: host memory for pages that the prefix cache gives up, at most 2**46 and what is available; 0
             lets them go.
         prefix_cache_dir: directory that cached prefixes are loaded from, and saved to by ``LLM.save_prefix_cache``;
-            needs a host tier.
+            needs a host tier to load into. Several engines may share one; see docs/serving-memory.md.
         tp: devices that share the heads and the weights, 1 to 2**16.
         dp: replicas of attention, 1 to 2**16; each has its share of the pool, the slots and the tokens of a step.
         cp: devices that share the tokens of each page, 1 to 2**16, for contexts that one device cannot hold.

@@ -17,6 +17,7 @@ from engine.errors import ConfigError
 from engine.processes import COORDINATOR, COUNT, INDEX
 from engine.terminal import INTERRUPTED, count
 
+LOOPBACK = "127.0.0.1"  # where process 0 listens for the others, and nowhere else
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 5.0  # to end by themselves, before they are killed
 FAILED = 3
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     words = [word for index, word in enumerate(args.words) if index or word != "--"]
     if not words or words[0] == "launch":
         raise ConfigError("launch needs a command of this program after --, e.g. launch --processes 2 -- generate")
-    address = f"localhost:{_free_port()}"
+    address = f"{LOOPBACK}:{_free_port()}"
     children: list[subprocess.Popen[bytes]] = []
     with _signals_that_end():
         try:
@@ -148,5 +149,5 @@ def _stop(children: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("localhost", 0))
+        probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from ipaddress import ip_address
 from typing import Any, NoReturn
 
 import jax
@@ -35,10 +36,12 @@ def join_from(environment: Mapping[str, str]) -> None:
 
     Args:
         environment: ``ENGINE_COORDINATOR`` (host and port of process 0), ``ENGINE_PROCESSES`` and ``ENGINE_PROCESS``
-            (from 0), as ``python -m engine launch`` sets them.
+            (from 0), as ``python -m engine launch`` sets them. A coordinator with a loopback address listens there
+            alone; another one as jax has it, on every address of its machine or where
+            ``JAX_COORDINATOR_BIND_ADDRESS`` says.
 
     Raises:
-        ConfigError: only some of them are set, or a number is none.
+        ConfigError: only some of them are set, a number is none or out of range, or the coordinator has no port.
         ProcessLost: the others did not come within ``JOIN_SECONDS``.
     """
     given = {name: environment[name] for name in (COORDINATOR, COUNT, INDEX) if name in environment}
@@ -52,6 +55,11 @@ def join_from(environment: Mapping[str, str]) -> None:
             f"{COORDINATOR}, {COUNT} and {INDEX} must all be set, the last two to numbers; got {given}; use "
             "python -m engine launch"
         ) from error
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 <= index < count:
+        raise ConfigError(
+            f"{COORDINATOR}={coordinator!r} must be host:port, and {INDEX}={index} from 0 to {COUNT}-1 of {count}"
+        )
     # Without it the CPU backend knows no other process; it has no meaning for other backends.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
@@ -60,6 +68,7 @@ def join_from(environment: Mapping[str, str]) -> None:
             coordinator,
             count,
             index,
+            coordinator_bind_address=coordinator if _is_loopback(host) else None,
             initialization_timeout=JOIN_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=LEAVE_SECONDS,
@@ -69,6 +78,14 @@ def join_from(environment: Mapping[str, str]) -> None:
             f"process {index} of {count} could not join the others at {coordinator} within {JOIN_SECONDS} s: {error}; "
             "start all of them, with the same address"
         ) from error
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether a host, as an address has it, is this machine to itself."""
+    try:
+        return host == "localhost" or ip_address(host.strip("[]")).is_loopback
+    except ValueError:  # a name
+        return False
 
 
 class SharedPlan:

@@ -20,6 +20,7 @@ LEVEL = {
     "processes": 1,
     "terminal": 1,
     "version": 1,
+    "user_files": 1,
     "launch": 2,
     "native": 2,
     "planning": 2,

@@ -106,5 +106,6 @@ class MeshAttention:
     ) -> tuple[jax.Array, jax.Array]:
         if isinstance(metadata, ContextRows):
             return attend_part(self.local, q, k, v, fused_kv, metadata, heads)
-        out, written = self.local(q, k, v, fused_kv, metadata, **heads._asdict())
+        sinks, k_scale, v_scale, _ = heads  # a factor on the logits is not for layers of a model
+        out, written = self.local(q, k, v, fused_kv, metadata, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
         return out, written

@@ -176,20 +176,25 @@ class HostTier:
         self._used: OrderedDict[PageNode, None] = OrderedDict()  # held pages, the least recently used first
         self._free_rows = list(range(self.capacity_pages))
 
-    def segments(self) -> Iterator[PrefixSegment]:
+    def segments(self, most_pages: int | None = None) -> Iterator[PrefixSegment]:
         """All pages, as the longest unbranched runs, the least recently used run first.
 
         Put into another tier in this order they are all there again, or the most recently used if it is smaller.
         The tier must not be changed between the items.
+
+        Args:
+            most_pages: of an item; a longer run comes in several, its end first. None is no bound.
         """
         for head in [node for node in self._used if _begins_run(node)]:
             run = [head]
             while len(run[-1].children) == 1 and (child := next(iter(run[-1].children.values()))).held:
                 run.append(child)
-            data = self._load(run)
-            if len(data):
-                path = path_to(run[len(data) - 1])
-                yield PrefixSegment(head.scope, tokens_of(path), len(path) - len(data), data)
+            size = most_pages or len(run)
+            for start in reversed(range(0, len(run), size)):
+                data = self._load(run[start : start + size])
+                if len(data):
+                    path = path_to(run[start + len(data) - 1])
+                    yield PrefixSegment(head.scope, tokens_of(path), len(path) - len(data), data)
 
     def _check_query(self, token_ids: npt.ArrayLike, start_page: int) -> Int32:
         tokens = self.page_format.check_tokens(token_ids)

@@ -23,12 +23,12 @@ class PageFormat:
 
     Attributes:
         layer_num: layers whose buffers a page spans.
-        dtype: of the elements.
+        dtype: of the elements; what NumPy takes for one.
         layout: the pool's layout descriptor, as its ``to_dict`` gives it; ``page_size``, ``head_num``, ``head_dim`` and
             ``dtype`` are read, the other fields only compared.
 
     Raises:
-        ConfigError: a size is missing or below 1, or ``dtype`` is not the descriptor's.
+        ConfigError: ``layout`` is no mapping, a size is missing or below 1, or ``dtype`` is not the descriptor's.
     """
 
     layer_num: int
@@ -36,13 +36,20 @@ class PageFormat:
     layout: Mapping[str, int | str]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.layout, Mapping):
+            raise ConfigError(f"layout is a {type(self.layout).__name__}; pass a pool's descriptor, its to_dict()")
+        object.__setattr__(self, "layout", dict(self.layout))
+        try:
+            object.__setattr__(self, "dtype", np.dtype(self.dtype))
+        except TypeError as error:
+            raise ConfigError(f"dtype={self.dtype!r} of a page is none; pass the pool's") from error
         sizes = {"layer_num": self.layer_num} | {name: self.layout.get(name) for name in _SIZES}
         for name, value in sizes.items():
-            if not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} of a page must be an integer from 1; pass a pool's descriptor")
-        if self.layout.get("dtype") != self.dtype.name:
+        if self.layout.get("dtype") != self.dtype.name or not self.dtype.isnative:  # the name does not say the order
             raise ConfigError(
-                f"pages of {self.dtype.name} cannot follow a layout of {self.layout.get('dtype')}: pass the dtype of "
+                f"pages of {self.dtype!r} cannot follow a layout of {self.layout.get('dtype')}: pass the dtype of "
                 "the pool that the layout describes"
             )
 
@@ -76,6 +83,8 @@ class PageFormat:
             ConfigError: they differ; the message lists each field that does.
         """
         ours = self.to_dict()
+        if not isinstance(theirs, Mapping):
+            raise ConfigError(f"the page format of {what} is a {type(theirs).__name__}; it must be a mapping")
         if dict(theirs) != ours:
             differing = ", ".join(
                 f"{name} {theirs.get(name)!r} (here {ours.get(name)!r})"
@@ -90,7 +99,10 @@ class PageFormat:
         Raises:
             ShapeError: they are not a vector of integers that fit in 32 bits.
         """
-        tokens = np.asarray(token_ids)
+        try:
+            tokens = np.asarray(token_ids)
+        except (ValueError, OverflowError) as error:
+            raise ShapeError(f"token_ids are not a flat list of integers: {error}") from error
         if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
             raise ShapeError(f"token_ids must be a vector of integers; got {tokens.dtype}{list(tokens.shape)}")
         if tokens.size and (tokens.min() < -(2**31) or tokens.max() >= 2**31):
@@ -109,7 +121,11 @@ class PageFormat:
             ShapeError: a part has the wrong shape or dtype, or they do not fit together.
         """
         tokens = self.check_tokens(token_ids)
-        if data.shape[1:] != self.page_shape or data.dtype != self.dtype:
+        if isinstance(first_page, bool) or not isinstance(first_page, int | np.integer):
+            raise ShapeError(f"first_page={first_page!r} must be an integer: how many pages come before the data")
+        if not isinstance(data, np.ndarray):
+            raise ShapeError(f"pages must be a NumPy array of this pool's pages; got a {type(data).__name__}")
+        if not data.ndim or data.shape[1:] != self.page_shape or data.dtype != self.dtype:
             raise ShapeError(
                 f"pages {data.dtype}{list(data.shape)} do not fit: a page here is {self.dtype}{list(self.page_shape)}; "
                 "pass pages of the pool that this format describes"

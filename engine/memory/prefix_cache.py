@@ -14,7 +14,7 @@ A request's way:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
 import numpy as np
@@ -319,6 +319,10 @@ class RadixCache:
         """Every cached page; int32 ``[cached_pages]``, in no promised order."""
         runs = [node.pages for tree in self._forest.trees() for node in tree.nodes()]
         return np.concatenate([np.empty(0, np.int32), *runs])
+
+    def runs(self) -> Iterator[tuple[CacheScope, Int32, Int32]]:
+        """Every page that can be found, as ``PrefixForest.runs``; nothing may change meanwhile."""
+        return self._forest.runs()
 
     def check_integrity(self) -> None:
         """Proves that trees, locks, eviction order, counters and the allocator agree; visits everything.

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from engine.errors import ConfigError, IntegrityError
 from engine.memory.eviction import EvictionOrder, UseList
-from engine.memory.radix_tree import RadixNode, RadixTree
+from engine.memory.integers import Int32
+from engine.memory.radix_tree import RadixNode, RadixTree, joined
 from engine.memory.scope import CacheScope
 
 Generation = tuple[str, int]  # a model and its weights epoch
@@ -110,6 +111,28 @@ class PrefixForest:
         yield from self._trees.values()
         yield from self._dropped
 
+    def runs(self) -> Iterator[tuple[CacheScope, Int32, Int32]]:
+        """Every page that can be reached, once, in as few runs of pages as follow one another.
+
+        The longest unused run comes first, and always before the run that it branches off.
+
+        Yields:
+            Its scope; the tokens from the start of the sequence to its end, int32; its page ids, int32.
+        """
+        paths: list[list[RadixNode]] = []
+        for tree in self._trees.values():
+            pending = [] if tree.order.is_retired else list(tree.root.children.values())
+            while pending:
+                path = [pending.pop()]
+                while path[-1].children:
+                    *others, last = sorted(path[-1].children.values(), key=_stamp)
+                    pending += others
+                    path.append(last)
+                paths.append(path)
+        paths.reverse()  # what branches off a run was found after it
+        for path in sorted(paths, key=lambda path: path[0].stamp):
+            yield path[0].tree.scope, path[0].tree.prefix_tokens(path[-1]), joined([node.pages for node in path])
+
     def check_integrity(self) -> None:
         """Proves that every tree joins up and that the eviction orders hold just what is not locked, leaves first.
 
@@ -143,3 +166,7 @@ class PrefixForest:
             self._tree_counts[generation] -= 1
             if not self._tree_counts[generation]:
                 del self._orders[generation], self._tree_counts[generation]
+
+
+def _stamp(node: RadixNode) -> int:
+    return node.stamp

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from engine.errors import ConfigError
 
+MOST_BITS = 4096  # of a number in a key: Python refuses to write some thousand digits
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -28,24 +30,35 @@ class LayoutKey:
     """A KV layout descriptor in hashable form.
 
     Attributes:
-        items: the descriptor's fields and values, sorted by field.
+        items: the descriptor's fields and values, sorted by field, each field once.
+
+    Raises:
+        ConfigError: there are none, or they are otherwise.
     """
 
     items: tuple[tuple[str, int | str], ...]
+
+    def __post_init__(self) -> None:
+        if not self.items:
+            raise ConfigError("a layout descriptor has no fields; pass KVLayout.to_dict() of the pool")
+        if not all(isinstance(item, tuple) and len(item) == 2 for item in self.items):
+            raise ConfigError("a layout key holds pairs of a field's name and its value; use LayoutKey.of()")
+        for name, value in self.items:
+            _require("a layout field's name", name, str)
+            _require(f"layout field {name}", value, int | str)
+        if self.items != tuple(sorted(dict(self.items).items())):
+            raise ConfigError(f"layout fields {[name for name, _ in self.items]} must be sorted, each once: use of()")
 
     @classmethod
     def of(cls, descriptor: Mapping[str, int | str]) -> LayoutKey:
         """Freezes a descriptor, e.g. what ``KVLayout.to_dict`` returns.
 
         Raises:
-            ConfigError: it is empty, or a value is neither integer nor string.
+            ConfigError: it is empty or no mapping, or a value is neither integer nor string.
         """
-        if not descriptor:
-            raise ConfigError("a layout descriptor has no fields; pass KVLayout.to_dict() of the pool")
-        for name, value in descriptor.items():
-            _require("a layout field's name", name, str)
-            _require(f"layout field {name}", value, int | str)
-        return cls(tuple(sorted(descriptor.items())))
+        if not isinstance(descriptor, Mapping):
+            raise ConfigError(f"a layout is a {type(descriptor).__name__}; pass KVLayout.to_dict() of the pool")
+        return cls(tuple(sorted(descriptor.items(), key=lambda item: str(item[0]))))
 
 
 @dataclass(frozen=True)
@@ -55,14 +68,15 @@ class CacheScope:
     Every field is required: a default would be a way to share by oversight.
 
     Attributes:
-        model: which base weights.
+        model: which base weights, and all else that they are computed with: the model's configuration, the dtype. Where
+            pages outlive the process it must not name less than every byte of them.
         weights_epoch: how often those weights have been replaced, 0 or more.
         adapter: the adapter on top of them; None is the base model alone.
         tenant_salt: separates tenants that must not learn of each other's prompts; "" is shared by all who pass it.
         layout: what the bytes of a page mean.
 
     Raises:
-        ConfigError: a field has the wrong type, or ``weights_epoch`` is negative.
+        ConfigError: a field has the wrong type or is no Unicode text, or ``weights_epoch`` is negative.
     """
 
     model: str
@@ -100,9 +114,25 @@ class CacheScope:
         try:
             model, weights_epoch, adapter, tenant_salt, layout = json.loads(key)
             wrapped = None if adapter is None else Adapter(adapter)
-            return cls(model, weights_epoch, wrapped, tenant_salt, LayoutKey.of(dict(layout)))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"not the key of a scope: {key[:80]!r}; pass what CacheScope.key_bytes wrote") from error
+            scope = cls(model, weights_epoch, wrapped, tenant_salt, LayoutKey.of(dict(layout)))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise _no_key(key) from error
+        if scope.key_bytes() != key:  # spelled otherwise: two keys of one scope, or one that says more than we read
+            raise _no_key(key)
+        return scope
+
+
+def is_text(value: str) -> bool:
+    """Whether a string is Unicode text: halves of surrogate pairs, side by side, are written as the whole character."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _no_key(key: object) -> ConfigError:
+    return ConfigError(f"not the key of a scope: {key!r:.80}; pass what CacheScope.key_bytes wrote")
 
 
 def _require(name: str, value: object, kind: object) -> None:
@@ -110,3 +140,7 @@ def _require(name: str, value: object, kind: object) -> None:
     if isinstance(value, bool) or not isinstance(value, kind):  # type: ignore[arg-type]
         expected = getattr(kind, "__name__", kind)
         raise ConfigError(f"{name} is {value!r} of type {type(value).__name__}; it must be {expected}")
+    if isinstance(value, int) and value.bit_length() > MOST_BITS:
+        raise ConfigError(f"{name} is a number of {value.bit_length()} bits; it may have {MOST_BITS}")
+    if isinstance(value, str) and not is_text(value):
+        raise ConfigError(f"{name} is {value!r}, which holds half of a surrogate pair; it must be Unicode text")

@@ -106,12 +106,17 @@ def repeats_of(names: Sequence[str], stored_heads: int, heads: int) -> int:
     return heads // stored_heads if names[-2] in REPEATED else 1
 
 
-def shard_llama(model: Llama, mesh: Mesh) -> Llama:
-    """The same model over a mesh; the given one is left as it is.
+def shard_llama(model: Llama, mesh: Mesh | None) -> Llama:
+    """The same model over a mesh, or where it lies; the given one is left as it is.
+
+    Whatever is done to that one later does not reach this one: weights that are NumPy's are copied.
 
     Raises:
         ConfigError: the mesh does not divide it.
     """
+    if mesh is None:
+        graph, weights = nnx.split(model)
+        return nnx.merge(graph, jax.tree.map(_unchanging, weights))
     config = split_config(model.config, axis_size(mesh, TENSOR_AXIS))
     split = abstract_llama(config, model.dtype, mesh)
     state = nnx.state(split)
@@ -121,11 +126,15 @@ def shard_llama(model: Llama, mesh: Mesh) -> Llama:
     for (path, target), source in zip(targets, sources, strict=True):
         names = key_names(path)
         repeats = repeats_of(names, model.config.num_key_value_heads, config.num_key_value_heads)
-        whole = repeat_heads(np.asarray(source), repeats, config.head_dim)
+        whole = repeat_heads(np.asarray(_unchanging(source)), repeats, config.head_dim)
         arrays.append(jax.make_array_from_callback(target.shape, target.sharding, whole.__getitem__))
     nnx.replace_by_pure_dict(state, jax.tree_util.tree_unflatten(tree, arrays))
     nnx.update(split, state)
     return split
+
+
+def _unchanging(leaf: Any) -> jax.Array:
+    return leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)  # a copy: a device may share the host's memory
 
 
 def repeat_heads(array: Any, repeats: int, head_dim: int) -> Any:

@@ -5,7 +5,10 @@ The interface to XLA is a set of headers that jaxlib ships, so that nothing is l
 
 from __future__ import annotations
 
+import atexit
+import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -18,18 +21,24 @@ from pathlib import Path
 import jax
 
 from engine.errors import BackendUnsupported
+from engine.user_files import flaw_above, flaw_of
 
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.cc")))
 HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-Wall", "-Wextra", "-shared", "-fPIC")
+SEARCH_PATHS = ("CPATH", "CPLUS_INCLUDE_PATH", "COMPILER_PATH")  # what compilers read of the environment
 TIMEOUT_SECONDS = 300
+
+_logger = logging.getLogger(__name__)
 
 
 def build_library() -> Path:
     """Compiles the native library where it is not compiled yet.
 
-    Safe when several processes build at once: each compiles a file of its own and moves it into place.
+    Safe when several processes build at once: each compiles a file of its own and moves it into place. What another
+    user could have put there is not taken: a file is built anew, and where that holds for the directory, in one of this
+    process alone, which goes with it.
 
     Returns:
         The shared library, in a cache directory of the user (``$XDG_CACHE_HOME`` or ``~/.cache``), named by a hash of
@@ -39,20 +48,37 @@ def build_library() -> Path:
         BackendUnsupported: there is no C++ compiler, or it fails; the message has its last words.
     """
     compiler = find_compiler()
-    target = _cache_directory() / f"libengine-{_fingerprint(compiler)}.so"
-    if target.exists():
-        return target
+    directory = _cache_directory()
+    target = directory / f"libengine-{_fingerprint(compiler)}.so"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if not os.path.lexists(directory):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if flaw := flaw_of(directory, folder=True) or flaw_above(directory):
+            target = _own_directory(f"{directory} {flaw}") / target.name
+        if os.path.lexists(target):
+            flaw = flaw_of(target)
+            if flaw is None:
+                return target
+            _logger.warning("the native library %s %s: it is built anew", target, flaw)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             fresh = Path(scratch) / target.name
             _compile(compiler, fresh)
+            fresh.chmod(0o700)  # whatever the umask
             os.replace(fresh, target)
     except OSError as error:
         raise BackendUnsupported(
             f"cannot write the native library {target}: {error.strerror}; point XDG_CACHE_HOME to a writable directory"
         ) from error
     return target
+
+
+@functools.cache
+def _own_directory(reason: str) -> Path:
+    """A directory that nobody else can write and that ends with this process; says once why it is needed."""
+    _logger.warning("the native library is built for this process alone, since %s; make it yours, mode 0700", reason)
+    directory = tempfile.mkdtemp(prefix="engine-native-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return Path(directory)
 
 
 def find_compiler() -> tuple[str, ...]:
@@ -94,11 +120,23 @@ def _compile(compiler: tuple[str, ...], output: Path) -> None:
 def _fingerprint(compiler: tuple[str, ...]) -> str:
     """Names a build by its inputs, so that a change of any of them builds anew."""
     digest = hashlib.sha256()
-    inputs = (*compiler, *FLAGS, version("jaxlib"), platform.system(), platform.machine(), _processor())
+    # The program that compiles, not only its name: it may be replaced where it is.
+    program = Path(shutil.which(compiler[0]) or compiler[0])
+    made = [str(n) for n in (program.stat().st_size, program.stat().st_mtime_ns)] if program.exists() else []
+    machine = (platform.system(), platform.machine(), _processor())
+    inputs = (
+        *compiler,
+        *made,
+        *FLAGS,
+        *(f"{name}={os.environ.get(name)}" for name in SEARCH_PATHS),
+        version("jaxlib"),
+        *machine,
+    )
     for part in inputs:
         digest.update(part.encode() + b"\0")
-    for source in (*SOURCES, *HEADERS):
-        digest.update(source.read_bytes())
+    for source in (*SOURCES, *HEADERS, *sorted(Path(jax.ffi.include_dir()).rglob("*.h"))):
+        content = source.read_bytes()
+        digest.update(f"{source.name} {len(content)} ".encode() + content)
     return digest.hexdigest()[:20]
 
 
@@ -112,8 +150,9 @@ def _processor() -> str:
 
 
 def _cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        return (Path(base) if base else Path.home() / ".cache") / "fused-kv-engine"
+        # A relative one would depend on where the process runs, and is to be ignored.
+        return (base if base.is_absolute() else Path.home() / ".cache") / "fused-kv-engine"
     except RuntimeError as error:
         raise BackendUnsupported(f"no place for the native library: {error}; set XDG_CACHE_HOME") from error

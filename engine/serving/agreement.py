@@ -48,8 +48,13 @@ class Agreement:
             raise refused or RequestError(agreed)
         return [(np.array(ids, np.int32), _params(values)) for ids, values in agreed]
 
-    def done_by_first(self, action: Callable[[], int]) -> int:
+    def done_by_first(self, action: Callable[[], int], part: Callable[[], object] | None = None) -> int:
         """What process 0's ``action`` returns, in every process, once it is done; the others do not call theirs.
+
+        Args:
+            action: process 0's.
+            part: what each process has to do for it, such as its part in reading what all hold; process 0 calls it
+                after the action, which may have failed half way, for what is left.
 
         Raises:
             Exception: what the action raises, in process 0.
@@ -65,6 +70,8 @@ class Agreement:
                 done = action()
             except Exception as error:  # whatever it is, the others must not wait for it
                 failed, done = error, f"{type(error).__name__}: {error}"
+        if part:
+            part()
         agreed: int | str = self.plan.agree(done)
         if isinstance(agreed, str):
             raise failed or EngineError(f"process 0 could not do its part: {agreed}; see what it said")

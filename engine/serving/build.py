@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
-from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +27,10 @@ from engine.memory.cache_manager import CacheManager
 from engine.memory.host_tier import HostTier
 from engine.memory.page_format import PageFormat
 from engine.memory.prefix_cache import EvictionPolicyName
+from engine.memory.prefix_segment import PrefixSegment
 from engine.memory.prefix_store import PrefixStore
 from engine.models.default_model import DEFAULT_MODEL_DIR
+from engine.models.fingerprint import fingerprint
 from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
 from engine.models.sharding import split_config, weight_bytes
@@ -41,10 +42,6 @@ from engine.serving.device_memory import device_memory
 from engine.serving.request_queue import RequestQueue
 from engine.serving.runner import ModelRunner, ReplicaMover
 from engine.serving.scheduler import Scheduler
-
-_names_of_models: WeakKeyDictionary[Llama, str] = WeakKeyDictionary()
-
-DIGEST_BYTES = 1 << 20  # from each end of a weight file: reading a large model whole would take as long as loading it
 
 
 def model_directory(model: object) -> Path:
@@ -165,7 +162,7 @@ def make_caches(
         cache.attach_host_tier(tier, ReplicaMover(runner, replica))
     if config.prefix_cache_dir is None:
         return caches, None
-    store = PrefixStore(Path(config.prefix_cache_dir), page_format)
+    store = PrefixStore(config.prefix_cache_dir, page_format)
     for segment in store.load():
         tier.put(segment.scope, segment.token_ids, segment.first_page, segment.data)
     return caches, store
@@ -201,22 +198,18 @@ def make_batcher(caches: list[CacheManager], shapes: list[ParcelShape]) -> Batch
     return Batcher(tables[0], shapes) if len(tables) == 1 else ReplicaBatcher(tables, shapes)
 
 
-def weights_identity(model: Llama, directory: Path | None) -> str:
-    """Names the weights, the same in every process that loads the same files, so that saved prefixes stay theirs.
+def weights_identity(config: EngineConfig, model: Llama) -> str:
+    """Names what the pages of an engine are computed with: the weights and the model's settings.
 
-    A digest of the checkpoint's configuration and of each weight file's size, header and last bytes; weights that were
-    made in memory get a random name, the same for the same object, which no other object and no other process shares.
+    Where prefixes are saved, the model's fingerprint: equal for equal models, wherever they come from, and no other's.
+    Where they do not leave the engine, a name that no other engine has, at no cost.
     """
-    if directory is None:
-        return _names_of_models.setdefault(model, f"memory-{uuid4().hex}")
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size} ".encode())
-            digest.update(file.read(DIGEST_BYTES))
-            file.seek(max(0, path.stat().st_size - DIGEST_BYTES))
-            digest.update(file.read())
-    return digest.hexdigest()
+    return f"engine-{uuid4().hex}" if config.prefix_cache_dir is None else fingerprint(model)
+
+
+def at_first_epoch(segment: PrefixSegment) -> PrefixSegment:
+    """A segment as another engine looks for it, which begins at epoch 0: a fingerprint needs none to name weights."""
+    return replace(segment, scope=replace(segment.scope, weights_epoch=0))
 
 
 def make_backend(config: EngineConfig, model: LlamaConfig, mesh: Mesh | None) -> FlashAttentionBackend | MeshAttention:

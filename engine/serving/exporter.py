@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError
+from engine.serving.bounded_server import BoundedServer
 from engine.serving.metrics import EngineMetrics
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class EngineCollector:
 
 @contextmanager
 def serve_metrics(read: Callable[[], EngineMetrics], port: int, address: str = "127.0.0.1") -> Iterator[int]:
-    """Runs a thread that answers scrapes, as long as the context lasts.
+    """Runs a thread that answers scrapes, as long as the context lasts; see ``BoundedServer`` for its bounds.
 
     Args:
         read: makes a snapshot.
@@ -55,21 +56,17 @@ def serve_metrics(read: Callable[[], EngineMetrics], port: int, address: str = "
         ConfigError: prometheus-client is not installed, or the port cannot be had.
     """
     try:
-        from prometheus_client import CollectorRegistry, start_http_server
+        from prometheus_client import CollectorRegistry, make_wsgi_app
     except ImportError as error:
         raise ConfigError("metrics need prometheus-client; install it, or this package with [metrics]") from error
     registry = CollectorRegistry()
     registry.register(EngineCollector(read))
     try:
-        server, thread = start_http_server(port, addr=address, registry=registry)
+        server = BoundedServer(address, port, make_wsgi_app(registry))
     except (OSError, OverflowError) as error:
         raise ConfigError(f"cannot serve metrics on {address}:{port}: {error}; name a free port") from error
-    try:
+    with server.running():
         yield server.server_port
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def _pool(metrics: EngineMetrics) -> Iterator[Metric]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from engine.errors import ConfigError, EngineError, IntegrityError, ProcessLost,
 from engine.kv.pool import TokenToKVPool
 from engine.memory.cache_manager import CacheManager
 from engine.memory.prefix_cache import RadixCache
+from engine.memory.saved_segments import cached_segments
 from engine.memory.scope import CacheScope, LayoutKey
 from engine.models.llama import Llama
 from engine.models.replacement import require_replaceable
@@ -20,6 +22,7 @@ from engine.processes import SharedPlan, lost
 from engine.serving.agreement import Agreement
 from engine.serving.batcher import parcel_shapes
 from engine.serving.build import (
+    at_first_epoch,
     make_backend,
     make_batcher,
     make_caches,
@@ -92,7 +95,7 @@ class LLM:
             self._agreement.require_same(self._store.loaded, f"{where}; let it be one directory that all can read")
         self.scheduler = make_scheduler(self.config, self.caches, self._agreement.plan.clock)
         self.stats = EngineStats()
-        self._identity = self._identity_of(model if isinstance(model, Llama) else self.model, loaded.directory)
+        self._identity = self._identity_of(self.model)
         self._weights_epoch = 0
         self._layout = LayoutKey.of(pool.layout.to_dict())
         self._intake = Intake(self.model.config, self.tokenizer, self.plan.context_length, self._scope_for)
@@ -295,39 +298,35 @@ class LLM:
 
         Raises:
             RequestError: requests are unfinished.
-            ConfigError: the geometry, the dtype or the shape of a parameter differs.
+            ConfigError: the geometry, the dtype, another setting of a module or the shape of a parameter differs.
         """
         if self._groups.unfinished:
             raise RequestError(f"{len(self._groups.unfinished)} requests are unfinished; finish or abort them first")
         require_replaceable(model, self.model, self.config.tp)
-        if self._mesh is not None:
-            model = shard_llama(model, self._mesh)
-        self._weights_epoch += 1
+        model = shard_llama(model, self._mesh)
+        identity, weights = self._identity_of(model), self._runner.weights_of(model)
         with self._gate.entered():
+            self._weights_epoch += 1  # first: an engine that got no further serves the old weights, from an empty cache
             for prefix in self._prefixes:
                 prefix.raise_weights_epoch(self._identity, self._weights_epoch)
-        # An epoch counts within one process: saved prefixes of other weights may have the same number.
-        self._identity = self._identity_of(model)
-        self.model = model
-        self._runner.replace_weights(model)
+            self._runner.replace_weights(weights)
+            self._identity, self.model = identity, model
 
     def save_prefix_cache(self) -> int:
-        """Saves every cached prefix to ``prefix_cache_dir``; returns how many files hold them.
+        """Saves all that is cached, on device and host, to ``prefix_cache_dir``; returns how many files hold it.
 
-        Of several processes, which all must call it, process 0 writes them; when it returns they are there.
+        It stays cached. Of several processes, which all must call it, process 0 writes; when it returns they are there.
 
         Raises:
-            ConfigError: no directory was configured.
+            ConfigError: no directory was configured, or another engine has been saving to it for a minute.
             OSError: the disk refuses; in processes other than 0 an EngineError that says so.
         """
-        host = self.caches[0].host  # of all
-        if self._store is None or host is None:
+        if self._store is None:
             raise ConfigError("there is nowhere to save prefixes; set prefix_cache_dir and host_tier_bytes")
         with self._gate.entered():
-            for prefix in self._prefixes:
-                prefix.evict(prefix.evictable_pages)
-            # Every process has the same prefixes, and a directory takes one writer.
-            return self._agreement.done_by_first(partial(self._store.save, host.tier.segments()))
+            # Every process has the same prefixes and its part in reading them; a directory takes one writer.
+            segments = map(at_first_epoch, cached_segments(self.caches))
+            return self._agreement.done_by_first(partial(self._store.save, segments), partial(deque, segments, 0))
 
     def check_integrity(self) -> None:
         """Proves that every page of every replica is accounted for; else IntegrityError."""
@@ -361,9 +360,9 @@ class LLM:
     def _prefixes(self) -> list[RadixCache]:
         return [cache.prefix for cache in self.caches if cache.prefix]
 
-    def _identity_of(self, model: Llama, directory: Path | None = None) -> str:
-        """The name of the weights, process 0's: what was made in memory has another one in each process."""
-        name: str = self._agreement.plan.agree(weights_identity(model, directory))
+    def _identity_of(self, model: Llama) -> str:
+        """The name of the weights, process 0's: that of an engine which saves nothing is another in each process."""
+        name: str = self._agreement.plan.agree(weights_identity(self.config, model))
         return name
 
     def _scope_for(self, tenant_salt: str) -> CacheScope:

@@ -32,14 +32,12 @@ class Loaded:
         mesh: the devices, None for one.
         model: the weights, over the mesh.
         tokenizer: None where prompts must be token ids.
-        directory: the checkpoint's, None for a model that was made in memory.
     """
 
     config: EngineConfig
     mesh: Mesh | None
     model: Llama
     tokenizer: Tokenizer | None = None
-    directory: Path | None = None
 
 
 def load_parts(model: str | Path | Llama | None, options: Mapping[str, Any]) -> Loaded:
@@ -58,14 +56,14 @@ def load_parts(model: str | Path | Llama | None, options: Mapping[str, Any]) -> 
         mesh = make_mesh_of(config)
         if config.dtype not in ("auto", model.dtype.name):
             raise ConfigError(f"dtype={config.dtype!r} for a Llama of {model.dtype}; leave it out, or cast the model")
-        loaded = Loaded(config, mesh, model if mesh is None else shard_llama(model, mesh))
+        loaded = Loaded(config, mesh, shard_llama(model, mesh))
     else:
         directory = model_directory(model)
         config = EngineConfig.from_mapping({"model": str(directory), **options})
         mesh = make_mesh_of(config)
         weights = load_llama(directory, dtype=weights_dtype(config), mesh=mesh)
         tokenizer = load_tokenizer(directory, parse_special_tokens=config.parse_special_tokens)
-        loaded = Loaded(config, mesh, weights, tokenizer, directory)
+        loaded = Loaded(config, mesh, weights, tokenizer)
     _logger.log(logging.WARNING if is_slow(loaded.model) else logging.INFO, "%s", describe_dtype(config, loaded.model))
     return loaded
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import RequestError, shown
-from engine.memory.scope import CacheScope
+from engine.memory.scope import CacheScope, is_text
 
 MAX_LOGPROBS = 20
 MAX_ANSWERS = 128  # to one prompt; for more, give the prompt more than once
@@ -100,7 +100,8 @@ class SamplingParams:
             allowed = _whole(self.logprobs, 0, MAX_LOGPROBS + 1)
             self._require("logprobs", allowed, f"None or a whole number from 0 to {MAX_LOGPROBS}")
         self._require("ignore_eos", _flag(self.ignore_eos), "True or False")
-        self._require("tenant_salt", str(self.tenant_salt) if isinstance(self.tenant_salt, str) else None, "a string")
+        salt = str(self.tenant_salt) if isinstance(self.tenant_salt, str) and is_text(self.tenant_salt) else None
+        self._require("tenant_salt", salt, "a string that UTF-8 can spell")
         self._require("stop_token_ids", _tokens(self.stop_token_ids), "a list of token ids, whole numbers from 0")
 
     def _require(self, name: str, value: object, rule: str) -> None:

@@ -20,6 +20,7 @@ from engine.batch import SHARED_PAGES, ParcelShape, StepParcel, unpack
 from engine.errors import ConfigError
 from engine.kv.page_copy import PAGE_BUCKETS, HostPages, Int32, copy_pages, read_pages, write_pages
 from engine.kv.pool import TokenToKVPool
+from engine.models.fingerprint import settings_of
 from engine.models.llama import Llama
 from engine.serving.device_rows import DeviceRows
 from engine.serving.placement import Placement
@@ -91,6 +92,7 @@ class ModelRunner:
         moves_pages: bool,
     ) -> None:
         graph, weights = nnx.split(model)
+        self._settings = settings_of(model)
         # Leaves, not the tree: flattening a tree of Python nodes at every call takes longer than the call.
         self._weights, structure = jax.tree.flatten(weights)
         self.pool = pool
@@ -207,9 +209,20 @@ class ModelRunner:
         self.pool.renew()
         return False
 
-    def replace_weights(self, model: Llama) -> None:
-        """Takes other weights of the same shapes; every program stays compiled."""
-        self._weights = jax.tree.leaves(nnx.split(model)[1])
+    def weights_of(self, model: Llama) -> list[jax.Array]:
+        """Another model's weights, of the same shapes, for ``replace_weights``.
+
+        Raises:
+            ConfigError: a setting of the model is another.
+        """
+        if settings_of(model) != self._settings:
+            raise ConfigError("the new model has other settings than the one that was compiled; make a new LLM for it")
+        weights: list[jax.Array] = jax.tree.leaves(nnx.split(model)[1])
+        return weights
+
+    def replace_weights(self, weights: list[jax.Array]) -> None:
+        """Takes what ``weights_of`` returned; every program stays compiled."""
+        self._weights = weights
 
     def _warm_up_copies(self, compiled: Callable[[], None]) -> None:
         """Runs each copy of pages once, while no page holds anything."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import pytest
 
 from engine.errors import BackendUnsupported
 from engine.native import build, library
+from engine.user_files import flaw_of
 
 needs_compiler = pytest.mark.skipif(not library.available(), reason="no C++ compiler on this machine")
 
@@ -75,6 +77,116 @@ def test_another_source_or_compiler_is_another_file(empty_cache, monkeypatch, tm
     source.write_text(build.SOURCES[0].read_text() + "// changed\n")
     monkeypatch.setattr(build, "SOURCES", (source,))
     assert build._fingerprint(("c++",)) != first
+
+
+@pytest.mark.parametrize(
+    "what", ["flag", "jaxlib", "search path", "program", "processor", "file names", "header of jaxlib"]
+)
+def test_whatever_goes_into_a_build_names_it(what, empty_cache, monkeypatch, tmp_path):
+    compiler, sources = tmp_path / "c++", (tmp_path / "a.cc", tmp_path / "b.cc")
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o700)
+    sources[0].write_text("xy")
+    sources[1].write_text("z")
+    headers = tmp_path / "include"
+    headers.mkdir()
+    (headers / "ffi.h").write_text("1")
+    monkeypatch.setattr(build, "SOURCES", sources)
+    monkeypatch.setattr(build.jax.ffi, "include_dir", lambda: str(headers))
+    first = build._fingerprint((str(compiler),))
+    assert build._fingerprint((str(compiler),)) == first
+    if what == "flag":
+        monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-ffast-math"))
+    elif what == "jaxlib":
+        monkeypatch.setattr(build, "version", lambda _: "0.0")
+    elif what == "search path":
+        monkeypatch.setenv("CPATH", str(tmp_path))
+    elif what == "program":
+        compiler.write_text("#!/bin/sh\nexit 0\n")
+    elif what == "processor":
+        monkeypatch.setattr(build, "_processor", lambda: "another")
+    elif what == "file names":  # the same bytes, one after the other
+        sources[0].write_text("x")
+        sources[1].write_text("yz")
+    else:
+        (headers / "ffi.h").write_text("2")
+    assert build._fingerprint((str(compiler),)) != first
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Compiles nothing: notes where each library is made."""
+    made = []
+
+    def fake(_, output):
+        made.append(output)
+        output.write_text("built")
+        output.chmod(0o777)
+
+    monkeypatch.setattr(build, "_compile", fake)
+    monkeypatch.setattr(build, "find_compiler", lambda: ("c++",))
+    build._own_directory.cache_clear()
+    return made
+
+
+def test_the_cache_and_what_is_in_it_are_their_users_alone_whatever_the_umask(empty_cache, compiled):
+    before = os.umask(0)
+    try:
+        path = build.build_library()
+    finally:
+        os.umask(before)
+    assert path.parent == empty_cache / "fused-kv-engine"
+    assert [stat.S_IMODE(each.stat().st_mode) for each in (path.parent, path)] == [0o700, 0o700]
+    assert build.build_library() == path
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("flaw", ["others write", "group writes", "link", "another owner", "a file", "open parent"])
+def test_a_directory_that_another_user_can_change_is_not_loaded_from(flaw, empty_cache, compiled, monkeypatch, caplog):
+    trusted = build.build_library()
+    directory, name = trusted.parent, trusted.name
+    if flaw in ("others write", "group writes"):
+        directory.chmod(0o777 if flaw == "others write" else 0o770)
+    elif flaw == "link":
+        directory.rename(empty_cache / "theirs")
+        directory.symlink_to(empty_cache / "theirs")
+    elif flaw == "another owner":
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)  # whose is what we made, then
+        if os.getuid() == 0:
+            os.chown(directory, 12346, 12346)
+    elif flaw == "a file":
+        trusted.unlink()
+        directory.rmdir()
+        directory.write_text("")
+    else:
+        empty_cache.chmod(0o777)
+    path = build.build_library()
+    assert path.name == name
+    assert directory not in path.parents
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert compiled[-1].name == name
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert str(directory) in caplog.text
+    assert build.build_library() == path  # built once, said once
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("flaw", ["others write", "link", "pipe", "another owner"])
+def test_a_library_that_another_user_can_change_is_built_anew(flaw, empty_cache, compiled, monkeypatch, caplog):
+    path = build.build_library()
+    if flaw == "others write":
+        path.chmod(0o777)
+    elif flaw == "another owner":
+        if os.getuid():
+            pytest.skip("only root gives files away")
+        os.chown(path, 12346, 12346)
+    else:
+        path.rename(empty_cache / "theirs")
+        path.symlink_to(empty_cache / "theirs") if flaw == "link" else os.mkfifo(path)
+    assert build.build_library() == path
+    assert len(compiled) == 2
+    assert flaw_of(path) is None
+    assert str(path) in caplog.text
 
 
 def test_a_missing_compiler_is_named(empty_cache, monkeypatch):

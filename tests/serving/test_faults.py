@@ -3,12 +3,19 @@
 import dataclasses
 import threading
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 from serving_support import make_llama
-from test_generation import random_prompts, small_llm
+from test_generation import LOGIT_TOLERANCE, random_prompts, small_llm
 
-from engine.errors import RequestError
+from engine.config import EngineConfig
+from engine.errors import ConfigError, RequestError
+from engine.models.checkpoint import save_llama
 from engine.serving.build import weights_identity
+from engine.serving.check import check_against_dense
 from engine.serving.llm import LLM
 from engine.serving.request import SamplingParams
 
@@ -109,9 +116,14 @@ def test_an_answer_whose_text_cannot_be_decoded_is_reported_once_it_can(llm, mon
     assert llm.generate([[6]], SamplingParams(max_new_tokens=1))[0].finish_reason == "length"  # the engine is idle
 
 
-def test_weights_in_memory_have_a_name_of_their_own(llama):
-    assert weights_identity(llama, None) == weights_identity(llama, None)
-    assert len({weights_identity(make_llama(), None) for _ in range(5)}) == 5  # also where an address is used again
+def test_engines_that_save_nothing_have_names_of_their_own(llama):
+    assert len({weights_identity(EngineConfig(), llama) for _ in range(5)}) == 5
+
+
+def test_an_engine_that_saves_is_named_by_what_its_model_holds(llama, tmp_path):
+    saving = EngineConfig(prefix_cache_dir=str(tmp_path), host_tier_bytes=1)
+    assert weights_identity(saving, make_llama()) == weights_identity(saving, llama)  # equal models share
+    assert len({weights_identity(saving, make_llama(seed=seed)) for seed in range(5)}) == 5
 
 
 def test_saved_prefixes_of_replaced_weights_are_not_taken_for_those_of_other_ones(llama, tmp_path):
@@ -138,6 +150,105 @@ def test_new_weights_get_nothing_of_the_old_ones_from_the_host_either(llama):
     llm.replace_weights(make_llama(seed=5))
     assert [llm.generate([prompt], params)[0].cached_tokens for prompt in prompts] == [0, 0]
     llm.cache.check_integrity()
+
+
+def test_equal_weights_get_saved_prefixes_back_whatever_file_or_object_they_are_in(llama, tmp_path):
+    options = {**ONE_ROW, "prefix_cache_dir": str(tmp_path / "prefixes")}
+    prompt, params = random_prompts([60], seed=47), SamplingParams(max_new_tokens=2)
+    llm = small_llm(llama, **options)
+    llm.generate(prompt, params)
+    assert llm.save_prefix_cache() > 0
+    save_llama(llama, tmp_path)
+    assert small_llm(tmp_path, **options).generate(prompt, params)[0].cached_tokens == 56
+
+
+def test_a_compute_dtype_shares_nothing_saved_with_another_whatever_the_pool_stores(tmp_path):
+    options = {**ONE_ROW, "kv_cache_dtype": "float32", "prefix_cache_dir": str(tmp_path / "prefixes")}
+    prompt, params = random_prompts([60], seed=48), SamplingParams(max_new_tokens=2)
+    save_llama(make_llama(), tmp_path, dtype=jnp.bfloat16)
+    llm = small_llm(tmp_path, dtype="bfloat16", **options)
+    llm.generate(prompt, params)
+    assert llm.save_prefix_cache() > 0
+    assert small_llm(tmp_path, dtype="float32", **options).generate(prompt, params)[0].cached_tokens == 0
+
+
+def test_the_same_object_changed_and_served_again_shares_nothing_saved(tmp_path):
+    model, options = make_llama(), {**ONE_ROW, "prefix_cache_dir": str(tmp_path)}
+    prompt, params = random_prompts([60], seed=49), SamplingParams(max_new_tokens=2)
+    llm = small_llm(model, **options)
+    llm.replace_weights(model)
+    llm.generate(prompt, params)
+    assert llm.save_prefix_cache() > 0
+    second = small_llm(model, **options)
+    nnx.update(model, nnx.state(make_llama(seed=5)))
+    second.replace_weights(model)
+    assert second.generate(prompt, params)[0].cached_tokens == 0
+
+
+def test_a_setting_changed_in_the_served_object_is_refused_and_nothing_changes(llama):
+    model = make_llama()
+    llm = small_llm(model, **ONE_ROW)
+    prompt, params = random_prompts([60], seed=49), SamplingParams(max_new_tokens=2)
+    answer = llm.generate(prompt, params)[0]
+    model.config = dataclasses.replace(model.config, rope_theta=5.0)
+    with pytest.raises(ConfigError, match="rope_theta=5"):
+        llm.replace_weights(model)
+    model = make_llama()
+    model.norm.epsilon = 0.5
+    with pytest.raises(ConfigError, match="other settings"):
+        llm.replace_weights(model)
+    again = llm.generate(prompt, params)[0]
+    assert (again.token_ids, again.cached_tokens) == (answer.token_ids, 56)
+
+
+def test_weights_that_could_not_be_replaced_leave_the_old_ones_served(llama, monkeypatch):
+    llm = small_llm(llama, **ONE_ROW)
+    prompt, params = random_prompts([60], seed=50), SamplingParams(max_new_tokens=2)
+    answer = llm.generate(prompt, params)[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(llm.cache.prefix, "raise_weights_epoch", boom)
+        with pytest.raises(Boom):
+            llm.replace_weights(make_llama(seed=5))
+    assert [llm.generate(prompt, params)[0].cached_tokens for _ in range(2)] == [0, 56]
+    assert llm.generate(prompt, params)[0].token_ids == answer.token_ids
+    other = make_llama(seed=5)
+    llm.replace_weights(other)
+    output = llm.generate(prompt, params, return_logits=True)[0]
+    assert output.cached_tokens == 0
+    assert check_against_dense(other, [output]).largest_difference <= LOGIT_TOLERANCE
+    llm.check_integrity()
+
+
+def test_weights_in_numpy_arrays_that_are_written_to_later_do_not_change_what_is_served():
+    model, prompt, params = make_llama(), random_prompts([20], seed=51), SamplingParams(max_new_tokens=4)
+    state = nnx.state(model)
+    nnx.replace_by_pure_dict(state, jax.tree.map(np.array, nnx.to_pure_dict(state)))
+    nnx.update(model, state)
+    llm = small_llm(model, **ONE_ROW)
+    answer = llm.generate(prompt, params)[0].token_ids
+    for leaf in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model))):
+        leaf += 1
+    llm.reset_prefix_cache()
+    assert llm.generate(prompt, params)[0].token_ids == answer
+
+
+def test_prefixes_that_were_saved_after_the_weights_were_replaced_come_back_to_those_weights(llama, tmp_path):
+    options = {**ONE_ROW, "prefix_cache_dir": str(tmp_path)}
+    prompt, params = random_prompts([60], seed=52), SamplingParams(max_new_tokens=2)
+    llm = small_llm(llama, **options)
+    for seed in (5, 6):
+        llm.replace_weights(make_llama(seed=seed))
+    expected = llm.generate(prompt, params)[0]
+    assert llm.save_prefix_cache() > 0
+    again = small_llm(make_llama(seed=6), **options).generate(prompt, params)[0]
+    assert (again.cached_tokens, again.token_ids) == (56, expected.token_ids)
+    assert small_llm(llama, **options).generate(prompt, params)[0].cached_tokens == 0
+
+
+@pytest.mark.parametrize("salt", ["\ud83d\ude00", "\ud800", 5, None, b""])
+def test_a_salt_is_text(salt):
+    with pytest.raises(RequestError, match="tenant_salt="):
+        SamplingParams(tenant_salt=salt)
 
 
 @pytest.mark.parametrize("priority", [2**31, -(2**31), 10**400, 1.5, True])

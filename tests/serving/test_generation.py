@@ -413,6 +413,23 @@ def test_a_new_engine_finds_the_prefixes_that_another_saved(tiered, llama):
     assert output.token_ids == expected.token_ids
 
 
+def test_a_save_takes_what_the_device_holds_past_the_tier_and_leaves_it_cached(tiered, llama, tmp_path):
+    page = tiered.plan.token_bytes * tiered.plan.layers * tiered.pool.page_size
+    prompt, params = random_prompts([60], seed=29), SamplingParams(max_new_tokens=5)
+    options = {"max_running_requests": 1, "max_total_tokens": 96, "prefix_cache_dir": str(tmp_path)}
+    llm = small_llm(llama, host_tier_bytes=2 * page, **options)
+    expected, compiles = llm.generate(prompt, params)[0], llm.compiles_after_warmup
+    cached = llm.cache.prefix.cached_pages
+    for _ in range(2):  # a save replaces the one before by the same
+        assert llm.save_prefix_cache() == 1
+    assert llm.compiles_after_warmup == compiles
+    assert (llm.cache.prefix.cached_pages, llm.cache.prefix.evicted_pages) == (cached, 0)
+    assert llm.generate(prompt, params)[0].cached_tokens == 56
+    llm.check_integrity()
+    again = small_llm(llama, host_tier_bytes=100 * page, **options).generate(prompt, params)[0]
+    assert (again.cached_tokens, again.token_ids) == (56, expected.token_ids)
+
+
 def test_several_answers_share_the_pages_of_one_prompt(llm, dense):
     llm.cache.reset_prefix_cache()
     prompt = random_prompts([30], seed=27)[0]

@@ -1,5 +1,6 @@
 """Metrics say what is so: every page has one place, counts are of what happened, a scrape sees no half step."""
 
+import socket
 import threading
 import time
 import urllib.request
@@ -254,3 +255,18 @@ def test_the_line_for_a_log_has_the_figures(llm):
     assert "Running: 0 reqs, Waiting: 0 reqs, KV cache usage: 0.0%" in line
     assert "of 12; tail waste: 0 tokens" in line
     assert "tokens hit" in line
+
+
+def test_unless_told_only_this_machine_is_listened_to(llm):
+    with serve_metrics(llm.metrics, 0) as port, socket.socket() as probe:
+        probe.bind(("127.0.0.2", port))  # would be refused if every address were taken
+        assert scrape(port)
+
+
+def test_an_address_of_the_sixth_version_is_served(llm):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"no IPv6 on this machine: {error}")
+    with serve_metrics(llm.metrics, 0, "::1") as port, urllib.request.urlopen(f"http://[::1]:{port}/") as answer:
+        assert b"engine_kv_pages" in answer.read()
