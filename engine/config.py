@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, shown
 
 DTYPES = ("float32", "bfloat16", "float16")
 EVICTION_POLICIES = ("lru", "lfu", "priority")
@@ -25,7 +25,6 @@ MAX_RUNNING_REQUESTS = 2**16
 MAX_STEP_TOKENS = 2**20
 MAX_HOST_TIER_BYTES = 2**46
 MAX_DEVICES = 2**16
-LONGEST_SHOWN = 200  # characters of a wrong value, or bits
 NAMED_SPLITS = 8  # of the values that would do, the message names at most these
 
 
@@ -200,14 +199,3 @@ def _check_count(
 ) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise ConfigError(f"{name}={shown(value)} must be a whole number {rule.format(least, most)}")
-
-
-def shown(value: object) -> str:
-    """A value as a message shows it, whatever a file may hold: in a line, and not too long a one."""
-    if isinstance(value, int) and value.bit_length() > LONGEST_SHOWN:
-        return f"<a number of {value.bit_length()} bits>"
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # of a part that Python refuses to print: thousands of digits, or of levels
-        return f"<a {type(value).__name__}>"
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"

@@ -90,9 +90,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 def shown(value: object, most: int = 80) -> str:
-    """A caller's value as a message shows it: one line of at most ``most`` characters, whatever it is."""
+    """A caller's value, or a file's, as a message shows it: one line of ``most`` characters or so, whatever it is."""
+    if isinstance(value, int) and value.bit_length() > 4 * most:
+        return f"<a number of {value.bit_length()} bits>"
     try:
         text = repr(value).replace("\n", " ")
-    except Exception:  # a caller's object may fail in any way; an int of 5,000 digits does
-        text = f"a {type(value).__name__} that cannot be printed"
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    except Exception:  # a caller's object may fail in any way
+        return f"<a {type(value).__name__} that cannot be printed>"
+    return text if len(text) <= most else f"{text[:most]}…"

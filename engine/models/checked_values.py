@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from engine.config import shown
-from engine.errors import ConfigError
+from engine.errors import ConfigError, shown
 
 
 def require_count(name: str, value: object, most: int) -> int:

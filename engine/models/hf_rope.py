@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from engine.config import shown
-from engine.errors import ConfigError
+from engine.errors import ConfigError, shown
 from engine.models.checked_values import unsupported
 from engine.models.rotary import LinearScaling, Llama3Scaling, RopeScaling
 

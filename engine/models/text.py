@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
-from engine.config import shown
-from engine.errors import CheckpointError, EngineError, RequestError
+from engine.errors import CheckpointError, EngineError, RequestError, shown
 from engine.models.tensor_files import read_json
 
 TOKENIZER_FILE = "tokenizer.json"
