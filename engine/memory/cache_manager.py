@@ -291,6 +291,22 @@ class CacheManager:
         if self.host:
             self.host.tier.reset()
 
+    def clear(self) -> None:
+        """Takes every row and every page back and forgets every prefix, whatever state the books are in.
+
+        For whoever goes on after a fault. It happens in place, and nothing that counts upwards goes back: rows,
+        slots and matches from before are told to be stale. The host tier keeps its pages where its own books are sound.
+        """
+        self.page_table.clear()
+        if self.prefix:
+            self.prefix.clear()
+        self.allocator.clear()
+        self._locked.clear()
+        for each in (self._known, self._most, self._priority, self._is_forgotten):
+            each[:] = 0
+        if self.host and not self.host.tier.is_sound():
+            self.host.tier.clear()
+
     def check_integrity(self) -> None:
         """Proves that rows and prefix cache together hold exactly what the allocator says; else IntegrityError."""
         self.page_table.check_integrity()

@@ -70,9 +70,7 @@ class HostTier:
                 f"cannot reserve {budget_bytes} bytes of host memory for the host tier; lower it"
             ) from error
         self.counters = HostTierCounters()
-        self._trie = PageTrie(page_format.page_size)
-        self._used: OrderedDict[PageNode, None] = OrderedDict()  # held pages, the least recently used first
-        self._free_rows = list(range(self.capacity_pages))
+        self.clear()
 
     @property
     def held_pages(self) -> int:
@@ -170,6 +168,12 @@ class HostTier:
             for node in [node for node in self._trie.nodes(each) if node.held]:
                 self._drop(node)
 
+    def clear(self) -> None:
+        """Drops every page, whatever state the books are in; counters stay."""
+        self._trie = PageTrie(self.page_format.page_size)
+        self._used: OrderedDict[PageNode, None] = OrderedDict()  # held pages, the least recently used first
+        self._free_rows = list(range(self.capacity_pages))
+
     def segments(self) -> Iterator[PrefixSegment]:
         """All pages, as the longest unbranched runs, the least recently used run first.
 
@@ -232,6 +236,14 @@ class HostTier:
         self._free_rows.append(node.row)
         node.row = NOT_HELD
         self._trie.prune(node)
+
+    def is_sound(self) -> bool:
+        """Whether ``check_integrity`` passes."""
+        try:
+            self.check_integrity()
+        except Exception:  # broken books break the check itself in any way
+            return False
+        return True
 
     def check_integrity(self) -> None:
         """Proves that every row is free or held, once, and that index and recency agree.

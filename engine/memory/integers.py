@@ -42,6 +42,17 @@ def equal_lengths(**arrays: Int64) -> None:
         raise ShapeError(f"arguments of different lengths: {lengths}; each needs one entry per sequence")
 
 
+def whole_count(what: str, value: int) -> int:
+    """Reads how many of something are asked for.
+
+    Raises:
+        ShapeError: not an integer, or negative.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+        raise ShapeError(f"cannot {what}: the count is {value!r}; it must be an integer, 0 or more")
+    return int(value)
+
+
 def positive_option(name: str, value: int) -> int:
     """Reads a configuration value that counts something.
 

@@ -14,8 +14,16 @@ import numpy.typing as npt
 
 from engine.errors import DoubleFreeError, IntegrityError, KVPoolExhausted, ShapeError
 from engine.memory.decoding_rows import DecodingRows
-from engine.memory.integers import INT32_MAX, Bool, Int32, Int64, equal_lengths, integer_vector, positive_option, ranges
-from engine.memory.row_growth import RowGrowth
+from engine.memory.integers import (
+    INT32_MAX,
+    Int32,
+    Int64,
+    equal_lengths,
+    integer_vector,
+    positive_option,
+    ranges,
+)
+from engine.memory.row_growth import RowGrowth, check_continues, check_new_pages
 
 
 class ReqToTokenPool:
@@ -109,6 +117,13 @@ class ReqToTokenPool:
         self._free_rows.append(int(row))
         return pages
 
+    def clear(self) -> None:
+        """Takes every row back, whatever state the books are in; each counts as given back once more."""
+        self._releases += 1
+        for array in (self._table, self._kv_lens, self._taken, self._in_use):
+            array[:] = 0
+        self._free_rows = deque(range(self.max_requests))
+
     def append_pages(self, row: int, pages: npt.ArrayLike) -> None:
         """Adds full pages of cached tokens to the end of a row, as after a prefix hit.
 
@@ -128,7 +143,7 @@ class ReqToTokenPool:
         if not added.size:
             return
         self._check_context(np.array([row]), np.array([end]))
-        self._check_new_pages(added)
+        check_new_pages(added)
         if np.isin(added, self._table[row, :held]).any():
             raise ShapeError(f"pages {added.tolist()} are in row {row} already; a page stands in a row once")
         self._table[row, held : held + added.size] = added
@@ -157,8 +172,8 @@ class ReqToTokenPool:
         token_rows, positions = np.repeat(index, counts), ranges(first, counts)
         pages = new // self.page_size
         begins = positions % self.page_size == 0
-        self._check_continues(token_rows, positions, new, pages, begins)
-        self._check_new_pages(pages[begins])
+        check_continues(self._table, self.page_size, token_rows, positions, new, pages, begins)
+        check_new_pages(pages[begins])
         if (self._table[token_rows[begins]] == pages[begins][:, None]).any():
             raise ShapeError(
                 f"one of the pages {pages[begins][:8].tolist()} is in its row already; a page stands there once"
@@ -202,7 +217,7 @@ class ReqToTokenPool:
         if pages.size != growth.num_pages:
             raise ShapeError(f"there are {pages.size} pages for {growth.num_pages} that the new tokens begin")
         if pages.size:
-            self._check_new_pages(pages.astype(np.int64))
+            check_new_pages(pages.astype(np.int64))
             self._table[np.repeat(growth.rows, growth.fresh), ranges(growth.held, growth.fresh)] = pages
         self._kv_lens[growth.rows] = growth.ends
 
@@ -374,23 +389,3 @@ class ReqToTokenPool:
                 f"row {rows[at]} cannot grow to {ends[at]} tokens: max_context_tokens is {self.max_context_tokens} "
                 f"({self.max_pages} pages); stop the request or raise it"
             )
-
-    def _check_continues(self, rows: Int64, positions: Int64, slots: Int64, pages: Int64, begins: Bool) -> None:
-        """Checks that each slot has its position's offset and, in mid-page, the page of the token before."""
-        before = np.concatenate([pages[:1], pages[:-1]])
-        first = np.diff(rows, prepend=-1) != 0
-        before[first] = self._table[rows[first], np.maximum(positions[first] - 1, 0) // self.page_size]
-        right = (begins | (pages == before)) & (slots - pages * self.page_size == positions % self.page_size)
-        if not right.all():
-            at = int(right.argmin())
-            raise ShapeError(
-                f"slot {slots[at]} cannot hold token {positions[at]} of row {rows[at]} at page_size {self.page_size}; "
-                "it must have that token's offset and, in mid-page, the page of the token before"
-            )
-
-    @staticmethod
-    def _check_new_pages(pages: Int64) -> None:
-        if pages.size and (pages.min() < 1 or pages.max() > INT32_MAX):
-            raise ShapeError(f"pages go from {pages.min()} to {pages.max()}; page ids are int32 and the null page is 0")
-        if np.unique(pages).size != pages.size:
-            raise ShapeError("a new page begins twice in one call; each belongs to one place of one row")

@@ -20,13 +20,13 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import ConfigError, DoubleFreeError, ShapeError
+from engine.errors import ConfigError, DoubleFreeError
 from engine.memory.cached_pages import CachedPages
-from engine.memory.integers import Bool, Int32, Int64, integer_vector
+from engine.memory.integers import Bool, Int32, Int64, whole_count
 from engine.memory.node_ledger import NodeLedger
 from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
 from engine.memory.prefix_forest import PrefixForest
-from engine.memory.prefix_match import EvictedPages, PrefixMatch, checked_scope, token_vector
+from engine.memory.prefix_match import EvictedPages, PrefixMatch, checked_scope, token_vector, whole_pages
 from engine.memory.radix_tree import NO_PAGES, RadixNode, joined
 from engine.memory.scope import CacheScope
 
@@ -79,9 +79,7 @@ class RadixCache:
         self.hit_tokens = 0
         self.evicted_pages = 0
         self._on_evict = on_evict
-        self._forest = PrefixForest(page_size)
-        self._nodes = NodeLedger(self._forest)
-        self._pages = CachedPages(allocator)
+        self._start_with(PrefixForest(page_size))
 
     @property
     def evictable_pages(self) -> int:
@@ -115,10 +113,10 @@ class RadixCache:
         tokens = token_vector(token_ids)
         tree = self._forest.find(checked_scope(scope))
         if tree is None:
-            return PrefixMatch(NO_PAGES, 0, tokens.size, self, None)
+            return PrefixMatch(NO_PAGES, 0, tokens.size, self._forest, None)
         most = max(tokens.size - 1, 0) // self.page_size
         walk = tree.walk(tokens[: most * self.page_size])
-        return PrefixMatch(walk.pages, walk.num_pages * self.page_size, tokens.size, self, walk.node)
+        return PrefixMatch(walk.pages, walk.num_pages * self.page_size, tokens.size, self._forest, walk.node)
 
     def lock(self, match: PrefixMatch) -> None:
         """Protects the pages of a match from eviction, once more if they are already; undone by ``unlock``.
@@ -129,7 +127,7 @@ class RadixCache:
             DoubleFreeError: the match is of another cache, or not locked and one of its pages has been evicted or
                 invalidated since.
         """
-        node = match.node if match.locks and match.owner is self else self._settle(match)
+        node = self._node_of(match)
         match.locks += 1
         if node is not None:
             self._nodes.lock(node)
@@ -151,7 +149,7 @@ class RadixCache:
         Raises:
             DoubleFreeError: as for ``lock``.
         """
-        node = match.node if match.locks else self._settle(match)
+        node = self._node_of(match)
         self.query_tokens += match.num_queried
         self.hit_tokens += match.num_tokens
         if node is not None and not node.tree.order.is_retired:
@@ -178,7 +176,7 @@ class RadixCache:
             ShapeError: arrays of a wrong shape or dtype; a page that nobody holds, that is listed twice, or that is
                 already cached as something else.
         """
-        tokens, page_ids = self._checked(token_ids, pages)
+        tokens, page_ids = whole_pages(token_ids, pages, self.page_size)
         if not self._forest.accepts(checked_scope(scope)):
             return 0
         return self._enter(scope, tokens, page_ids, priority).num_tokens
@@ -212,7 +210,7 @@ class RadixCache:
             DoubleFreeError: as for ``unlock``.
         """
         self._require_locked(match)
-        tokens, page_ids = self._checked(token_ids, pages)
+        tokens, page_ids = whole_pages(token_ids, pages, self.page_size)
         if not self._forest.accepts(checked_scope(scope)):
             return match
         held = self._enter(scope, tokens, page_ids, priority, match)
@@ -243,7 +241,7 @@ class RadixCache:
             DoubleFreeError: as for ``unlock``.
         """
         self._require_locked(match)
-        tokens, page_ids = self._checked(token_ids, pages)
+        tokens, page_ids = whole_pages(token_ids, pages, self.page_size)
         if self._forest.accepts(checked_scope(scope)):
             self._enter(scope, tokens, page_ids, priority, match)
         self.unlock(match)
@@ -262,9 +260,7 @@ class RadixCache:
         Raises:
             ShapeError: ``num_pages`` is not an integer, or negative.
         """
-        if not (type(num_pages) is int or isinstance(num_pages, np.integer)) or num_pages < 0:
-            raise ShapeError(f"cannot evict {num_pages!r} pages: the count must be an integer, 0 or more")
-        wanted = left = min(int(num_pages), self._nodes.evictable)
+        wanted = left = min(whole_count("evict pages", num_pages), self._nodes.evictable)
         runs: list[Int32] = []
         told: list[EvictedPages] = []
         while left:
@@ -297,6 +293,13 @@ class RadixCache:
         self._pages.remove(runs)
         return sum(run.size for run in runs)
 
+    def clear(self) -> None:
+        """Forgets everything, whatever state the books are in; the references are for ``allocator.clear`` to end.
+
+        Every match from before is refused from now on. Weights epochs and counters stay.
+        """
+        self._start_with(self._forest.empty())
+
     def raise_weights_epoch(self, model: str, epoch: int) -> None:
         """Invalidates at once all that was computed with a model's weights before ``epoch``.
 
@@ -326,15 +329,10 @@ class RadixCache:
         self._nodes.check_integrity()
         self._pages.check_integrity([node.pages for tree in self._forest.trees() for node in tree.nodes()])
 
-    def _checked(self, token_ids: npt.ArrayLike, pages: npt.ArrayLike) -> tuple[Int32, Int64]:
-        """A sequence's whole pages of tokens, and as many page ids."""
-        tokens, page_ids = token_vector(token_ids), integer_vector("pages", pages)
-        if page_ids.size != tokens.size // self.page_size:
-            raise ShapeError(
-                f"{page_ids.size} pages of {self.page_size} for {tokens.size} tokens; pass the "
-                f"{tokens.size // self.page_size} full ones, without the partial last page"
-            )
-        return tokens[: page_ids.size * self.page_size], page_ids
+    def _start_with(self, forest: PrefixForest) -> None:
+        self._forest = forest
+        self._nodes = NodeLedger(forest)
+        self._pages = CachedPages(self.allocator)
 
     def _enter(
         self, scope: CacheScope, tokens: Int32, page_ids: Int64, priority: int, after: PrefixMatch | None = None
@@ -369,14 +367,17 @@ class RadixCache:
         pages = NO_PAGES if walk is None else walk.pages
         if start is not None and after is not None:
             pages = joined([after.pages[: start.end], pages])
-        return PrefixMatch(pages, known * self.page_size, tokens.size, self, node)
+        return PrefixMatch(pages, known * self.page_size, tokens.size, self._forest, node)
 
     def _require_locked(self, match: PrefixMatch) -> None:
-        if match.owner is not self or match.locks == 0:
+        if match.owner is not self._forest or match.locks == 0:
             raise DoubleFreeError(
                 f"cannot unlock a match of {match.num_tokens} tokens: it holds no lock of this cache; unlock once per "
                 "lock, through the handle that was locked"
             )
+
+    def _node_of(self, match: PrefixMatch) -> RadixNode | None:
+        return match.node if match.locks and match.owner is self._forest else self._settle(match)
 
     def _settle(self, match: PrefixMatch) -> RadixNode | None:
         """The node that ends where the match does, split off if need be; refuses a match that is out of date."""
@@ -384,7 +385,7 @@ class RadixCache:
         while node is not None and node.parent is not None and node.start >= end:
             node = node.parent
         gone = node is not None and (not node.attached or node.end < end or (end and node.tree.order.is_retired))
-        if match.owner is not self or gone:
+        if match.owner is not self._forest or gone:
             raise DoubleFreeError(
                 f"cannot use a match of {match.num_tokens} tokens: it is of another cache, or some of its pages were "
                 "evicted or invalidated since; lock a match before anything else is done, or match again"

@@ -34,6 +34,12 @@ class PrefixForest:
         self._retired_order.retire(self._retired)
         self._dropped: set[RadixTree] = set()
 
+    def empty(self) -> PrefixForest:
+        """A forest without trees that accepts what this one accepts."""
+        forest = PrefixForest(self._page_size)
+        forest._epochs = dict(self._epochs)
+        return forest
+
     def accepts(self, scope: CacheScope) -> bool:
         """Whether entries of this scope are wanted, its weights not having been replaced."""
         return scope.weights_epoch >= self._epochs.get(scope.model, 0)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import ConfigError, ShapeError
-from engine.memory.integers import Int32, integer_vector
+from engine.memory.integers import Int32, Int64, integer_vector
 from engine.memory.radix_tree import RadixNode
 from engine.memory.scope import CacheScope
 
@@ -21,7 +21,7 @@ class PrefixMatch:
         pages: int32 ``[n]`` page ids of the cached prefix, read-only.
         num_tokens: tokens in those pages.
         num_queried: tokens that were asked for.
-        owner: the cache that may use it.
+        owner: the trees of the cache that may use it; a cleared cache has others. The cache's own.
         node: where it ends, or the node around that point; None if nothing of its scope is cached. The cache's own.
         locks: how often it is locked. The cache's own.
     """
@@ -71,3 +71,18 @@ def token_vector(token_ids: npt.ArrayLike) -> Int32:
     if (tokens != wide).any():
         raise ShapeError(f"token id {wide[(tokens != wide).argmax()]} is beyond int32; token ids are int32")
     return tokens
+
+
+def whole_pages(token_ids: npt.ArrayLike, pages: npt.ArrayLike, page_size: int) -> tuple[Int32, Int64]:
+    """A sequence's whole pages of tokens, and as many page ids.
+
+    Raises:
+        ShapeError: arrays of a wrong shape or dtype, or another number of pages.
+    """
+    tokens, page_ids = token_vector(token_ids), integer_vector("pages", pages)
+    if page_ids.size != tokens.size // page_size:
+        raise ShapeError(
+            f"{page_ids.size} pages of {page_size} for {tokens.size} tokens; pass the {tokens.size // page_size} full "
+            "ones, without the partial last page"
+        )
+    return tokens[: page_ids.size * page_size], page_ids

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine.errors import DoubleFreeError
+from engine.errors import DoubleFreeError, ShapeError
 from engine.memory.cache_manager import CacheManager
 from engine.memory.host_tier import HostTier
 from engine.memory.page_format import PageFormat
@@ -243,3 +243,72 @@ def test_an_advance_under_replaced_weights_keeps_what_was_locked():
     assert cache.advance(handle, SCOPE, tokens(8), pages) is handle
     assert cache.protected_pages == 2
     cache.unlock(handle)
+
+
+def harm_page_table(cache):
+    cache.page_table._kv_lens[0] += 9
+    cache.page_table._free_rows.extend([0, 1])
+
+
+def harm_allocator(cache):
+    cache.allocator.release(cache.prefix.pages()[:1])
+    cache.allocator._ledger._free.put(np.array([5, 5], np.int32))
+
+
+def harm_prefix(cache):
+    node = next(iter(cache.prefix._forest.trees())).root.children.popitem()[1]
+    node.locks += 3
+    cache.prefix._nodes.evictable -= 7
+
+
+def harm_locks(cache):
+    cache._locked.popitem()
+    cache._known[:] = 40
+
+
+@pytest.mark.parametrize("harm", [lambda cache: None, harm_page_table, harm_allocator, harm_prefix, harm_locks])
+def test_a_cleared_manager_is_empty_whatever_state_its_books_were_in(harm):
+    cache, _ = make(host_pages=4)
+    compute(cache, tokens(13))
+    row = compute(cache, tokens(17)).row
+    parts = cache.page_table, cache.allocator, cache.prefix, cache.host
+    decoding, held = cache.page_table.decoding_rows([row]), cache.prefix.match(SCOPE, tokens(9))
+    slots, hits = cache.allocator.alloc(PAGE), cache.prefix.hit_tokens
+    cache.prefix.lock(held)
+    cache.prefix.evict(1)
+    harm(cache)
+    cache.clear()
+    cache.check_integrity()
+    assert parts == (cache.page_table, cache.allocator, cache.prefix, cache.host)
+    assert cache.allocator.available_size() == cache.size == cache.reclaimable_pages * PAGE
+    assert cache.page_table.available_rows == 3
+    assert cache.cached_tokens(SCOPE, tokens(13)) == 0
+    assert hits == cache.prefix.hit_tokens > 0
+    with pytest.raises(DoubleFreeError):
+        cache.prefix.unlock(held)
+    with pytest.raises(DoubleFreeError):
+        cache.prefix.lock(held)
+    rows = [compute(cache, tokens(cache.size // 4, 50 * n)).row for n in range(3)]
+    with pytest.raises(ShapeError):
+        decoding.check_unchanged()
+    taken = cache.allocator.alloc_pages([cache.allocator.available_pages()])
+    with pytest.raises(DoubleFreeError):
+        cache.allocator.free(slots)
+    cache.allocator.release(taken)
+    for row in rows:
+        cache.release(row, SCOPE, tokens(0))
+    cache.check_integrity()
+
+
+def test_a_cleared_manager_keeps_a_sound_host_tier_and_empties_a_broken_one():
+    cache, _ = make(host_pages=4)
+    row = compute(cache, tokens(13)).row
+    cache.release(row, SCOPE, tokens(13))
+    cache.prefix.evict(2)
+    tier = cache.host.tier
+    cache.clear()
+    assert tier.held_pages == 2
+    tier._free_rows.append(0)
+    cache.clear()
+    assert tier.held_pages == 0
+    tier.check_integrity()
