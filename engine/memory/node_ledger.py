@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 from engine.errors import IntegrityError
 from engine.memory.integers import Int32
 from engine.memory.prefix_forest import PrefixForest
+from engine.memory.prefix_match import PrefixMatch
 from engine.memory.radix_tree import RadixNode, RadixTree
 
 # Hits beyond this many no longer tell nodes apart; it bounds the number of levels.
@@ -102,6 +106,20 @@ class NodeLedger:
             if step.locks == 0:
                 order.append(step)
 
+    def mend(self, matches: Iterable[PrefixMatch]) -> None:
+        """Works out anew all that follows from the trees and the locked matches, after a fault half way.
+
+        Each node's place, locks and ancestors, the counters, the eviction orders. A use that was broken off counts.
+        """
+        locks: Counter[RadixNode] = Counter()
+        for match in matches:
+            for step in () if match.node is None else match.node.path():
+                locks[step] += match.locks
+        self.forest.mend(locks)
+        nodes = [node for tree in self.forest.trees() for node in tree.nodes()]
+        self.evictable = sum(node.num_pages for node in nodes if node.locks == 0)
+        self.protected = sum(node.num_pages for node in nodes if node.locks > 0)
+
     def next_leaf(self) -> RadixNode:
         """The leaf whose pages are evicted next; only while ``evictable`` is above 0."""
         leaf = self.forest.oldest()
@@ -110,15 +128,16 @@ class NodeLedger:
         return leaf
 
     def cut(self, leaf: RadixNode, num_pages: int) -> Int32:
-        """Takes the last pages off an evictable leaf, the leaf itself with its last page; int32 ``[num_pages]``."""
+        """Takes the last pages off an evictable leaf, the leaf itself with its last page; int32 ``[num_pages]``.
+
+        A tree that has become empty is for the caller to clear away.
+        """
         tree = leaf.tree
         self.evictable -= num_pages
         if num_pages < leaf.pages.size:
             return tree.trim(leaf, num_pages)
         tree.order.remove(leaf)
         tree.detach(leaf)
-        if not tree.root.children:
-            self.forest.clear_away(tree)
         return leaf.pages
 
     def drop(self, tree: RadixTree) -> list[Int32]:
