@@ -11,45 +11,20 @@ lets go.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from engine.errors import ConfigError, KVPoolExhausted, RequestTooLarge, ShapeError
+from engine.errors import ShapeError
+from engine.memory.admission import Admission
+from engine.memory.cache_books import CacheBooks
 from engine.memory.decoding_rows import DecodingRows
-from engine.memory.host_tier import HostTier
 from engine.memory.integers import Int32, Int64, priority_level, whole_number
-from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
-from engine.memory.page_mover import HostPages, PageMover
-from engine.memory.page_table import ReqToTokenPool
-from engine.memory.prefix_cache import EvictionPolicyName, RadixCache
-from engine.memory.prefix_match import EvictedPages, PrefixMatch, checked_scope, token_vector
+from engine.memory.prefix_match import checked_scope, token_vector
 from engine.memory.radix_tree import NO_PAGES
 from engine.memory.row_growth import RowGrowth
 from engine.memory.scope import CacheScope
 
-# Of a page's tokens: so many steps ahead each running request finds its pages when another is admitted.
-LOOKAHEAD_SHARE = 8
-MOVES = ("read", "write", "copy")  # of a page mover
-EVICT_AT_ONCE = 64  # pages, at most a 32nd of the pool
 
-
-@dataclass(frozen=True)
-class Admission:
-    """What a request got when it was admitted.
-
-    Attributes:
-        row: its page-table row, ``req_pool_idx``.
-        cached_tokens: tokens whose pages were found on the device.
-        loaded_tokens: tokens after them whose pages came back from the host.
-    """
-
-    row: int
-    cached_tokens: int
-    loaded_tokens: int
-
-
-class CacheManager:
+class CacheManager(CacheBooks):
     """Pages and page-table rows of the running requests, and what is kept of past ones.
 
     A call that raises has changed nothing, whatever raises in it, but that cached pages may have been evicted to make
@@ -64,66 +39,6 @@ class CacheManager:
         policy: of eviction from the prefix cache; None keeps nothing of past requests.
     """
 
-    def __init__(
-        self,
-        size: int,
-        page_size: int,
-        max_requests: int,
-        max_context_tokens: int,
-        *,
-        policy: EvictionPolicyName | None = "lru",
-    ) -> None:
-        self.size = size
-        self.page_size = page_size
-        self.allocator = PagedTokenToKVPoolAllocator(size, page_size)
-        self.page_table = ReqToTokenPool(max_requests, max_context_tokens, page_size)
-        self.caller = self.page_table.caller = self.allocator.caller  # one set of books
-        self.prefix = (
-            None
-            if policy is None
-            else RadixCache(self.allocator, page_size, policy=policy, on_evict=self._save_evicted)
-        )
-        self.host: HostPages | None = None
-        self._locked: dict[int, PrefixMatch] = {}
-        # By row: the tokens that its request knew when it was admitted (0: no request), and the most it can need.
-        self._known = np.zeros(max_requests, np.int64)
-        self._most = np.zeros(max_requests, np.int64)
-        self._lookahead = max(page_size // LOOKAHEAD_SHARE, 1)
-        self._is_forgotten = np.zeros(max_requests, np.bool_)  # rows of before a reset: they are not cached any more
-        self._priority = np.zeros(max_requests, np.int64)
-
-    def attach_host_tier(self, tier: HostTier, mover: PageMover) -> None:
-        """From now on evicted pages go to ``tier`` and come back from it, moved by ``mover``.
-
-        Raises:
-            ConfigError: not a tier and a mover, or the tier's pages are of another size.
-        """
-        if not isinstance(tier, HostTier) or not all(callable(getattr(mover, name, None)) for name in MOVES):
-            raise ConfigError(
-                f"cannot attach a {type(tier).__name__} moved by a {type(mover).__name__}: they must be a HostTier and "
-                f"what has {', '.join(MOVES)}, see PageMover"
-            )
-        if tier.page_format.page_size != self.page_size:
-            raise ConfigError(
-                f"the host tier has pages of {tier.page_format.page_size} tokens and the pool of {self.page_size}; "
-                "both must be equal"
-            )
-        self.host = HostPages(tier, mover)
-
-    def round_up(self, tokens: int) -> int:
-        """``tokens`` in whole pages, counted in tokens."""
-        return -(-tokens // self.page_size) * self.page_size
-
-    @property
-    def reclaimable_pages(self) -> int:
-        """Pages that could be handed out now: free ones, and cached ones that nobody has locked."""
-        return self.allocator.available_pages() + (self.prefix.evictable_pages if self.prefix else 0)
-
-    @property
-    def held_tokens(self) -> int:
-        """Tokens in pages that rows hold or that are locked: neither free nor evictable."""
-        return self.size - self.reclaimable_pages * self.page_size
-
     def admit(
         self,
         scope: CacheScope,
@@ -137,9 +52,7 @@ class CacheManager:
 
         None is for now: it is let in once others have ended. What can never be let in is refused.
 
-        The rule: for this request and for each that runs, there must be pages for the tokens that it knows and for
-        what it may add in the next steps, an eighth of a page's tokens, but no more than it can ever need. So nobody
-        who was let in is short of pages at once, and hardly any page waits for a token that never comes.
+        By the rule of ``AdmissionRule``: there must be pages for what it and each that runs will need soon.
 
         Args:
             scope: under which its keys and values may be shared.
@@ -156,7 +69,8 @@ class CacheManager:
         """
         self.caller.enter()
         tokens, level = token_vector(token_ids), priority_level(priority)
-        most = self._checked_most(checked_scope(scope) and tokens.size, most_tokens)
+        checked_scope(scope)
+        most = self._rule.checked_most(tokens.size, most_tokens)
         if not self.page_table.available_rows:
             return None
         row = found = None
@@ -170,7 +84,7 @@ class CacheManager:
                 self._take_back(None, [found], NO_PAGES)
                 return None
             row = self.page_table.alloc_row()
-            self._known[row], self._most[row], self._priority[row] = tokens.size, most, level
+            self._rule.known[row], self._rule.most[row], self._priority[row] = tokens.size, most, level
             if found:
                 self._locked[row] = found
             self.allocator.retain(pages)
@@ -256,7 +170,7 @@ class CacheManager:
         """Whether ``fork`` keeps the rule by which ``admit`` lets in; raises ShapeError as ``fork``."""
         self._check_fork(row, tokens)
         has_row = self.page_table.available_rows > 0
-        return has_row and self._has_room(tokens + 1, int(self._most[row]), tokens // self.page_size)
+        return has_row and self._has_room(tokens + 1, int(self._rule.most[row]), tokens // self.page_size)
 
     def fork(self, row: int, tokens: int) -> tuple[int, Int32, Int32]:
         """Gives a new row the first ``tokens`` tokens of ``row``: full pages shared, the partial last one to be copied.
@@ -275,8 +189,8 @@ class CacheManager:
         pages, new_row, match = self.page_table.row_pages(row), None, self._locked.get(row)
         try:
             new_row = self.page_table.alloc_row()
-            self._known[new_row] = tokens + 1
-            for each in (self._most, self._priority, self._is_forgotten):
+            self._rule.known[new_row] = tokens + 1
+            for each in (self._rule.most, self._priority, self._is_forgotten):
                 each[new_row] = each[row]
             if self.prefix and match:
                 self.prefix.lock(match)  # once more: a handle may be shared
@@ -303,12 +217,7 @@ class CacheManager:
         if self.prefix is None or self._is_forgotten[row]:
             return
         sharing = self._sharing(row, pages)
-        try:
-            self._advance([*sharing, (row, pages.size)], scope, tokens, pages)
-        except BaseException:
-            if sharing:  # who shares pages that are cached now must have its lock on them
-                self._advance([*sharing, (row, pages.size)], scope, tokens, pages)
-            raise
+        self._advance([*sharing, (row, pages.size)], scope, tokens, pages)
 
     def release(self, row: int, scope: CacheScope, token_ids: Int32) -> None:
         """Gives back a row and its pages, also where it raises; the full ones stay in the prefix cache.
@@ -331,7 +240,7 @@ class CacheManager:
                 self.prefix.unlock(match)
             self._locked.pop(row, None)
             self.allocator.release(self.page_table.release(row))
-            self._known[row], self._is_forgotten[row] = 0, False
+            self._rule.known[row], self._is_forgotten[row] = 0, False
         except BaseException:
             self._take_back(row, [match], held)
             raise
@@ -348,84 +257,6 @@ class CacheManager:
             self._forget()  # to the end: half of it would cache again what was to be forgotten
             raise
 
-    def clear(self) -> None:
-        """Takes every row and every page back and forgets every prefix, whatever state the books are in.
-
-        For who goes on after a fault. It happens in place, and nothing that counts upwards goes back: rows,
-        slots and matches from before are told to be stale. The host tier keeps its pages where its own books are sound.
-        """
-        self.caller.enter()
-        self.page_table.clear()
-        if self.prefix:
-            self.prefix.clear()
-        self.allocator.clear()
-        self._locked.clear()
-        for each in (self._known, self._most, self._priority, self._is_forgotten):
-            each[:] = 0
-        if self.host and not self.host.tier.is_sound():
-            self.host.tier.clear()
-
-    def check_integrity(self) -> None:
-        """Proves that rows and prefix cache together hold exactly what the allocator says; else IntegrityError."""
-        self.page_table.check_integrity()
-        cached = np.empty(0, np.int32)
-        if self.prefix:
-            self.prefix.check_integrity()
-            cached = self.prefix.pages()
-        if self.host:
-            self.host.tier.check_integrity()
-        self.allocator.check_integrity(np.concatenate([self.page_table.held_pages(), cached]))
-
-    def _reserved_pages(self) -> int:
-        """Pages that running requests will need soon by the rule of ``admit``, and do not have yet."""
-        rows = np.flatnonzero(self._known).astype(np.int32)
-        lens = self.page_table.kv_lens(rows).astype(np.int64)
-        soon = self._soon(np.maximum(lens, self._known[rows]), self._most[rows])
-        return int((-(-soon // self.page_size) - -(-lens // self.page_size)).sum())
-
-    def _soon(self, known: Int64, most: Int64) -> Int64:
-        """How many tokens requests will have soon."""
-        return np.maximum(known, np.minimum(known + self._lookahead, most))
-
-    def _has_room(self, known: int, most: int, shared_pages: int) -> bool:
-        """Whether the rule of ``admit`` holds with one more request."""
-        soon = int(self._soon(np.array([known]), np.array([most]))[0])
-        wanted = -(-soon // self.page_size) - shared_pages
-        return wanted + self._reserved_pages() <= self.reclaimable_pages
-
-    def _make_room(self, pages: int) -> None:
-        short = pages - self.allocator.available_pages()
-        if short <= 0:
-            return
-        evictable = self.prefix.evictable_pages if self.prefix else 0
-        if short > evictable:
-            free = self.allocator.available_pages()
-            raise KVPoolExhausted(
-                f"cannot allocate {pages} pages: {free} free and {evictable} evictable of {self.size // self.page_size}"
-                "; lower max_running_requests or raise max_total_tokens",
-                requested=pages * self.page_size,
-                available=(free + evictable) * self.page_size,
-            )
-        if self.prefix:
-            # More than is short where the pool is large: a call costs more than a page, and decoding asks for few.
-            self.prefix.evict(min(max(short, min(EVICT_AT_ONCE, self.size // self.page_size // 32)), evictable))
-
-    def _checked_most(self, known: int, most_tokens: int | None) -> int:
-        """The most tokens of a request that knows so many; refuses what has no place or never will."""
-        context = self.page_table.max_context_tokens
-        if not 1 <= known <= context:
-            raise ShapeError(f"cannot admit {known} tokens: a request has from 1 to {context}")
-        most = context if most_tokens is None else min(whole_number("most_tokens", most_tokens, least=1), context)
-        needed = known if most_tokens is None else max(known, most)
-        if needed > self.size:
-            raise RequestTooLarge(
-                f"cannot admit a request of {known} tokens that may need {needed}: the whole pool holds {self.size}; "
-                "ask for fewer tokens or raise size",
-                requested=self.round_up(needed),
-                available=self.size,
-            )
-        return min(most, self.size)
-
     def _check_fork(self, row: int, tokens: int) -> None:
         held = self.page_table.kv_len(row)
         if whole_number("tokens", tokens) > held:
@@ -437,48 +268,8 @@ class CacheManager:
         pages = self.page_table.full_pages(row, tokens.size)
         return tokens[: pages.size * self.page_size], pages
 
-    def _sharing(self, row: int, pages: Int32) -> list[tuple[int, int]]:
-        """Who else holds pages that a row is about to have cached, as after a fork, each with how many from the first.
-
-        They are to lock them as the row does: a page that is cached, held and not locked counts as evictable, and
-        evicting it frees nothing.
-        """
-        known = self._locked[row].num_tokens // self.page_size
-        if known >= pages.size or self.allocator.ref_count(pages[known : known + 1])[0] == 1:
-            return []
-        sharing = self.page_table.rows_that_share(row, pages, known)
-        return [each for each in sharing if self._locked[each[0]].num_tokens < each[1] * self.page_size]
-
-    def _advance(self, rows: list[tuple[int, int]], scope: CacheScope, tokens: Int32, pages: Int32) -> None:
-        """Has the first so many pages cached for each row, which moves its lock to their end."""
-        for row, count in rows if self.prefix else ():
-            mine, priority = tokens[: count * self.page_size], int(self._priority[row])
-            self._locked[row] = self.prefix.advance(self._locked[row], scope, mine, pages[:count], priority=priority)
-
-    def _take_back(self, row: int | None, matches: list[PrefixMatch | None], pages: Int32) -> None:
-        """Ends a row, as far as it was begun or not ended yet: its locks, its pages, what is known of its request.
-
-        Args:
-            row: None where there is none yet.
-            matches: of which each row that has one keeps a lock.
-            pages: of which rows and prefix cache keep what they list.
-        """
-        if row is not None:
-            matches = [*matches, self._locked.pop(row, None)]
-            if self.page_table.is_in_use(row):
-                pages = np.concatenate([pages, self.page_table.release(row)])
-            self._known[row], self._is_forgotten[row] = 0, False
-        kept = list(self._locked.values())
-        for match in matches:
-            while self.prefix and match and match.locks > kept.count(match):
-                self.prefix.unlock(match)
-        held = np.concatenate([self.page_table.held_pages(), self.prefix.pages() if self.prefix else NO_PAGES])
-        distinct = np.unique(pages)
-        surplus = self.allocator.ref_count(distinct) - np.bincount(held, minlength=self.size + 1)[distinct]
-        self.allocator.release(np.repeat(distinct, surplus.clip(min=0)))
-
     def _forget(self) -> None:
-        self._is_forgotten[self._known > 0] = True
+        self._is_forgotten[self._rule.known > 0] = True
         if self.prefix:
             self.prefix.reset()
         if self.host:
@@ -496,7 +287,3 @@ class CacheManager:
             self.host.mover.write(self.page_table.row_pages(row)[held:], data)
             self.publish(row, scope, token_ids)
         return len(data)
-
-    def _save_evicted(self, evicted: list[EvictedPages]) -> None:
-        if self.host:
-            self.host.save(evicted)

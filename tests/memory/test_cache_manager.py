@@ -263,7 +263,7 @@ def harm_prefix(cache):
 
 def harm_locks(cache):
     cache._locked.popitem()
-    cache._known[:] = 40
+    cache._rule.known[:] = 40
 
 
 @pytest.mark.parametrize("harm", [lambda cache: None, harm_page_table, harm_allocator, harm_prefix, harm_locks])
