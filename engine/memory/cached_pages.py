@@ -18,6 +18,7 @@ class CachedPages:
 
     def __init__(self, allocator: PagedTokenToKVPoolAllocator) -> None:
         self._allocator = allocator
+        self._ledger = allocator.ledger
         self._is_cached: Bool = np.zeros(allocator.num_pages + 2, np.bool_)  # the last entry for what is no page
 
     def holds(self, pages: Int64) -> Bool:
@@ -45,12 +46,12 @@ class CachedPages:
         is_retained = False
         try:
             # In one statement, so that no fault falls between the call and what is known of it.
-            is_retained = self._allocator.retain(pages, are_distinct=True) is None  # type: ignore[func-returns-value]
+            is_retained = self._ledger.retain(pages, are_distinct=True) is None  # type: ignore[func-returns-value]
             self._is_cached[pages] = True
         except BaseException:
             if is_retained:
                 self._is_cached[pages] = False
-                self._allocator.release(pages)
+                self._ledger.release(pages)
             raise
 
     def remove(self, runs: list[Int32]) -> None:
@@ -59,7 +60,7 @@ class CachedPages:
             pages = runs[0] if len(runs) == 1 else np.concatenate(runs)
             is_released = False
             try:
-                is_released = self._allocator.release(pages) is None  # type: ignore[func-returns-value]
+                is_released = self._ledger.release(pages) is None  # type: ignore[func-returns-value]
                 # An index of one page as a number costs a fifth of one as an array.
                 self._is_cached[pages.item() if pages.size == 1 else pages] = False
             except BaseException:

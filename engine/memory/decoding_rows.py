@@ -92,19 +92,18 @@ class DecodingRows:
 
     def take_new_pages(self) -> tuple[Int32, Int32]:
         """Places and pages that no call has returned before, as ``ReqToTokenPool.take_new_pages`` of these rows."""
-        untaken, before = self._untaken, self._taken[self._rows]
+        untaken = self._untaken
         if not untaken:
             return np.empty(0, np.int32), np.empty(0, np.int32)
-        new = untaken[0][1:]
+        rows, places, pages = untaken[0]
         if len(untaken) > 1:
-            _, places, pages = zip(*untaken, strict=True)
-            new = np.concatenate(places), np.concatenate(pages)
+            rows, places, pages = (np.concatenate(parts) for parts in zip(*untaken, strict=True))
+        before = self._taken[rows]
         try:
-            for rows, _, _ in untaken:
-                self._taken[rows] += 1
+            np.add.at(self._taken, rows, 1)
             self._untaken = []
-            return new
+            return places, pages
         except BaseException:
-            self._taken[self._rows] = before
+            self._taken[rows] = before
             self._untaken = untaken
             raise

@@ -4,9 +4,9 @@
     singles   cut from the ends of the shortest runs, a stock at a time: what decoding takes, a page here and there
     loose     given back since the runs were last put in order
 
-Giving back is an append, and a single page is a slice: neither looks at the rest of the pool. Loose pages and the stock
-of singles join the runs before a run is taken, where the runs are few or these pages are many beside them: so the fit
-is exact up to ``FEW_RUNS`` runs, and beyond that the cost a page stays constant whatever the size of the pool.
+Giving back is an append, and a single page is a slice: neither looks at the rest of the pool. Loose pages and the
+stock of singles join the runs before a run is taken, where that is little work or they are many: so the fit is exact in
+a pool of up to ``CHEAP_WORK`` times ``PAGES_A_RUN`` pages in few runs, and beyond that the cost a page stays constant.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.memory.integers import Int32, Int64, ranges
+from engine.memory.integers import Bool, Int32, Int64, ranges
 
-# Up to so many runs, all free pages are put in order before a run is taken; then once this share of them is not.
-FEW_RUNS, LOOSE_SHARE = 4_096, 8
+# Putting all in order costs a look at each run and, at a fraction of that, at each page of the pool. So much is done
+# whenever a run is taken; more, once this share of it is pages that are not in order.
+CHEAP_WORK, PAGES_A_RUN, LOOSE_SHARE = 4_096, 64, 8
 SINGLES_AT_ONCE = 64  # pages, at least, that the stock of singles is filled up to
 _PLACE_BITS = 32  # a run is one integer, its length above its first page: they sort by length
 _PLACE = (1 << _PLACE_BITS) - 1
@@ -45,13 +46,16 @@ class FreePages:
     """
 
     def __init__(self, num_pages: int) -> None:
-        runs = (num_pages << _PLACE_BITS | 1,) if num_pages else ()
+        self._work = num_pages // PAGES_A_RUN
+        self._is_in_runs: Bool = np.zeros(num_pages + 2, np.bool_)  # by page, with one that never is at either end
+        self._is_in_runs[1:-1] = True
         self._singles: Int32 = np.empty(0, np.int32)
-        self.restore(FreePagesState(runs, self._singles, ()))
+        self.restore(FreePagesState((num_pages << _PLACE_BITS | 1,) if num_pages else (), self._singles, ()))
 
     def refill(self, pages: Int32) -> None:
-        """Makes ``pages``, ascending, the free ones, whatever they were."""
-        self.restore(FreePagesState(tuple(_runs_of(pages.astype(np.int64))), pages[:0], ()))
+        """Makes ``pages`` the free ones, whatever they were."""
+        self.restore(FreePagesState((), pages[:0], (pages,)))
+        self._put_in_order()
 
     @property
     def count(self) -> int:
@@ -65,7 +69,6 @@ class FreePages:
     def put(self, pages: Int32) -> None:
         """Gives pages back; keeps the array."""
         if pages.size:
-            pages.flags.writeable = False  # a snapshot shows it
             self._loose.append(pages)
             self._loose_count += pages.size
 
@@ -92,9 +95,10 @@ class FreePages:
         total, aside = int(lengths.sum()), self._loose_count + self._singles.size
         if not total:
             return np.empty(0, np.int32)
-        runs = len(self._runs)
-        if aside and (runs <= FEW_RUNS or aside * LOOSE_SHARE >= runs or total > self._in_runs):
-            self._put_in_order()
+        if aside:
+            work = self._work + len(self._runs)
+            if work <= CHEAP_WORK or aside * LOOSE_SHARE >= work or total > self._in_runs:
+                self._put_in_order()
         self._in_runs -= total
         longest = self._runs[-1]
         second = self._runs[-2] >> _PLACE_BITS if len(self._runs) > 1 else 0
@@ -105,11 +109,15 @@ class FreePages:
 
     def snapshot(self) -> FreePagesState:
         """The present state."""
+        for pages in (self._singles, *self._loose):
+            pages.flags.writeable = False
         return FreePagesState(tuple(self._runs), self._singles, tuple(self._loose))
 
     def restore(self, state: FreePagesState) -> None:
         """Returns to a snapshot of a bag of the same size."""
         self._runs = list(state.runs)  # ascending
+        self._is_in_runs[:] = False
+        self._is_in_runs[_pages_of(self._runs)] = True
         self._in_runs = sum(run >> _PLACE_BITS for run in state.runs)
         self._singles = state.singles
         self._loose = list(state.loose)
@@ -118,6 +126,8 @@ class FreePages:
     def _shorten(self, at: int, count: int) -> None:
         """Takes the first pages off a run."""
         run = self._runs.pop(at)
+        first = run & _PLACE
+        self._is_in_runs[first : first + count] = False
         if count < run >> _PLACE_BITS:
             insort(self._runs, run - (count << _PLACE_BITS) + count, 0, at)
 
@@ -125,8 +135,9 @@ class FreePages:
         taken: list[int] = []
         for length in lengths:
             while length and length > self._runs[-1] >> _PLACE_BITS:
-                taken.append(self._runs.pop())
+                taken.append(self._runs[-1])
                 length -= taken[-1] >> _PLACE_BITS
+                self._shorten(len(self._runs) - 1, taken[-1] >> _PLACE_BITS)
             if length:
                 at = bisect_left(self._runs, length << _PLACE_BITS)
                 taken.append(length << _PLACE_BITS | self._runs[at] & _PLACE)
@@ -135,8 +146,12 @@ class FreePages:
 
     def _stock_up(self, count: int) -> None:
         """Fills the stock of singles from the shortest runs, these last."""
-        self._put_in_order()
-        wanted = min(max(count, SINGLES_AT_ONCE, len(self._runs) // LOOSE_SHARE), self._in_runs)
+        left_over = self._singles
+        if self._loose:
+            self._put_in_order()
+            left_over = self._singles
+        least = max(SINGLES_AT_ONCE, (self._work + len(self._runs)) // LOOSE_SHARE)
+        wanted = min(max(count - left_over.size, least), self._in_runs)
         self._in_runs -= wanted
         taken, left = 0, wanted
         while left and self._runs[taken] >> _PLACE_BITS <= left:
@@ -150,31 +165,21 @@ class FreePages:
             self._runs.sort()
         else:
             del self._runs[:taken]
-        self._singles = _pages_of(short[::-1])
+        singles = _pages_of(short[::-1])
+        self._is_in_runs[singles] = False
+        self._singles = np.concatenate([singles, left_over])
         self._singles.flags.writeable = False
 
     def _put_in_order(self) -> None:
         """Joins all free pages into runs."""
-        aside = np.sort(np.concatenate([self._singles, *self._loose]))
-        loose, runs = np.array(_runs_of(aside.astype(np.int64)), np.int64), np.array(self._runs, np.int64)
-        both = np.concatenate([runs, loose])
-        both = both[np.argsort(both & _PLACE, kind="stable")]
-        starts, lengths = both & _PLACE, both >> _PLACE_BITS
-        begins = np.ones(starts.size, np.bool_)
-        np.not_equal(starts[1:], (starts + lengths)[:-1], out=begins[1:])
-        first = begins.nonzero()[0]
-        joined = np.add.reduceat(lengths, first) if first.size else lengths
-        ordered = np.sort(joined << _PLACE_BITS | starts[first]).tolist()
-        self._runs, self._singles, self._loose = ordered, self._singles[:0], []
-        self._in_runs, self._loose_count = int(joined.sum()), 0
-
-
-def _runs_of(pages: Int64) -> list[int]:
-    """The runs of ascending pages, the shortest first."""
-    first = np.flatnonzero(np.diff(pages, prepend=-1) != 1)
-    lengths = np.diff(first, append=pages.size)
-    runs: list[int] = np.sort(lengths << _PLACE_BITS | pages[first]).tolist()
-    return runs
+        self._is_in_runs[np.concatenate([self._singles, *self._loose])] = True
+        edges = (self._is_in_runs[1:] != self._is_in_runs[:-1]).nonzero()[0]
+        before, last = edges[::2], edges[1::2]
+        runs = (last - before << _PLACE_BITS) + before + 1
+        runs.sort()
+        self._runs = runs.tolist()
+        self._in_runs, self._loose_count = self.count, 0
+        self._singles, self._loose = self._singles[:0], []
 
 
 def _pages_of(runs: list[int]) -> Int32:

@@ -72,6 +72,8 @@ def whole_number(name: str, value: int, *, least: int = 0, most: int | None = No
 
 def priority_level(priority: int) -> int:
     """Reads a priority; raises ShapeError where it is not an integer of 64 bits, e.g. NaN, which has no order."""
+    if type(priority) is int and -INT64_MAX <= priority <= INT64_MAX:
+        return priority
     return whole_number("priority", priority, least=-INT64_MAX - 1, most=INT64_MAX)
 
 

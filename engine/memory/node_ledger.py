@@ -128,17 +128,21 @@ class NodeLedger:
         return leaf
 
     def cut(self, leaf: RadixNode, num_pages: int) -> Int32:
-        """Takes the last pages off an evictable leaf, the leaf itself with its last page; int32 ``[num_pages]``.
-
-        A tree that has become empty is for the caller to clear away.
-        """
+        """Takes the last pages off an evictable leaf, the leaf itself with its last page; int32 ``[num_pages]``."""
         tree = leaf.tree
         self.evictable -= num_pages
         if num_pages < leaf.pages.size:
             return tree.trim(leaf, num_pages)
         tree.order.remove(leaf)
         tree.detach(leaf)
+        if not tree.root.children:
+            self.forest.clear_away(tree)
         return leaf.pages
+
+    def put_back(self, leaf: RadixNode, tokens: Int32, pages: Int32) -> None:
+        """Undoes a ``cut``, up to what ``mend`` works out, of a leaf that had these tokens and pages."""
+        leaf.tree.put_back(leaf, tokens, pages)
+        self.forest.put_back(leaf.tree)
 
     def drop(self, tree: RadixTree) -> list[Int32]:
         """Makes a tree unreachable and takes what is not locked out of it; the pages, int32, one array a node."""

@@ -82,6 +82,11 @@ class PagedTokenToKVPoolAllocator:
         return self._ledger.available
 
     @property
+    def ledger(self) -> PageLedger:
+        """The counts themselves, for who has entered a call of ``caller`` already."""
+        return self._ledger
+
+    @property
     def clock(self) -> int:
         """Counts the takings of pages; see ``give_back_since``."""
         return self._ledger.clock
@@ -187,11 +192,12 @@ class PagedTokenToKVPoolAllocator:
         self._check_appenders(pages[appends], holders[appends])
         slots = (last + 1).astype(np.int32)
         count = ends.size - int(np.count_nonzero(appends))
+        if not count:
+            return self._handed_out(slots)
         self._check_available([count])
         clock = self._ledger.clock
         try:
-            if count:
-                slots[~appends] = self._ledger.take_singles(count) * np.int32(self.page_size)
+            slots[~appends] = self._ledger.take_singles(count) * np.int32(self.page_size)
             return self._handed_out(slots)
         except BaseException:
             self._ledger.give_back_since(clock)

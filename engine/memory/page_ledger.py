@@ -166,7 +166,7 @@ class PageLedger:
 
     def restore(self, state: LedgerState) -> None:
         """Returns to a snapshot of a ledger of as many pages; the clock never runs back."""
-        free, ref_count, births = FreePages(0), state.ref_count.copy(), state.births.copy()
+        free, ref_count, births = FreePages(self.num_pages), state.ref_count.copy(), state.births.copy()
         free.restore(state.free)
         clock = max(self.clock, state.clock)
         self._free, self._ref_count, self._births, self.clock = free, ref_count, births, clock

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import ConfigError, DoubleFreeError, ShapeError
+from engine.errors import ConfigError, DoubleFreeError
 from engine.memory.cached_pages import CachedPages
 from engine.memory.integers import Bool, Int32, Int64, integer_vector
 from engine.memory.node_ledger import NodeLedger
@@ -20,8 +20,8 @@ from engine.memory.prefix_match import PrefixMatch
 from engine.memory.radix_tree import NO_PAGES, RadixNode, joined
 from engine.memory.scope import CacheScope
 
-# What an insertion changed: a node, its tokens and pages before, and the key of a child that it had not.
-Insertion = tuple[RadixNode, Int32, Int32, bytes | None]
+# What an insertion changed: a node, its tokens and pages before, and the tokens of a child that it has been given.
+Insertion = tuple[RadixNode, Int32, Int32, Int32]
 
 
 class PrefixBooks:
@@ -128,11 +128,11 @@ class PrefixBooks:
             end = self._forest.plant(scope).root if node is None else self._nodes.ending_at(node, known)
             fresh, rest = page_ids[known:].astype(np.int32), tokens[known * self.page_size :]
             if end is start and self._nodes.may_extend(end, level):
-                done.append((end, end.tokens, end.pages, None))
+                done.append((end, end.tokens, end.pages, NO_PAGES))
                 self._nodes.extend(end, rest, fresh)
                 node = end
             else:
-                done.append((end, end.tokens, end.pages, end.tree.key_of(rest)))
+                done.append((end, end.tokens, end.pages, rest))
                 node = self._nodes.attach(end, rest, fresh, level)
         elif node is not None:
             node = self._nodes.ending_at(node, known)  # what lies beyond was not used
@@ -149,9 +149,10 @@ class PrefixBooks:
         for match, count in locks.items():
             match.locks = count
             self._locked[match] = None
-        for node, tokens, pages, key in done:
+        for node, tokens, pages, child in done:
             node.hold(tokens, pages)
-            if key is not None and (leaf := node.children.pop(key, None)) is not None:
+            leaf = node.children.pop(node.tree.key_of(child), None) if child.size else None
+            if leaf is not None:
                 leaf.attached = False
         self._mend()
 
@@ -163,30 +164,27 @@ class PrefixBooks:
 
     def _require_locked(self, match: PrefixMatch) -> None:
         self.caller.enter()
-        if not isinstance(match, PrefixMatch):
-            raise ShapeError(f"a {type(match).__name__} is no match; pass what match or advance returned")
-        if match.owner is not self._forest or match.locks == 0:
+        if getattr(match, "owner", None) is not self._forest or match.locks == 0:
             raise DoubleFreeError(
-                f"cannot unlock a match of {match.num_tokens} tokens: it holds no lock of this cache; unlock once per "
-                "lock, through the handle that was locked"
+                f"cannot unlock {_name_of(match)}: it holds no lock of this cache; unlock once per lock, through the "
+                "handle that was locked"
             )
 
     def _require_current(self, match: PrefixMatch) -> RadixNode | None:
         """The node around the end of a match; refuses a match that is out of date. One that is locked never is."""
         self.caller.enter()
-        if not isinstance(match, PrefixMatch):
-            raise ShapeError(f"a {type(match).__name__} is no match; pass what match or advance returned")
-        node = match.node
-        if match.locks and match.owner is self._forest:
-            return node
-        end = match.num_tokens // self.page_size
+        is_mine = getattr(match, "owner", None) is self._forest
+        if is_mine and match.locks:
+            return match.node
+        node = match.node if is_mine else None
+        end = match.num_tokens // self.page_size if is_mine else 0
         while node is not None and node.parent is not None and node.start >= end:
             node = node.parent
         gone = node is not None and (not node.attached or node.end < end or (end and node.tree.order.is_retired))
-        if match.owner is not self._forest or gone:
+        if not is_mine or gone:
             raise DoubleFreeError(
-                f"cannot use a match of {match.num_tokens} tokens: it is of another cache, or some of its pages were "
-                "evicted or invalidated since; lock a match before anything else is done, or match again"
+                f"cannot use {_name_of(match)}: it is of another cache, or some of its pages were evicted or "
+                "invalidated since; lock a match before anything else is done, or match again"
             )
         return node
 
@@ -196,3 +194,7 @@ class PrefixBooks:
             node = self._nodes.ending_at(node, match.num_tokens // self.page_size)
         match.node = node
         return node
+
+
+def _name_of(match: object) -> str:
+    return f"a match of {match.num_tokens} tokens" if isinstance(match, PrefixMatch) else f"a {type(match).__name__}"

@@ -173,7 +173,8 @@ class RadixCache(PrefixBooks):
         """
         self.caller.enter()
         tokens, page_ids = whole_pages(token_ids, pages, self.page_size)
-        level, done = priority_level(priority), list[Insertion]()
+        level = priority_level(priority)
+        done: list[Insertion] = []
         if not self._forest.accepts(checked_scope(scope)):
             return 0
         try:
@@ -213,7 +214,8 @@ class RadixCache(PrefixBooks):
         """
         self._require_locked(match)
         tokens, page_ids = whole_pages(token_ids, pages, self.page_size)
-        level, done, before = priority_level(priority), list[Insertion](), {match: match.locks}
+        level, before = priority_level(priority), {match: match.locks}
+        done: list[Insertion] = []
         if not self._forest.accepts(checked_scope(scope)):
             return match
         try:
@@ -253,7 +255,8 @@ class RadixCache(PrefixBooks):
         """
         self._require_locked(match)
         tokens, page_ids = whole_pages(token_ids, pages, self.page_size)
-        level, done, locks = priority_level(priority), list[Insertion](), match.locks
+        level, locks = priority_level(priority), match.locks
+        done: list[Insertion] = []
         try:
             if self._forest.accepts(checked_scope(scope)):
                 self._enter(scope, tokens, page_ids, level, match, done)
@@ -277,7 +280,9 @@ class RadixCache(PrefixBooks):
             ShapeError: ``num_pages`` is not an integer, or negative.
         """
         self.caller.enter()
-        wanted = left = min(whole_number("cannot evict: num_pages", num_pages), self._nodes.evictable)
+        if type(num_pages) is not int or num_pages < 0:
+            num_pages = whole_number("cannot evict: num_pages", num_pages)
+        wanted = left = min(num_pages, self._nodes.evictable)
         evicted, is_told = self.evicted_pages + wanted, False
         runs: list[Int32] = []
         told: list[EvictedPages] = []
@@ -296,14 +301,15 @@ class RadixCache(PrefixBooks):
             is_told = True  # from here on it goes on to the end
             if self._on_evict is not None and told:
                 self._on_evict(told)
-            self._end_eviction(cut, runs, evicted)
+            self._pages.remove(runs)
+            self.evicted_pages = evicted
             return wanted
         except BaseException:
             if is_told:
-                self._end_eviction([], [], evicted)
+                self.evicted_pages = evicted
             else:
                 for leaf, tokens, leaf_pages in reversed(cut):
-                    leaf.tree.put_back(leaf, tokens, leaf_pages)
+                    self._nodes.put_back(leaf, tokens, leaf_pages)
             self._mend()
             raise
 
@@ -351,11 +357,3 @@ class RadixCache(PrefixBooks):
             del self._locked[match]
         if match.node is not None:
             self._nodes.unlock(match.node)
-
-    def _end_eviction(self, cut: list[tuple[RadixNode, Int32, Int32]], runs: list[Int32], evicted: int) -> None:
-        """Gives up what was cut: pages, trees that have become empty; and counts it."""
-        self.evicted_pages = evicted
-        for leaf, _, _ in cut:
-            if not leaf.tree.root.children:
-                self._forest.clear_away(leaf.tree)
-        self._pages.remove(runs)

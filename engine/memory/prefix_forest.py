@@ -64,6 +64,13 @@ class PrefixForest:
         if self._trees.get(tree.scope) is tree:
             self._forget(tree.scope)
 
+    def put_back(self, tree: RadixTree) -> None:
+        """Undoes ``clear_away``, up to what ``mend`` works out."""
+        if tree.order is self._retired_order:
+            self._dropped.add(tree)
+        else:
+            self._trees[tree.scope] = tree
+
     def drop(self, tree: RadixTree) -> list[RadixNode]:
         """Makes a tree unreachable at the cost of a walk through it; what is not locked leaves it.
 
