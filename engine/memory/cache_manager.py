@@ -158,6 +158,9 @@ class CacheManager(CacheBooks):
         self.caller.enter()
         rows.check_unchanged()  # before anything is evicted or taken
         beginning = rows.beginning()
+        if not beginning.size:
+            rows.grow(beginning, NO_PAGES)
+            return
         self._make_room(beginning.size)
         clock = self.allocator.clock
         try:
