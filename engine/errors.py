@@ -9,6 +9,7 @@
     ├── KVPoolExhausted        (RuntimeError)         the pool has too few free tokens; retry after a free
     │   └── RequestTooLarge                           … and no free will ever help
     ├── DoubleFreeError        (RuntimeError)         what is being freed is not held
+    ├── ConcurrentUse          (RuntimeError)         another thread is in a call, or this process is a fork
     ├── ProcessLost            (RuntimeError)         another process of this engine died or stopped answering
     ├── IntegrityError         (RuntimeError)         the books do not balance: a bug, never the caller's fault
     └── BackendUnsupported     (NotImplementedError)  this backend cannot, another might
@@ -67,6 +68,10 @@ class DoubleFreeError(EngineError, RuntimeError):
 
 class IntegrityError(EngineError, RuntimeError):
     """An invariant of the bookkeeping does not hold."""
+
+
+class ConcurrentUse(EngineError, RuntimeError):
+    """Books were used by two threads at once, or in a fork of the process that made them."""
 
 
 class ProcessLost(EngineError, RuntimeError):

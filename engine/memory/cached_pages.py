@@ -18,10 +18,12 @@ class CachedPages:
 
     def __init__(self, allocator: PagedTokenToKVPoolAllocator) -> None:
         self._allocator = allocator
+        self._ledger = allocator.ledger
         self._is_cached: Bool = np.zeros(allocator.num_pages + 2, np.bool_)  # the last entry for what is no page
 
-    def holds(self, pages: Int32) -> Bool:
-        """Which of some pages of the pool are cached; bool ``[n]``."""
+    def holds(self, pages: Int64) -> Bool:
+        """Which of some pages are cached; bool ``[n]``; raises ShapeError where one is outside of the pool."""
+        self._allocator.ref_count(pages)
         return self._is_cached[pages]
 
     def add(self, pages: Int64) -> None:
@@ -41,16 +43,38 @@ class CachedPages:
         if len(set(listed)) != len(listed):
             twice = next(page for at, page in enumerate(listed) if page in listed[:at])
             raise ShapeError(f"cannot cache page {twice}: it is listed twice, a page holds the tokens of one place")
-        self._allocator.retain(pages, are_distinct=True)
-        self._is_cached[pages] = True
+        is_retained = False
+        try:
+            # In one statement, so that no fault falls between the call and what is known of it.
+            is_retained = self._ledger.retain(pages, are_distinct=True) is None  # type: ignore[func-returns-value]
+            self._is_cached[pages] = True
+        except BaseException:
+            if is_retained:
+                self._is_cached[pages] = False
+                self._ledger.release(pages)
+            raise
 
     def remove(self, runs: list[Int32]) -> None:
         """Gives back the references of pages that were cached."""
         if runs:
             pages = runs[0] if len(runs) == 1 else np.concatenate(runs)
-            # An index of one page as a number costs a fifth of one as an array.
-            self._is_cached[pages.item() if pages.size == 1 else pages] = False
-            self._allocator.release(pages)
+            is_released = False
+            try:
+                is_released = self._ledger.release(pages) is None  # type: ignore[func-returns-value]
+                # An index of one page as a number costs a fifth of one as an array.
+                self._is_cached[pages.item() if pages.size == 1 else pages] = False
+            except BaseException:
+                if is_released:
+                    self._is_cached[pages] = False
+                raise
+
+    def keep_only(self, pages: Int32) -> None:
+        """Gives back the references of all but ``pages``, as after a fault."""
+        is_kept = np.zeros_like(self._is_cached)
+        is_kept[pages] = True
+        lost = (self._is_cached & ~is_kept).nonzero()[0].astype(np.int32)
+        if lost.size:
+            self.remove([lost])
 
     def check_integrity(self, runs: list[Int32]) -> None:
         """Proves that ``runs`` are just the cached pages, each listed once and held in a sound allocator.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine.errors import ShapeError
-from engine.memory.integers import Int32, Int64
+from engine.memory.integers import Int32, Int64, read_only
 
 
 class DecodingRows:
@@ -43,13 +43,13 @@ class DecodingRows:
         self._taken = taken
         self._releases, self._releases_then = releases, releases[rows]
         self._page_size = page_size
-        self._lens = kv_lens[rows]
+        self._lens = read_only(kv_lens[rows])
         self.steps_left = max_context_tokens - int(self._lens.max(initial=0))
         self._untaken: list[tuple[Int64, Int32, Int32]] = []  # rows that began pages, their places, those pages
 
     @property
     def lens(self) -> Int32:
-        """Tokens of each row, int32 ``[B]``; not to be changed."""
+        """Tokens of each row, int32 ``[B]``, read-only."""
         return self._lens
 
     def beginning(self) -> Int64:
@@ -72,23 +72,38 @@ class DecodingRows:
             beginning: from ``beginning``; ``check_unchanged`` accepts the rows.
             pages: their pages, int32 ``[n]``, held by nobody else.
         """
+        before = lens, steps_left, untaken = self._lens, self.steps_left, self._untaken
+        longer = read_only(lens + np.int32(1))  # a fresh array: who has the old one may keep it
+        places = None
         if beginning.size:
-            places = (self._first_places[beginning] + self._lens[beginning] // self._page_size).astype(np.int32)
-            self._places[places] = pages
-            self._untaken.append((self._rows[beginning], places, pages))
-        self.steps_left -= 1
-        self._lens = self._lens + np.int32(1)  # a fresh array: who has the old one may keep it
-        self._kv_lens[self._rows] = self._lens
+            places = (self._first_places[beginning] + lens[beginning] // self._page_size).astype(np.int32)
+            untaken = [*untaken, (self._rows[beginning], places, pages.copy())]
+        try:
+            if places is not None:
+                self._places[places] = pages
+            self._kv_lens[self._rows] = longer
+            self._lens, self.steps_left, self._untaken = longer, steps_left - 1, untaken
+        except BaseException:
+            self._lens, self.steps_left, self._untaken = before
+            self._kv_lens[self._rows] = lens
+            if places is not None:
+                self._places[places] = 0
+            raise
 
     def take_new_pages(self) -> tuple[Int32, Int32]:
         """Places and pages that no call has returned before, as ``ReqToTokenPool.take_new_pages`` of these rows."""
-        for rows, _, _ in self._untaken:
-            self._taken[rows] += 1
-        untaken, self._untaken = self._untaken, []
-        if len(untaken) == 1:
-            return untaken[0][1:]
-        none = [np.empty(0, np.int32)]
-        return (
-            np.concatenate([places for _, places, _ in untaken] or none),
-            np.concatenate([pages for _, _, pages in untaken] or none),
-        )
+        untaken = self._untaken
+        if not untaken:
+            return np.empty(0, np.int32), np.empty(0, np.int32)
+        rows, places, pages = untaken[0]
+        if len(untaken) > 1:
+            rows, places, pages = (np.concatenate(parts) for parts in zip(*untaken, strict=True))
+        before = self._taken[rows]
+        try:
+            np.add.at(self._taken, rows, 1)
+            self._untaken = []
+            return places, pages
+        except BaseException:
+            self._taken[rows] = before
+            self._untaken = untaken
+            raise

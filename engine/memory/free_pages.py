@@ -1,80 +1,90 @@
-"""The free pages, kept so that what is taken together lies together.
+"""The free pages, kept as runs of neighbours, so that what is taken together lies together.
 
-    pages   [ longest run …… | next longest … | …… | singles ]      loose: given back since the last merge
-              ^head: runs are taken here      tail: singles are taken here^
+    runs      by length, then by place: a taking comes from the smallest run that holds it (best fit)
+    singles   cut from the ends of the shortest runs, a stock at a time: what decoding takes, a page here and there
+    loose     given back since the runs were last put in order
 
-Taking is a slice and giving back is an append: neither looks at the rest of the pool. Loose pages come back in
-order, merged into runs with what is left, when the ordered part is too short or when so many are loose that merging
-is paid for by what was given back; so the cost a page stays constant whatever the size of the pool. A side effect
-that helps to find bugs: a page is not reused while older free pages last, so most stale frees hit a free page.
+Giving back is an append, and a single page is a slice: neither looks at the rest of the pool. Loose pages and the
+stock of singles join the runs before a run is taken, where that is little work or they are many: so the fit is exact in
+a pool of up to ``CHEAP_WORK`` times ``PAGES_A_RUN`` pages in few runs, and beyond that the cost a page stays constant.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 import numpy as np
 
-from engine.memory.integers import Int32, Int64, ranges
+from engine.memory.integers import Bool, Int32, Int64, ranges
 
-# A merge waits until this share of the free pages is loose: in a full pool pages are few and come back one by one.
-LOOSE_SHARE = 8
-# Marking the pages in a table of the pool beats sorting them once they are this share of it.
-DENSE_SHARE = 16
+# Putting all in order costs a look at each run and, at a fraction of that, at each page of the pool. So much is done
+# whenever a run is taken; more, once this share of it is pages that are not in order.
+CHEAP_WORK, PAGES_A_RUN, LOOSE_SHARE = 4_096, 64, 8
+SINGLES_AT_ONCE = 64  # pages, at least, that the stock of singles is filled up to
+_PLACE_BITS = 32  # a run is one integer, its length above its first page: they sort by length
+_PLACE = (1 << _PLACE_BITS) - 1
 
 
 @dataclass(frozen=True, eq=False)
 class FreePagesState:
     """A snapshot; shares arrays with the live object, which never writes them in place."""
 
-    pages: Int32
-    run_ends: Int64
-    head: int
-    tail: int
+    runs: tuple[int, ...]
+    singles: Int32
     loose: tuple[Int32, ...]
 
 
 class FreePages:
-    """An ordered bag of the pages that nobody holds.
+    """A bag of the pages that nobody holds.
 
-    It trusts its caller: pages given back are distinct and were taken before.
+    It trusts its caller: pages given back are distinct and were taken before. After an error in a call it is to be
+    refilled.
 
     Args:
         num_pages: pages 1 to ``num_pages`` are free at first.
     """
 
     def __init__(self, num_pages: int) -> None:
-        self._num_pages = num_pages
-        self._pages = np.arange(1, num_pages + 1, dtype=np.int32)
-        self._run_ends = np.array([num_pages], np.int64)
-        self._head, self._tail = 0, num_pages
-        self._loose: list[Int32] = []
-        self._loose_count = 0
+        self._work = num_pages // PAGES_A_RUN
+        self._is_in_runs: Bool = np.zeros(num_pages + 2, np.bool_)  # by page, with one that never is at either end
+        self._is_in_runs[1:-1] = True
+        self._singles: Int32 = np.empty(0, np.int32)
+        self.restore(FreePagesState((num_pages << _PLACE_BITS | 1,) if num_pages else (), self._singles, ()))
+
+    def refill(self, pages: Int32) -> None:
+        """Makes ``pages`` the free ones, whatever they were."""
+        self.restore(FreePagesState((), pages[:0], (pages,)))
+        self._put_in_order()
 
     @property
     def count(self) -> int:
-        """Free pages, ordered and loose."""
-        return self._tail - self._head + self._loose_count
+        """Free pages."""
+        return self._in_runs + self._singles.size + self._loose_count
 
     def all(self) -> Int32:
         """All free pages in no promised order; int32 ``[count]``, fresh."""
-        return np.concatenate([self._pages[self._head : self._tail], *self._loose])
+        return np.concatenate([_pages_of(self._runs), self._singles, *self._loose])
 
     def put(self, pages: Int32) -> None:
-        """Gives pages back."""
+        """Gives pages back; keeps the array."""
         if pages.size:
             self._loose.append(pages)
             self._loose_count += pages.size
 
     def take_singles(self, count: int) -> Int32:
         """Takes ``count <= self.count`` pages that need not be neighbours, from the shortest runs."""
-        if count > self._tail - self._head:
-            self._merge()
-        self._tail -= count
-        return self._pages[self._tail : self._tail + count]
+        if count > self._singles.size:
+            self._stock_up(count)
+        left = self._singles.size - count
+        taken = self._singles[left:].copy()
+        self._singles = self._singles[:left]
+        return taken
 
     def take_runs(self, lengths: Int64) -> Int32:
-        """Takes ``sum(lengths) <= self.count`` pages, each length as one ascending run where one is in order.
+        """Takes ``sum(lengths) <= self.count`` pages, each length from the smallest run that holds it.
+
+        Where none does, the longest runs are joined.
 
         Args:
             lengths: pages per sequence, ``[B]``, none negative.
@@ -82,76 +92,97 @@ class FreePages:
         Returns:
             int32 ``[sum(lengths)]``, one sequence's pages after the other's.
         """
-        total = int(lengths.sum())
-        short = total > self._tail - self._head
-        if short or (total > self._run_left() and self._merge_pays()):
-            self._merge()
-        if total <= self._run_left():
-            return self._take_head(total)
-        return self._take_run_by_run(lengths.tolist(), total)
+        total, aside = int(lengths.sum()), self._loose_count + self._singles.size
+        if not total:
+            return np.empty(0, np.int32)
+        if aside:
+            work = self._work + len(self._runs)
+            if work <= CHEAP_WORK or aside * LOOSE_SHARE >= work or total > self._in_runs:
+                self._put_in_order()
+        self._in_runs -= total
+        longest = self._runs[-1]
+        second = self._runs[-2] >> _PLACE_BITS if len(self._runs) > 1 else 0
+        if total <= longest >> _PLACE_BITS and second < lengths.min(where=lengths > 0, initial=total):
+            self._shorten(len(self._runs) - 1, total)  # no other run holds any of them
+            return np.arange(longest & _PLACE, (longest & _PLACE) + total, dtype=np.int32)
+        return self._take_one_by_one(lengths.tolist())
 
     def snapshot(self) -> FreePagesState:
-        """The present state, at no cost in pages."""
-        return FreePagesState(self._pages, self._run_ends, self._head, self._tail, tuple(self._loose))
+        """The present state."""
+        for pages in (self._singles, *self._loose):
+            pages.flags.writeable = False
+        return FreePagesState(tuple(self._runs), self._singles, tuple(self._loose))
 
     def restore(self, state: FreePagesState) -> None:
         """Returns to a snapshot of a bag of the same size."""
-        self._pages, self._run_ends = state.pages, state.run_ends
-        self._head, self._tail = state.head, state.tail
+        self._runs = list(state.runs)  # ascending
+        self._is_in_runs[:] = False
+        self._is_in_runs[_pages_of(self._runs)] = True
+        self._in_runs = sum(run >> _PLACE_BITS for run in state.runs)
+        self._singles = state.singles
         self._loose = list(state.loose)
         self._loose_count = sum(pages.size for pages in state.loose)
 
-    def _run_left(self) -> int:
-        """Pages left of the run at the head."""
-        run = int(self._run_ends.searchsorted(self._head, side="right"))
-        end = int(self._run_ends[run]) if run < self._run_ends.size else self._tail
-        return min(end, self._tail) - self._head
+    def _shorten(self, at: int, count: int) -> None:
+        """Takes the first pages off a run."""
+        run = self._runs.pop(at)
+        first = run & _PLACE
+        self._is_in_runs[first : first + count] = False
+        if count < run >> _PLACE_BITS:
+            insort(self._runs, run - (count << _PLACE_BITS) + count, 0, at)
 
-    def _take_head(self, count: int) -> Int32:
-        self._head += count
-        return self._pages[self._head - count : self._head]
-
-    def _take_run_by_run(self, lengths: list[int], total: int) -> Int32:
-        """Takes from the head; sets the rest of a run aside where the next run fits a sequence whole."""
-        first = int(self._run_ends.searchsorted(self._head, side="right"))
-        # Each run that is passed costs a taken page or is set aside for a sequence, which bounds how many are seen.
-        ends = self._run_ends[first : first + total + len(lengths) + 1].tolist()
-        run, parts, wanted = 0, [], total
+    def _take_one_by_one(self, lengths: list[int]) -> Int32:
+        taken: list[int] = []
         for length in lengths:
-            while run < len(ends) and ends[run] <= self._head:
-                run += 1
-            if run + 1 < len(ends) and ends[run] < self._tail:
-                left, following = ends[run] - self._head, min(ends[run + 1], self._tail) - ends[run]
-                if left < length <= following and wanted <= self._tail - ends[run]:
-                    self.put(self._take_head(left))
-            parts.append(self._take_head(length))
-            wanted -= length
-        return np.concatenate(parts)
+            while length and length > self._runs[-1] >> _PLACE_BITS:
+                taken.append(self._runs[-1])
+                length -= taken[-1] >> _PLACE_BITS
+                self._shorten(len(self._runs) - 1, taken[-1] >> _PLACE_BITS)
+            if length:
+                at = bisect_left(self._runs, length << _PLACE_BITS)
+                taken.append(length << _PLACE_BITS | self._runs[at] & _PLACE)
+                self._shorten(at, length)
+        return _pages_of(taken)
 
-    def _merge_pays(self) -> bool:
-        return self._loose_count > 0 and self._loose_count * LOOSE_SHARE >= self.count
+    def _stock_up(self, count: int) -> None:
+        """Fills the stock of singles from the shortest runs, these last."""
+        left_over = self._singles
+        if self._loose:
+            self._put_in_order()
+            left_over = self._singles
+        least = max(SINGLES_AT_ONCE, (self._work + len(self._runs)) // LOOSE_SHARE)
+        wanted = min(max(count - left_over.size, least), self._in_runs)
+        self._in_runs -= wanted
+        taken, left = 0, wanted
+        while left and self._runs[taken] >> _PLACE_BITS <= left:
+            left -= self._runs[taken] >> _PLACE_BITS
+            taken += 1
+        short = self._runs[:taken]
+        if left:  # the end of one more run
+            rest = self._runs[taken] - (left << _PLACE_BITS)
+            short.append(left << _PLACE_BITS | (rest & _PLACE) + (rest >> _PLACE_BITS))
+            self._runs[: taken + 1] = [rest]
+            self._runs.sort()
+        else:
+            del self._runs[:taken]
+        singles = _pages_of(short[::-1])
+        self._is_in_runs[singles] = False
+        self._singles = np.concatenate([singles, left_over])
+        self._singles.flags.writeable = False
 
-    def _merge(self) -> None:
-        """Orders all free pages into runs, the longest first."""
-        pages = self._ascending()
-        breaks = (pages[1:] - pages[:-1] != 1).nonzero()[0]
-        first = np.zeros(breaks.size + 1, np.int64)
-        np.add(breaks, 1, out=first[1:])
-        lengths = np.empty_like(first)
-        np.subtract(first[1:], first[:-1], out=lengths[:-1])
-        lengths[-1] = pages.size - first[-1]
-        # NumPy sorts 16-bit keys by radix, many times as fast; the order among giant runs does not matter.
-        order = np.argsort(np.uint16(0xFFFF) - np.minimum(lengths, 0xFFFF).astype(np.uint16), kind="stable")
-        lengths = lengths[order]
-        self._pages = ranges(pages[first[order]].astype(np.int64), lengths).astype(np.int32)
-        self._run_ends = lengths.cumsum()
-        self._head, self._tail = 0, pages.size
-        self._loose, self._loose_count = [], 0
+    def _put_in_order(self) -> None:
+        """Joins all free pages into runs."""
+        self._is_in_runs[np.concatenate([self._singles, *self._loose])] = True
+        edges = (self._is_in_runs[1:] != self._is_in_runs[:-1]).nonzero()[0]
+        before, last = edges[::2], edges[1::2]
+        runs = (last - before << _PLACE_BITS) + before + 1
+        runs.sort()
+        self._runs = runs.tolist()
+        self._in_runs, self._loose_count = self.count, 0
+        self._singles, self._loose = self._singles[:0], []
 
-    def _ascending(self) -> Int32:
-        pages = self.all()
-        if pages.size * DENSE_SHARE < self._num_pages:
-            return np.sort(pages)
-        is_free = np.zeros(self._num_pages + 1, np.bool_)
-        is_free[pages] = True
-        return np.flatnonzero(is_free).astype(np.int32)
+
+def _pages_of(runs: list[int]) -> Int32:
+    """The pages of runs, one after the other; int32, fresh."""
+    both = np.array(runs, np.int64)
+    return ranges(both & _PLACE, both >> _PLACE_BITS).astype(np.int32)

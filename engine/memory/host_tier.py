@@ -15,8 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import ConfigError, IntegrityError, ShapeError
+from engine.memory.integers import is_integer
+from engine.memory.one_caller import OneCaller
 from engine.memory.page_format import Int32, PageFormat, Pages
 from engine.memory.page_trie import NOT_HELD, PageNode, PageTrie, path_to, tokens_of
+from engine.memory.prefix_match import checked_scope
 from engine.memory.prefix_segment import PrefixSegment
 from engine.memory.scope import CacheScope
 from engine.planning.host_memory import require_host_memory
@@ -52,11 +55,17 @@ class HostTier:
         page_format: of the pages; ``page_format.require_same`` is for whoever wants to join another pool.
 
     Raises:
-        ConfigError: the budget does not hold one page, or the machine has less memory available.
+        ConfigError: the budget is not an integer, does not hold one page, or the machine has less memory
+            available.
     """
 
     def __init__(self, budget_bytes: int, page_format: PageFormat) -> None:
+        if not isinstance(page_format, PageFormat):
+            raise ConfigError(f"page_format is a {type(page_format).__name__}; it must be a PageFormat")
+        if not is_integer(budget_bytes):
+            raise ConfigError(f"the budget of a host tier is {budget_bytes!r}; it must be an integer of bytes")
         self.page_format = page_format
+        self.caller = OneCaller()
         self.capacity_pages = budget_bytes // page_format.page_bytes
         if self.capacity_pages < 1:
             raise ConfigError(
@@ -67,7 +76,7 @@ class HostTier:
         try:
             # Untouched memory costs nothing yet: the system backs a row when it is first written.
             self._slab = np.empty((self.capacity_pages, *page_format.page_shape), page_format.dtype)
-        except MemoryError as error:
+        except (MemoryError, ValueError, OverflowError) as error:
             raise ConfigError(
                 f"cannot reserve {budget_bytes} bytes of host memory for the host tier; lower it"
             ) from error
@@ -106,21 +115,37 @@ class HostTier:
         Raises:
             ShapeError: the parts do not fit together or do not have this tier's page format.
         """
+        self.caller.enter()
+        checked_scope(scope)
+        if not isinstance(data, np.ndarray) or not is_integer(first_page):
+            raise ShapeError(
+                f"cannot put a {type(data).__name__} at first_page={first_page!r}: pages are an array [n, layers, "
+                "page_size, 2H, D], and first_page is an integer"
+            )
         tokens = self.page_format.check_pages(token_ids, first_page, data)
         taken = min(len(data), self.capacity_pages)
         if not taken:
             return 0
-        prefix = tokens[: (first_page + taken) * self.page_format.page_size]
-        here = [node for node in self._trie.walk(scope, prefix)[first_page:] if node.held]
-        self._touch(here)  # so that making room spares them
-        self._make_room(taken - len(here))
-        path = self._trie.grow(scope, prefix)  # not before: making room prunes what leads to no held page
-        missing = [index for index in range(taken) if not path[first_page + index].held]
-        for index in missing:
-            self._store(path[first_page + index], data[index])
-        self._touch(path)
-        self.counters.stored_pages += len(missing)
-        return len(missing)
+        stored_before, missing = self.counters.stored_pages, list[PageNode]()
+        try:
+            prefix = tokens[: (first_page + taken) * self.page_format.page_size]
+            here = [node for node in self._trie.walk(scope, prefix)[first_page:] if node.held]
+            self._touch(here)  # so that making room spares them
+            self._make_room(taken - len(here))
+            path = self._trie.grow(scope, prefix)  # not before: making room prunes what leads to no held page
+            missing = [node for node in path[first_page:] if not node.held]
+            for node, page in zip(path[first_page:], data, strict=False):
+                if not node.held:
+                    self._store(node, page)
+            self._touch(path)
+            self.counters.stored_pages = stored_before + len(missing)
+            return len(missing)
+        except BaseException:
+            self.counters.stored_pages = stored_before
+            for node in missing:
+                self._used.pop(node, None)
+            self._mend()
+            raise
 
     def match(self, scope: CacheScope, token_ids: npt.ArrayLike, start_page: int) -> int:
         """Says how many pages ``get`` could return, and marks them as just used.
@@ -135,9 +160,14 @@ class HostTier:
         Raises:
             ShapeError: ``token_ids`` are not integers, or have fewer than ``start_page`` whole pages.
         """
-        path = self._held_path(scope, self._check_query(token_ids, start_page), start_page)
-        self._touch(path)
-        return len(path) - start_page if path else 0
+        tokens = self._check_query(scope, token_ids, start_page)
+        try:
+            path = self._held_path(scope, tokens, start_page)
+            self._touch(path)
+            return len(path) - start_page if path else 0
+        except BaseException:
+            self._mend()
+            raise
 
     def get(self, scope: CacheScope, token_ids: npt.ArrayLike, start_page: int) -> Pages:
         """Returns a fresh copy of the consecutive pages held from ``start_page`` on, and counts hits and queries.
@@ -156,22 +186,37 @@ class HostTier:
         Raises:
             ShapeError: as ``match``.
         """
-        tokens = self._check_query(token_ids, start_page)
-        path = self._held_path(scope, tokens, start_page)
-        data = self._load(path[start_page:])
-        self._touch(path[: start_page + len(data)])
-        self.counters.queried_pages += tokens.size // self.page_format.page_size - start_page
-        self.counters.hit_pages += len(data)
-        return data
+        tokens, counted = self._check_query(scope, token_ids, start_page), self.counters
+        before = counted.queried_pages, counted.hit_pages
+        try:
+            path = self._held_path(scope, tokens, start_page)
+            data = self._load(path[start_page:])
+            self._touch(path[: start_page + len(data)])
+            counted.queried_pages += tokens.size // self.page_format.page_size - start_page
+            counted.hit_pages += len(data)
+            return data
+        except BaseException:
+            counted.queried_pages, counted.hit_pages = before
+            self._mend()
+            raise
 
     def reset(self, scope: CacheScope | None = None) -> None:
         """Drops every page of ``scope``, or of all scopes; counters stay."""
-        for each in self._trie.scopes() if scope is None else [scope]:
-            for node in [node for node in self._trie.nodes(each) if node.held]:
-                self._drop(node)
+        self.caller.enter()
+        wanted = None if scope is None else checked_scope(scope)
+        try:
+            for each in self._trie.scopes() if wanted is None else [wanted]:
+                for node in [node for node in self._trie.nodes(each) if node.held]:
+                    self._drop(node)
+        except BaseException:  # it goes on to the end
+            for node in [node for node in self._used if wanted in (None, node.scope)]:
+                del self._used[node]
+            self._mend()
+            raise
 
     def clear(self) -> None:
         """Drops every page, whatever state the books are in; counters stay."""
+        self.caller.enter()
         self._trie = PageTrie(self.page_format.page_size)
         self._used: OrderedDict[PageNode, None] = OrderedDict()  # held pages, the least recently used first
         self._free_rows = list(range(self.capacity_pages))
@@ -191,17 +236,24 @@ class HostTier:
                 run.append(child)
             size = most_pages or len(run)
             for start in reversed(range(0, len(run), size)):
-                data = self._load(run[start : start + size])
+                try:
+                    data = self._load(run[start : start + size])
+                except BaseException:
+                    self._mend()
+                    raise
                 if len(data):
                     path = path_to(run[start + len(data) - 1])
                     yield PrefixSegment(head.scope, tokens_of(path), len(path) - len(data), data)
 
-    def _check_query(self, token_ids: npt.ArrayLike, start_page: int) -> Int32:
+    def _check_query(self, scope: CacheScope, token_ids: npt.ArrayLike, start_page: int) -> Int32:
+        self.caller.enter()
+        checked_scope(scope)
         tokens = self.page_format.check_tokens(token_ids)
-        if not 0 <= start_page <= tokens.size // self.page_format.page_size:
+        whole = tokens.size // self.page_format.page_size
+        if not is_integer(start_page) or not 0 <= start_page <= whole:
             raise ShapeError(
-                f"start_page={start_page} is not within the {tokens.size // self.page_format.page_size} whole pages of "
-                f"{tokens.size} tokens at page_size={self.page_format.page_size}"
+                f"start_page={start_page!r} is not within the {whole} whole pages of {tokens.size} tokens at "
+                f"page_size={self.page_format.page_size}"
             )
         return tokens
 
@@ -251,6 +303,22 @@ class HostTier:
         except Exception:  # broken books break the check itself in any way
             return False
         return True
+
+    def _mend(self) -> None:
+        """Works out all else anew from which nodes are held, in which row and order, after a fault half way.
+
+        A use that was broken off is a use of what comes before it too.
+        """
+        self._trie.keep_only(self._used)
+        last_use: dict[PageNode, tuple[int, int]] = {}
+        for rank, node in reversed(list(enumerate(self._used))):
+            step: PageNode | None = node
+            while step is not None and step not in last_use:
+                last_use[step] = rank, len(last_use)
+                step = step.parent
+        self._used = OrderedDict.fromkeys(sorted(self._used, key=last_use.__getitem__))
+        taken = {node.row for node in self._used}
+        self._free_rows = [row for row in range(self.capacity_pages) if row not in taken]
 
     def check_integrity(self) -> None:
         """Proves that every row is free or held, once, and that index and recency agree.

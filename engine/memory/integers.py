@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import numpy as np
 import numpy.typing as npt
 
@@ -12,6 +14,7 @@ Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
 
 INT32_MAX = int(np.iinfo(np.int32).max)
+INT64_MAX = int(np.iinfo(np.int64).max)
 
 
 def integer_vector(name: str, values: npt.ArrayLike) -> Int64:
@@ -28,7 +31,15 @@ def integer_vector(name: str, values: npt.ArrayLike) -> Int64:
         raise ShapeError(f"{name} has shape {array.shape}; it must have one axis; pass a flat array or list")
     if array.dtype.kind not in "iu" and array.size:
         raise ShapeError(f"{name} has dtype {array.dtype}; it must hold integers; convert it first")
+    if array.dtype == np.uint64 and array.size and array.max() > INT64_MAX:
+        raise ShapeError(f"{name} goes up to {array.max()}; it must fit in int64; a negative number has wrapped round")
     return array.astype(np.int64)
+
+
+def read_only(array: Int32) -> Int32:
+    """The array itself, which nobody can write from now on."""
+    array.flags.writeable = False
+    return array
 
 
 def equal_lengths(**arrays: Int64) -> None:
@@ -42,15 +53,28 @@ def equal_lengths(**arrays: Int64) -> None:
         raise ShapeError(f"arguments of different lengths: {lengths}; each needs one entry per sequence")
 
 
-def whole_count(what: str, value: int) -> int:
-    """Reads how many of something are asked for.
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether a value is one integer, which no bool is."""
+    return type(value) is int or isinstance(value, np.integer)
+
+
+def whole_number(name: str, value: int, *, least: int = 0, most: int | None = None) -> int:
+    """Reads an argument that is one integer.
 
     Raises:
-        ShapeError: not an integer, or negative.
+        ShapeError: not an integer, below ``least`` or above ``most``.
     """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
-        raise ShapeError(f"cannot {what}: the count is {value!r}; it must be an integer, 0 or more")
+    if not is_integer(value) or value < least or (most is not None and value > most):
+        limit = "or more" if most is None else f"to {most}"
+        raise ShapeError(f"{name} is {value!r}; it must be an integer, {least} {limit}")
     return int(value)
+
+
+def priority_level(priority: int) -> int:
+    """Reads a priority; raises ShapeError where it is not an integer of 64 bits, e.g. NaN, which has no order."""
+    if type(priority) is int and -INT64_MAX <= priority <= INT64_MAX:
+        return priority
+    return whole_number("priority", priority, least=-INT64_MAX - 1, most=INT64_MAX)
 
 
 def positive_option(name: str, value: int) -> int:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 from engine.errors import IntegrityError
 from engine.memory.integers import Int32
 from engine.memory.prefix_forest import PrefixForest
+from engine.memory.prefix_match import PrefixMatch
 from engine.memory.radix_tree import RadixNode, RadixTree
 
 # Hits beyond this many no longer tell nodes apart; it bounds the number of levels.
@@ -102,6 +106,20 @@ class NodeLedger:
             if step.locks == 0:
                 order.append(step)
 
+    def mend(self, matches: Iterable[PrefixMatch]) -> None:
+        """Works out anew all that follows from the trees and the locked matches, after a fault half way.
+
+        Each node's place, locks and ancestors, the counters, the eviction orders. A use that was broken off counts.
+        """
+        locks: Counter[RadixNode] = Counter()
+        for match in matches:
+            for step in () if match.node is None else match.node.path():
+                locks[step] += match.locks
+        self.forest.mend(locks)
+        nodes = [node for tree in self.forest.trees() for node in tree.nodes()]
+        self.evictable = sum(node.num_pages for node in nodes if node.locks == 0)
+        self.protected = sum(node.num_pages for node in nodes if node.locks > 0)
+
     def next_leaf(self) -> RadixNode:
         """The leaf whose pages are evicted next; only while ``evictable`` is above 0."""
         leaf = self.forest.oldest()
@@ -120,6 +138,11 @@ class NodeLedger:
         if not tree.root.children:
             self.forest.clear_away(tree)
         return leaf.pages
+
+    def put_back(self, leaf: RadixNode, tokens: Int32, pages: Int32) -> None:
+        """Undoes a ``cut``, up to what ``mend`` works out, of a leaf that had these tokens and pages."""
+        leaf.tree.put_back(leaf, tokens, pages)
+        self.forest.put_back(leaf.tree)
 
     def drop(self, tree: RadixTree) -> list[Int32]:
         """Makes a tree unreachable and takes what is not locked out of it; the pages, int32, one array a node."""

@@ -21,7 +21,9 @@ from engine.memory.integers import (
     equal_lengths,
     integer_vector,
     positive_option,
+    whole_number,
 )
+from engine.memory.one_caller import OneCaller
 from engine.memory.page_ledger import LedgerState, PageLedger
 
 
@@ -69,6 +71,7 @@ class PagedTokenToKVPoolAllocator:
         self.num_pages = self.size // self.page_size
         self._ledger = PageLedger(self.num_pages)
         self._handouts = Handouts()
+        self.caller = OneCaller()
 
     def available_size(self) -> int:
         """Free tokens."""
@@ -77,6 +80,16 @@ class PagedTokenToKVPoolAllocator:
     def available_pages(self) -> int:
         """Free pages."""
         return self._ledger.available
+
+    @property
+    def ledger(self) -> PageLedger:
+        """The counts themselves, for who has entered a call of ``caller`` already."""
+        return self._ledger
+
+    @property
+    def clock(self) -> int:
+        """Counts the takings of pages; see ``give_back_since``."""
+        return self._ledger.clock
 
     def free_pages(self) -> Int32:
         """The free pages in no promised order; int32 ``[available_pages()]``, fresh."""
@@ -95,16 +108,19 @@ class PagedTokenToKVPoolAllocator:
             ShapeError: ``need_size`` is negative, not an integer or not whole pages.
             KVPoolExhausted: fewer tokens are free.
         """
-        if isinstance(need_size, bool) or not isinstance(need_size, int | np.integer) or need_size < 0:
-            raise ShapeError(f"need_size is {need_size!r}; it must be an integer of tokens, 0 or more")
-        count, rest = divmod(int(need_size), self.page_size)
+        count, rest = divmod(whole_number("need_size", need_size), self.page_size)
         if rest:
             raise ShapeError(
                 f"need_size is {need_size} tokens; it must be a multiple of page_size {self.page_size}; round it up "
                 "or use alloc_extend"
             )
         self._check_available([count])
-        return self._handed_out(self._slots_of(self._ledger.take_runs(np.array([count], np.int64))))
+        clock = self._ledger.clock
+        try:
+            return self._handed_out(self._slots_of(self._ledger.take_runs(np.array([count], np.int64))))
+        except BaseException:  # an interrupt too: the caller never learns of these pages
+            self._ledger.give_back_since(clock)
+            raise
 
     def alloc_extend(self, prefix_lens: npt.ArrayLike, seq_lens: npt.ArrayLike, last_loc: npt.ArrayLike) -> Int32:
         """Allocates the slots of tokens ``prefix_lens`` to ``seq_lens - 1`` of each sequence.
@@ -139,13 +155,18 @@ class PagedTokenToKVPoolAllocator:
         self._check_appenders(pages[appends], holders[appends])
         fresh_counts = -(-ends // self.page_size) - -(-prefix // self.page_size)
         self._check_available(fresh_counts.tolist())
-        fresh = self._ledger.take_runs(fresh_counts)
-        slots = self._slots_of(_join_tails(pages[appends], appends, fresh, fresh_counts))
-        if slots.size > (ends - prefix).sum():
-            page_counts = fresh_counts + appends
-            starts = (page_counts.cumsum() - page_counts) * self.page_size + offsets * appends
-            slots = _cut_out(slots, starts, starts + ends - prefix)
-        return self._handed_out(slots)
+        clock = self._ledger.clock
+        try:
+            fresh = self._ledger.take_runs(fresh_counts)
+            slots = self._slots_of(_join_tails(pages[appends], appends, fresh, fresh_counts))
+            if slots.size > (ends - prefix).sum():
+                page_counts = fresh_counts + appends
+                starts = (page_counts.cumsum() - page_counts) * self.page_size + offsets * appends
+                slots = _cut_out(slots, starts, starts + ends - prefix)
+            return self._handed_out(slots)
+        except BaseException:
+            self._ledger.give_back_since(clock)
+            raise
 
     def alloc_decode(self, seq_lens: npt.ArrayLike, last_loc: npt.ArrayLike) -> Int32:
         """Allocates the slot of one new token per sequence; a page only where the token begins one.
@@ -171,10 +192,16 @@ class PagedTokenToKVPoolAllocator:
         self._check_appenders(pages[appends], holders[appends])
         slots = (last + 1).astype(np.int32)
         count = ends.size - int(np.count_nonzero(appends))
-        if count:
-            self._check_available([count])
+        if not count:
+            return self._handed_out(slots)
+        self._check_available([count])
+        clock = self._ledger.clock
+        try:
             slots[~appends] = self._ledger.take_singles(count) * np.int32(self.page_size)
-        return self._handed_out(slots)
+            return self._handed_out(slots)
+        except BaseException:
+            self._ledger.give_back_since(clock)
+            raise
 
     def alloc_pages(self, counts: npt.ArrayLike) -> Int32:
         """Allocates whole pages by their ids, for who keeps a page table; release them by ``release``.
@@ -194,7 +221,12 @@ class PagedTokenToKVPoolAllocator:
             raise ShapeError(f"sequence {wanted.argmin()}: count is {wanted.min()} pages; it must be 0 or more")
         wanted = wanted[wanted > 0]  # in a step of decoding few sequences begin a page
         self._check_available(wanted.tolist())
-        return self._ledger.take_runs(wanted) if wanted.size else np.empty(0, np.int32)
+        clock = self._ledger.clock
+        try:
+            return self._ledger.take_runs(wanted)
+        except BaseException:
+            self._ledger.give_back_since(clock)
+            raise
 
     def alloc_single_pages(self, count: int) -> Int32:
         """Allocates pages that need not be neighbours, from the shortest runs, by their ids; see ``alloc_pages``.
@@ -209,10 +241,20 @@ class PagedTokenToKVPoolAllocator:
             ShapeError: ``count`` is negative or not an integer.
             KVPoolExhausted: fewer pages are free.
         """
-        if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 0:
-            raise ShapeError(f"count is {count!r} pages; it must be an integer, 0 or more")
-        self._check_available([count])
-        return self._ledger.take_singles(int(count))
+        self._check_available([whole_number("count", count)])
+        clock = self._ledger.clock
+        try:
+            return self._ledger.take_singles(count)
+        except BaseException:
+            self._ledger.give_back_since(clock)
+            raise
+
+    def give_back_since(self, clock: int) -> None:
+        """Frees what was handed out after ``clock`` stood there, for who raises before it has noted the pages.
+
+        Nobody may have retained or released them since.
+        """
+        self._ledger.give_back_since(clock)
 
     def free(self, slots: npt.ArrayLike) -> None:
         """Releases, once each, the pages that ``slots`` lie in.
@@ -226,15 +268,18 @@ class PagedTokenToKVPoolAllocator:
                 array that was returned before one of its pages was handed out anew.
         """
         wanted = integer_vector("slots", slots)
+        self.caller.enter()
         if wanted.size:
             self._ledger.release_once(wanted // self.page_size, known_since=self._handouts.time_of(slots))
 
     def retain(self, pages: npt.ArrayLike, *, are_distinct: bool = False) -> None:
         """Adds a holder to each page, see ``PageLedger.retain``."""
+        self.caller.enter()
         self._ledger.retain(pages, are_distinct=are_distinct)
 
     def release(self, pages: npt.ArrayLike) -> None:
         """Takes a holder from each page, see ``PageLedger.release``."""
+        self.caller.enter()
         self._ledger.release(pages)
 
     def ref_count(self, pages: npt.ArrayLike) -> Int32:
@@ -243,6 +288,7 @@ class PagedTokenToKVPoolAllocator:
 
     def clear(self) -> None:
         """Frees every page, whoever holds it; a later free through an array from before is refused."""
+        self.caller.enter()
         self._ledger.clear()
 
     def backup_state(self) -> AllocatorState:
@@ -265,8 +311,15 @@ class PagedTokenToKVPoolAllocator:
                 f"cannot restore a state of {state.size} tokens in pages of {state.page_size} into a pool of "
                 f"{self.size} in pages of {self.page_size}; both must be equal"
             )
-        self._ledger.restore(state.ledger)
-        self._handouts.rewind(state.ledger.clock, state.void)
+        self.caller.enter()
+        before = self.backup_state()
+        try:
+            self._ledger.restore(state.ledger)
+            self._handouts.rewind(state.ledger.clock, state.void)
+        except BaseException:
+            self._ledger.restore(before.ledger)
+            self._handouts.rewind(before.ledger.clock, before.void)
+            raise
 
     def check_integrity(self, holders: npt.ArrayLike | None = None) -> None:
         """Proves that free and held pages make up the pool, see ``PageLedger.check_integrity``."""
@@ -285,6 +338,7 @@ class PagedTokenToKVPoolAllocator:
         return slots
 
     def _check_available(self, page_counts: list[int]) -> None:
+        self.caller.enter()
         # Python integers: a sum of lengths that are far too large must not overflow into a small one.
         wanted, available = sum(page_counts), self._ledger.available
         if wanted > available:

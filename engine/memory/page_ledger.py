@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from engine.errors import DoubleFreeError, IntegrityError, ShapeError
 from engine.memory.free_pages import FreePages, FreePagesState
 from engine.memory.integers import Bool, Int32, Int64, integer_vector
 
+T = TypeVar("T")
 _INT32 = np.dtype(np.int32)
 _ONE = np.int32(1)  # of the counts' dtype: a Python 1 makes np.add.at cast, at five times the cost
 
@@ -44,10 +46,10 @@ class PageLedger:
 
     def clear(self) -> None:
         """Frees every page, whoever holds it."""
-        self._free = FreePages(self.num_pages)
+        free = FreePages(self.num_pages)
         # One entry a page, the null page's, and a guard entry at the end.
-        self._ref_count = np.zeros(self.num_pages + 2, np.int32)
-        self._births = np.zeros(self.num_pages + 1, np.int64)
+        ref_count, births = np.zeros(self.num_pages + 2, np.int32), np.zeros(self.num_pages + 1, np.int64)
+        self._free, self._ref_count, self._births = free, ref_count, births
 
     @property
     def available(self) -> int:
@@ -60,11 +62,16 @@ class PageLedger:
 
     def take_runs(self, lengths: Int64) -> Int32:
         """Takes ``sum(lengths) <= available`` pages, each length as one run where there is one; int32."""
-        return self._born(self._free.take_runs(lengths))
+        return self._born(self._free.take_runs, lengths)
 
     def take_singles(self, count: int) -> Int32:
         """Takes ``count <= available`` pages that need not be neighbours; int32 ``[count]``."""
-        return self._born(self._free.take_singles(count))
+        return self._born(self._free.take_singles, count)
+
+    def give_back_since(self, clock: int) -> None:
+        """Frees what was taken after the clock stood at ``clock``: how an allocation that raised half way is undone."""
+        self._ref_count[:-1][self._births > clock] = 0
+        self._refill()
 
     def holders(self, pages: Int64) -> Int32:
         """Holders of each page, 0 for what is no page of the pool; int32 ``[n]``."""
@@ -159,9 +166,10 @@ class PageLedger:
 
     def restore(self, state: LedgerState) -> None:
         """Returns to a snapshot of a ledger of as many pages; the clock never runs back."""
-        self._ref_count, self._births = state.ref_count.copy(), state.births.copy()
-        self._free.restore(state.free)
-        self.clock = max(self.clock, state.clock)
+        free, ref_count, births = FreePages(self.num_pages), state.ref_count.copy(), state.births.copy()
+        free.restore(state.free)
+        clock = max(self.clock, state.clock)
+        self._free, self._ref_count, self._births, self.clock = free, ref_count, births, clock
 
     def check_integrity(self, holders: npt.ArrayLike | None = None) -> None:
         """Proves that every page but page 0 is either free, once, or held.
@@ -199,13 +207,23 @@ class PageLedger:
             raise ShapeError(f"pages go from {wanted.min()} to {wanted.max()}; the pool has 0 to {self.num_pages}")
         return wanted
 
-    def _born(self, pages: Int32) -> Int32:
-        """Enters freshly taken pages: one holder each, born now."""
-        if pages.size:
-            self.clock += 1
-            self._ref_count[pages] = 1
-            self._births[pages] = self.clock
-        return pages
+    def _born(self, take: Callable[[T], Int32], wanted: T) -> Int32:
+        """Takes pages and enters them: one holder each, born now."""
+        before = self.clock
+        try:
+            pages = take(wanted)
+            if pages.size:
+                self.clock += 1
+                self._births[pages] = self.clock
+                self._ref_count[pages] = 1
+            return pages
+        except BaseException:
+            self.give_back_since(before)
+            raise
+
+    def _refill(self) -> None:
+        """Makes those pages free that have no holder: what a fault has left of the free pages is not to be trusted."""
+        self._free.refill((np.flatnonzero(self._ref_count[1:-1] == 0) + 1).astype(np.int32))
 
     def _check_range(self, pages: Int64) -> None:
         low, high = int(pages.min()), int(pages.max())
@@ -223,19 +241,31 @@ class PageLedger:
         holders = self._ref_count.item(number)
         if holders == 0:
             return False
-        self._ref_count[number] = holders - 1
-        if holders == 1:
-            self._free.put(page.copy())
-        return True
+        try:
+            self._ref_count[number] = holders - 1
+            if holders == 1:
+                self._free.put(page.copy())
+            return True
+        except BaseException:
+            self._ref_count[number] = holders
+            self._refill()
+            raise
 
     def _remove_holders(self, pages: Int64, times: Int64 | int) -> None:
         """Takes ``times`` holders from each of distinct pages, or from none of them."""
-        left = self._ref_count[pages] - times
+        holders = self._ref_count[pages]
+        left = holders - times
         if left.min() < 0:
             page = int(pages[left.argmin()])
             raise DoubleFreeError(
                 f"cannot free page {page}: it has {self._ref_count[page]} holders, {left.min()} would be left; "
                 "nothing was freed; free each page once per allocation or retain"
             )
-        self._ref_count[pages] = left
-        self._free.put(pages[left == 0].astype(np.int32))
+        freed = pages[left == 0].astype(np.int32)
+        try:
+            self._ref_count[pages] = left
+            self._free.put(freed)
+        except BaseException:
+            self._ref_count[pages] = holders
+            self._refill()
+            raise

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from engine.errors import ConfigError
 from engine.memory.host_tier import HostTier
 from engine.memory.integers import Int32
 from engine.memory.page_format import Pages
@@ -28,10 +29,22 @@ class PageMover(Protocol):
 
 @dataclass(frozen=True)
 class HostPages:
-    """A host tier and who moves its pages."""
+    """A host tier and who moves its pages.
+
+    Raises:
+        ConfigError: not a tier, or nothing that can move pages.
+    """
 
     tier: HostTier
     mover: PageMover
+
+    def __post_init__(self) -> None:
+        can_move = all(callable(getattr(self.mover, move, None)) for move in ("read", "write", "copy"))
+        if not isinstance(self.tier, HostTier) or not can_move:
+            raise ConfigError(
+                f"cannot join a {type(self.tier).__name__} and a {type(self.mover).__name__}: they must be a HostTier "
+                "and a PageMover, which has read, write and copy"
+            )
 
     def save(self, evicted: list[EvictedPages]) -> None:
         """Takes in pages whose contents are about to be given up; one read for all of them."""

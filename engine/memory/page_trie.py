@@ -5,7 +5,7 @@ An edge is the bytes of one page's tokens, so a lookup compares the tokens of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -88,6 +88,23 @@ class PageTrie:
                 return
             del node.parent.children[node.key]
             node = node.parent
+
+    def keep_only(self, held: Iterable[PageNode]) -> None:
+        """Takes out all but these held nodes and the way to them, whatever state the links are in."""
+        kept = dict.fromkeys(held)
+        way: dict[PageNode, None] = {}
+        for node in kept:
+            step: PageNode | None = node
+            while step is not None and step not in way:
+                way[step] = None
+                step = step.parent
+        self._roots = {node.scope: node for node in way if node.parent is None}
+        for node in way:
+            node.children = {}
+            node.row = node.row if node in kept else NOT_HELD
+        for node in way:
+            if node.parent is not None:
+                node.parent.children[node.key] = node
 
     def nodes(self, scope: CacheScope) -> Iterator[PageNode]:
         """All nodes of a scope but its root, parents first."""

@@ -20,12 +20,10 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import ConfigError, DoubleFreeError
-from engine.memory.cached_pages import CachedPages
-from engine.memory.integers import Bool, Int32, Int64, whole_count
-from engine.memory.node_ledger import NodeLedger
+from engine.errors import ConfigError
+from engine.memory.integers import Int32, priority_level, read_only, whole_number
 from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
-from engine.memory.prefix_forest import PrefixForest
+from engine.memory.prefix_books import Insertion, PrefixBooks
 from engine.memory.prefix_match import EvictedPages, PrefixMatch, checked_scope, token_vector, whole_pages
 from engine.memory.radix_tree import NO_PAGES, RadixNode, joined
 from engine.memory.scope import CacheScope
@@ -33,7 +31,7 @@ from engine.memory.scope import CacheScope
 EvictionPolicyName = Literal["lru", "lfu", "priority"]
 
 
-class RadixCache:
+class RadixCache(PrefixBooks):
     """Keeps full pages of past sequences for requests that begin alike.
 
     The cache is a holder of its pages beside the requests: ``insert`` retains, eviction and ``reset`` release, and
@@ -55,7 +53,7 @@ class RadixCache:
             become unreachable. An error in it comes out of ``evict``, which is complete by then.
 
     Raises:
-        ConfigError: ``page_size`` is not the allocator's, or the policy is unknown.
+        ConfigError: an argument is of a wrong type, ``page_size`` is not the allocator's, or the policy is unknown.
     """
 
     def __init__(
@@ -66,39 +64,21 @@ class RadixCache:
         policy: EvictionPolicyName = "lru",
         on_evict: Callable[[list[EvictedPages]], None] | None = None,
     ) -> None:
-        if page_size != allocator.page_size:
-            raise ConfigError(
-                f"page_size is {page_size} tokens here and {allocator.page_size} in the allocator; they must be equal"
-            )
         if policy not in get_args(EvictionPolicyName):
             raise ConfigError(f"eviction policy {policy!r} is unknown; use one of {get_args(EvictionPolicyName)}")
-        self.allocator = allocator
-        self.page_size = page_size
+        if on_evict is not None and not callable(on_evict):
+            raise ConfigError(f"on_evict is a {type(on_evict).__name__}; it must be a function of evicted pages")
+        super().__init__(allocator, page_size, policy == "priority")
         self.policy = policy
         self.query_tokens = 0
         self.hit_tokens = 0
         self.evicted_pages = 0
         self._on_evict = on_evict
-        self._start_with(PrefixForest(page_size))
-
-    @property
-    def evictable_pages(self) -> int:
-        """Cached pages that ``evict`` could release now."""
-        return self._nodes.evictable
-
-    @property
-    def protected_pages(self) -> int:
-        """Cached pages under a lock."""
-        return self._nodes.protected
-
-    @property
-    def cached_pages(self) -> int:
-        """Pages that the cache holds, evictable and protected."""
-        return self._nodes.evictable + self._nodes.protected
 
     def match(self, scope: CacheScope, token_ids: npt.ArrayLike) -> PrefixMatch:
-        """Finds the longest cached prefix in whole pages, one token short of the sequence at most.
+        """Finds the longest cached prefix in whole pages.
 
+        The last token never counts, so that one is left to compute: of 2 pages of tokens the first page is found.
         Changes nothing: neither the order of eviction nor a counter. What is found may be evicted by the next call,
         unless it is locked.
 
@@ -127,10 +107,16 @@ class RadixCache:
             DoubleFreeError: the match is of another cache, or not locked and one of its pages has been evicted or
                 invalidated since.
         """
-        node = self._node_of(match)
-        match.locks += 1
-        if node is not None:
-            self._nodes.lock(node)
+        found, locks = self._require_current(match), match.locks
+        try:
+            node = self._settle(match, found)
+            self._locked[match] = None
+            match.locks = locks + 1
+            if node is not None:
+                self._nodes.lock(node)
+        except BaseException:
+            self._undo({match: locks}, [])
+            raise
 
     def unlock(self, match: PrefixMatch) -> None:
         """Takes back one ``lock`` of this handle; the pages count as used just now.
@@ -139,9 +125,12 @@ class RadixCache:
             DoubleFreeError: the handle is of another cache or holds no lock.
         """
         self._require_locked(match)
-        match.locks -= 1
-        if match.node is not None:
-            self._nodes.unlock(match.node)
+        locks = match.locks
+        try:
+            self._unlock(match)
+        except BaseException:
+            self._undo({match: locks}, [])
+            raise
 
     def record(self, match: PrefixMatch) -> None:
         """Counts a match as a query, and as a hit of its tokens; for when the allocation for its request succeeded.
@@ -149,15 +138,21 @@ class RadixCache:
         Raises:
             DoubleFreeError: as for ``lock``.
         """
-        node = self._node_of(match)
-        self.query_tokens += match.num_queried
-        self.hit_tokens += match.num_tokens
-        if node is not None and not node.tree.order.is_retired:
-            self._nodes.use(node, counts_hit=self.policy == "lfu")
+        found, before = self._require_current(match), (self.query_tokens, self.hit_tokens)
+        try:
+            node = self._settle(match, found)
+            if node is not None and not node.tree.order.is_retired:
+                self._nodes.use(node, counts_hit=self.policy == "lfu")
+            self.query_tokens, self.hit_tokens = before[0] + match.num_queried, before[1] + match.num_tokens
+        except BaseException:
+            self.query_tokens, self.hit_tokens = before
+            self._mend()
+            raise
 
     def insert(self, scope: CacheScope, token_ids: npt.ArrayLike, pages: npt.ArrayLike, *, priority: int = 0) -> int:
-        """Caches the full pages of a sequence; a partial last page is left out.
+        """Caches the full pages of a sequence.
 
+        The last token counts: of 2 pages of tokens both are cached. A partial last page is left out.
         The pages that were not cached yet get the cache as one more holder. The caller keeps every reference it has,
         also to its duplicates of what was cached already, and releases them as ever. Where the weights have been
         replaced since the scope was made, nothing is cached.
@@ -176,10 +171,17 @@ class RadixCache:
             ShapeError: arrays of a wrong shape or dtype; a page that nobody holds, that is listed twice, or that is
                 already cached as something else.
         """
+        self.caller.enter()
         tokens, page_ids = whole_pages(token_ids, pages, self.page_size)
+        level = priority_level(priority)
+        done: list[Insertion] = []
         if not self._forest.accepts(checked_scope(scope)):
             return 0
-        return self._enter(scope, tokens, page_ids, priority).num_tokens
+        try:
+            return self._enter(scope, tokens, page_ids, level, None, done).num_tokens
+        except BaseException:
+            self._undo({}, done)
+            raise
 
     def advance(
         self,
@@ -192,6 +194,7 @@ class RadixCache:
     ) -> PrefixMatch:
         """Inserts what a request has computed meanwhile and moves its lock to the end of it.
 
+        The last token counts, and a partial last page is left out, as in ``insert``.
         The same as ``insert``, ``lock`` of all of it, and one ``unlock`` of ``match``, in one walk from the end of
         ``match``. Where the weights have been replaced since the scope was made, nothing changes.
 
@@ -211,17 +214,26 @@ class RadixCache:
         """
         self._require_locked(match)
         tokens, page_ids = whole_pages(token_ids, pages, self.page_size)
+        level, before = priority_level(priority), {match: match.locks}
+        done: list[Insertion] = []
         if not self._forest.accepts(checked_scope(scope)):
             return match
-        held = self._enter(scope, tokens, page_ids, priority, match)
-        known = held.num_tokens // self.page_size
-        if known < page_ids.size:
-            held.pages = joined([held.pages, page_ids[known:].astype(np.int32)])
-            held.num_tokens = tokens.size
-        self._nodes.move_lock(match.node, held.node)
-        match.locks -= 1
-        held.locks = 1
-        return held
+        try:
+            held = self._enter(scope, tokens, page_ids, level, match, done)
+            before[held] = 0
+            known = held.num_tokens // self.page_size
+            if known < page_ids.size:
+                held.pages = joined([held.pages, page_ids[known:].astype(np.int32)])
+                held.num_tokens = tokens.size
+            self._nodes.move_lock(match.node, held.node)
+            self._locked[held] = None
+            match.locks, held.locks = match.locks - 1, 1
+            if not match.locks:
+                del self._locked[match]
+            return held
+        except BaseException:
+            self._undo(before, done)
+            raise
 
     def finish(
         self,
@@ -234,6 +246,7 @@ class RadixCache:
     ) -> None:
         """Inserts all that a request has computed and takes back its lock: ``insert`` and ``unlock``, in one walk.
 
+        The last token counts, and a partial last page is left out, as in ``insert``.
         The arguments are those of ``advance``.
 
         Raises:
@@ -242,9 +255,15 @@ class RadixCache:
         """
         self._require_locked(match)
         tokens, page_ids = whole_pages(token_ids, pages, self.page_size)
-        if self._forest.accepts(checked_scope(scope)):
-            self._enter(scope, tokens, page_ids, priority, match)
-        self.unlock(match)
+        level, locks = priority_level(priority), match.locks
+        done: list[Insertion] = []
+        try:
+            if self._forest.accepts(checked_scope(scope)):
+                self._enter(scope, tokens, page_ids, level, match, done)
+            self._unlock(match)
+        except BaseException:
+            self._undo({match: locks}, done)
+            raise
 
     def evict(self, num_pages: int) -> int:
         """Releases evictable pages in the order of the policy, ends of sequences first.
@@ -260,24 +279,39 @@ class RadixCache:
         Raises:
             ShapeError: ``num_pages`` is not an integer, or negative.
         """
-        wanted = left = min(whole_count("evict pages", num_pages), self._nodes.evictable)
+        self.caller.enter()
+        if type(num_pages) is not int or num_pages < 0:
+            num_pages = whole_number("cannot evict: num_pages", num_pages)
+        wanted = left = min(num_pages, self._nodes.evictable)
+        evicted, is_told = self.evicted_pages + wanted, False
         runs: list[Int32] = []
         told: list[EvictedPages] = []
-        while left:
-            leaf = self._nodes.next_leaf()
-            count = min(left, leaf.pages.size)
-            prefix = None if self._on_evict is None or leaf.tree.order.is_retired else leaf.tree.prefix_tokens(leaf)
-            runs.append(self._nodes.cut(leaf, count))
-            if prefix is not None:
-                told.append(EvictedPages(leaf.tree.scope, prefix, prefix.size // self.page_size - count, runs[-1]))
-            left -= count
+        cut: list[tuple[RadixNode, Int32, Int32]] = []  # each leaf with what it had
         try:
+            while left:
+                leaf = self._nodes.next_leaf()
+                count = min(left, leaf.pages.size)
+                prefix = None if self._on_evict is None or leaf.tree.order.is_retired else leaf.tree.prefix_tokens(leaf)
+                cut.append((leaf, leaf.tokens, leaf.pages))
+                runs.append(self._nodes.cut(leaf, count))
+                if prefix is not None:
+                    first = prefix.size // self.page_size - count
+                    told.append(EvictedPages(leaf.tree.scope, read_only(prefix), first, read_only(runs[-1].copy())))
+                left -= count
+            is_told = True  # from here on it goes on to the end
             if self._on_evict is not None and told:
                 self._on_evict(told)
-        finally:
             self._pages.remove(runs)
-            self.evicted_pages += wanted
-        return wanted
+            self.evicted_pages = evicted
+            return wanted
+        except BaseException:
+            if is_told:
+                self.evicted_pages = evicted
+            else:
+                for leaf, tokens, leaf_pages in reversed(cut):
+                    self._nodes.put_back(leaf, tokens, leaf_pages)
+            self._mend()
+            raise
 
     def reset(self, scope: CacheScope | None = None) -> int:
         """Empties the cache, of one scope or altogether; ``on_evict`` is not told.
@@ -288,17 +322,17 @@ class RadixCache:
         Returns:
             How many pages were released.
         """
-        trees = [tree for tree in self._forest.trees() if scope is None or tree.scope == checked_scope(scope)]
-        runs = [run for tree in trees for run in self._nodes.drop(tree)]
-        self._pages.remove(runs)
-        return sum(run.size for run in runs)
-
-    def clear(self) -> None:
-        """Forgets everything, whatever state the books are in; the references are for ``allocator.clear`` to end.
-
-        Every match from before is refused from now on. Weights epochs and counters stay.
-        """
-        self._start_with(self._forest.empty())
+        self.caller.enter()
+        wanted = None if scope is None else checked_scope(scope)
+        trees = [tree for tree in self._forest.trees() if wanted is None or tree.scope == wanted]
+        before = self.cached_pages
+        try:
+            self._pages.remove([run for tree in trees for run in self._nodes.drop(tree)])
+            return before - self.cached_pages
+        except BaseException:  # it goes on to the end
+            self._mend()
+            self._pages.remove([run for tree in trees for run in self._nodes.drop(tree)])
+            raise
 
     def raise_weights_epoch(self, model: str, epoch: int) -> None:
         """Invalidates at once all that was computed with a model's weights before ``epoch``.
@@ -309,92 +343,21 @@ class RadixCache:
         Raises:
             ConfigError: the model is at a later epoch already.
         """
-        self._forest.raise_epoch(model, epoch)
-
-    def is_cached(self, pages: Int32) -> Bool:
-        """Which of some pages of the pool the cache holds; bool ``[n]``."""
-        return self._pages.holds(pages)
-
-    def pages(self) -> Int32:
-        """Every cached page; int32 ``[cached_pages]``, in no promised order."""
-        runs = [node.pages for tree in self._forest.trees() for node in tree.nodes()]
-        return np.concatenate([np.empty(0, np.int32), *runs])
+        self.caller.enter()
+        self._forest.check_epoch(model, epoch)
+        try:
+            self._forest.raise_epoch(model, epoch)
+        except BaseException:
+            self._mend()
+            raise
 
     def runs(self) -> Iterator[tuple[CacheScope, Int32, Int32]]:
         """Every page that can be found, as ``PrefixForest.runs``; nothing may change meanwhile."""
         return self._forest.runs()
 
-    def check_integrity(self) -> None:
-        """Proves that trees, locks, eviction order, counters and the allocator agree; visits everything.
-
-        Raises:
-            IntegrityError: says what is wrong, with the page where it is one.
-        """
-        self._nodes.check_integrity()
-        self._pages.check_integrity([node.pages for tree in self._forest.trees() for node in tree.nodes()])
-
-    def _start_with(self, forest: PrefixForest) -> None:
-        self._forest = forest
-        self._nodes = NodeLedger(forest)
-        self._pages = CachedPages(self.allocator)
-
-    def _enter(
-        self, scope: CacheScope, tokens: Int32, page_ids: Int64, priority: int, after: PrefixMatch | None = None
-    ) -> PrefixMatch:
-        """Inserts whole pages; says what was cached already, with the node at the end of them all.
-
-        The search begins where ``after``, a locked match of the beginning, ends. What it alone keeps is lengthened
-        under its lock: a sequence that grows by chunks is one node.
-        """
-        level = priority if self.policy == "priority" else 0
-        tree = self._forest.find(scope)
-        start = None
-        if tree is not None and after is not None and after.node is not None:
-            start = tree.resume(after.node, after.num_tokens // self.page_size, tokens)
-        walk = None if tree is None else tree.walk(tokens, start)
-        known = 0 if walk is None else walk.num_pages
-        node = end_of_walk = None if walk is None else walk.node
-        if known < page_ids.size:
-            self._pages.add(page_ids[known:])
-            end = self._forest.plant(scope).root if node is None else self._nodes.ending_at(node, known)
-            fresh, rest = page_ids[known:].astype(np.int32), tokens[known * self.page_size :]
-            if end is start and self._nodes.may_extend(end, level):
-                self._nodes.extend(end, rest, fresh)
-                node = end
-            else:
-                node = self._nodes.attach(end, rest, fresh, level)
-        elif node is not None:
-            node = self._nodes.ending_at(node, known)  # what lies beyond was not used
-        # What was attached to ``start``, which is the root or locked with all above it, stands in order already.
-        if node is not None and (start is None or end_of_walk is not start or self.policy == "priority"):
-            self._nodes.use(node, least_level=level)
-        pages = NO_PAGES if walk is None else walk.pages
-        if start is not None and after is not None:
-            pages = joined([after.pages[: start.end], pages])
-        return PrefixMatch(pages, known * self.page_size, tokens.size, self._forest, node)
-
-    def _require_locked(self, match: PrefixMatch) -> None:
-        if match.owner is not self._forest or match.locks == 0:
-            raise DoubleFreeError(
-                f"cannot unlock a match of {match.num_tokens} tokens: it holds no lock of this cache; unlock once per "
-                "lock, through the handle that was locked"
-            )
-
-    def _node_of(self, match: PrefixMatch) -> RadixNode | None:
-        return match.node if match.locks and match.owner is self._forest else self._settle(match)
-
-    def _settle(self, match: PrefixMatch) -> RadixNode | None:
-        """The node that ends where the match does, split off if need be; refuses a match that is out of date."""
-        end, node = match.num_tokens // self.page_size, match.node
-        while node is not None and node.parent is not None and node.start >= end:
-            node = node.parent
-        gone = node is not None and (not node.attached or node.end < end or (end and node.tree.order.is_retired))
-        if match.owner is not self._forest or gone:
-            raise DoubleFreeError(
-                f"cannot use a match of {match.num_tokens} tokens: it is of another cache, or some of its pages were "
-                "evicted or invalidated since; lock a match before anything else is done, or match again"
-            )
-        if node is not None and node.end > end:
-            node = self._nodes.ending_at(node, end)
-        match.node = node
-        return node
+    def _unlock(self, match: PrefixMatch) -> None:
+        match.locks -= 1
+        if not match.locks:
+            del self._locked[match]
+        if match.node is not None:
+            self._nodes.unlock(match.node)

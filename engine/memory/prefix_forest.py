@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from engine.errors import ConfigError, IntegrityError
 from engine.memory.eviction import EvictionOrder, UseList
-from engine.memory.integers import Int32
+from engine.memory.integers import Int32, is_integer
 from engine.memory.radix_tree import RadixNode, RadixTree, joined
 from engine.memory.scope import CacheScope
 
@@ -64,6 +64,13 @@ class PrefixForest:
         if self._trees.get(tree.scope) is tree:
             self._forget(tree.scope)
 
+    def put_back(self, tree: RadixTree) -> None:
+        """Undoes ``clear_away``, up to what ``mend`` works out."""
+        if tree.order is self._retired_order:
+            self._dropped.add(tree)
+        else:
+            self._trees[tree.scope] = tree
+
     def drop(self, tree: RadixTree) -> list[RadixNode]:
         """Makes a tree unreachable at the cost of a walk through it; what is not locked leaves it.
 
@@ -74,27 +81,48 @@ class PrefixForest:
         for node in reversed(free):  # children before parents
             tree.order.remove(node)
             tree.detach(node)
-        self.clear_away(tree)
+        if self._trees.get(tree.scope) is tree:
+            self._dropped.add(tree)  # first: no fault loses sight of it
+            self._forget(tree.scope)
         tree.order = self._retired_order
-        if tree.root.children:
-            self._dropped.add(tree)
+        if not tree.root.children:
+            self._dropped.discard(tree)
         return free
 
-    def raise_epoch(self, model: str, epoch: int) -> None:
-        """Retires every generation of a model before ``epoch``, without visiting a node.
-
-        Raises:
-            ConfigError: the model is at a later epoch already.
-        """
+    def check_epoch(self, model: str, epoch: int) -> None:
+        """Refuses with a ConfigError what is no epoch, or one before that of the model."""
         now = self._epochs.get(model, 0)
-        if epoch < now:
+        if not is_integer(epoch) or epoch < now:
             raise ConfigError(
-                f"the weights epoch of {model!r} cannot go from {now} to {epoch}: it counts replacements; raise it"
+                f"the weights epoch of {model!r} cannot go from {now} to {epoch!r}: it counts replacements; raise it"
             )
+
+    def raise_epoch(self, model: str, epoch: int) -> None:
+        """Retires every generation of a model before a checked ``epoch``, without visiting a node."""
         self._epochs[model] = epoch
         for generation in [key for key in self._orders if key[0] == model and key[1] < epoch]:
             self._orders.pop(generation).retire(self._retired)
             del self._tree_counts[generation]
+
+    def mend(self, locks: Mapping[RadixNode, int]) -> None:
+        """Puts trees and eviction orders right after a fault, see ``NodeLedger.mend``."""
+        trees = dict.fromkeys(self.trees())
+        self._dropped = {tree for tree in self._dropped if tree.root.children}
+        kept = [tree for tree in trees if tree.root.children and tree not in self._dropped]
+        self._trees = {tree.scope: tree for tree in kept}
+        self._orders, self._tree_counts = {}, Counter()
+        self._retired, self._retired_order = UseList(), EvictionOrder()
+        self._retired_order.retire(self._retired)
+        for tree in self.trees():
+            tree.mend(locks)
+            tree.order = self._retired_order
+            if tree not in self._dropped and self.accepts(tree.scope):
+                generation = (tree.scope.model, tree.scope.weights_epoch)
+                tree.order = self._orders.setdefault(generation, EvictionOrder())
+                self._tree_counts[generation] += 1
+        unlocked = [node for tree in self.trees() for node in tree.nodes() if node.locks == 0]
+        for node in sorted(unlocked, key=lambda node: (node.level, node.stamp, -node.start)):
+            node.tree.order.append(node)
 
     def oldest(self) -> RadixNode | None:
         """The node to be evicted next, a leaf; a constant cost for each generation that can be reached."""

@@ -7,7 +7,7 @@ stroke of memory, and always compared, since the children's hash table compares 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -63,9 +63,8 @@ class RadixNode(Evictable):
 
     def hold(self, tokens: Int32, pages: Int32) -> None:
         """Gives the node its pages and their tokens."""
-        self.tokens = tokens
-        self.pages = pages
-        self.only_page = int(pages[0]) if pages.size == 1 else 0
+        only_page = int(pages[0]) if pages.size == 1 else 0
+        self.tokens, self.pages, self.only_page = tokens, pages, only_page  # together: no fault falls between them
 
     @property
     def num_pages(self) -> int:
@@ -195,13 +194,20 @@ class RadixTree:
         parent = node.parent
         if parent is None:
             raise IntegrityError("the root of a prefix tree was to be split; it has no pages; this is a bug, report it")
-        upper = RadixNode(self, parent, node.start, node.tokens[:cut], node.pages[:num_pages])
+        start, tokens, pages = node.start, node.tokens, node.pages
+        upper = RadixNode(self, parent, start, tokens[:cut], pages[:num_pages])
         upper.level, upper.stamp, upper.locks = node.level, node.stamp, node.locks
-        parent.children[self._key(node)] = upper
-        node.parent, node.start = upper, upper.end
-        node.hold(node.tokens[cut:], node.pages[num_pages:])
-        upper.children[self._key(node)] = node
-        return upper
+        upper.children[self.key_of(tokens[cut:])] = node
+        try:
+            node.hold(tokens[cut:], pages[num_pages:])
+            node.parent, node.start = upper, upper.end
+            parent.children[self._key(upper)] = upper
+            return upper
+        except BaseException:
+            node.hold(tokens, pages)
+            node.parent, node.start = parent, start
+            parent.children[self._key(node)] = node
+            raise
 
     def trim(self, leaf: RadixNode, num_pages: int) -> Int32:
         """Takes the last ``num_pages`` pages off a leaf, not all of them, and returns them."""
@@ -218,8 +224,26 @@ class RadixTree:
                 f"a node with {len(leaf.children)} children was to leave a prefix tree; only a leaf other than the "
                 "root may; this is a bug, report it"
             )
-        del leaf.parent.children[self._key(leaf)]
         leaf.attached = False
+        del leaf.parent.children[self._key(leaf)]
+
+    def put_back(self, leaf: RadixNode, tokens: Int32, pages: Int32) -> None:
+        """Undoes a ``trim`` or ``detach`` of a leaf that had these tokens and pages."""
+        leaf.hold(tokens, pages)
+        leaf.attached = True
+        if leaf.parent is not None:
+            leaf.parent.children[self._key(leaf)] = leaf
+
+    def mend(self, locks: Mapping[RadixNode, int]) -> None:
+        """Works out again what follows from the nodes' pages, children and locked matches, see ``NodeLedger.mend``."""
+        for node in (self.root, *self.nodes()):  # parents first
+            node.locks, node.attached = locks.get(node, 0), True
+            for child in node.children.values():
+                child.parent, child.start = node, node.end
+        for node in reversed(list(self.nodes())):  # a use that was broken off goes on to the root
+            parent = node.parent
+            if parent is not None:
+                parent.level, parent.stamp = max(parent.level, node.level), max(parent.stamp, node.stamp)
 
     def nodes(self) -> Iterator[RadixNode]:
         """Every node but the root, parents before children."""
@@ -258,8 +282,12 @@ class RadixTree:
     def _shared_pages(self, tokens: Int32, start: int, node: RadixNode) -> int:
         return _common_prefix(tokens[start * self.page_size :], node.tokens) // self.page_size
 
+    def key_of(self, tokens: Int32) -> bytes:
+        """The key among children of a node with these tokens."""
+        return tokens[: self.page_size].tobytes()
+
     def _key(self, node: RadixNode) -> bytes:
-        return node.tokens[: self.page_size].tobytes()
+        return self.key_of(node.tokens)
 
 
 def joined(runs: list[Int32]) -> Int32:

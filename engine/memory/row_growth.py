@@ -12,7 +12,7 @@ from engine.memory.integers import INT32_MAX, Bool, Int32, Int64
 
 @dataclass(frozen=True, eq=False)
 class RowGrowth:
-    """What it takes to grow page-table rows.
+    """What it takes to grow page-table rows; its arrays are read-only.
 
     Attributes:
         rows: ``[B]``.
@@ -26,6 +26,10 @@ class RowGrowth:
     ends: Int64
     held: Int64
     fresh: Int64
+
+    def __post_init__(self) -> None:
+        for array in (self.rows, self.lens, self.ends, self.held, self.fresh):
+            array.flags.writeable = False
 
     @property
     def num_pages(self) -> int:

@@ -40,8 +40,7 @@ class Model:
 def fingerprint(state: AllocatorState) -> tuple[object, ...]:
     """All that an allocator's behaviour depends on."""
     free = state.ledger.free
-    loose = [pages.tolist() for pages in free.loose]
-    order = (free.pages.tolist(), free.run_ends.tolist(), free.head, free.tail, loose)
+    order = (free.runs, free.singles.tolist(), [pages.tolist() for pages in free.loose])
     return (state.size, state.page_size, state.ledger.ref_count.tolist(), state.ledger.births.tolist(),
             state.ledger.clock, order)  # fmt: skip
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine.errors import DoubleFreeError, ShapeError
+from engine.errors import ConfigError, DoubleFreeError, ShapeError
 from engine.memory.cache_manager import CacheManager
 from engine.memory.host_tier import HostTier
 from engine.memory.page_format import PageFormat
@@ -263,7 +263,7 @@ def harm_prefix(cache):
 
 def harm_locks(cache):
     cache._locked.popitem()
-    cache._known[:] = 40
+    cache._rule.known[:] = 40
 
 
 @pytest.mark.parametrize("harm", [lambda cache: None, harm_page_table, harm_allocator, harm_prefix, harm_locks])
@@ -312,3 +312,64 @@ def test_a_cleared_manager_keeps_a_sound_host_tier_and_empties_a_broken_one():
     cache.clear()
     assert tier.held_pages == 0
     tier.check_integrity()
+
+
+@pytest.mark.parametrize("ends", ["publish", "release"])
+@pytest.mark.parametrize("shared", [8, 16, 18])
+def test_who_shares_pages_that_become_cached_keeps_them_locked(ends, shared):
+    """A row is forked before it is published: room is counted as it is."""
+    cache, _ = make(64, rows=4)
+    row = cache.admit(SCOPE, tokens(20)).row
+    cache.grow([row], [20])
+    child, *_ = cache.fork(row, shared)
+    if ends == "publish":
+        cache.publish(row, SCOPE, tokens(20))
+    cache.release(row, SCOPE, tokens(20))
+    assert cache.locked_pages(child) == shared // PAGE
+    held = cache.page_table.row_pages(child).size
+    assert cache.reclaimable_pages == 64 // PAGE - held
+    growth = cache.plan_growth([child], [64 - held * PAGE])
+    assert cache.has_room_for(growth)
+    cache.grow_as_planned(growth)
+    cache.check_integrity()
+    cache.release(child, SCOPE, tokens(shared))
+    cache.check_integrity()
+    assert cache.reclaimable_pages == 64 // PAGE
+    assert cache.cached_tokens(SCOPE, tokens(shared + 1)) == shared // PAGE * PAGE
+
+
+def test_several_forks_of_an_unpublished_row_each_keep_what_they_share():
+    cache, _ = make(128, rows=6)
+    row = cache.admit(SCOPE, tokens(24)).row
+    cache.grow([row], [24])
+    children = {cache.fork(row, shared)[0]: shared for shared in (4, 12, 24, 10)}
+    grandchild, *_ = cache.fork(list(children)[1], 8)
+    cache.publish(row, SCOPE, tokens(21))
+    for child, shared in {**children, grandchild: 8}.items():
+        assert cache.locked_pages(child) == min(shared, 20) // PAGE
+    cache.release(row, SCOPE, tokens(24))
+    for child, shared in {**children, grandchild: 8}.items():
+        held = np.unique(cache.page_table.held_pages())
+        private = np.count_nonzero(~cache.prefix.is_cached(held))
+        assert cache.prefix.protected_pages + private + cache.reclaimable_pages == 128 // PAGE
+        cache.prefix.evict(cache.prefix.evictable_pages)
+        assert cache.allocator.available_pages() == cache.reclaimable_pages
+        cache.release(child, SCOPE, tokens(shared))
+        cache.check_integrity()
+
+
+@pytest.mark.parametrize("what", ["tokens", "scope", "prefix"])
+def test_a_release_that_raises_gives_all_back_once(what):
+    cache, _ = make()
+    rows = [compute(cache, tokens(13)).row, compute(cache, tokens(20, 50)).row]
+    if what == "prefix":
+        cache.prefix.finish = lambda *_, **__: (_ for _ in ()).throw(Boom())
+    arguments = {"tokens": (SCOPE, [1.5]), "scope": ("scope", tokens(20, 50)), "prefix": (SCOPE, tokens(20, 50))}
+    with pytest.raises((Boom, ShapeError, ConfigError)):
+        cache.release(rows[1], *arguments[what])
+    cache.check_integrity()
+    assert cache.page_table.rows_in_use().tolist() == rows[:1]
+    assert cache.reclaimable_pages == 64 // PAGE - 4
+    with pytest.raises(DoubleFreeError):
+        cache.release(rows[1], SCOPE, tokens(20, 50))
+    cache.check_integrity()

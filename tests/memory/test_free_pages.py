@@ -61,6 +61,56 @@ def test_singles_come_from_the_shortest_runs():
     assert runs(bag.take_runs(lengths(16))) == [16]
 
 
+def test_a_run_comes_from_the_smallest_that_holds_it():
+    allocator = PagedTokenToKVPoolAllocator(100 * 4, 4)
+    parts = np.split(allocator.alloc_pages([100]), [3, 10, 15, 20, 26])
+    for part in (parts[0], parts[2], parts[4]):  # runs of 3, 5 and 6, with others between
+        allocator.release(part)
+    allocator.release(parts[5][10:])  # and of 64
+    assert allocator.alloc_pages([3]).tolist() == parts[0].tolist()
+    allocator.release(parts[0])
+    assert allocator.alloc_pages([4, 5]).tolist() == [*parts[2][:4], *parts[4][:5]]
+    assert allocator.alloc(4 * 4).tolist() == [int(page) * 4 + at for page in parts[5][10:14] for at in range(4)]
+    assert allocator.alloc_extend([0], [10], [-1]).size == 10  # 3 pages: the first run again
+    assert parts[0][0] not in allocator.free_pages()
+
+
+@given(data=st.data(), num_pages=st.integers(1, 120))
+@settings(max_examples=150)
+def test_the_fit_is_best_whatever_was_given_back_before(data, num_pages):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    bag, held = FreePages(num_pages), np.array([], np.int32)
+    for _ in range(data.draw(st.integers(1, 30))):
+        free = np.sort(bag.all())
+        found = sorted(runs(free))
+        action = rng.integers(3)
+        if action == 0 and held.size:
+            held = rng.permutation(held)
+            cut = int(rng.integers(1, min(held.size, 9) + 1))
+            bag.put(held[:cut].copy())
+            held = held[cut:]
+        elif action == 1:
+            held = np.concatenate([held, bag.take_singles(int(rng.integers(0, min(bag.count, 3) + 1)))])
+        elif found:
+            want = int(rng.integers(1, found[-1] + 1))
+            taken = bag.take_runs(lengths(want))
+            fit = min(length for length in found if length >= want)
+            assert runs(taken) == [want]
+            assert sorted([*runs(np.sort(bag.all())), fit]) == sorted([*found, *([fit - want] if fit > want else [])])
+            held = np.concatenate([held, taken])
+
+
+def test_a_large_pool_in_many_runs_costs_no_look_at_each():
+    num_pages = 2**20
+    bag = FreePages(num_pages)
+    held = bag.take_runs(lengths(num_pages))
+    bag.put(held[::2].copy())
+    assert bag.take_runs(lengths(1)).size == 1
+    bag.put(held[1:2].copy())
+    bag._put_in_order = lambda: pytest.fail("all runs were looked at for one page")
+    assert bag.take_runs(lengths(1)).size == 1
+
+
 @pytest.mark.parametrize("num_pages", [50, 5_000])
 def test_a_pool_that_was_freed_at_random_heals(num_pages):
     rng = np.random.default_rng()

@@ -1,0 +1,389 @@
+"""An exception at any line of a call leaves the books sound: it happened or it did not, and it works when tried again.
+
+A tracer raises MemoryError at the first line that runs in ``engine/memory`` during a call, then, on state built anew,
+at the second, and so on to the last.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prefix_pages import PAGE_SIZE, page_format, random_pages
+from prefix_pages import scope as make_scope
+
+import engine.memory.cache_manager
+from engine.memory.cache_manager import CacheManager
+from engine.memory.host_tier import HostTier
+from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.page_table import ReqToTokenPool
+from engine.memory.prefix_cache import RadixCache
+
+ROOM = str(Path(engine.memory.cache_manager.__file__).parent)
+FORM = page_format(np.float32)
+SCOPE = make_scope()
+CONTENT = random_pages(np.random.default_rng(), FORM, 30)
+
+
+def with_fault(call, at):
+    """Runs a call that raises at its ``at``-th line; the number of lines if it has fewer, else None."""
+    lines = 0
+
+    def trace(frame, event, _):
+        nonlocal lines
+        # What a weak reference calls cannot raise.
+        if not frame.f_code.co_filename.startswith(ROOM) or frame.f_code.co_name == "forget":
+            return None
+        if event == "line":
+            lines += 1
+            if lines == at:
+                raise MemoryError(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except MemoryError as error:
+        return str(error)
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+def tokens(seed, count):
+    return np.random.default_rng(seed).integers(-(2**31), 2**31, count).astype(np.int32)
+
+
+class Mover:
+    """A pool of pages of random numbers."""
+
+    def __init__(self, pages):
+        self.content = CONTENT[: pages + 1].copy()
+
+    def read(self, pages):
+        return self.content[pages]
+
+    def write(self, pages, data):
+        self.content[pages] = data
+
+    def copy(self, sources, targets):
+        self.content[targets] = self.content[sources]
+
+
+class Books:
+    """A cache manager in the middle of its work, with what a call needs."""
+
+    def __init__(self, *, host=True, policy="lru", pages=24):
+        self.cache = CacheManager(pages * PAGE_SIZE, PAGE_SIZE, 6, 24 * PAGE_SIZE, policy=policy)
+        if host:
+            self.cache.attach_host_tier(HostTier(20 * FORM.page_bytes, FORM), Mover(pages))
+        self.row, self.other = self.compute(1, 18), self.compute(2, 11)
+        self.end(self.compute(3, 21), 3, 21)
+        self.end(self.compute(4, 13), 4, 13)
+        both = np.concatenate([tokens(3, 12), tokens(5, 9)])  # parts ways with the third
+        row = self.cache.admit(SCOPE, both).row
+        self.cache.grow([row], [9])
+        self.cache.release(row, SCOPE, both)
+        self.decoding = self.cache.page_table.decoding_rows([self.row, self.other])
+        self.fresh = self.cache.admit(SCOPE, tokens(6, 14)).row
+        self.cache.grow([self.fresh], [14])  # computed and not published
+
+    def compute(self, seed, count, scope=SCOPE):
+        admission = self.cache.admit(scope, tokens(seed, count))
+        have = admission.cached_tokens + admission.loaded_tokens
+        self.cache.grow([admission.row], [count - have])
+        self.cache.publish(admission.row, scope, tokens(seed, count))
+        return admission.row
+
+    def end(self, row, seed, count):
+        self.cache.release(row, SCOPE, tokens(seed, count))
+
+    def check(self):
+        self.cache.check_integrity()
+        cache, table = self.cache, self.cache.page_table
+        held = np.unique(table.held_pages())
+        if cache.prefix:  # who holds cached pages keeps them locked
+            kept = cache.prefix.protected_pages + np.count_nonzero(~cache.prefix.is_cached(held))
+            assert kept + cache.reclaimable_pages == cache.size // PAGE_SIZE
+
+    def holdings(self):
+        """How much each row has, which row it is aside, and how much is free and could be."""
+        table = self.cache.page_table
+        rows = table.rows_in_use()
+        each = sorted((table.kv_len(row), self.cache.locked_pages(row)) for row in rows)
+        return each, self.cache.allocator.available_pages(), self.cache.reclaimable_pages
+
+    def contents(self, name):
+        """Which prefixes are cached and saved, in the order of eviction, and what was counted.
+
+        What is evicted as a fault comes is not saved; what a fault finds loaded is a hit when it is tried again.
+        """
+        prefix, host = self.cache.prefix, self.cache.host
+        picture = [self.holdings(), sorted(self.cache._rule.known.tolist())]
+        if prefix:
+            order = [node for order in prefix._forest._orders.values() for node in order]
+            ends = [node.tree.prefix_tokens(node).tobytes() for node in order]
+            everything = sorted(
+                (node.tree.prefix_tokens(node).tobytes(), node.locks)
+                for tree in prefix._forest.trees()
+                for node in tree.nodes()
+            )
+            picture += [ends, everything, prefix.evicted_pages, prefix.query_tokens]
+            picture += [prefix.hit_tokens] * ("load" not in name)
+        if host and "evict" not in name:
+            picture += [(node.key, node.checksum) for node in host.tier._used]
+        return picture
+
+
+def evict_all(books):
+    books.cache.prefix.evict(books.cache.prefix.evictable_pages)
+    return books
+
+
+def filled(books):
+    """No page is free, and both rows that decode are about to begin one."""
+    books.cache.grow([books.row, books.other], [2, 1])
+    books.decoding = books.cache.page_table.decoding_rows([books.row, books.other])
+    books.cache.grow([books.fresh], [2 + PAGE_SIZE * books.cache.allocator.available_pages()])
+    return books
+
+
+def forked(books):
+    books.child, *_ = books.cache.fork(books.fresh, 10)
+    return books
+
+
+CALLS = {
+    "admit cold": (Books, lambda b: b.cache.admit(SCOPE, tokens(9, 20))),
+    "admit warm": (Books, lambda b: b.cache.admit(SCOPE, tokens(3, 30))),
+    "admit without room": (Books, lambda b: b.cache.admit(SCOPE, tokens(3, 95))),
+    "admit with a load": (lambda: evict_all(Books()), lambda b: b.cache.admit(SCOPE, tokens(3, 30))),
+    "grow": (Books, lambda b: b.cache.grow([b.row, b.other], [5, 1])),
+    "grow with eviction": (Books, lambda b: b.cache.grow([b.row], [40])),
+    "grow with eviction, no host": (lambda: Books(host=False), lambda b: b.cache.grow([b.row], [40])),
+    "decode": (Books, lambda b: b.cache.grow_decoding(b.decoding)),
+    "decode with eviction": (
+        lambda: filled(Books()),
+        lambda b: b.cache.grow_decoding(b.decoding),
+    ),
+    "fork": (Books, lambda b: b.cache.fork(b.row, 17)),
+    "fork of what is not published": (Books, lambda b: b.cache.fork(b.fresh, 13)),
+    "publish": (Books, lambda b: b.cache.publish(b.fresh, SCOPE, tokens(6, 14))),
+    "publish what was forked": (lambda: forked(Books()), lambda b: b.cache.publish(b.fresh, SCOPE, tokens(6, 14))),
+    "release": (Books, lambda b: b.cache.release(b.fresh, SCOPE, tokens(6, 14))),
+    "release what was forked": (lambda: forked(Books()), lambda b: b.cache.release(b.fresh, SCOPE, tokens(6, 14))),
+    "release of a fork": (lambda: forked(Books()), lambda b: b.cache.release(b.child, SCOPE, tokens(6, 10))),
+    "release, nothing kept": (
+        lambda: Books(policy=None, host=False),
+        lambda b: b.cache.release(b.fresh, SCOPE, tokens(6, 14)),
+    ),
+    "reset": (Books, lambda b: b.cache.reset_prefix_cache()),
+    "evict": (Books, lambda b: b.cache.prefix.evict(5)),
+    "evict by priority": (lambda: Books(policy="priority"), lambda b: b.cache.prefix.evict(5)),
+    "new weights": (Books, lambda b: b.cache.prefix.raise_weights_epoch(SCOPE.model, 1)),
+}
+
+
+@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_fault_at_any_line_of_the_manager_leaves_sound_books(name, stride):
+    make, call = CALLS[name]
+    before, clean, counted = make(), make(), make()
+    call(clean)
+    happened = [seen(name, before), seen(name, clean)]
+    lines = with_fault(lambda: call(counted), -1)
+    assert lines > 10
+    for at in range(1 + int(np.random.default_rng().integers(stride)), lines + 1, stride):
+        books = make()
+        where = with_fault(lambda books=books: call(books), at)
+        assert isinstance(where, str), (name, at)
+        books.check()
+        assert seen(name, books) in happened, where
+        if seen(name, books) == happened[0]:
+            call(books)
+            books.check()
+            assert books.contents(name) == clean.contents(name), where
+
+
+def seen(name, books):
+    """What a call does in one piece: room may have been made for it, and a release that fails caches nothing."""
+    rows, free, reclaimable = books.holdings()
+    if "release" in name:
+        rows = [length for length, _ in rows]
+    return rows, free if name.startswith("evict") else reclaimable
+
+
+PAGE = PAGE_SIZE
+
+
+class Slots:
+    """An allocator with a little of everything."""
+
+    def __init__(self):
+        self.allocator = PagedTokenToKVPoolAllocator(20 * PAGE, PAGE)
+        self.first, self.second = self.allocator.alloc(3 * PAGE), self.allocator.alloc(4 * PAGE)
+        self.slots = self.allocator.alloc_extend([0, 0], [6, 7], [-1, -1])
+        self.state = self.allocator.backup_state()
+        self.shared = self.allocator.alloc_pages([2])
+        self.allocator.retain(self.shared)
+        self.allocator.free(self.second)
+
+    def check(self):
+        self.allocator.check_integrity()
+
+    def picture(self):
+        counts = self.allocator.ref_count(np.arange(21))
+        return counts.tolist(), sorted(self.allocator.free_pages().tolist())
+
+
+class Table:
+    """A page table with two rows."""
+
+    def __init__(self):
+        self.table = ReqToTokenPool(4, 8 * PAGE, PAGE)
+        self.table.release(self.table.alloc_row())
+        self.row, self.other = self.table.alloc_rows(2).tolist()
+        self.table.append_pages(self.row, [3, 5])
+        self.table.take_new_pages([self.row])
+        self.table.write_slots([self.other], [0], [3], [4, 5, 6])
+        self.decoding = self.table.decoding_rows([self.row, self.other])
+        self.decoding.grow(self.decoding.beginning(), np.array([7], np.int32))
+
+    def check(self):
+        self.table.check_integrity()
+
+    def picture(self):
+        table, rows = self.table, self.decoding
+        arrays = (table._table, table._kv_lens, table._in_use, table._releases, table._taken, rows.lens)
+        untaken = [[part.tolist() for part in each] for each in rows._untaken]
+        return [array.tolist() for array in arrays], list(table._free_rows), rows.steps_left, untaken
+
+
+class Tree:
+    """A prefix cache in use."""
+
+    def __init__(self, policy="lru"):
+        self.saved = []
+        self.allocator = PagedTokenToKVPoolAllocator(40 * PAGE, PAGE)
+        self.cache = RadixCache(self.allocator, PAGE, policy=policy, on_evict=self.saved.append)
+        self.insert(np.concatenate([tokens(1, 4 * PAGE), tokens(2, 2 * PAGE)]))
+        self.insert(np.concatenate([tokens(1, 4 * PAGE), tokens(3, 2 * PAGE)]))
+        self.insert(tokens(4, 3 * PAGE), make_scope("another"))
+        self.pages = self.allocator.alloc_pages([5])
+        self.found = self.cache.match(SCOPE, tokens(1, 3 * PAGE))  # ends inside of a node
+        self.locked = self.cache.match(SCOPE, np.concatenate([tokens(1, 4 * PAGE), tokens(2, 2 * PAGE + 1)]))
+        self.cache.lock(self.locked)
+
+    def insert(self, token_ids, scope=SCOPE):
+        pages = self.allocator.alloc_pages([token_ids.size // PAGE])
+        self.cache.insert(scope, token_ids, pages)
+        self.allocator.release(pages)
+
+    def longer(self):
+        return np.concatenate([tokens(1, 4 * PAGE), tokens(2, 2 * PAGE), tokens(5, 2 * PAGE)])
+
+    def pages_of_longer(self):
+        return np.concatenate([self.locked.pages, self.pages[:2]])
+
+    def check(self):
+        held = np.concatenate([self.cache.pages(), self.pages])
+        self.allocator.check_integrity(held)
+        self.cache.check_integrity()
+
+    def picture(self):
+        forest, cache = self.cache._forest, self.cache
+        ends = [node.tree.prefix_tokens(node).tobytes() for order in forest._orders.values() for node in order]
+        locks = cache.protected_pages, cache.evictable_pages, self.found.locks, self.locked.locks
+        counters = cache.evicted_pages, cache.query_tokens, cache.hit_tokens
+        pages = [node.tree.prefix_tokens(node).tobytes() for tree in forest.trees() for node in tree.nodes()]
+        return locks, counters, ends, max(pages, default=b""), self.allocator.available_pages()
+
+
+class Saved:
+    """A host tier that is full."""
+
+    def __init__(self):
+        self.tier = HostTier(6 * FORM.page_bytes, FORM)
+        self.put(1, 3)
+        self.put(2, 3)
+
+    def put(self, seed, pages, first=0):
+        content = CONTENT[seed : seed + pages - first]
+        return self.tier.put(SCOPE, tokens(seed, pages * PAGE), first, content)
+
+    def check(self):
+        self.tier.check_integrity()
+
+    def picture(self):
+        return [(node.key, node.checksum) for node in self.tier._used]
+
+
+PARTS = {
+    "alloc": (Slots, lambda s: s.allocator.alloc(5 * PAGE)),
+    "alloc_extend": (Slots, lambda s: s.allocator.alloc_extend([6, 0], [15, 9], [s.slots[5], -1])),
+    "alloc_decode": (Slots, lambda s: s.allocator.alloc_decode([7, 1], [s.slots[5], -1])),
+    "alloc_pages": (Slots, lambda s: s.allocator.alloc_pages([2, 0, 4, 1])),
+    "alloc_single_pages": (Slots, lambda s: s.allocator.alloc_single_pages(3)),
+    "free": (Slots, lambda s: s.allocator.free(s.slots)),
+    "retain": (Slots, lambda s: s.allocator.retain([1, 1, 2])),
+    "release": (Slots, lambda s: s.allocator.release([*s.shared, *s.shared, 1])),
+    "release one": (Slots, lambda s: s.allocator.release(np.array([1], np.int32))),
+    "restore": (Slots, lambda s: s.allocator.restore_state(s.state)),
+    "clear": (Slots, lambda s: s.allocator.clear()),
+    "rows": (Table, lambda t: t.table.alloc_rows(2)),
+    "row back": (Table, lambda t: t.table.release(t.row)),
+    "row pages": (Table, lambda t: t.table.append_pages(t.table.alloc_row(), [])),
+    "slots": (Table, lambda t: t.table.write_slots([t.row], [9], [4], [29, 30, 31, 32])),
+    "row growth": (Table, lambda t: t.table.grow(t.table.plan_growth([t.row], [9]), np.array([8, 9], np.int32))),
+    "new pages": (Table, lambda t: t.table.take_new_pages([t.row])),
+    "decoding": (Table, lambda t: t.decoding.grow(t.decoding.beginning(), np.array([9], np.int32))),
+    "new decoding pages": (Table, lambda t: t.decoding.take_new_pages()),
+    "lock": (Tree, lambda t: t.cache.lock(t.found)),
+    "unlock": (Tree, lambda t: t.cache.unlock(t.locked)),
+    "record": (Tree, lambda t: t.cache.record(t.found)),
+    "insert": (Tree, lambda t: t.cache.insert(SCOPE, tokens(6, 5 * PAGE), t.pages)),
+    "insert by priority": (
+        lambda: Tree("priority"),
+        lambda t: t.cache.insert(SCOPE, t.longer(), t.pages_of_longer(), priority=3),
+    ),
+    "insert in a node": (
+        Tree,
+        lambda t: t.cache.insert(SCOPE, np.concatenate([tokens(1, PAGE), tokens(8, 4 * PAGE)]), t.pages),
+    ),
+    "advance": (Tree, lambda t: t.cache.advance(t.locked, SCOPE, t.longer(), t.pages_of_longer())),
+    "finish": (Tree, lambda t: t.cache.finish(t.locked, SCOPE, t.longer(), t.pages_of_longer())),
+    "evict": (Tree, lambda t: t.cache.evict(4)),
+    "reset": (Tree, lambda t: t.cache.reset()),
+    "reset of a scope": (Tree, lambda t: t.cache.reset(SCOPE)),
+    "raise_weights_epoch": (Tree, lambda t: t.cache.raise_weights_epoch(SCOPE.model, 2)),
+    "put": (Saved, lambda s: s.put(3, 4)),
+    "put behind": (Saved, lambda s: s.put(3, 4, 2)),
+    "match": (Saved, lambda s: s.tier.match(SCOPE, tokens(1, 13), 0)),
+    "get": (Saved, lambda s: s.tier.get(SCOPE, tokens(1, 13), 1)),
+    "reset of a tier": (Saved, lambda s: s.tier.reset(SCOPE)),
+    "segments": (Saved, lambda s: list(s.tier.segments())),
+}
+# What made room stays: pages that have given way are not brought back.
+IN_PARTS = {"put", "put behind"}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_fault_at_any_line_of_a_part_leaves_sound_books(name):
+    make, call = PARTS[name]
+    before, clean, counted = make(), make(), make()
+    call(clean)
+    happened = [before.picture(), clean.picture()]
+    lines = with_fault(lambda: call(counted), -1)
+    for at in range(1, lines + 1):
+        part = make()
+        where = with_fault(lambda part=part: call(part), at)
+        assert isinstance(where, str), (name, at)
+        part.check()
+        assert part.picture() in happened or name in IN_PARTS, where
+        if part.picture() != happened[1] or happened[0] == happened[1]:
+            call(part)
+            part.check()
+        assert part.picture() == happened[1], where

@@ -1,0 +1,146 @@
+"""Books are used by one thread at a time and by the process that made them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+
+import numpy as np
+import pytest
+from prefix_pages import PAGE_SIZE, page_format, random_pages
+from prefix_pages import scope as make_scope
+
+from engine.errors import ConcurrentUse
+from engine.memory.cache_manager import CacheManager
+from engine.memory.host_tier import HostTier
+from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.page_table import ReqToTokenPool
+from engine.memory.prefix_cache import RadixCache
+
+FORM = page_format(np.float32)
+
+
+class Mover:
+    """Calls back in the middle of an eviction."""
+
+    def __init__(self):
+        self.during_read = lambda: None
+
+    def read(self, pages):
+        self.during_read()
+        return random_pages(np.random.default_rng(), FORM, pages.size)
+
+    def write(self, pages, data):
+        pass
+
+    def copy(self, sources, targets):
+        pass
+
+
+def in_a_thread(call):
+    """What a call in another thread returns or raises."""
+    results = []
+
+    def run():
+        try:
+            results.append(call())
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def test_a_call_while_another_thread_is_in_one_is_refused_and_changes_nothing():
+    cache, mover = CacheManager(8 * PAGE_SIZE, PAGE_SIZE, 4, 8 * PAGE_SIZE), Mover()
+    cache.attach_host_tier(HostTier(4 * FORM.page_bytes, FORM), mover)
+    token_ids = np.arange(4 * PAGE_SIZE, dtype=np.int32)
+    row = cache.admit(make_scope(), token_ids).row
+    cache.grow([row], [token_ids.size])
+    cache.release(row, make_scope(), token_ids)
+    refused = []
+    others = [
+        lambda: cache.admit(make_scope(), token_ids),
+        lambda: cache.allocator.alloc(PAGE_SIZE),
+        lambda: cache.allocator.free([PAGE_SIZE]),
+        lambda: cache.prefix.evict(1),
+        lambda: cache.page_table.alloc_row(),
+        lambda: cache.clear(),
+    ]
+    mover.during_read = lambda: refused.extend(in_a_thread(other) for other in others)
+    assert cache.prefix.evict(2) == 2
+    assert [type(each) for each in refused] == [ConcurrentUse] * len(others)
+    cache.check_integrity()
+    assert cache.allocator.available_pages() == 6
+
+
+def test_books_go_from_thread_to_thread_between_calls():
+    allocator = PagedTokenToKVPoolAllocator(64, PAGE_SIZE)
+    table, tier = ReqToTokenPool(2, 32, PAGE_SIZE), HostTier(4 * FORM.page_bytes, FORM)
+    slots = in_a_thread(lambda: allocator.alloc(16))
+    allocator.free(slots)
+    row = in_a_thread(table.alloc_row)
+    table.release(row)
+    data = random_pages(np.random.default_rng(), FORM, 1)
+    put = lambda: tier.put(make_scope(), np.arange(PAGE_SIZE), 0, data)  # noqa: E731
+    assert (in_a_thread(put), put()) == (1, 0)
+    assert in_a_thread(lambda: RadixCache(allocator, PAGE_SIZE).evict(1)) == 0
+
+
+def test_two_threads_at_once_are_refused_or_right():
+    allocator = PagedTokenToKVPoolAllocator(4096 * PAGE_SIZE, PAGE_SIZE)
+    interval = sys.getswitchinterval()
+    held = [[], []]
+
+    def work(mine):
+        rng = np.random.default_rng()
+        for _ in range(400):
+            try:
+                if mine and rng.random() < 0.4:
+                    allocator.release(mine[-1])
+                    mine.pop()
+                else:
+                    mine.append(allocator.alloc_pages([rng.integers(1, 4)]))
+            except ConcurrentUse:
+                pass
+
+    threads = [threading.Thread(target=work, args=(mine,)) for mine in held]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    allocator.check_integrity(np.concatenate([np.empty(0, np.int32), *held[0], *held[1]]))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_fork_of_the_process_is_refused():
+    allocator, tier = PagedTokenToKVPoolAllocator(64, PAGE_SIZE), HostTier(4 * FORM.page_bytes, FORM)
+    cache = CacheManager(64, PAGE_SIZE, 2, 32)
+    calls = [
+        lambda: allocator.alloc(16),
+        lambda: cache.admit(make_scope(), [1, 2, 3]),
+        lambda: tier.match(make_scope(), [1, 2, 3, 4], 0),
+        lambda: PagedTokenToKVPoolAllocator(64, PAGE_SIZE).alloc(64),  # made here: it is its own
+    ]
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    child = os.fork()
+    if not child:
+        try:
+            for call in calls:
+                try:
+                    writer.send(type(call()).__name__)
+                except Exception as error:
+                    writer.send(type(error).__name__)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert [reader.recv() for _ in calls] == ["ConcurrentUse"] * 3 + ["ndarray"]
+    allocator.alloc(16)
