@@ -10,7 +10,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from engine.config import MAX_SLOTS
@@ -248,8 +248,7 @@ class TokenToKVPool:
         self.buffers = self._fresh_buffers(self.layer_num)
 
     def _fresh_buffers(self, count: int) -> tuple[jax.Array, ...]:
-        sharding = None if self.mesh is None else NamedSharding(self.mesh, buffer_spec(self.mesh))
-        return tuple(_zeros(self.buffer_shape, self.dtype, sharding)() for _ in range(count))
+        return tuple(_zeros(self.buffer_shape, self.dtype, self.mesh)() for _ in range(count))
 
     def _check_layer(self, layer_id: int) -> None:
         if isinstance(layer_id, bool) or not isinstance(layer_id, int | np.integer):
@@ -299,9 +298,15 @@ def _check_size(size: int, page_size: int, layer_num: int) -> None:
 
 
 @functools.cache
-def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any], sharding: NamedSharding | None) -> Callable[[], jax.Array]:
+def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any], mesh: Mesh | None) -> Callable[[], jax.Array]:
     """The program that makes zeros."""
-    return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)
+    make = functools.partial(jnp.zeros, shape, dtype)
+    if mesh is None:
+        return jax.jit(make)
+    if AxisType.Explicit in mesh.axis_types:  # there nothing but the result says which devices the program is for
+        return jax.jit(make, out_shardings=NamedSharding(mesh, buffer_spec(mesh)))
+    # Constrained, so that the sharding is spelled as XLA spells it for what the steps return.
+    return jax.jit(lambda: placed(make(), mesh, buffer_spec(mesh)))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

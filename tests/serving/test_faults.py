@@ -100,7 +100,7 @@ def test_an_answer_whose_text_cannot_be_decoded_is_reported_once_it_can(llm, mon
     before, calls = llm.stats.finished["length"], []
 
     class Text:
-        def decode(self, tokens):
+        def decode(self, tokens, *, prompt):
             calls.append(tokens)
             if len(calls) == 2:  # the first answer has been made, and must not be lost
                 raise Boom
@@ -394,7 +394,7 @@ def test_one_culprit_ends_with_its_error_and_never_stops_the_others(llm, dense_g
 
 def test_an_answer_whose_text_can_never_be_decoded_comes_without_it(llm, monkeypatch):
     class Text:
-        def decode(self, tokens):
+        def decode(self, tokens, *, prompt):
             if len(tokens) == 1:
                 return "text"
             raise Boom("no such text")

@@ -53,6 +53,7 @@ PARAMS = [
     SamplingParams(max_new_tokens=12, priority=1),
     SamplingParams(max_new_tokens=5, timeout=1e6),
 ]
+DOOMED = SamplingParams(max_new_tokens=40)
 
 
 def run(llm, tracer):
@@ -72,7 +73,7 @@ def run(llm, tracer):
             ids.append(careful(llm.add_request, prompt, params))
         for _ in range(3):
             finished |= careful(llm.step) or {}
-        doomed = careful(llm.add_request, [7] * 9, SamplingParams(max_new_tokens=40))
+        doomed = careful(llm.add_request, [7] * 9, DOOMED)
         ids.append(careful(llm.add_request, PROMPTS[3], PARAMS[3]))
         for _ in range(4):
             finished |= careful(llm.step) or {}
