@@ -537,8 +537,13 @@ def test_a_request_whose_logits_are_no_numbers_ends_and_harms_no_other(poisoned,
 
 
 def test_no_setting_of_jax_changes_an_answer():
-    names = "JAX_ENABLE_X64=1 JAX_DEFAULT_PRNG_IMPL=rbg JAX_THREEFRY_PARTITIONABLE=0 JAX_NUMPY_DTYPE_PROMOTION=strict"
-    settings = dict(name.split("=") for name in names.split())
+    settings = {
+        "JAX_ENABLE_X64": "1",
+        "JAX_DEFAULT_PRNG_IMPL": "rbg",
+        "JAX_THREEFRY_PARTITIONABLE": "0",
+        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+    }
     program = [sys.executable, settings_program.__file__]
     with subprocess.Popen(program, env=os.environ | settings, stdout=subprocess.PIPE) as other:
         expected = settings_program.answers()

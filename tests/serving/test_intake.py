@@ -30,7 +30,7 @@ def intake():
         max_position_embeddings=CONTEXT,
         eos_token_id=(),
     )
-    tokenizer = types.SimpleNamespace(encode=lambda text: [ord(letter) % VOCAB for letter in text])
+    tokenizer = types.SimpleNamespace(encode=lambda text: [ord(letter) % VOCAB for letter in text], eos_token_ids={1})
     return Intake(config, tokenizer, CONTEXT, lambda salt: salt)
 
 
