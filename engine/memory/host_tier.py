@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,11 +129,11 @@ class HostTier:
         stored_before, missing = self.counters.stored_pages, list[PageNode]()
         try:
             prefix = tokens[: (first_page + taken) * self.page_format.page_size]
-            here = [node for node in self._trie.walk(scope, prefix)[first_page:] if node.held]
+            here = _held(self._trie.walk(scope, prefix)[first_page:])
             self._touch(here)  # so that making room spares them
             self._make_room(taken - len(here))
             path = self._trie.grow(scope, prefix)  # not before: making room prunes what leads to no held page
-            missing = [node for node in path[first_page:] if not node.held]
+            missing = _held(path[first_page:], wanted=False)
             for node, page in zip(path[first_page:], data, strict=False):
                 if not node.held:
                     self._store(node, page)
@@ -206,11 +206,12 @@ class HostTier:
         wanted = None if scope is None else checked_scope(scope)
         try:
             for each in self._trie.scopes() if wanted is None else [wanted]:
-                for node in [node for node in self._trie.nodes(each) if node.held]:
+                for node in _held(self._trie.nodes(each)):
                     self._drop(node)
         except BaseException:  # it goes on to the end
-            for node in [node for node in self._used if wanted in (None, node.scope)]:
-                del self._used[node]
+            for node in list(self._used):
+                if wanted in (None, node.scope):
+                    del self._used[node]
             self._mend()
             raise
 
@@ -342,6 +343,11 @@ class HostTier:
                 raise IntegrityError(f"page {len(before)} of a prefix is indexed in the host tier and leads nowhere")
             if node.held and any(each.held and recency[each] < recency[node] for each in before):
                 raise IntegrityError(f"page {len(before)} of a prefix would outlive one before it in the host tier")
+
+
+def _held(nodes: Iterable[PageNode], *, wanted: bool = True) -> list[PageNode]:
+    """Those of the nodes that are held, or not."""
+    return [node for node in nodes if node.held is wanted]
 
 
 def _begins_run(node: PageNode) -> bool:

@@ -245,7 +245,7 @@ class PageLedger:
             self._ref_count[number] = holders - 1
             if holders == 1:
                 self._free.put(page.copy())
-            return True
+            return holders > 0  # True; the return of a constant stands outside of the try in Python 3.12
         except BaseException:
             self._ref_count[number] = holders
             self._refill()

@@ -25,7 +25,7 @@ from engine.memory.integers import Int32, priority_level, read_only, whole_numbe
 from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
 from engine.memory.prefix_books import Insertion, PrefixBooks
 from engine.memory.prefix_match import EvictedPages, PrefixMatch, checked_scope, token_vector, whole_pages
-from engine.memory.radix_tree import NO_PAGES, RadixNode, joined
+from engine.memory.radix_tree import NO_PAGES, RadixNode, RadixTree, joined
 from engine.memory.scope import CacheScope
 
 EvictionPolicyName = Literal["lru", "lfu", "priority"]
@@ -327,11 +327,11 @@ class RadixCache(PrefixBooks):
         trees = [tree for tree in self._forest.trees() if wanted is None or tree.scope == wanted]
         before = self.cached_pages
         try:
-            self._pages.remove([run for tree in trees for run in self._nodes.drop(tree)])
+            self._drop(trees)
             return before - self.cached_pages
         except BaseException:  # it goes on to the end
             self._mend()
-            self._pages.remove([run for tree in trees for run in self._nodes.drop(tree)])
+            self._drop(trees)
             raise
 
     def raise_weights_epoch(self, model: str, epoch: int) -> None:
@@ -354,6 +354,9 @@ class RadixCache(PrefixBooks):
     def runs(self) -> Iterator[tuple[CacheScope, Int32, Int32]]:
         """Every page that can be found, as ``PrefixForest.runs``; nothing may change meanwhile."""
         return self._forest.runs()
+
+    def _drop(self, trees: list[RadixTree]) -> None:
+        self._pages.remove([run for tree in trees for run in self._nodes.drop(tree)])
 
     def _unlock(self, match: PrefixMatch) -> None:
         match.locks -= 1
