@@ -75,11 +75,13 @@ def most_likely(logits: jax.Array) -> jax.Array:
 
     ``NOT_A_TOKEN`` where a row has a NaN or +inf, or nothing but -inf.
     """
-    # One pass for token and logit: a maximum of its own, of several devices' parts, may lose a NaN.
-    ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    least = (np.float32(-np.inf), np.int32(0))
-    logit, best = lax.reduce((logits, ids), least, _better, dimensions=(1,))
-    return jnp.where(jnp.isfinite(logit), best, NOT_A_TOKEN)
+    # One pass for token and logit: a maximum of its own, of several devices' parts, may lose a NaN. What spoils a row
+    # goes by the name of no token, so that the winner's says all and its logit is not exchanged for another look.
+    spoils = jnp.isnan(logits) | jnp.isposinf(logits)
+    ids = jnp.where(spoils, NOT_A_TOKEN, lax.broadcasted_iota(jnp.int32, logits.shape, 1))
+    least = (np.float32(-np.inf), np.int32(NOT_A_TOKEN))  # of a tie with nothing but -inf the lower name is left
+    _, best = lax.reduce((logits, ids), least, _better, dimensions=(1,))
+    return best
 
 
 def _better(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
