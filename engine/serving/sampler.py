@@ -80,7 +80,7 @@ def most_likely(logits: jax.Array) -> jax.Array:
     spoils = jnp.isnan(logits) | jnp.isposinf(logits)
     ids = jnp.where(spoils, NOT_A_TOKEN, lax.broadcasted_iota(jnp.int32, logits.shape, 1))
     least = (np.float32(-np.inf), np.int32(NOT_A_TOKEN))  # of a tie with nothing but -inf the lower name is left
-    _, best = lax.reduce((logits, ids), least, _better, dimensions=(1,))
+    best: jax.Array = lax.reduce((logits, ids), least, _better, dimensions=(1,))[1]
     return best
 
 
