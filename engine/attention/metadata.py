@@ -118,14 +118,18 @@ def locate_new_tokens(
         xp: the array module, ``numpy`` or ``jax.numpy``.
 
     Returns:
-        ``positions[T]`` (0 in padding) and ``out_cache_loc[T]`` (-1 in padding), int32.
+        ``positions[T]`` (0 in padding) and ``out_cache_loc[T]`` (-1 in padding), int32. A token of unchecked lengths
+        whose position is not in its row of the page table, or whose page's slots int32 cannot count, gets -1 as well.
     """
     tokens, live = xp.arange(num_tokens, dtype=xp.int32), is_live(cu_q_lens, num_tokens=num_tokens, xp=xp)
     rows = sequence_of_tokens(cu_q_lens, num_tokens=num_tokens, xp=xp)
     positions = xp.where(live, kv_lens[rows] - cu_q_lens[rows + 1] + tokens, 0)
-    slots = page_table[rows, positions // page_size] * page_size + positions % page_size
-    # A position below 0 (of lengths that were not checked) has no slot; as an index it would name the last column.
-    return positions.astype(xp.int32), xp.where(live & (positions >= 0), slots, -1).astype(xp.int32)
+    columns = positions // page_size
+    # As an index a position outside of the row would name its last column, which may be another's page as well.
+    inside = live & (positions >= 0) & (columns < page_table.shape[1])
+    pages = page_table[rows, xp.where(inside, columns, 0)]
+    inside &= (pages >= 0) & (pages < (2**31 - 1) // page_size)  # else the slot would wrap round to another's
+    return positions.astype(xp.int32), xp.where(inside, pages * page_size + positions % page_size, -1).astype(xp.int32)
 
 
 def sequence_of_tokens(cu_q_lens: Any, *, num_tokens: int, xp: ModuleType = np) -> Any:

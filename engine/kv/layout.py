@@ -83,9 +83,13 @@ def to_stored(values: jax.Array, dtype: DTypeLike) -> jax.Array:
     """
     target = jnp.dtype(dtype)
     if jnp.issubdtype(target, jnp.floating) and _largest(target) < _largest(values.dtype):
-        most = jnp.asarray(_largest(target), values.dtype)
-        clipped = jnp.clip(values, -most, most)
-        values = clipped if target.itemsize == 1 else jnp.where(jnp.isinf(values), values, clipped)
+        most = _largest(target)
+        if target.itemsize == 1:
+            return jnp.clip(values, -most, most).astype(target)
+        # After the cast: bfloat16, say, has no number for float16's largest, and clips at one that is infinite there.
+        stored = values.astype(target)
+        reached = jnp.where(values > 0, jnp.asarray(most, target), jnp.asarray(-most, target))
+        return jnp.where(jnp.isinf(stored) & jnp.isfinite(values), reached, stored)
     return values.astype(target)
 
 

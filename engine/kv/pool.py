@@ -24,7 +24,7 @@ from engine.kv.layout import (
     unpad_fused,
 )
 from engine.kv.room import room_for
-from engine.kv.scatter import set_kv_buffer
+from engine.kv.scatter import set_kv_buffer, slots_within
 from engine.kv.split import buffer_spec, in_slot_order, local_slots, new_tokens_spec, split_layout
 from engine.parallel import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, axis_size, placed, shard_over, spec_over
 
@@ -198,7 +198,7 @@ class TokenToKVPool:
             raise ShapeError(
                 f"k is {_described(k)}; it must be [tokens, {heads[0]}, {heads[1]}], as this pool was made"
             )
-        written = _write(fused, loc, k, v, self.mesh)
+        written = _write(fused, slots_within(loc, self.size + self.page_size), k, v, self.mesh)
         self.buffers = (*self.buffers[:layer_id], written, *self.buffers[layer_id + 1 :])
 
     def share(self, buffers: tuple[jax.Array, ...]) -> Self:

@@ -8,6 +8,7 @@ TPU a kernel of one DMA a row (docs/adr/0002).
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,14 +43,23 @@ def set_kv_buffer(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) 
         if not isinstance(array, jax.Array | np.ndarray):
             raise ShapeError(f"{name} is a {type(array).__name__}, not an array; pass a NumPy or JAX array")
         refuse_donated(name, array)
-    if isinstance(loc, np.ndarray) and loc.dtype.kind in "iu":
-        # jax would cut 64 bits to 32, and so bring a slot that is out of range back into it.
-        loc = np.where((loc < 0) | (loc >= fused.shape[0]), np.int64(-1), loc).astype(np.int32)
+    loc = slots_within(loc, fused.shape[0] if fused.ndim else 0)
     fused, loc, k, v = (jnp.asarray(array) for array in (fused, loc, k, v))
     _check(fused, loc, k, v)
     k, v = (to_stored(half, fused.dtype) for half in (k, v))
     written: jax.Array = _scatter(fused, _clean(loc, fused.shape[0]), k, v)
     return written
+
+
+def slots_within(loc: Any, slots: int) -> Any:
+    """Slots of NumPy's as int32, -1 for each that is out of range; others as they are.
+
+    jax would cut 64 bits to 32, and so bring a slot that is out of range back into it.
+    """
+    if not isinstance(loc, np.ndarray) or loc.dtype.kind not in "iu":
+        return loc
+    inside = (loc >= 0) & (loc < slots)
+    return np.where(inside, loc, 0).astype(np.int32) - (~inside).astype(np.int32)
 
 
 def _check(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> None:

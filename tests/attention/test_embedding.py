@@ -257,3 +257,25 @@ def test_a_donated_buffer_says_what_became_of_it():
     ):
         with pytest.raises(ShapeError, match="was donated to a program"):
             refused()
+
+
+@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("wrong", ["page that wraps", "length beyond the table"])
+def test_traced_metadata_that_contradicts_itself_writes_into_no_page_of_another(wrong, impl):
+    case = case_of()
+    pages, lens = case.page_table.copy(), case.kv_lens.copy()
+    if wrong == "page that wraps":
+        pages[0] = 2**28 + np.arange(1, pages.shape[1] + 1)  # times 16, int32 says pages 1, 2, …
+    else:
+        lens[0] = pages.shape[1] * 16 + 1000
+        pages[0] = case.page_table[1, 0]  # shared with another sequence, which must not be written
+
+    def step(pool, pages, lens):
+        changed = {**case.arguments(), "page_table": pages, "kv_lens": lens}
+        return ragged_paged_attention(case.q, case.k, case.v, pool, impl=impl, **changed)
+
+    _, written = jax.jit(step)(jnp.array(case.pool), pages, lens)
+    kept = np.array(case.expected_pool())
+    first = [case.slot(0, case.prefix_lens[0] + i) for i in range(case.q_lens[0])]
+    kept[first] = case.pool[first]
+    np.testing.assert_array_equal(np.asarray(written), kept)

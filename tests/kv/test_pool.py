@@ -264,3 +264,11 @@ def test_a_layer_that_is_none_is_refused(layer_id):
     pool = TokenToKVPool(16, 8, jnp.float32, 2, 8, 2)
     with pytest.raises(ConfigError, match="layer_id="):
         pool.get_fused_kv_buffer(layer_id)
+
+
+@pytest.mark.parametrize("slot", [2**32 + 9, -(2**32) + 9, 2**63 - 1])
+def test_a_slot_beyond_32_bits_does_not_wrap_into_the_pool(slot: int) -> None:
+    pool = make_pool()
+    _, k, v = random_tokens(pool, 1)
+    pool.set_kv_buffer(1, np.array([slot]), k, v)
+    assert not np.asarray(pool.get_fused_kv_buffer(1)).any()

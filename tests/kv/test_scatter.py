@@ -46,6 +46,25 @@ def test_what_an_8_bit_float_cannot_reach_becomes_its_largest_value_and_not_nan(
     np.testing.assert_array_equal(np.asarray(written[1], np.float32), np.stack([row, -row]))
 
 
+@pytest.mark.parametrize(
+    ("given", "stored"), [("bfloat16", "float16"), ("float32", "float16"), ("float32", "bfloat16")]
+)
+def test_every_finite_value_stays_finite_and_an_infinity_is_seen(given, stored):
+    most = float(jnp.finfo(stored).max)
+    rng = np.random.default_rng()
+    finite = np.concatenate([[65504.0, 65519.0, 65520.0, 65536.0, 1e5], rng.uniform(1e4, 1e6, 8), [3.38e38]])
+    if given == "float32":
+        finite = np.append(finite, np.finfo(np.float32).max)
+    values = jnp.asarray(np.concatenate([finite, -finite, [np.inf, -np.inf, np.nan]]), given)
+    k = values[None, None]
+    written = set_kv_buffer(jnp.zeros((2, 2, values.size), stored), jnp.array([1]), k, -k)
+    with np.errstate(over="ignore"):
+        cast = np.asarray(values, np.float32).astype(stored).astype(np.float32)
+    count = 2 * finite.size
+    cast[:count] = np.clip(cast[:count], -most, most)
+    np.testing.assert_array_equal(np.asarray(written[1], np.float32), np.stack([cast, -cast]))
+
+
 def test_negative_and_out_of_range_slots_are_dropped():
     fused, k, v = random_case(SLOTS, 2, 8, 6, "bfloat16")
     loc = jnp.array([-1, -SLOTS, SLOTS, np.iinfo(np.int32).min, np.iinfo(np.int32).max, -2])
