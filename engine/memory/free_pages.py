@@ -21,7 +21,7 @@ from engine.memory.integers import Bool, Int32, Int64, ranges
 # Putting all in order costs a look at each run and, at a fraction of that, at each page of the pool. So much is done
 # whenever a run is taken; more, once this share of it is pages that are not in order.
 CHEAP_WORK, PAGES_A_RUN, LOOSE_SHARE = 4_096, 64, 8
-SINGLES_AT_ONCE = 64  # pages, at least, that the stock of singles is filled up to
+SINGLES_AT_ONCE = 256  # pages, at least, that the stock of singles is filled up to
 _PLACE_BITS = 32  # a run is one integer, its length above its first page: they sort by length
 _PLACE = (1 << _PLACE_BITS) - 1
 

@@ -124,9 +124,10 @@ class PrefixBooks:
         known = 0 if walk is None else walk.num_pages
         node = end_of_walk = None if walk is None else walk.node
         if known < page_ids.size:
-            self._pages.add(page_ids[known:])
+            added = page_ids[known:]
+            self._pages.add(added)
             end = self._forest.plant(scope).root if node is None else self._nodes.ending_at(node, known)
-            fresh, rest = page_ids[known:].astype(np.int32), tokens[known * self.page_size :]
+            fresh, rest = added.astype(np.int32), tokens[known * self.page_size :]
             if end is start and self._nodes.may_extend(end, level):
                 done.append((end, end.tokens, end.pages, NO_PAGES))
                 self._nodes.extend(end, rest, fresh)

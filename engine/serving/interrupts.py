@@ -40,9 +40,9 @@ class HeldInterrupts:
         self._depth -= 1
         if not self._depth and self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
-            self.let_in()
+            self._let_in()
 
-    def let_in(self) -> None:
+    def _let_in(self) -> None:
         """Lets the one that is held back do what it would have done, raise KeyboardInterrupt as a rule."""
         held, self._held = self._held, None
         if held is not None and self._handler is not None:
@@ -50,5 +50,5 @@ class HeldInterrupts:
 
     def _hold(self, signum: int, frame: FrameType | None) -> None:
         if self._held is not None:
-            self.let_in()
+            self._let_in()
         self._held = signum, frame

@@ -244,7 +244,6 @@ class LLM:
             self._start_siblings()
         else:
             self._stepper.drop()
-        self._gate.interrupts.let_in()  # while what has ended is still to be reported
 
     def abort(self, request_id: int) -> None:
         """Ends a request, with its siblings, and gives back every page; does nothing if it has ended.
