@@ -1,0 +1,1 @@
+"""The GPU backend: Pallas kernels for Hopper (docs/gpu-attention.md)."""

@@ -1,0 +1,1 @@
+"""The kernels themselves: what runs on a streaming multiprocessor. Imports nothing around them."""
