@@ -23,6 +23,7 @@ from engine.attention.checks import (
     check_token_arrays,
 )
 from engine.attention.cpu import attend_cpu
+from engine.attention.gpu.backend import attend_gpu
 from engine.attention.metadata import AttentionMetadata, Int32Array, locate_new_tokens, running_sum
 from engine.attention.reference import attend_reference
 from engine.attention.spec import AttentionSpec, HeadArrays
@@ -38,17 +39,9 @@ Attend = Callable[
     [jax.Array, jax.Array, jax.Array, jax.Array, AttentionMetadata, HeadArrays, AttentionSpec], tuple[jax.Array, ...]
 ]
 
-
-def _unsupported(name: str) -> Attend:
-    def refuse(*_: object) -> tuple[jax.Array, ...]:
-        raise BackendUnsupported(f"attention impl={name!r} has no kernel yet; use impl='xla' or impl='auto'")
-
-    return refuse
-
-
 BACKENDS: dict[str, Attend] = {
     "tpu": attend_tpu,
-    "gpu": _unsupported("gpu"),
+    "gpu": attend_gpu,
     "cpu": attend_cpu,
     "xla": attend_xla,
     "reference": attend_reference,

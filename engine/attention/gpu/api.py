@@ -1,4 +1,4 @@
-"""Ragged paged attention on a Hopper GPU: writes the new tokens, plans the step, and calls the kernels."""
+"""Ragged paged attention on a Hopper GPU: writes the new tokens, plans the step, calls the kernels."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from engine.attention.gpu.plan import Plan, make_plan
 from engine.attention.metadata import AttentionMetadata, is_live, sequence_of_tokens
 from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.kv.layout import to_stored
-from engine.kv.scatter import scatter_xla
+from engine.kv.scatter_gpu import scatter_gpu
 
+BLOCKS = 132  # streaming multiprocessors of an H100 or H200 with SXM; right, if slower, on any other
 SMALLEST_FACTOR = 1e-30  # in place of 0, whose product with minus infinity is NaN
 
 
@@ -30,59 +31,104 @@ def ragged_paged_attention_gpu(
     heads: HeadArrays,
     spec: AttentionSpec,
     *,
-    sizes: Sizes | None = None,
+    blocks: int = BLOCKS,
     interpret: Any = False,
 ) -> tuple[jax.Array, ...]:
-    """Writes k and v into their pages, then attends."""
-    num_tokens, q_heads, head_dim = q.shape
-    kv_heads = k.shape[1]
-    slots = fused_kv.shape[0]
-    sizes = sizes or Sizes(
-        heads=kv_heads,
-        group=q_heads // kv_heads,
-        head_dim=head_dim,
-        page_size=spec.page_size,
-        dtype=fused_kv.dtype,
-        window=spec.sliding_window,
-        soft_cap=spec.soft_cap,
-        has_sinks=heads.sinks is not None,
-        interpret=bool(interpret),
-    )
+    """Writes the new K and V into their pages, then attends: decode rows in chunks, longer ones in tiles.
+
+    Arguments and results are those of ``engine.ragged_paged_attention``, already checked; no two tokens may go to one
+    slot. The algorithms are FlashAttention-3's over the paged, interleaved cache, and flash-decoding's split-K.
+
+    Args:
+        q: ``[T, Hq, D]`` bfloat16 or float16, D 64 or 128.
+        k: ``[T, H, D]`` new keys.
+        v: as ``k``.
+        fused_kv: ``[S, 2H, D]`` of q's dtype, donated for a write in place.
+        metadata: the step's.
+        heads: sinks and scales.
+        spec: the layer's options; pages of a multiple of 8 tokens.
+        blocks: thread blocks that decode runs at once.
+        interpret: False, or ``plgpu.InterpretGPUParams`` to run on a CPU.
+
+    Returns:
+        ``out [T, Hq, D]`` in q's dtype, the buffer, and where the spec wants it the log-sum-exp ``[T, Hq]`` float32.
+    """
+    if not q.shape[0] or not metadata.kv_lens.shape[0]:
+        nothing = jnp.zeros_like(q), fused_kv, jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
+        return nothing if spec.return_lse else nothing[:2]
+    sizes = make_sizes(q, k.shape[1], spec, has_sinks=heads.sinks is not None, blocks=blocks, interpret=bool(interpret))
+    _, k, v = HeadArrays(k_scale=heads.k_scale, v_scale=heads.v_scale).scale(q[:0], k, v)
     if heads.logit_scale is not None:  # its sign goes to q, which keeps its bits
         q = jnp.where(heads.logit_scale < 0, -q, q)
-    _, k, v = HeadArrays(k_scale=heads.k_scale, v_scale=heads.v_scale).scale(q[:0], k, v)
     k, v = (to_stored(half, fused_kv.dtype) for half in (k, v))
-    fused_kv = scatter_xla(fused_kv, jnp.asarray(metadata.out_cache_loc), k, v)
-    plan = make_plan(sizes, metadata, num_tokens=num_tokens, cache_pages=slots // spec.page_size)
-    cache = fused_kv.reshape(slots, kv_heads, 2 * head_dim)
-    factor, v_scale = _factors(heads, spec, kv_heads)
-    sinks = jnp.zeros(q_heads, jnp.float32) if heads.sinks is None else heads.sinks.astype(jnp.float32) * LOG2_E
-    by_head = q[jnp.minimum(plan.rows.token, num_tokens - 1)].reshape(-1, kv_heads, sizes.group, head_dim)
-    by_head = jnp.pad(by_head, ((0, 0), (0, 0), (0, sizes.group_rows - sizes.group), (0, 0)))
-    part, part_lse = decode_chunks(sizes, by_head, cache, plan.table, factor, plan.chunks, interpret=interpret)
-    out, tile_lse = prefill_tiles(
-        sizes, q, cache, plan.table, factor, v_scale, sinks, plan.tiles, interpret=interpret
+    with jax.enable_x64(False):  # a kernel counts in 32 bits, whatever the program around it does
+        slots = jnp.asarray(metadata.out_cache_loc, jnp.int32)
+        fused_kv = scatter_gpu(fused_kv, slots, None, k, v, interpret=interpret)
+        plan = make_plan(sizes, metadata, num_tokens=q.shape[0], cache_pages=fused_kv.shape[0] // spec.page_size)
+        out, row_lse, tile_lse = _attend(sizes, q, fused_kv, plan, heads, spec, interpret)
+        if not spec.return_lse:
+            return out, fused_kv
+        lse = _lse_of_tokens(sizes, metadata, plan, row_lse, tile_lse, num_tokens=q.shape[0])
+    return out, fused_kv, lse
+
+
+def make_sizes(
+    q: jax.ShapeDtypeStruct | jax.Array,
+    kv_heads: int,
+    spec: AttentionSpec,
+    *,
+    has_sinks: bool = False,
+    blocks: int = BLOCKS,
+    interpret: bool = False,
+) -> Sizes:
+    """The static sizes of a call; of ``q[T, Hq, D]`` only shape and dtype are read."""
+    return Sizes(
+        heads=kv_heads,
+        group=q.shape[1] // kv_heads,
+        head_dim=q.shape[2],
+        page_size=spec.page_size,
+        dtype=jnp.dtype(q.dtype),
+        blocks=blocks,
+        window=spec.sliding_window,
+        soft_cap=spec.soft_cap,
+        has_sinks=has_sinks,
+        interpret=interpret,
     )
-    out_ref = jax.new_ref(out)
-    row_lse = merge_chunks(
-        sizes, part, part_lse, _part_rows(sizes, jnp.repeat(v_scale, sizes.group)), _part_rows(sizes, sinks),
-        plan.rows, out_ref, interpret=interpret,
-    )  # fmt: skip
-    out = out_ref[...]
-    if not spec.return_lse:
-        return out, fused_kv
-    return out, fused_kv, _lse_of_tokens(sizes, metadata, plan, row_lse, tile_lse, num_tokens=num_tokens)
+
+
+def _attend(
+    sizes: Sizes, q: jax.Array, fused_kv: jax.Array, plan: Plan, heads: HeadArrays, spec: AttentionSpec, interpret: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Out ``[T, Hq, D]``, and the log-sum-exps of decode rows and of tiles."""
+    cache = fused_kv.reshape(fused_kv.shape[0], sizes.heads, 2 * sizes.head_dim)
+    factor, v_scale = _factors(heads, spec, sizes.heads)
+    sinks = jnp.zeros(q.shape[1], jnp.float32)
+    if heads.sinks is not None:
+        sinks = jnp.asarray(heads.sinks, jnp.float32) * LOG2_E
+    queries = _decode_queries(sizes, q, plan)
+    part, part_lse = decode_chunks(sizes, queries, cache, plan.table, factor, plan.chunks, interpret=interpret)
+    out, tile_lse = prefill_tiles(sizes, q, cache, plan.table, factor, v_scale, sinks, plan.tiles, interpret=interpret)
+    written = jax.new_ref(out)
+    row_scale, row_sinks = _part_rows(sizes, jnp.repeat(v_scale, sizes.group)), _part_rows(sizes, sinks)
+    row_lse = merge_chunks(sizes, part, part_lse, row_scale, row_sinks, plan.rows, written, interpret=interpret)
+    return written[...], row_lse, tile_lse
 
 
 def _factors(heads: HeadArrays, spec: AttentionSpec, kv_heads: int) -> tuple[jax.Array, jax.Array]:
     """What makes powers of two of each KV head's logits, and true values of its stored ones; ``[H]`` float32."""
     factor = jnp.full(kv_heads, spec.sm_scale * LOG2_E, jnp.float32)
     if heads.k_scale is not None:
-        factor *= heads.k_scale
+        factor *= jnp.asarray(heads.k_scale, jnp.float32)
     if heads.logit_scale is not None:
-        factor *= jnp.abs(heads.logit_scale.astype(jnp.float32))
+        factor *= jnp.abs(jnp.asarray(heads.logit_scale, jnp.float32))
     v_scale = jnp.ones(kv_heads, jnp.float32) if heads.v_scale is None else jnp.asarray(heads.v_scale, jnp.float32)
     return jnp.maximum(factor, SMALLEST_FACTOR), v_scale
+
+
+def _decode_queries(sizes: Sizes, q: jax.Array, plan: Plan) -> jax.Array:
+    """The first query of each row of the page table, ``[B, H, G', D]``: each group in whole rows of a tile."""
+    first = q[jnp.minimum(plan.rows.token, q.shape[0] - 1)].reshape(-1, sizes.heads, sizes.group, sizes.head_dim)
+    return jnp.pad(first, ((0, 0), (0, 0), (0, sizes.group_rows - sizes.group), (0, 0)))
 
 
 def _part_rows(sizes: Sizes, by_query_head: jax.Array) -> jax.Array:
@@ -100,12 +146,12 @@ def _lse_of_tokens(
     live = is_live(bounds, num_tokens=num_tokens, xp=jnp)
     grouped = row_lse[:, : sizes.heads * sizes.group_rows].reshape(-1, sizes.heads, sizes.group_rows)
     decoded = grouped[:, :, : sizes.group].reshape(-1, sizes.heads * sizes.group)[row]
-    tile_row = jnp.where(jnp.arange(plan.tiles.row.shape[0]) < plan.tiles.count, plan.tiles.row, -1)
-    token = jnp.arange(num_tokens, dtype=jnp.int32)
-    mine = (tile_row == row[:, None]) & (plan.tiles.token <= token[:, None])
-    mine &= token[:, None] < plan.tiles.token + sizes.tile_tokens
+    tiles, token = plan.tiles, jnp.arange(num_tokens, dtype=jnp.int32)[:, None]
+    exists = jnp.arange(tiles.row.shape[0]) < tiles.count[0]
+    place = token - tiles.token[None]
+    mine = (exists & (tiles.token < num_tokens))[None] & (place >= 0) & (place < tiles.valid[None])
     tile = jnp.argmax(mine, axis=1)
     by_place = tile_lse.swapaxes(2, 3).reshape(tile_lse.shape[0], sizes.tile_tokens, -1)
-    tiled = by_place[tile, jnp.clip(token - plan.tiles.token[tile], 0, sizes.tile_tokens - 1)]
+    tiled = by_place[tile, jnp.clip(token[:, 0] - tiles.token[tile], 0, sizes.tile_tokens - 1)]
     lse = jnp.where((plan.rows.count[row] > 0)[:, None], decoded, tiled) / LOG2_E
     return jnp.where(live[:, None], lse, -jnp.inf)

@@ -18,6 +18,7 @@ from engine.attention.gpu.kernel.sizes import Sizes
 from engine.attention.metadata import AttentionMetadata
 
 ROUNDS = 8  # chunks a block, about, where there are few decode rows: so many that none is much longer than another
+WHOLE_LOAD = 8  # columns of the page table, so that a step's page ids come in loads of 16 bytes
 STEP_COST = 2  # what starting a chunk costs, in steps of its loop
 
 
@@ -58,7 +59,8 @@ def make_plan(sizes: Sizes, metadata: AttentionMetadata, *, num_tokens: int, cac
     kv_lens = jnp.clip(kv_lens, q_lens, columns * sizes.page_size)
     widest = max(sizes.decode_tokens, sizes.prefill_tokens)
     more = -(-widest // sizes.page_size)
-    held = jnp.arange(columns, dtype=jnp.int32) * sizes.page_size < kv_lens[:, None]
+    more += -(columns + more) % WHOLE_LOAD
+    held = jnp.arange(columns, dtype=jnp.int32)[None] * sizes.page_size < kv_lens[:, None]
     table = jnp.pad(jnp.where(held, jnp.clip(page_table, 0, cache_pages - 1), 0), ((0, 0), (0, more)))
     chunks, rows = _cut_decode(sizes, cu_q_lens, q_lens, kv_lens, longest=columns * sizes.page_size)
     return Plan(table, chunks, rows, _cut_prefill(sizes, cu_q_lens, q_lens, kv_lens, num_tokens=num_tokens))
@@ -76,7 +78,7 @@ def _cut_decode(
     most = -(-longest // width)
     lengths = sorted({1, *(min(most, base << k) for k in range(most.bit_length()) for base in (2, 3))} | {most})
     candidates = jnp.array(lengths, jnp.int32)
-    counts = -(-steps // candidates[:, None]).sum(1)
+    counts = -(-steps[None] // candidates[:, None]).sum(1)
     rounds = -(-counts * sizes.heads // sizes.blocks)
     cost = jnp.where(counts <= capacity, rounds * (candidates + STEP_COST), jnp.iinfo(jnp.int32).max)
     wanted = candidates[jnp.argmin(cost)]

@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from engine.attention.gpu.kernel import registers
-from engine.attention.gpu.kernel.pages import copies_of, fetch
+from engine.attention.gpu.kernel.pages import copies_of, fetch, pages_of
 from engine.attention.gpu.kernel.registers import Softmax
-from engine.attention.gpu.kernel.sizes import ROWS, Sizes
+from engine.attention.gpu.kernel.sizes import CONSUMER_REGISTERS, PRODUCER_REGISTERS, ROWS, Sizes
 
 Ref = Any  # a Pallas memory reference; jax has no public type for it
 CONSUMERS = 2
@@ -135,14 +135,14 @@ def _body(sizes: Sizes, inputs: tuple[Ref, ...], results: tuple[Ref, ...], share
 
     @pl.when(group == CONSUMERS)
     def produce() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
         _produce(sizes, q_ref, kv_ref, table_ref, shared, item_of, mine)
 
     for consumer in range(CONSUMERS):
 
         @pl.when(group == consumer)
         def consume(consumer: int = consumer) -> None:
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
             _consume(sizes, factor_ref, results, shared, item_of, mine, consumer)
 
 
@@ -170,20 +170,21 @@ def _produce(
         rows = shared.q.at[place, pl.ds(0, sizes.group_rows)]
         plgpu.copy_gmem_to_smem(q_ref.at[item.row, item.head], rows, shared.q_full.at[place])
 
-        def fetch_step(step: jax.Array, done: jax.Array) -> jax.Array:
-            slot = done % slots
+        @pl.loop(0, item.steps)
+        def fetch_step(index: jax.Array) -> None:
+            slot, token = (done + index) % slots, (item.first + index) * sizes.decode_tokens
+            pages = pages_of(sizes, table_ref, item.row, token, sizes.decode_tokens)
 
-            @pl.when(done >= slots)
+            @pl.when(done + index >= slots)
             def wait_for_slot() -> None:
                 plgpu.barrier_wait(shared.kv_empty.at[slot])
 
             fetch(
-                sizes, kv_ref, table_ref, (shared.kv, shared.kv_full), slot, row=item.row, head=item.head,
-                token=(item.first + step) * sizes.decode_tokens, alive=(item.low, item.high),
+                sizes, kv_ref, pages, (shared.kv, shared.kv_full), slot, head=item.head, token=token,
+                alive=(item.low, item.high),
             )  # fmt: skip
-            return done + 1
 
-        return lax.fori_loop(0, item.steps, fetch_step, done)
+        return done + item.steps
 
     done = lax.fori_loop(0, mine, fetch_item, jnp.int32(0))
 

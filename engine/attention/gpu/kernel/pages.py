@@ -14,14 +14,27 @@ from engine.attention.gpu.kernel.sizes import ROWS, Sizes
 Ref = Any  # a Pallas memory reference; jax has no public type for it
 
 
+def pages_of(sizes: Sizes, table_ref: Ref, row: jax.Array, token: jax.Array, tokens: int) -> tuple[jax.Array, ...]:
+    """The page of each copy of a step, to be read before its place is free: the read takes long.
+
+    Args:
+        sizes: of the call.
+        table_ref: ``[B, P]`` page ids; its last columns cover whatever a step reaches past the context.
+        row: of the table.
+        token: the step's first token's position, a multiple of ``tokens``.
+        tokens: of a step.
+    """
+    run = sizes.run_tokens(tokens)
+    return tuple(table_ref[row, (token + first) // sizes.page_size] for first in range(0, tokens, run))
+
+
 def fetch(
     sizes: Sizes,
     kv_ref: Ref,
-    table_ref: Ref,
+    pages: tuple[jax.Array, ...],
     ring: tuple[Ref, Ref],
     slot: jax.Array,
     *,
-    row: jax.Array,
     head: Any,
     token: jax.Array,
     alive: tuple[jax.Array, jax.Array],
@@ -31,10 +44,9 @@ def fetch(
     Args:
         sizes: of the call.
         kv_ref: ``[S, H, 2D]`` the cache.
-        table_ref: ``[B, P]`` page ids; its last columns cover whatever a step reaches past the context.
+        pages: see ``pages_of``.
         ring: ``[slots, N, 2D]`` of shared memory, and its barriers ``[slots + 1]`` of ``copies_of(N)`` arrivals.
         slot: of the ring, free.
-        row: of the page table.
         head: KV head.
         token: the first token's position, a multiple of N.
         alive: the first position of the context that may be read, and one past the last.
@@ -46,10 +58,8 @@ def fetch(
     edge = (low > 0) | (high < tokens)
     # An edge is first brought here, as it is no consumer's yet.
     barrier = arrived.at[jnp.where(edge, slots, slot)]
-    for first in range(0, tokens, run):
-        position = token + first
-        page = table_ref[row, position // sizes.page_size]
-        start = pl.multiple_of(page * sizes.page_size + position % sizes.page_size, run)
+    for first, page in zip(range(0, tokens, run), pages, strict=True):
+        start = pl.multiple_of(page * sizes.page_size + (token + first) % sizes.page_size, run)
         plgpu.copy_gmem_to_smem(kv_ref.at[pl.ds(start, run), head], places.at[slot, pl.ds(first, run)], barrier)
 
     @pl.when(edge)

@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from engine.attention.gpu.kernel import registers
-from engine.attention.gpu.kernel.pages import copies_of, fetch
+from engine.attention.gpu.kernel.pages import copies_of, fetch, pages_of
 from engine.attention.gpu.kernel.registers import Softmax
-from engine.attention.gpu.kernel.sizes import ROWS, Sizes
+from engine.attention.gpu.kernel.sizes import CONSUMER_REGISTERS, PRODUCER_REGISTERS, ROWS, Sizes
 
 Ref = Any  # a Pallas memory reference; jax has no public type for it
 CONSUMERS = 2
@@ -155,12 +155,12 @@ def _body(sizes: Sizes, inputs: _Inputs, results: tuple[Ref, ...], shared: _Shar
 
         @pl.when(group == CONSUMERS)
         def produce() -> None:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
             _produce(sizes, inputs, shared, walk, head)
 
         @pl.when(group < CONSUMERS)
         def consume() -> None:
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
             _consume(sizes, inputs, results, shared, walk, tile, unit, head, group)
 
 
@@ -183,15 +183,16 @@ def _produce(sizes: Sizes, inputs: _Inputs, shared: _Shared, walk: _Walk, head: 
 
     @pl.loop(0, walk.steps)
     def fetch_step(index: jax.Array) -> None:
-        slot = index % slots
+        slot, token = index % slots, walk.step(index) * sizes.prefill_tokens
+        pages = pages_of(sizes, inputs.table, walk.row, token, sizes.prefill_tokens)
 
         @pl.when(index >= slots)
         def wait_for_slot() -> None:
             plgpu.barrier_wait(shared.kv_empty.at[slot])
 
         fetch(
-            sizes, inputs.kv, inputs.table, (shared.kv, shared.kv_full), slot, row=walk.row, head=head,
-            token=walk.step(index) * sizes.prefill_tokens, alive=(walk.low, walk.kv_len),
+            sizes, inputs.kv, pages, (shared.kv, shared.kv_full), slot, head=head, token=token,
+            alive=(walk.low, walk.kv_len),
         )  # fmt: skip
 
     @pl.loop(jnp.maximum(0, walk.steps - slots), walk.steps)

@@ -10,6 +10,8 @@ import numpy as np
 
 ROWS = 64  # query rows of one wgmma, the least there are
 SMEM_BYTES = 232_448  # of one block on Hopper
+# A thread of each warpgroup gets 168 at first; what the producer gives back the two consumers take.
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 56, 224
 RESERVED_BYTES = 4_096  # of those, for barriers and reductions
 
 

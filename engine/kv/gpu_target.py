@@ -1,0 +1,27 @@
+"""Which GPU a program is lowered for, and whether the Pallas kernels run there."""
+
+from __future__ import annotations
+
+import jax
+
+OLDEST_JAX = (0, 11, 2)  # older ones lack what the kernels and their interpreter need
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # by the name that the driver gives
+
+
+def not_hopper() -> str | None:
+    """Why no Hopper kernel can be lowered here: None where one can.
+
+    The target is the abstract mesh's device where one is named, else the default backend's first.
+    """
+    if jax.__version_info__ < OLDEST_JAX:
+        return f"jax {jax.__version__} is older than {'.'.join(map(str, OLDEST_JAX))} (which needs Python 3.12)"
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        kind = device.device_kind
+    elif jax.default_backend() == "gpu":
+        kind = jax.devices()[0].device_kind
+    else:
+        kind = jax.default_backend()
+    if not any(name in kind.split() for name in HOPPER):
+        return f"it is lowered for {kind!r}, not for a Hopper GPU"
+    return None
