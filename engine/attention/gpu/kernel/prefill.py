@@ -115,9 +115,7 @@ def prefill_tiles(
     q_heads = q.shape[1]
     units = q_heads // CONSUMERS if sizes.shares_head else q_heads
     kernel = plgpu.kernel(
-        lambda *refs: _body(
-            sizes, _Inputs(*refs[:6], Tiles(*refs[6:12])), refs[12:14], _Shared(*refs[14:])
-        ),
+        lambda *refs: _body(sizes, _Inputs(*refs[:6], Tiles(*refs[6:12])), refs[12:14], _Shared(*refs[14:])),
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((capacity, sizes.tile_tokens // ROWS, q_heads, ROWS), jnp.float32),
