@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 
@@ -48,11 +47,6 @@ class Arena:
 arena = Arena()  # one a process: two would not fit a small device
 
 
-def pool_shape(shape: Shape, slots: int) -> tuple[int, int, int]:
-    """A pool's shape for a step's heads."""
-    return slots, 2 * shape.kv_heads, shape.head_dim
-
-
 def metadata_of(shape: Shape, slots: int) -> AttentionMetadata:
     """A step's metadata, its pages scattered over a pool of ``slots``."""
     table = shape.page_table(slots // shape.page_size)
@@ -61,12 +55,7 @@ def metadata_of(shape: Shape, slots: int) -> AttentionMetadata:
 
 
 def new_tokens(shape: Shape) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Random q, k and v of a step."""
+    """Random ``q[T, Hq, D]`` and ``k, v[T, H, D]`` of a step."""
     sizes = ((shape.q_heads, 1), (shape.kv_heads, 2), (shape.kv_heads, 3))
     q, k, v = (normal(seed, shape=(shape.tokens, n, shape.head_dim), dtype=shape.dtype) for n, seed in sizes)
     return q, k, v
-
-
-def like(tree: Any) -> Any:
-    """The shapes and dtypes of arrays, to compile for."""
-    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), tree)

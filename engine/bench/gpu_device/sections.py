@@ -34,6 +34,10 @@ SECTIONS = (
     Section("decode", compiles_ahead=True),
     Section("prefill", compiles_ahead=True),
     Section("sdpa", patience=60.0),
+    Section("scatter", compiles_ahead=True),
+    Section("layers", compiles_ahead=True),
+    Section("profile", patience=60.0, compiles_ahead=True),
+    Section("flex", patience=120.0),  # torch compiles while it runs
 )
 
 

@@ -45,7 +45,7 @@ def tell(**event: Any) -> None:
 def run_section(section: Section, tasks: list[Task], tell: Callable[..., None]) -> None:
     """Compiles tasks side by side and runs them one after the other; what one raises is its own result.
 
-    A device that fails while it runs may be broken for its whole process, so that ends here: the rest need another.
+    Where a failure has broken the device for this process, it ends here: the rest need another.
     """
     compilers = min(MOST_COMPILERS, os.cpu_count() or 1)
     with ThreadPoolExecutor(compilers) as pool:
@@ -83,7 +83,24 @@ def _run(section: Section, task: Task, future: Future[tuple[Runner, float]], tel
     except Exception as error:
         message = f"{type(error).__name__}: {str(error)[:LONGEST_MESSAGE]}"
         tell(task=number, error=message, trace=traceback.format_exc()[-LONGEST_TRACE:])
-        return not (running and isinstance(error, RuntimeError))
+        return not running or _device_works()
+    return True
+
+
+def _device_works() -> bool:
+    """Whether this process can still use the device: some failures leave it broken for good."""
+    try:
+        if "torch" in sys.modules:
+            import torch
+
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        else:
+            import jax.numpy as jnp
+
+            (jnp.ones(1) + 1).block_until_ready()
+    except Exception:
+        return False
     return True
 
 
