@@ -15,6 +15,7 @@ from engine.bench.gpu_device.cases import Case, Inputs, all_cases, expected_atte
 from engine.bench.gpu_device.oracle import Attended, Float64
 
 POISON_BYTES = 1 << 30
+POOL = 3  # its place among the arguments
 
 
 def tasks(impl: str, *, small: bool) -> list[dict[str, Any]]:
@@ -81,13 +82,15 @@ def prepare(params: dict[str, Any]) -> Callable[[], dict[str, Any]]:
             **heads,
         )
 
-    compiled = jax.jit(call, donate_argnums=3).lower(*arguments, heads).compile()
+    compiled = jax.jit(call, donate_argnums=POOL).lower(*arguments, heads).compile()
 
     def run() -> dict[str, Any]:
         poison_memory()
         on_device = [jnp.array(array) for array in arguments]
+        address = on_device[POOL].unsafe_buffer_pointer()
         results = compiled(*on_device, jax.tree.map(jnp.array, heads))
-        return judge(case, inputs, expected, [np.asarray(result) for result in results])
+        in_place = results[1].unsafe_buffer_pointer() == address
+        return judge(case, inputs, expected, [np.asarray(result) for result in results]) | {"in_place": in_place}
 
     return run
 
@@ -159,4 +162,5 @@ def line(params: dict[str, Any], result: dict[str, Any]) -> str:
     told += f"out off by {result['error']:.1e}, {result['of_bound']:.2f} of the bound"
     if "lse_error" in result:
         told += f"; lse {result['lse_error']:.1e}, {result['lse_of_bound']:.2f}"
-    return told + (f"; {result['where']}" if result["where"] else "")
+    notes = [] if result["in_place"] else ["the pool was copied"]
+    return "; ".join([told, *notes, *([result["where"]] if result["where"] else [])])

@@ -73,7 +73,8 @@ class _Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT | os.environ
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         assert self._process.stdin is not None
         try:
             json.dump(list(left.items()), self._process.stdin)
@@ -83,8 +84,9 @@ class _Worker:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line)
+        with self._process.stdout as lines:
+            for line in lines:
+                self._lines.put(line)
         self._lines.put(None)
 
     def serve(self, done: Told, deadline: float) -> tuple[int, str]:
@@ -113,3 +115,4 @@ class _Worker:
         finally:
             self._process.kill()
             self._process.wait()
+            self._reader.join(timeout=5)
