@@ -8,7 +8,8 @@ from types import ModuleType
 
 from engine.terminal import leave, loading, run_command
 
-NAMES = ("allocator", "attention", "pods", "prefix", "scaling", "scatter", "serve", "step", "tpu-static", "tune")
+NAMES = ("allocator", "attention", "gpu", "pods", "prefix", "scaling", "scatter", "serve", "step", "tpu-static", "tune")
+MODULES = {"gpu": "gpu_device.command"}  # where it is not the name
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
 
 
 def _benchmark(name: str) -> ModuleType:
-    return importlib.import_module(f"engine.bench.{name.replace('-', '_')}")
+    return importlib.import_module(f"engine.bench.{MODULES.get(name, name.replace('-', '_'))}")
 
 
 if __name__ == "__main__":

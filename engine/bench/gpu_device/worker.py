@@ -1,0 +1,108 @@
+"""A process that runs one section's tasks, telling each step of it in a line of JSON on stdout.
+
+``python -m engine.bench.gpu_device.worker SECTION`` reads a JSON list of [number, task] from stdin. Lines are
+``{"task": number, "phase": "compiling" | "compiled" | "running"}``, and last ``{"task": number, "result": {...}}`` or
+``{"task": number, "error": "...", "trace": "..."}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from engine.bench.gpu_device.sections import Section, section_named
+from engine.errors import EngineError
+from engine.terminal import keep_stdout_for_answers
+
+MOST_COMPILERS = 8
+DEVICE_FAILED = 3  # exit code
+LONGEST_MESSAGE, LONGEST_TRACE = 500, 6000  # characters; a compiler's may be a whole program
+Task = tuple[int, dict[str, Any]]
+Runner = Callable[[], dict[str, Any]]
+
+_telling = threading.Lock()
+
+
+def main() -> None:
+    """Runs the section named on the command line."""
+    keep_stdout_for_answers()
+    run_section(section_named(sys.argv[1]), [(number, task) for number, task in json.load(sys.stdin)], tell)
+
+
+def tell(**event: Any) -> None:
+    """Writes one line, whole and at once."""
+    with _telling:
+        print(json.dumps(event), flush=True)
+
+
+def run_section(section: Section, tasks: list[Task], tell: Callable[..., None]) -> None:
+    """Compiles tasks side by side and runs them one after the other; what one raises is its own result.
+
+    Where a failure has broken the device for this process, it ends here: the rest need another.
+    """
+    compilers = min(MOST_COMPILERS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(compilers) as pool:
+        prepared = [(task, pool.submit(_prepare, section, task, tell)) for task in tasks]
+        if section.compiles_ahead:  # a compiler beside it would disturb what is timed
+            for _, future in prepared:
+                future.exception()
+        for task, future in prepared:
+            if not _run(section, task, future, tell):
+                os._exit(DEVICE_FAILED)
+
+
+def _prepare(section: Section, task: Task, tell: Callable[..., None]) -> tuple[Runner, float]:
+    """What runs the task, and the seconds it took to compile."""
+    tell(task=task[0], phase="compiling")
+    start = time.perf_counter()
+    runner = section.module.prepare(task[1])
+    tell(task=task[0], phase="compiled")
+    return runner, time.perf_counter() - start
+
+
+def _run(section: Section, task: Task, future: Future[tuple[Runner, float]], tell: Callable[..., None]) -> bool:
+    """Whether the device is still good for others."""
+    number, running = task[0], False
+    try:
+        if future.exception() and not isinstance(future.exception(), EngineError):
+            runner, compile_s = _prepare(section, task, tell)  # once more, alone: a compiler may not like company
+        else:
+            runner, compile_s = future.result()
+        running = True
+        tell(task=number, phase="running")
+        start = time.perf_counter()
+        result = runner()
+        tell(task=number, result={**result, "compile_s": compile_s, "run_s": time.perf_counter() - start})
+    except Exception as error:
+        message = f"{type(error).__name__}: {str(error)[:LONGEST_MESSAGE]}"
+        tell(task=number, error=message, trace=traceback.format_exc()[-LONGEST_TRACE:])
+        return not running or _device_works()
+    return True
+
+
+def _device_works() -> bool:
+    """Whether this process can still use the device: some failures leave it broken for good."""
+    try:
+        if "torch" in sys.modules:
+            import torch
+
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        else:
+            import jax.numpy as jnp
+
+            (jnp.ones(1) + 1).block_until_ready()
+    except Exception:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()
