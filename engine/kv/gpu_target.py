@@ -25,3 +25,10 @@ def not_hopper() -> str | None:
     if not any(name in kind.split() for name in HOPPER):
         return f"it is lowered for {kind!r}, not for a Hopper GPU"
     return None
+
+
+def multiprocessors(default: int) -> int:
+    """Streaming multiprocessors of the GPU at hand, or ``default`` where a program is lowered for another."""
+    if jax.sharding.get_abstract_mesh().abstract_device is None and jax.default_backend() == "gpu":
+        return int(getattr(jax.devices()[0], "core_count", default))
+    return default

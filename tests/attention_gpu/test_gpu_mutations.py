@@ -66,7 +66,7 @@ def test_it_is_noticed(name: str, text: str, mistake: str, step: tuple[list[int]
     q_lens, prefix_lens, blocks = step
     case = make_case(geometry(tokens=sum(q_lens) + 5), q_lens, prefix_lens, seed=7)
     try:
-        with pytest.raises(Exception, match="RACE|race|not zero|not right|Not equal|[Bb]arrier"):
+        with pytest.raises(Exception, match=r"RACE|race|not zero|not right|Not equal|[Bb]arrier"):
             check(case, blocks=blocks)
     finally:
         module.__dict__.update(before)

@@ -9,7 +9,7 @@ import jax
 from engine.attention.metadata import AttentionMetadata
 from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.errors import BackendUnsupported
-from engine.kv.gpu_target import not_hopper
+from engine.kv.gpu_target import multiprocessors, not_hopper
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)
@@ -37,10 +37,12 @@ def attend_gpu(
         raise BackendUnsupported(f"attention impl='gpu' cannot run: {missing}; use impl='auto'")
     check_supported(q, k, fused_kv, spec)
     # Only here: Pallas takes long to import, and no other platform needs it.
-    from engine.attention.gpu.api import ragged_paged_attention_gpu
+    from engine.attention.gpu.api import BLOCKS, ragged_paged_attention_gpu
 
     # Under vmap one after the other: the kernels' work lists are those of one step.
-    call = jax.custom_batching.sequential_vmap(functools.partial(ragged_paged_attention_gpu, spec=spec))
+    call = jax.custom_batching.sequential_vmap(
+        functools.partial(ragged_paged_attention_gpu, spec=spec, blocks=multiprocessors(BLOCKS))
+    )
     result: tuple[jax.Array, ...] = call(q, k, v, fused_kv, metadata, heads)
     return result
 
