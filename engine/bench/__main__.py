@@ -8,7 +8,20 @@ from types import ModuleType
 
 from engine.terminal import leave, loading, run_command
 
-NAMES = ("allocator", "attention", "gpu", "pods", "prefix", "scaling", "scatter", "serve", "step", "tpu-static", "tune")
+NAMES = (
+    "allocator",
+    "attention",
+    "gpu",
+    "gpu-static",
+    "pods",
+    "prefix",
+    "scaling",
+    "scatter",
+    "serve",
+    "step",
+    "tpu-static",
+    "tune",
+)
 MODULES = {"gpu": "gpu_device.command"}  # where it is not the name
 
 

@@ -1,4 +1,4 @@
-"""The serving runner's own step of a Llama, parcel to tokens, compiled for TPUs that need not be there."""
+"""The serving runner's own step of a Llama, parcel to tokens, compiled for TPUs or a GPU that need not be there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from engine.kv.split import buffer_spec
 from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
 from engine.models.sharding import abstract_llama, split_config, weight_bytes
-from engine.parallel import DATA_AXIS, make_mesh, named
+from engine.parallel import DATA_AXIS, TENSOR_AXIS, make_mesh, named
 from engine.serving.batcher import parcel_shapes
 from engine.serving.device_rows import DeviceRows
 from engine.serving.placement import Placement
@@ -67,8 +67,29 @@ def compile_step(
     """
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(tp=tp, dp=dp, cp=cp, devices=devices)
+    return compile_step_on(
+        devices, mesh, "tpu", model=model, layers=layers, pool_tokens=pool_tokens, page_size=page_size, tokens=tokens,
+        rows=rows, context=context,
+    )  # fmt: skip
+
+
+def compile_step_on(
+    devices: list[jax.Device],
+    mesh: Mesh | None,
+    platform: str,
+    *,
+    model: dict[str, Any],
+    layers: int,
+    pool_tokens: int,
+    page_size: int,
+    tokens: int,
+    rows: int,
+    context: int,
+) -> dict[str, Any]:
+    """As ``compile_step``, over a mesh or on the first of some devices; ``platform`` is "tpu" or "gpu"."""
+    tp, dp = (1, 1) if mesh is None else (mesh.shape.get(TENSOR_AXIS, 1), mesh.shape.get(DATA_AXIS, 1))
     config = dataclasses.replace(split_config(LlamaConfig.from_mapping(model), tp), num_hidden_layers=layers)
-    place = _Places(mesh, devices[0])
+    place = _Places(mesh, devices[0], platform)
     llama, pool = place.model(config), place.pool(config, pool_tokens, page_size)
     backend: Any = FlashAttentionBackend(
         page_size=page_size,
@@ -76,7 +97,7 @@ def compile_step(
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         sliding_window=config.sliding_window,
-        impl="tpu",
+        impl=platform,
     )
     backend = backend if mesh is None else MeshAttention.over(backend, mesh)
     graph, weights = nnx.split(llama)
@@ -86,7 +107,7 @@ def compile_step(
     donated = (1, 2)
     step = partial(forward_step, graph, structure, backend, Placement(mesh), shape)
     arguments = (leaves, pool, place.rows(dp * rows, pages), place.by_replica((dp * shape.packed_size,)))
-    with jax.sharding.use_abstract_mesh((mesh or Mesh(devices[:1], ("x",))).abstract_mesh):
+    with jax.sharding.use_abstract_mesh((mesh or Mesh(np.array(devices[:1]), ("x",))).abstract_mesh):
         compiled = jax.jit(step, donate_argnums=donated).lower(*arguments).compile()
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
@@ -111,6 +132,7 @@ class _Places:
 
     mesh: Mesh | None
     device: jax.Device
+    platform: str
 
     def _on(self, array: Any, *entries: str | None) -> jax.ShapeDtypeStruct:
         sharding = SingleDeviceSharding(self.device) if self.mesh is None else named(self.mesh, *entries)
@@ -126,7 +148,7 @@ class _Places:
         def make() -> TokenToKVPool:
             heads, layers = config.num_key_value_heads, config.num_hidden_layers
             return TokenToKVPool(
-                size, page_size, DTYPE, heads, config.head_dim, layers, self.mesh, platform="tpu"
+                size, page_size, DTYPE, heads, config.head_dim, layers, self.mesh, platform=self.platform
             )  # fmt: skip
 
         pool: TokenToKVPool = jax.eval_shape(make)

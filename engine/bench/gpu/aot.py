@@ -1,0 +1,75 @@
+"""Compiles for a Hopper GPU on a machine that has none, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from engine.bench.compiling import compile_cases
+from engine.bench.gpu.toolchain import SITE, require_compiler
+
+# What XLA must know of a device to compile for it; the values are those of its own descriptions of these devices.
+_COMMON = {
+    "threads_per_block_limit": 1024,
+    "threads_per_warp": 32,
+    "shared_memory_per_block": 49_152,
+    "shared_memory_per_core": 233_472,
+    "threads_per_core_limit": 2048,
+    "core_count": 132,
+    "fpus_per_core": 128,
+    "block_dim_limit_x": 2_147_483_647,
+    "block_dim_limit_y": 65_535,
+    "block_dim_limit_z": 65_535,
+    "clock_rate_ghz": 1.98,
+    "shared_memory_per_block_optin": 232_448,
+    "registers_per_core_limit": 65_536,
+    "registers_per_block_limit": 65_536,
+}
+TARGETS: dict[str, tuple[str, dict[str, float]]] = {
+    "h100": (
+        "NVIDIA H100 80GB HBM3",
+        {"memory_bandwidth": 3_352_320_000_000, "l2_cache_size": 52_428_800, "device_memory_size": 84_978_434_048},
+    ),
+    "h200": (
+        "NVIDIA H200",
+        {"memory_bandwidth": 4_916_736_000_000, "l2_cache_size": 62_914_560, "device_memory_size": 150_121_545_728},
+    ),
+}
+
+
+def compile_each(target: str, cases: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Calls ``target`` once a case in one process of its own, and yields what it returns as it comes.
+
+    Args:
+        target: "module:function"; takes keyword arguments and returns a dict, both of JSON's types. What Mosaic makes
+            of the kernels lies in the folder that ``MOSAIC_GPU_DUMP_TO`` names.
+        cases: the keyword arguments.
+
+    Yields:
+        The function's dict, or ``{"failed": message}`` where it raised.
+
+    Raises:
+        BackendUnsupported: there is no compiler here, or the process died.
+    """
+    require_compiler()
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_TO": folder}
+        yield from compile_cases(target, cases, site=SITE, environment=environment)
+
+
+def hopper_device(name: str) -> Any:
+    """A device to lower for, as jax describes one that is there; ``name`` is a key of ``TARGETS``."""
+    from jax.experimental import topologies
+    from jax.experimental.pallas import mosaic_gpu  # noqa: F401  (sets the variable below to what it finds itself)
+
+    os.environ["MOSAIC_GPU_CUDA_ROOT"] = str(SITE / "nvidia" / "cu13")  # where the disassembler is
+    kind, more = TARGETS[name]
+    values = "\n".join(f"  {key}: {value}" for key, value in (_COMMON | more).items())
+    config = (
+        f"gpu_device_info {{\n{values}\n  cuda_compute_capability {{ major: 9 }}\n}}\n"
+        'platform_name: "CUDA"\ndnn_version_info { major: 9 minor: 10 }\nruntime_version { major: 13 }\n'
+        f'device_description_str: "{kind}"\n'
+    )
+    return topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1").devices[0]

@@ -1,0 +1,84 @@
+"""What a compiled program takes, and what the loops of its kernels cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from engine.bench.gpu.sass import Kernel, Loop
+from engine.bench.tpu.hlo import moves_of_at_least
+from engine.errors import BackendUnsupported
+
+ROWS = 64  # query rows of a consumer, of ours and of jax's FlashAttention-3
+DECODE_TOKENS, PREFILL_TOKENS = 64, 128  # of context that a consumer takes a turn
+WARPS = 4  # of a warpgroup
+
+
+def footprint(compiled: Any, cache_bytes: int, kernels: Iterable[Kernel]) -> dict[str, Any]:
+    """What a compiled program over a donated cache takes and moves, in bytes, and what each kernel takes."""
+    memory = compiled.memory_analysis()
+    text = compiled.as_text() or ""
+    return {
+        "cache bytes": cache_bytes,
+        "temporary bytes": memory.temp_size_in_bytes,
+        "alias bytes": memory.alias_size_in_bytes,
+        "moves": moves_of_at_least(text, cache_bytes // 2) if cache_bytes else [],
+        "kernels": {
+            kernel.name: {
+                "registers": kernel.registers,
+                "spilled bytes": kernel.spilled_bytes,
+                "shared bytes": kernel.shared_bytes,
+                "warnings": kernel.warnings,
+            }
+            for kernel in kernels
+        },
+    }
+
+
+def decode_figures(kernel: Kernel, *, group: int, head_dim: int) -> dict[str, float]:
+    """What decode costs a KV token of one head: instructions that a warp issues, products, and copies of its pages.
+
+    Args:
+        kernel: of decode.
+        group: query heads per KV head: the rows that count, of 64.
+        head_dim: D.
+    """
+    hot = max(_loops(kernel, "HGMMA"), key=lambda loop: loop.instructions)
+    (fetch,) = _loops(kernel, "UTMALDG")
+    return {
+        "decode instructions a step": hot.instructions,
+        "decode instructions a KV token": hot.instructions / DECODE_TOKENS,
+        "decode FLOPs an instruction": 4 * group * head_dim * DECODE_TOKENS / (WARPS * hot.instructions),
+        "decode products a step": hot.counts["HGMMA"],
+        "decode copies a step": fetch.counts["UTMALDG"],
+        "decode spills in the loop": _spills(hot),
+    }
+
+
+def prefill_figures(kernel: Kernel, *, head_dim: int) -> dict[str, float]:
+    """What prefill costs a step of 64 rows and 128 keys, without a mask and with one."""
+    loops = sorted(_loops(kernel, "HGMMA"), key=lambda loop: loop.instructions)
+    if len(loops) != 2:
+        raise BackendUnsupported(f"{kernel.name} has {len(loops)} loops with products; one with a mask was expected")
+    plain, masked = loops
+    flops = 4 * ROWS * PREFILL_TOKENS * head_dim
+    fetches = _loops(kernel, "UTMALDG")
+    return {
+        "prefill instructions a step": plain.instructions,
+        "prefill instructions a masked step": masked.instructions,
+        "prefill FLOPs an instruction": flops / (WARPS * plain.instructions),
+        "prefill products a step": plain.counts["HGMMA"],
+        "prefill copies a step": max(loop.counts["UTMALDG"] for loop in fetches),
+        "prefill spills in the loop": _spills(plain) + _spills(masked),
+    }
+
+
+def _loops(kernel: Kernel, opcode: str) -> list[Loop]:
+    found = kernel.innermost(opcode)
+    if not found:
+        raise BackendUnsupported(f"{kernel.name} has no loop with {opcode}: this compiler makes something else of it")
+    return found
+
+
+def _spills(loop: Loop) -> int:
+    return loop.counts.get("LDL", 0) + loop.counts.get("STL", 0)

@@ -1,0 +1,103 @@
+"""Reads what Mosaic GPU dumps of a kernel: the assembler's report, the resources, and the machine code's loops."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+_LABEL = re.compile(r"^\.(L_x_\d+):")
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^\n]*)")
+_JUMP = re.compile(r"\.(L_x_\d+)\)")
+_USED = re.compile(r"Used (\d+) registers")
+_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+_WARNING = re.compile(r"C75\d\d[^\n]*|[Ss]etmaxnreg[^\n]*ignored[^\n]*")
+_SHARED = re.compile(r"smem_scratch_bytes=(\d+)")
+BARRIER_BYTES = 8
+_BARRIERS = re.compile(r"num_barriers=(\d+)[^:]*: (\d+)")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop: from where a branch jumps back to, to the branch.
+
+    Attributes:
+        first: number of its first instruction.
+        last: number of the branch.
+        counts: how often each opcode stands in it, without what follows a dot.
+    """
+
+    first: int
+    last: int
+    counts: dict[str, int]
+
+    @property
+    def instructions(self) -> int:
+        """Instructions of one turn, if every branch in it falls through."""
+        return self.last - self.first + 1
+
+    def holds(self, other: Loop) -> bool:
+        """Whether the other is inside of this one."""
+        return self != other and self.first <= other.first and other.last <= self.last
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel as compiled.
+
+    Attributes:
+        name: what the program calls it.
+        registers: of a thread, at its start.
+        spilled_bytes: stored to or loaded from local memory.
+        shared_bytes: of shared memory, barriers included.
+        warnings: of the assembler, of those that make a kernel slower than it is written.
+        loops: every loop, the innermost of several first.
+    """
+
+    name: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    warnings: list[str]
+    loops: list[Loop]
+
+    def innermost(self, opcode: str) -> list[Loop]:
+        """The loops with an opcode that hold no other such loop; waiting loops out of line are none."""
+        having = [loop for loop in self.loops if loop.counts.get(opcode) and not loop.counts.get("NANOSLEEP")]
+        return [loop for loop in having if not any(loop.holds(other) for other in having)]
+
+
+def read_kernel(sass: Path) -> Kernel:
+    """Reads ``NAME.sass_ctrl`` and the ``.ptxas`` and ``.resources.txt`` beside it."""
+    report, resources = (sass.with_suffix(end).read_text() for end in (".ptxas", ".resources.txt"))
+    used, spills = _USED.search(report), _SPILLS.findall(report)
+    shared = _SHARED.search(resources)
+    barriers = sum(int(number) * int(times) for number, times in _BARRIERS.findall(resources))
+    return Kernel(
+        name=re.sub(r"_\d+$", "", sass.stem),
+        registers=int(used[1]) if used else 0,
+        spilled_bytes=sum(int(stores) + int(loads) for stores, loads in spills),
+        shared_bytes=(int(shared[1]) if shared else 0) + BARRIER_BYTES * barriers,
+        warnings=_WARNING.findall(report),
+        loops=read_loops(sass.read_text()),
+    )
+
+
+def read_loops(text: str) -> list[Loop]:
+    """The loops of a kernel's machine code, as the disassembler writes it with labels."""
+    labels: dict[str, int] = {}
+    code: list[tuple[str, str]] = []
+    for line in text.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(code)
+        elif found := _INSTRUCTION.search(line):
+            code.append((found[1], found[2]))
+    loops = []
+    for last, (opcode, operands) in enumerate(code):
+        target = _JUMP.search(operands) if opcode.startswith("BRA") else None
+        first = labels.get(target[1], len(code)) if target else len(code)
+        if first <= last:
+            counts = Counter(name.split(".")[0] for name, _ in code[first : last + 1])
+            loops.append(Loop(first, last, dict(counts)))
+    return loops

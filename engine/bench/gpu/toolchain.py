@@ -1,0 +1,64 @@
+"""Where jax's compiler for NVIDIA GPUs is.
+
+``python -m engine.bench.gpu.toolchain`` installs what compiles ahead of time, of the installed jax's version: jax's CUDA
+plugin with its PJRT, and NVIDIA's disassembler, about 150 MB, into a directory of its own in the environment. Where jax
+found them it would look for a GPU at every start; only the processes that compile ahead of time are shown them.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+from engine.errors import BackendUnsupported
+from engine.kv.gpu_target import OLDEST_JAX
+
+SITE = Path(sys.prefix) / "gpu-compiler"
+REQUIREMENTS = ("jax-cuda13-plugin=={0}", "jax-cuda13-pjrt=={0}", "nvidia-cuda-nvdisasm")
+
+
+def missing_compiler() -> str | None:
+    """Why nothing can be compiled for a GPU here, or None where it can."""
+    if not sys.platform.startswith("linux"):
+        return f"jax's CUDA plugin runs on Linux, not on {sys.platform}"
+    if jax.__version_info__ < OLDEST_JAX:
+        return f"jax {jax.__version__} is older than {'.'.join(map(str, OLDEST_JAX))}, which needs Python 3.12"
+    if not (SITE / "jax_cuda13_plugin").is_dir():
+        return "jax's CUDA plugin is not installed; run python -m engine.bench.gpu.toolchain"
+    return None
+
+
+def require_compiler() -> None:
+    """Raises BackendUnsupported where nothing can be compiled for a GPU."""
+    if reason := missing_compiler():
+        raise BackendUnsupported(f"cannot compile for a GPU: {reason}")
+
+
+def install() -> None:
+    """Installs the compiler of the installed jax's version into ``SITE`` where none is.
+
+    Raises:
+        BackendUnsupported: it cannot be had here.
+    """
+    if missing_compiler() is None:
+        return
+    if not sys.platform.startswith("linux") or jax.__version_info__ < OLDEST_JAX:
+        require_compiler()
+    version = jax.__version__.split(".dev")[0]
+    wanted = [requirement.format(version) for requirement in REQUIREMENTS]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    done = subprocess.run([*pip, "--target", str(SITE), *wanted], capture_output=True, text=True)
+    if done.returncode:
+        raise BackendUnsupported(f"cannot install {', '.join(wanted)}:\n{done.stderr[-1000:]}")
+
+
+if __name__ == "__main__":
+    try:
+        install()
+        require_compiler()
+        print(f"jax {jax.__version__} compiles for GPUs here")
+    except BackendUnsupported as error:
+        sys.exit(f"{error}\nwhat compiles ahead of time for a GPU is skipped by the tests")
