@@ -162,25 +162,36 @@ def test_kernels_are_summed_by_name_over_the_streams_of_the_device():
     ]
 
 
-# A worker that does as its tasks say; it tells the others' results first to last.
+# A worker that does as its tasks say, all of them compiled before the first runs, as far as anybody can tell.
 WORKER = """
 import json, os, sys, time
-for number, task in json.load(sys.stdin):
-    if task == "mute":
-        time.sleep(60)
-    print(json.dumps({"task": number, "phase": "running"}), flush=True)
+tasks = json.load(sys.stdin)
+def tell(number, **event):
+    print(json.dumps({"task": number, **event}), flush=True)
+if tasks[0][1] == "mute":
+    time.sleep(60)
+for number, task in tasks:
+    tell(number, phase="compiling")
+    if task == "abort" and "--one-by-one" in sys.argv:
+        os._exit(5)
+    if "--one-by-one" in sys.argv:
+        tell(number, phase="compiled")
+if any(task == "abort" for _, task in tasks):
+    os._exit(5)
+for number, task in tasks:
+    tell(number, phase="running")
     if task == "hang":
         time.sleep(60)
     if task == "die":
         os._exit(9)
-    print(json.dumps({"task": number, "result": {"did": task}}), flush=True)
+    tell(number, result={"did": task})
 """
 
 
-def outcomes(tasks, *, patience=0.5, deadline=60.0, code=WORKER, compile_patience=30.0):
+def outcomes(tasks, *, patience=0.5, deadline=60.0, code=WORKER, compile_patience=30.0, workers=1):
     found = {}
     run_tasks(
-        Section("any", patience),
+        Section("any", patience=patience, workers=workers),
         tasks,
         lambda number, outcome: found.setdefault(number, []).append(outcome),
         time.monotonic() + deadline,
@@ -197,6 +208,17 @@ def test_a_task_that_hangs_or_kills_its_worker_costs_itself_alone():
     assert [outcome.get("result", {}).get("did") for outcome in told] == ["well", None, "well", None, "well"]
     assert "silent" in told[1]["error"]
     assert "ended with code 9" in told[3]["error"]
+
+
+def test_a_compiler_that_ends_its_process_is_found_by_compiling_one_by_one():
+    told = outcomes(["well", "abort", "well"])
+    assert [outcome.get("result", {}).get("did") for outcome in told] == ["well", None, "well"]
+    assert "ended with code 5" in told[1]["error"]
+
+
+def test_workers_share_the_tasks():
+    told = outcomes(["well", "die", "well", "well", "well"], workers=2)
+    assert [outcome.get("result", {}).get("did") for outcome in told] == ["well", None, "well", "well", "well"]
 
 
 def test_a_worker_that_never_comes_to_a_task_is_not_started_again():

@@ -19,33 +19,33 @@ def tasks(impl: str, *, small: bool) -> list[dict[str, Any]]:
     ]
 
 
-def prepare(params: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+def prepare(task: dict[str, Any]) -> Callable[[], dict[str, Any]]:
     """Nothing to compile."""
-    return functools.partial(_measure, params)
+    return functools.partial(_measure, task)
 
 
-def _measure(params: dict[str, Any]) -> dict[str, Any]:
+def _measure(task: dict[str, Any]) -> dict[str, Any]:
     """Random data throughout: zeros run faster."""
     import torch
 
     device = torch_device()
-    if params["what"] == "matmul":
-        n = params["n"]
+    if task["what"] == "matmul":
+        n = task["n"]
         a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
         out = torch.empty(n, n, device=device, dtype=torch.bfloat16)
         timed = time_torch([lambda: torch.matmul(a, b, out=out)] * 4)
         return timed | {"tflop_per_s": 2 * n**3 / timed["us"] / 1e6}
-    source = torch.randn(params["bytes"] // 4, device=device)
-    if params["what"] == "copy":
+    source = torch.randn(task["bytes"] // 4, device=device)
+    if task["what"] == "copy":
         target = torch.empty_like(source)
         timed = time_torch([lambda: target.copy_(source)])
-        return timed | {"gb_per_s": 2 * params["bytes"] / timed["us"] / 1e3}
+        return timed | {"gb_per_s": 2 * task["bytes"] / timed["us"] / 1e3}
     timed = time_torch([lambda: torch.sum(source)])
-    return timed | {"gb_per_s": params["bytes"] / timed["us"] / 1e3}
+    return timed | {"gb_per_s": task["bytes"] / timed["us"] / 1e3}
 
 
-def line(params: dict[str, Any], result: dict[str, Any]) -> str:
+def line(task: dict[str, Any], result: dict[str, Any]) -> str:
     """One ceiling."""
-    size = f"bfloat16 {params['n']}^3" if "n" in params else f"{params['bytes'] / 1e9:.2g} GB"
-    rate = f"{result['tflop_per_s']:,.0f} TFLOP/s" if "n" in params else f"{result['gb_per_s']:,.0f} GB/s"
-    return f"{params['what']} {size}: {rate} ({result['us']:,.0f} µs)"
+    size = f"bfloat16 {task['n']}^3" if "n" in task else f"{task['bytes'] / 1e9:.2g} GB"
+    rate = f"{result['tflop_per_s']:,.0f} TFLOP/s" if "n" in task else f"{result['gb_per_s']:,.0f} GB/s"
+    return f"{task['what']} {size}: {rate} ({result['us']:,.0f} µs)"

@@ -18,6 +18,7 @@ from engine.bench.gpu_device.tables import print_tables
 from engine.errors import ConfigError
 from engine.terminal import positive
 
+MOST_TOLD = 300  # characters of an error; the file has more
 NAMES = tuple(section.name for section in SECTIONS)
 
 
@@ -61,10 +62,10 @@ def _run_section(section: Section, report: Report, args: argparse.Namespace, *, 
         if "result" in entry:
             print(section.module.line(entry["task"], entry["result"]), flush=True)
         else:
-            reason = f"ERROR {entry['error']}" if "error" in entry else f"skipped: {entry['skipped']}"
+            reason = f"ERROR {entry['error'][:MOST_TOLD]}" if "error" in entry else f"skipped: {entry['skipped']}"
             print(f"{reason}\n      {section.name} {number}: {_short(entry['task'])}", flush=True)
 
-    run_tasks(section, tasks, told, deadline)
+    run_tasks(section, tasks, told, min(deadline, time.monotonic() + section.limit))
 
 
 def _short(task: dict[str, Any]) -> str:

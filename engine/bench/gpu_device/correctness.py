@@ -48,22 +48,34 @@ def _eps(case: Case) -> float:
     return float(ml_dtypes.finfo(getattr(ml_dtypes, case.shape.dtype, case.shape.dtype)).eps)
 
 
-def prepare(params: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+def prepare(task: dict[str, Any]) -> Callable[[], dict[str, Any]]:
     """Makes the inputs and what they must give, and compiles the call with the pool donated."""
-    case, impl = Case.of(params["case"]), params["impl"]
-    inputs = make_inputs(case, params["seed"])
+    case = Case.of(task["case"])
+    inputs = make_inputs(case, task["seed"])
     expected = expected_attention(case, inputs)
-    arguments = (inputs.q, inputs.k, inputs.v, inputs.pool, inputs.page_table, inputs.cu_q_lens, inputs.kv_lens)
-    heads = {"sinks": inputs.sinks, "k_scale": inputs.k_scale, "v_scale": inputs.v_scale}
+    arguments = arguments_of(inputs)
+    compiled = jax.jit(program(case, task["impl"]), donate_argnums=POOL).lower(*arguments).compile()
+
+    def run() -> dict[str, Any]:
+        poison_memory()
+        on_device = jax.tree.map(jnp.array, arguments)
+        address = on_device[POOL].unsafe_buffer_pointer()
+        results = compiled(*on_device)
+        in_place = results[1].unsafe_buffer_pointer() == address
+        return judge(case, inputs, expected, [np.asarray(result) for result in results]) | {"in_place": in_place}
+
+    return run
+
+
+def program(case: Case, impl: str) -> Callable[..., tuple[jax.Array, ...]]:
+    """The call of a case, of ``arguments_of`` its inputs."""
 
     def call(
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
         pool: jax.Array,
-        table: jax.Array,
-        bounds: jax.Array,
-        lens: jax.Array,
+        metadata: dict[str, jax.Array],
         heads: dict[str, jax.Array | None],
     ) -> tuple[jax.Array, ...]:
         return ragged_paged_attention(
@@ -71,28 +83,27 @@ def prepare(params: dict[str, Any]) -> Callable[[], dict[str, Any]]:
             k,
             v,
             pool,
-            page_table=table,
-            cu_q_lens=bounds,
-            kv_lens=lens,
             page_size=case.shape.page_size,
             sliding_window=case.window,
             soft_cap=case.soft_cap,
             return_lse=case.lse,
             impl=impl,
-            **heads,
+            page_table=metadata["page_table"],
+            cu_q_lens=metadata["cu_q_lens"],
+            kv_lens=metadata["kv_lens"],
+            sinks=heads["sinks"],
+            k_scale=heads["k_scale"],
+            v_scale=heads["v_scale"],
         )
 
-    compiled = jax.jit(call, donate_argnums=POOL).lower(*arguments, heads).compile()
+    return call
 
-    def run() -> dict[str, Any]:
-        poison_memory()
-        on_device = [jnp.array(array) for array in arguments]
-        address = on_device[POOL].unsafe_buffer_pointer()
-        results = compiled(*on_device, jax.tree.map(jnp.array, heads))
-        in_place = results[1].unsafe_buffer_pointer() == address
-        return judge(case, inputs, expected, [np.asarray(result) for result in results]) | {"in_place": in_place}
 
-    return run
+def arguments_of(inputs: Inputs) -> tuple[Any, ...]:
+    """A program's arguments, the pool at ``POOL``."""
+    metadata = {"page_table": inputs.page_table, "cu_q_lens": inputs.cu_q_lens, "kv_lens": inputs.kv_lens}
+    heads = {"sinks": inputs.sinks, "k_scale": inputs.k_scale, "v_scale": inputs.v_scale}
+    return inputs.q, inputs.k, inputs.v, inputs.pool, metadata, heads
 
 
 def poison_memory() -> None:
@@ -156,9 +167,9 @@ def _bits(array: Any) -> Any:
     return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
 
 
-def line(params: dict[str, Any], result: dict[str, Any]) -> str:
+def line(task: dict[str, Any], result: dict[str, Any]) -> str:
     """One case's result."""
-    told = f"{'ok  ' if result['ok'] else 'FAIL'} {params['case']['name']}: "
+    told = f"{'ok  ' if result['ok'] else 'FAIL'} {task['case']['name']}: "
     told += f"out off by {result['error']:.1e}, {result['of_bound']:.2f} of the bound"
     if "lse_error" in result:
         told += f"; lse {result['lse_error']:.1e}, {result['lse_of_bound']:.2f}"

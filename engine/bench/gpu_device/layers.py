@@ -17,9 +17,10 @@ STEPS = (((1, 1, 1024),), ((8, 1, 1024),), ((32, 1, 1024),), ((31, 1, 1024), (1,
 
 
 def tasks(impl: str, *, small: bool) -> list[dict[str, Any]]:
-    """Each step by ours, and the largest decode by XLA alone."""
+    """Each step by ours, and the largest decode by XLA alone and as a program of one layer."""
     if small:
         return [chain_task(Shape(((1, 1, 24), (1, 5, 9)), 8, 4, 2, 16), impl, slots=128, pools=3, calls=3)]
     sizes = {"slots": SLOTS, "pools": LAYERS, "calls": LAYERS}
     steps = [chain_task(Shape(rows), impl, **sizes) for rows in STEPS]
-    return [*steps, chain_task(Shape(STEPS[2]), "xla", **sizes)]
+    alone = chain_task(Shape(STEPS[2]), impl, slots=SLOTS, pools=1, calls=1)  # its share of planning is the whole
+    return [*steps, chain_task(Shape(STEPS[2]), "xla", **sizes), alone]

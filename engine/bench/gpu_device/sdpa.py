@@ -37,20 +37,20 @@ def _task(shape: Shape, backend: str, *, folded: bool = False) -> dict[str, Any]
     return {"shape": shape.values(), "backend": backend, "folded": folded}
 
 
-def prepare(params: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+def prepare(task: dict[str, Any]) -> Callable[[], dict[str, Any]]:
     """Nothing to compile."""
-    return functools.partial(_measure, params)
+    return functools.partial(_measure, task)
 
 
-def _measure(params: dict[str, Any]) -> dict[str, Any]:
+def _measure(task: dict[str, Any]) -> dict[str, Any]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    shape = Shape.of(params["shape"])
+    shape = Shape.of(task["shape"])
     copies = max(1, -(-ROTATED_BYTES // shape.kv_bytes)) if torch_device() == "cuda" else 1
     caches = [_tensors(shape) for _ in range(min(copies, 16))]
-    with sdpa_kernel(getattr(SDPBackend, params["backend"].upper())), torch.no_grad():
-        timed = time_torch([functools.partial(attend, *tensors, folded=params["folded"]) for tensors in caches])
+    with sdpa_kernel(getattr(SDPBackend, task["backend"].upper())), torch.no_grad():
+        timed = time_torch([functools.partial(attend, *tensors, folded=task["folded"]) for tensors in caches])
     return timed | rates(shape, timed["us"])
 
 
@@ -88,10 +88,10 @@ def attend(q: Any, k: Any, v: Any, *, folded: bool = False) -> Any:
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, enable_gqa=True)
 
 
-def line(params: dict[str, Any], result: dict[str, Any]) -> str:
+def line(task: dict[str, Any], result: dict[str, Any]) -> str:
     """One measurement."""
-    how = params["backend"].removesuffix("_attention") + (", folded" if params["folded"] else "")
+    how = task["backend"].removesuffix("_attention") + (", folded" if task["folded"] else "")
     return (
-        f"{Shape.of(params['shape']).name}, torch {how}: {result['us']:,.1f} µs, {result['gb_per_s']:,.0f} GB/s, "
+        f"{Shape.of(task['shape']).name}, torch {how}: {result['us']:,.1f} µs, {result['gb_per_s']:,.0f} GB/s, "
         f"{result['tflop_per_s']:,.0f} TFLOP/s" + ("" if result["graph"] else "; no graph")
     )

@@ -1,4 +1,4 @@
-"""Runs tasks in a worker process, and outlives it: a task that kills or hangs it is given up, the rest go on anew."""
+"""Runs tasks in worker processes, and outlives them: a task that kills or hangs one is given up, the rest go on."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from engine.bench.gpu_device.sections import Section
 
 COMPILE_PATIENCE = 120.0  # seconds without a word while nothing runs: a start and a compile
-MOST_STARTS = 6  # of workers for one section
+NONE = -1  # no task
+MOST_STARTS = 6  # of one worker's successors
 # jax and torch share the device's memory, one worker after the other.
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
 WORKER = (sys.executable, "-m", "engine.bench.gpu_device.worker")
@@ -33,29 +35,62 @@ def run_tasks(
     worker: tuple[str, ...] = WORKER,
     compile_patience: float = COMPILE_PATIENCE,
 ) -> None:
-    """Runs a section's tasks; each ends in one call of ``told``.
+    """Runs a section's tasks; each ends in one call of ``told``, and one such call at a time.
 
     Args:
-        section: whose tasks they are.
-        tasks: to be run in order.
+        section: whose tasks they are; its workers take turns in taking them.
+        tasks: to be run, each worker's in order.
         told: called with a task's number and ``{"result": …}``, ``{"error": …}`` or ``{"skipped": …}``.
         deadline: of ``time.monotonic``: what has not begun by then is skipped, and what runs is given up.
         worker: the command of a worker, before the section's name.
         compile_patience: seconds that a worker may be silent while it runs nothing.
     """
-    left = dict(enumerate(tasks))
+    telling, stopped = threading.Lock(), threading.Event()
+
+    def tell(number: int, outcome: dict[str, Any]) -> None:
+        with telling:
+            told(number, outcome)
+
+    every = list(enumerate(tasks))
+    with ThreadPoolExecutor(section.workers) as pool:
+        shares = [dict(every[first :: section.workers]) for first in range(section.workers)]
+        command = [*worker, section.name]
+        running = [
+            pool.submit(_run, section, left, tell, deadline, command, compile_patience, stopped) for left in shares
+        ]
+        try:
+            for future in running:
+                future.result()
+        finally:  # Ctrl-C ends the workers too: none is to follow them
+            stopped.set()
+
+
+def _run(
+    section: Section,
+    left: dict[int, Task],
+    told: Told,
+    deadline: float,
+    command: list[str],
+    compile_patience: float,
+    stopped: threading.Event,
+) -> None:
+    """One worker's share of the tasks, by it and its successors."""
 
     def done(number: int, outcome: dict[str, Any]) -> None:
         del left[number]
         told(number, outcome)
 
+    side_by_side = True
     for _ in range(MOST_STARTS):
-        if not left or time.monotonic() >= deadline:
+        if not left or stopped.is_set() or time.monotonic() >= deadline:
             break
         before = len(left)
-        number, reason = _Worker(section, left, [*worker, section.name], compile_patience).serve(done, deadline)
+        options = [] if side_by_side else ["--one-by-one"]
+        number, reason = _Worker(section, left, [*command, *options], compile_patience).serve(done, deadline)
         if number in left:
             done(number, {"error": reason})
+        elif len(left) == before and side_by_side:  # one of several compiles: the next worker shows which
+            side_by_side = False
         elif len(left) == before:  # it never came to a task: it will not the next time
             for number in list(left):
                 done(number, {"error": reason})
@@ -93,25 +128,32 @@ class _Worker:
         """Passes results on until the worker is done, dead, silent for too long, or out of time.
 
         Returns:
-            The task that was running, -1 if none was, and what ended it.
+            The task that was running or the only one that was compiled, -1 if there is no such; and what ended it.
         """
-        running = -1
+        running, compiling = NONE, set[int]()
         try:
             while True:
-                patience = self._patience[running >= 0]
+                patience = self._patience[running != NONE]
                 wait = min(patience, deadline - time.monotonic())
                 try:
                     line = self._lines.get(timeout=max(wait, 0.01))
                 except queue.Empty:
-                    return running, "out of time" if wait < patience else f"silent for {patience:.0f} s, given up"
+                    reason = "out of time" if wait < patience else f"silent for {patience:.0f} s, given up"
+                    break
                 if line is None:
-                    return running, f"the worker ended with code {self._process.wait()}"
+                    reason = f"the worker ended with code {self._process.wait()}"
+                    break
                 event = json.loads(line)
-                if event.get("phase") == "running":
-                    running = event["task"]
-                elif "phase" not in event:
-                    running = -1
+                phase, number = event.get("phase"), event["task"]
+                if phase is None:
+                    running = NONE
                     done(event.pop("task"), event)
+                elif phase == "running":
+                    running = number
+                (compiling.add if phase == "compiling" else compiling.discard)(number)
+            if running == NONE and len(compiling) == 1:
+                (running,) = compiling
+            return running, reason
         finally:
             self._process.kill()
             self._process.wait()

@@ -96,9 +96,8 @@ def _print_layers(report: Report, ceiling: Ceilings) -> None:
         shape = Shape.of(task["shape"])
         floor = f"{shape.kv_bytes / ceiling['read'][0] / 1e3:,.1f}" if "read" in ceiling else ""
         whole = result["one_us"] * result["calls"]
-        rows.append(
-            [f"{shape.name}: {_whose(task)}{_marks(result)}", f"{result['us']:,.1f}", floor, f"{whole / 1e3:,.2f}"]
-        )
+        name = f"{result['calls']} x ({shape.name}): {_whose(task)}{_marks(result)}"
+        rows.append([name, f"{result['us']:,.1f}", floor, f"{whole / 1e3:,.2f}"])
     if rows:
         print()
         print_table(["layers", "µs a layer", "µs to read", "ms in all"], rows)

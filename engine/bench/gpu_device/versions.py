@@ -19,12 +19,12 @@ def tasks(impl: str, *, small: bool) -> list[dict[str, Any]]:
     return [{}]
 
 
-def prepare(params: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+def prepare(task: dict[str, Any]) -> Callable[[], dict[str, Any]]:
     """Nothing to compile."""
-    return functools.partial(_read, params)
+    return functools.partial(_read, task)
 
 
-def _read(params: dict[str, Any]) -> dict[str, Any]:
+def _read(task: dict[str, Any]) -> dict[str, Any]:
     import jax
 
     found: dict[str, Any] = {"python": sys.version.split()[0], "jax device": jax.devices()[0].device_kind}
@@ -40,6 +40,6 @@ def _read(params: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def line(params: dict[str, Any], result: dict[str, Any]) -> str:
+def line(task: dict[str, Any], result: dict[str, Any]) -> str:
     """All of it."""
     return ", ".join(f"{name} {value}" for name, value in result.items())

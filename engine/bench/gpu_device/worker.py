@@ -1,6 +1,7 @@
 """A process that runs one section's tasks, telling each step of it in a line of JSON on stdout.
 
-``python -m engine.bench.gpu_device.worker SECTION`` reads a JSON list of [number, task] from stdin. Lines are
+``python -m engine.bench.gpu_device.worker SECTION [--one-by-one]`` reads a JSON list of [number, task] from stdin, and
+compiles them one by one where it is told to, so that what ends the process is known. Lines are
 ``{"task": number, "phase": "compiling" | "compiled" | "running"}``, and last ``{"task": number, "result": {...}}`` or
 ``{"task": number, "error": "...", "trace": "..."}``.
 """
@@ -33,7 +34,8 @@ _telling = threading.Lock()
 def main() -> None:
     """Runs the section named on the command line."""
     keep_stdout_for_answers()
-    run_section(section_named(sys.argv[1]), [(number, task) for number, task in json.load(sys.stdin)], tell)
+    compilers = 1 if "--one-by-one" in sys.argv else min(MOST_COMPILERS, os.cpu_count() or 1)
+    run_section(section_named(sys.argv[1]), [(number, task) for number, task in json.load(sys.stdin)], tell, compilers)
 
 
 def tell(**event: Any) -> None:
@@ -42,12 +44,11 @@ def tell(**event: Any) -> None:
         print(json.dumps(event), flush=True)
 
 
-def run_section(section: Section, tasks: list[Task], tell: Callable[..., None]) -> None:
-    """Compiles tasks side by side and runs them one after the other; what one raises is its own result.
+def run_section(section: Section, tasks: list[Task], tell: Callable[..., None], compilers: int = 1) -> None:
+    """Compiles tasks, ``compilers`` side by side, and runs them one after the other; what one raises is its result.
 
     Where a failure has broken the device for this process, it ends here: the rest need another.
     """
-    compilers = min(MOST_COMPILERS, os.cpu_count() or 1)
     with ThreadPoolExecutor(compilers) as pool:
         prepared = [(task, pool.submit(_prepare, section, task, tell)) for task in tasks]
         if section.compiles_ahead:  # a compiler beside it would disturb what is timed
@@ -62,8 +63,10 @@ def _prepare(section: Section, task: Task, tell: Callable[..., None]) -> tuple[R
     """What runs the task, and the seconds it took to compile."""
     tell(task=task[0], phase="compiling")
     start = time.perf_counter()
-    runner = section.module.prepare(task[1])
-    tell(task=task[0], phase="compiled")
+    try:
+        runner = section.module.prepare(task[1])
+    finally:
+        tell(task=task[0], phase="compiled")
     return runner, time.perf_counter() - start
 
 
@@ -81,7 +84,7 @@ def _run(section: Section, task: Task, future: Future[tuple[Runner, float]], tel
         result = runner()
         tell(task=number, result={**result, "compile_s": compile_s, "run_s": time.perf_counter() - start})
     except Exception as error:
-        message = f"{type(error).__name__}: {str(error)[:LONGEST_MESSAGE]}"
+        message = f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST_MESSAGE]}"
         tell(task=number, error=message, trace=traceback.format_exc()[-LONGEST_TRACE:])
         return not running or _device_works()
     return True
