@@ -140,8 +140,15 @@ def test_auto_falls_back_on_backend_unsupported_and_on_nothing_else(
     monkeypatch.setitem(api.BACKENDS, "tpu", broken)
     with pytest.raises(ZeroDivisionError):
         ragged_paged_attention(**{**call, "sm_scale": 0.77}, impl="auto")  # another scale: not what jit has cached
+
+    def unable(name: str) -> Callable[..., None]:
+        def refuse(*_: object) -> None:
+            raise BackendUnsupported(f"{name} cannot")
+
+        return refuse
+
     for name in api.AUTO_ORDER:
-        monkeypatch.setitem(api.BACKENDS, name, api._unsupported(name))
+        monkeypatch.setitem(api.BACKENDS, name, unable(name))
     with pytest.raises(BackendUnsupported, match=r"tpu.*gpu.*xla"):
         ragged_paged_attention(**{**call, "sm_scale": 0.78}, impl="auto")
 

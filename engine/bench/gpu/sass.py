@@ -69,13 +69,19 @@ class Kernel:
 
 
 def read_kernel(sass: Path) -> Kernel:
-    """Reads ``NAME.sass_ctrl`` and the ``.ptxas`` and ``.resources.txt`` beside it."""
-    report, resources = (sass.with_suffix(end).read_text() for end in (".ptxas", ".resources.txt"))
+    """Reads ``NAME_N.sass_ctrl``, the ``.ptxas`` beside it, and the last ``NAME_M.resources.txt`` with M up to N.
+
+    Newer versions number the two apart, once a kernel comes again.
+    """
+    report, name, number = sass.with_suffix(".ptxas").read_text(), *sass.stem.rsplit("_", 1)
+    numbers = (int(path.name.split(".")[0].rsplit("_", 1)[1]) for path in sass.parent.glob(f"{name}_*.resources.txt"))
+    last = max(n for n in numbers if n <= int(number))
+    resources = (sass.parent / f"{name}_{last}.resources.txt").read_text()
     used, spills = _USED.search(report), _SPILLS.findall(report)
     shared = _SHARED.search(resources)
     barriers = sum(int(number) * int(times) for number, times in _BARRIERS.findall(resources))
     return Kernel(
-        name=re.sub(r"_\d+$", "", sass.stem),
+        name=name,
         registers=int(used[1]) if used else 0,
         spilled_bytes=sum(int(stores) + int(loads) for stores, loads in spills),
         shared_bytes=(int(shared[1]) if shared else 0) + BARRIER_BYTES * barriers,
