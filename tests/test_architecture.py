@@ -39,7 +39,9 @@ CONTROL_PLANE = ["memory", "planning"] + [
     for name in ("scheduler", "scheduled_step", "request", "request_queue", "running_rows", "batcher")
 ]
 LONGEST_FILE = 400
-TPU_KERNEL = ENGINE / "attention" / "tpu" / "kernel"
+KERNELS = {name: ENGINE / "attention" / name / "kernel" for name in ("tpu", "gpu")}
+# What a kernel may import of the project.
+AROUND_KERNEL = {"tpu": ("engine.kv.",), "gpu": ("engine.attention.gpu.work",)}
 LONGEST_KERNEL = 900  # lines, all files together, docstrings and blanks too: what one can read in one sitting
 
 
@@ -87,17 +89,19 @@ def test_a_file_holds_one_idea(path):
     assert len(path.read_text().splitlines()) <= LONGEST_FILE
 
 
-def test_the_tpu_kernel_stays_short_enough_to_be_read_whole():
-    files = sorted(TPU_KERNEL.rglob("*.py"))
-    assert "call.py" in [path.name for path in files]
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_stays_short_enough_to_be_read_whole(name):
+    files = sorted(KERNELS[name].rglob("*.py"))
+    assert len(files) > 5
     assert sum(len(path.read_text().splitlines()) for path in files) < LONGEST_KERNEL
 
 
-def test_the_tpu_kernel_imports_nothing_that_is_around_it():
-    for path in sorted(TPU_KERNEL.rglob("*.py")):
-        for name in imported_modules(path):
-            inside = name.startswith(("engine.attention.tpu.kernel.", "engine.kv."))
-            assert inside or not name.startswith("engine"), f"{path.name} imports {name}"
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_imports_nothing_that_is_around_it(name):
+    for path in sorted(KERNELS[name].rglob("*.py")):
+        for module in imported_modules(path):
+            inside = module.startswith((f"engine.attention.{name}.kernel.", *AROUND_KERNEL[name]))
+            assert inside or not module.startswith("engine"), f"{path.name} imports {module}"
 
 
 def test_only_the_layout_slices_heads_by_hand():

@@ -1,7 +1,7 @@
 """Runs compiles ahead of time in a process of their own, whose environment is the target's.
 
-``python -m engine.bench.compiling MODULE:FUNCTION`` is that process: it reads a JSON list of keyword arguments, calls the
-function with each, and prints a JSON line after each.
+``python -m engine.bench.compiling MODULE:FUNCTION`` is that process: it reads a JSON list of keyword arguments, calls
+the function with each, and prints a JSON line after each.
 """
 
 from __future__ import annotations

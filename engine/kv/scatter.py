@@ -1,13 +1,14 @@
 """Writing new keys and values into their slots of a fused buffer, in place where the buffer is donated.
 
-Three programs do it, and they agree bit for bit: XLA's scatter; on the CPU a native kernel, because around its own
-scatter XLA's CPU compiler may convert a whole 8- or 16-bit buffer to a wider type and back (docs/adr/0001); and on a
-TPU a kernel of one DMA a row (docs/adr/0002).
+Four programs do it, and they agree bit for bit: XLA's scatter; on the CPU a native kernel, because around its own
+scatter XLA's CPU compiler may convert a whole 8- or 16-bit buffer to a wider type and back (docs/adr/0001); on a TPU a
+kernel of one DMA a row (docs/adr/0002); and on a Hopper GPU one of two bulk copies a token.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from engine.errors import ShapeError
+from engine.kv.gpu_target import not_hopper
 from engine.kv.layout import bits_of, check_storage, merge_kv, pad_fused, refuse_donated, to_stored
 from engine.kv.split import split_of_heads
 from engine.kv.tpu_view import view_is_free
@@ -102,6 +104,8 @@ def _scatter(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> ja
     _, rows, lanes = fused.shape
     if view_is_free(rows, lanes, fused.dtype):
         choices["tpu"] = _scatter_dma
+    if _bulk_copies_fit(fused, k):
+        choices["cuda"] = _scatter_bulk
     written: jax.Array = lax.platform_dependent(fused, loc, k, v, **choices, default=scatter_xla)
     return written
 
@@ -111,6 +115,30 @@ def _scatter_dma(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -
     # Only here: Pallas takes long to import, and no other platform needs it.
     from engine.kv.scatter_tpu import scatter_tpu
 
+    return _scatter_distinct(scatter_tpu, fused, loc, k, v)
+
+
+def _bulk_copies_fit(fused: jax.Array, k: jax.Array) -> bool:
+    """Whether this is lowered for a Hopper GPU, whose kernel takes such rows; padded storage is another platform's."""
+    _, heads, head_dim = k.shape
+    if not_hopper() is not None or fused.shape[1:] != (2 * heads, head_dim):
+        return False
+    from engine.kv.scatter_gpu import rows_are_copied
+
+    return rows_are_copied(heads, head_dim, fused.dtype)
+
+
+def _scatter_bulk(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """The Hopper GPU's kernel, whose blocks know nothing of each other's tokens."""
+    from engine.kv.scatter_gpu import scatter_gpu
+
+    return _scatter_distinct(scatter_gpu, fused, loc, k, v)
+
+
+def _scatter_distinct(
+    kernel: Callable[..., jax.Array], fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array
+) -> jax.Array:
+    """Calls a kernel that may write in any order, with the last of equal slots alone."""
     axes = _varying_axes(fused, loc, k, v)
     missing = [axes - _varying_axes(operand) for operand in (fused, loc, k, v)]
     fused, loc, k, v = (
@@ -119,7 +147,7 @@ def _scatter_dma(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -
     )
     slots, tokens = last_of_equal(loc)
     # Under vmap one after the other: a batched kernel would not know its copies apart.
-    written: jax.Array = jax.custom_batching.sequential_vmap(scatter_tpu)(fused, slots, tokens, k, v)
+    written: jax.Array = jax.custom_batching.sequential_vmap(kernel)(fused, slots, tokens, k, v)
     return written
 
 

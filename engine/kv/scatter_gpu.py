@@ -16,6 +16,7 @@ BLOCKS = 264  # that fill the device twice: fewer tokens go to blocks of one
 SMEM_BYTES = 128 << 10  # of one block's tokens
 COPY_UNIT = 16  # bytes that a bulk copy counts in
 MOST_IN_COPY = 256  # elements of a bulk copy along each axis
+STAGE_UNIT = 128  # bytes: a bulk copy's place in shared memory starts at a multiple of them
 
 
 def rows_are_copied(heads: int, head_dim: int, dtype: Any) -> bool:
@@ -44,8 +45,7 @@ def scatter_gpu(
     count, heads, head_dim = k.shape
     if not count:
         return fused
-    most = max(1, SMEM_BYTES // (2 * heads * head_dim * fused.dtype.itemsize))
-    size = min(max(1, count // BLOCKS), MOST_TOKENS, most)
+    size = _tokens_of_a_block(count, heads * head_dim * fused.dtype.itemsize)
     blocks = -(-count // size)
     slots = jnp.where(slots < fused.shape[0], slots, -1)
     slots = jnp.pad(slots, (0, blocks * size - count), constant_values=-1)
@@ -84,4 +84,12 @@ def scatter_gpu(
         interpret=interpret,
         kernel_name="scatter_rows",
     )(slots, *gathered, k, v, cache)
-    return cache[...].reshape(fused.shape)
+    written: jax.Array = cache[...]
+    return written.reshape(fused.shape)
+
+
+def _tokens_of_a_block(count: int, half_bytes: int) -> int:
+    """Tokens that a block stages; ``half_bytes`` is one token's K. The second's place must start at a whole unit."""
+    if half_bytes % STAGE_UNIT:
+        return 1
+    return min(max(1, count // BLOCKS), MOST_TOKENS, SMEM_BYTES // (2 * half_bytes))

@@ -23,13 +23,14 @@ def shape(target: str = "h100", *, decode: bool = False, **changes: Any) -> dict
     return {"target": target, "tokens": 32 if decode else 1024, "batch": 32, **sizes, **changes}
 
 
-def check_footprint(found: dict[str, Any]) -> None:
+def check_footprint(found: dict[str, Any], *, most_temporary: int | None = None) -> None:
     """In place, nothing of the cache's size moved, no register spilled, nothing that the assembler warns of."""
+    most_temporary = most_temporary or found["cache bytes"] // 10
     assert "failed" not in found, found["failed"]
-    assert found["alias bytes"] == found["cache bytes"]
-    assert found["moves"] == []
-    assert found["temporary bytes"] < found["cache bytes"] / 20
-    assert found["kernels"]
+    assert found["alias bytes"] == found["cache bytes"], "the cache does not alias"
+    assert found["moves"] == [], "the cache is moved"
+    assert found["temporary bytes"] <= most_temporary, "temporaries of the cache's size"
+    assert found["kernels"], "no kernel"
     for name, kernel in found["kernels"].items():
         assert kernel["spilled bytes"] == 0, name
         assert kernel["warnings"] == [], name

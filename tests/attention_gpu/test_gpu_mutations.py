@@ -14,28 +14,28 @@ pytestmark = NEEDS_MOSAIC
 DECODE = ([1, 1, 1, 1], [319, 30, 130, 300], 4)
 SPLIT = ([1, 1, 1, 1], [319, 30, 130, 300], 16)
 PREFILL = ([90, 1, 20, 3], [10, 40, 290, 200], 4)
-HAND_BACK = "    plgpu.barrier_arrive(shared.kv_empty.at[slot])\n"
+HAND_BACK = "    plgpu.barrier_arrive(shared.ring.empty.at[slot])\n"
 # Name: the module, what is replaced in it, by what, and the step.
 MISTAKES = {
     "decode: a place handed back before its values are read": (
         "decode", "    state, weights = registers.weigh", HAND_BACK + "    state, weights = registers.weigh", DECODE
     ),
-    "decode: keys that are not waited for": ("decode", "plgpu.barrier_wait(shared.kv_full.at[slot])", "pass", DECODE),
+    "decode: keys that are not waited for": ("decode", "plgpu.barrier_wait(shared.ring.full.at[slot])", "pass", DECODE),
     "decode: steps dealt out without regard to those before": (
         "decode", "(me + done) % CONSUMERS", "jnp.int32(me)", DECODE
     ),
-    "decode: the other consumer's state not waited for": ("decode", "plgpu.barrier_wait(shared.handed)", "pass", DECODE),
+    "decode: the other's state not waited for": ("decode", "plgpu.barrier_wait(shared.handed)", "pass", DECODE),
     "decode: a key too many": ("decode", "column < high", "column <= high", DECODE),
     "decode: a result that is not awaited": (
         "decode", "    plgpu.wait_smem_to_gmem(0)\n    plgpu.barrier_arrive(shared.taken)",
         "    plgpu.barrier_arrive(shared.taken)", DECODE,
     ),
-    "pages: values of dead slots that are not zeroed": ("pages", "(token >= low) & (token < high)", "token >= 0", DECODE),
+    "pages: values of dead slots not zeroed": ("pages", "(token >= low) & (token < high)", "token >= 0", DECODE),
     "prefill: a place handed back before its values are read": (
         "prefill", "    state, weights = registers.weigh", HAND_BACK + "    state, weights = registers.weigh", PREFILL
     ),
     "prefill: keys that are not waited for": (
-        "prefill", "    plgpu.barrier_wait(shared.kv_full.at[slot])\n", "", PREFILL
+        "prefill", "    plgpu.barrier_wait(shared.ring.full.at[slot])\n", "", PREFILL
     ),
     "prefill: a mask that is off by one": ("prefill", "behind >= 0", "behind > 0", PREFILL),
     "prefill: a row left unwritten": (
@@ -44,7 +44,9 @@ MISTAKES = {
     ),
     "prefill: steps left out": ("prefill", "jnp.clip((position + 1) // width, whole, end)", "end", PREFILL),
     "merge: dead tokens left as they are": ("merge", "(token < start) | (token >= end)", "token < start", PREFILL),
-    "merge: chunks added without their weights": ("merge", "across(weight, sizes.head_dim)", "across(weight * 0 + 1, sizes.head_dim)", SPLIT),
+    "merge: chunks added without their weights": (
+        "merge", "across(weight, sizes.head_dim)", "across(weight * 0 + 1, sizes.head_dim)", SPLIT
+    ),
 }  # fmt: skip
 FAST = ("decode: a place", "decode: keys", "decode: steps", "pages: values", "prefill: a place", "prefill: a mask")
 

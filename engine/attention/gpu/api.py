@@ -12,7 +12,8 @@ from engine.attention.gpu.kernel.merge import merge_chunks
 from engine.attention.gpu.kernel.prefill import prefill_tiles
 from engine.attention.gpu.kernel.registers import LOG2_E
 from engine.attention.gpu.kernel.sizes import Sizes
-from engine.attention.gpu.plan import Plan, make_plan
+from engine.attention.gpu.plan import make_plan
+from engine.attention.gpu.work import Plan
 from engine.attention.metadata import AttentionMetadata, is_live, sequence_of_tokens
 from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.kv.layout import to_stored
@@ -132,9 +133,9 @@ def _decode_queries(sizes: Sizes, q: jax.Array, plan: Plan) -> jax.Array:
 
 
 def _part_rows(sizes: Sizes, by_query_head: jax.Array) -> jax.Array:
-    """``[Hq]`` as the rows ``[R]`` of a chunk's results."""
+    """``[Hq]`` as the rows ``[R]`` of a chunk's results, in whole tiles."""
     grouped = jnp.pad(by_query_head.reshape(sizes.heads, sizes.group), ((0, 0), (0, sizes.group_rows - sizes.group)))
-    return jnp.pad(grouped.reshape(-1), (0, sizes.part_rows - sizes.heads * sizes.group_rows))
+    return jnp.pad(grouped.reshape(-1), (0, sizes.tiled_rows - sizes.chunk_rows))
 
 
 def _lse_of_tokens(
@@ -144,7 +145,7 @@ def _lse_of_tokens(
     bounds = jnp.asarray(metadata.cu_q_lens)
     row = sequence_of_tokens(bounds, num_tokens=num_tokens, xp=jnp)
     live = is_live(bounds, num_tokens=num_tokens, xp=jnp)
-    grouped = row_lse[:, : sizes.heads * sizes.group_rows].reshape(-1, sizes.heads, sizes.group_rows)
+    grouped = row_lse[:, : sizes.chunk_rows].reshape(-1, sizes.heads, sizes.group_rows)
     decoded = grouped[:, :, : sizes.group].reshape(-1, sizes.heads * sizes.group)[row]
     tiles, token = plan.tiles, jnp.arange(num_tokens, dtype=jnp.int32)[:, None]
     exists = jnp.arange(tiles.row.shape[0]) < tiles.count[0]

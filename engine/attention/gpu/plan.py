@@ -6,36 +6,16 @@ alone, so that XLA computes them once for all layers.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
-from engine.attention.gpu.kernel.decode import Chunks
-from engine.attention.gpu.kernel.merge import Rows
-from engine.attention.gpu.kernel.prefill import Tiles
 from engine.attention.gpu.kernel.sizes import Sizes
+from engine.attention.gpu.work import Chunks, Plan, Rows, Tiles
 from engine.attention.metadata import AttentionMetadata
 
 ROUNDS = 8  # chunks a block, about, where there are few decode rows: so many that none is much longer than another
 WHOLE_LOAD = 8  # columns of the page table, so that a step's page ids come in loads of 16 bytes
 STEP_COST = 2  # what starting a chunk costs, in steps of its loop
-
-
-class Plan(NamedTuple):
-    """One step's work.
-
-    Attributes:
-        table: ``[B, P']`` page ids of what each row holds, else the null page; wide enough for whole steps.
-        chunks: of the decode rows.
-        rows: where those chunks and their tokens are.
-        tiles: of the longer rows.
-    """
-
-    table: jax.Array
-    chunks: Chunks
-    rows: Rows
-    tiles: Tiles
 
 
 def make_plan(sizes: Sizes, metadata: AttentionMetadata, *, num_tokens: int, cache_pages: int) -> Plan:

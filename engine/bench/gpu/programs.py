@@ -133,9 +133,7 @@ def compile_step(*, target: str, **sizes: Any) -> dict[str, Any]:
     return found | {"kernels": [kernel.name for kernel in fresh_kernels()]}
 
 
-def compile_yardstick(
-    *, target: str, q_heads: int, kv_heads: int, head_dim: int, tokens: int
-) -> dict[str, Any]:
+def compile_yardstick(*, target: str, q_heads: int, kv_heads: int, head_dim: int, tokens: int) -> dict[str, Any]:
     """Compiles jax's own FlashAttention-3 for Mosaic GPU, causal, one dense sequence in float16, all that it takes.
 
     Returns:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,25 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from engine.attention.gpu.kernel import registers
-from engine.attention.gpu.kernel.sizes import ROWS, Sizes
-
-Ref = Any  # a Pallas memory reference; jax has no public type for it
-
-
-class Rows(NamedTuple):
-    """Where the decode rows of a step are; int32.
-
-    Attributes:
-        first: ``[B]`` of each row's chunks.
-        count: ``[B]`` of its chunks; 0 where it is no decode row.
-        token: ``[B]`` its token in the step.
-        live: ``[2]`` the first token of the step that some sequence claims, and one past the last.
-    """
-
-    first: Any
-    count: Any
-    token: Any
-    live: Any
+from engine.attention.gpu.kernel.sizes import ROWS, Ref, Sizes
+from engine.attention.gpu.work import Rows
 
 
 def merge_chunks(
@@ -40,8 +23,8 @@ def merge_chunks(
 
     Args:
         sizes: of the call.
-        part: ``[C, R, D]`` float32, see ``decode_chunks``.
-        lse: ``[C, R]`` float32 to base 2.
+        part: ``[C * H * G' + 64, D]`` float32, see ``decode_chunks``.
+        lse: as many, float32 to base 2.
         v_scale: ``[R]`` float32, makes true values of stored ones.
         sinks: ``[R]`` float32, as powers of two; read where the call has sinks.
         rows: where each row's chunks and token are.
@@ -52,18 +35,18 @@ def merge_chunks(
         The log-sum-exps of the decode rows ``[B, R]``, to base 2, sinks included.
     """
     batch = rows.first.shape[0]
-    num_tokens, q_heads, head_dim = out.shape
+    num_tokens, _, head_dim = out.shape
     cleared = -(-num_tokens // ROWS)
     kernel = plgpu.kernel(
         lambda *refs: _body(sizes, batch, refs),
-        out_type=jax.ShapeDtypeStruct((batch, sizes.part_rows), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((batch, sizes.tiled_rows), jnp.float32),
         scratch_types=(
             plgpu.SMEM((ROWS, head_dim), sizes.dtype),
             plgpu.SMEM((ROWS,), jnp.float32),
         ),
-        grid=(batch + cleared, sizes.part_rows // ROWS),
+        grid=(batch + cleared, sizes.tiled_rows // ROWS),
         grid_names=("row", "tile"),
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        compiler_params=registers.OPTIONS,
         interpret=interpret,
         kernel_name="merge_chunks",
     )
@@ -91,8 +74,9 @@ def _body(sizes: Sizes, batch: int, refs: tuple[Ref, ...]) -> None:
             first = rows.first[index]
 
             def add(chunk: jax.Array, state: registers.Softmax) -> registers.Softmax:
-                peak_of = plgpu.load(lse_ref.at[chunk, span], layout=registers.BY_ROW, optimized=False)
-                values = plgpu.load(part_ref.at[chunk, span], layout=plgpu.Layout.WGMMA, optimized=False)
+                place = pl.ds(pl.multiple_of(chunk * sizes.chunk_rows + tile * ROWS, 8), ROWS)
+                peak_of = plgpu.load(lse_ref.at[place], layout=registers.BY_ROW, optimized=False)
+                values = plgpu.load(part_ref.at[place], layout=plgpu.Layout.WGMMA, optimized=False)
                 peak = jnp.maximum(state.peak, peak_of)
                 decay, weight = jnp.exp2(state.peak - peak), jnp.exp2(peak_of - peak)
                 acc = state.acc * registers.across(decay, sizes.head_dim)

@@ -2,72 +2,103 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from engine.attention.gpu.kernel.sizes import ROWS, Sizes
+from engine.attention.gpu.kernel.sizes import ROWS, Ref, Sizes
 
-Ref = Any  # a Pallas memory reference; jax has no public type for it
+SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # what the matrix unit reads
 
 
-def pages_of(sizes: Sizes, table_ref: Ref, row: jax.Array, token: jax.Array, tokens: int) -> tuple[jax.Array, ...]:
-    """The page of each copy of a step, to be read before its place is free: the read takes long.
+class Ring(NamedTuple):
+    """Shared memory for some steps of a context, and the barriers that hand each place back and forth.
 
-    Args:
-        sizes: of the call.
-        table_ref: ``[B, P]`` page ids; its last columns cover whatever a step reaches past the context.
-        row: of the table.
-        token: the step's first token's position, a multiple of ``tokens``.
-        tokens: of a step.
+    Attributes:
+        places: ``[slots, N, 2D]``: keys, and beside them values.
+        full: ``[slots + 1]``, of ``copies_of(N)`` arrivals; the last is the producer's own.
+        empty: ``[slots]``.
     """
-    run = sizes.run_tokens(tokens)
-    return tuple(table_ref[row, (token + first) // sizes.page_size] for first in range(0, tokens, run))
+
+    places: Ref
+    full: Ref
+    empty: Ref
+
+    def halves(self, slot: jax.Array) -> tuple[Ref, Ref]:
+        """Keys and values ``[N, D]`` of a place."""
+        head_dim = self.places.shape[2] // 2
+        keys, values = (self.places.at[slot, :, pl.ds(first, head_dim)] for first in (0, head_dim))
+        return keys, values
 
 
-def fetch(
-    sizes: Sizes,
-    kv_ref: Ref,
-    pages: tuple[jax.Array, ...],
-    ring: tuple[Ref, Ref],
-    slot: jax.Array,
-    *,
-    head: Any,
-    token: jax.Array,
-    alive: tuple[jax.Array, jax.Array],
-) -> None:
-    """Copies one step of a context; K and V of a head lie side by side in the interleaved cache.
+def ring_types(sizes: Sizes, tokens: int, slots: int, readers: int) -> tuple[Any, ...]:
+    """What a kernel allocates for a ring of steps of ``tokens``, each of which ``readers`` hand back."""
+    return (
+        plgpu.SMEM((slots, tokens, 2 * sizes.head_dim), sizes.dtype, transforms=SWIZZLED),
+        plgpu.Barrier(num_arrivals=copies_of(sizes, tokens), num_barriers=slots + 1),
+        plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
+    )
+
+
+def fetch_steps(
+    sizes: Sizes, kv_ref: Ref, table_ref: Ref, ring: Ring, done: Any, steps: jax.Array, *, row: jax.Array, head: Any,
+    token_of: Callable[[jax.Array], jax.Array], alive: tuple[jax.Array, jax.Array],
+) -> None:  # fmt: skip
+    """Brings steps of one context into the ring, one after the other.
 
     Args:
         sizes: of the call.
-        kv_ref: ``[S, H, 2D]`` the cache.
-        pages: see ``pages_of``.
-        ring: ``[slots, N, 2D]`` of shared memory, and its barriers ``[slots + 1]`` of ``copies_of(N)`` arrivals.
-        slot: of the ring, free.
+        kv_ref: ``[S, H, 2D]`` the cache: K and V of a head lie side by side in it.
+        table_ref: ``[B, P]`` page ids; its last columns cover whatever a step reaches past the context.
+        ring: where to.
+        done: steps that this block has brought before.
+        steps: how many.
+        row: of the page table.
         head: KV head.
-        token: the first token's position, a multiple of N.
+        token_of: position of a step's first token, a multiple of N.
         alive: the first position of the context that may be read, and one past the last.
     """
-    places, arrived = ring
-    slots, tokens, _ = places.shape
+    slots, tokens, _ = ring.places.shape
     run = sizes.run_tokens(tokens)
-    low, high = alive[0] - token, alive[1] - token
-    edge = (low > 0) | (high < tokens)
-    # An edge is first brought here, as it is no consumer's yet.
-    barrier = arrived.at[jnp.where(edge, slots, slot)]
-    for first, page in zip(range(0, tokens, run), pages, strict=True):
-        start = pl.multiple_of(page * sizes.page_size + (token + first) % sizes.page_size, run)
-        plgpu.copy_gmem_to_smem(kv_ref.at[pl.ds(start, run), head], places.at[slot, pl.ds(first, run)], barrier)
 
-    @pl.when(edge)
-    def silence() -> None:
-        plgpu.barrier_wait(arrived.at[slots])
-        _zero_outside(sizes, places.at[slot], low, high)
-        for _ in range(copies_of(sizes, tokens)):
-            plgpu.barrier_arrive(arrived.at[slot])
+    @pl.loop(0, steps)
+    def fetch(index: jax.Array) -> None:
+        slot, token = (done + index) % slots, token_of(index)
+        # Read before the place is free: such a read takes long.
+        pages = [table_ref[row, (token + first) // sizes.page_size] for first in range(0, tokens, run)]
+        wait_if(done + index >= slots, ring.empty.at[slot])
+        low, high = alive[0] - token, alive[1] - token
+        edge = (low > 0) | (high < tokens)
+        barrier = ring.full.at[jnp.where(edge, slots, slot)]
+        for first, page in zip(range(0, tokens, run), pages, strict=True):
+            start = pl.multiple_of(page * sizes.page_size + (token + first) % sizes.page_size, run)
+            place = ring.places.at[slot, pl.ds(first, run)]
+            plgpu.copy_gmem_to_smem(kv_ref.at[pl.ds(start, run), head], place, barrier)
+
+        @pl.when(edge)
+        def silence() -> None:  # no consumer's yet
+            plgpu.barrier_wait(ring.full.at[slots])
+            _zero_outside(sizes, ring.places.at[slot], low, high)
+            for _ in range(copies_of(sizes, tokens)):
+                plgpu.barrier_arrive(ring.full.at[slot])
+
+
+def wait_if(condition: jax.Array, barrier: Ref) -> None:
+    """Waits where the condition holds."""
+    pl.when(condition)(lambda: plgpu.barrier_wait(barrier))
+
+
+def drain(empty: Ref, done: jax.Array) -> None:
+    """Waits for what the consumers still hand back: a barrier must be at rest when its block ends."""
+    slots = empty.shape[0]
+
+    @pl.loop(jnp.maximum(0, done - slots), done)
+    def wait(index: jax.Array) -> None:
+        plgpu.barrier_wait(empty.at[index % slots])
 
 
 def _zero_outside(sizes: Sizes, place: Ref, low: jax.Array, high: jax.Array) -> None:

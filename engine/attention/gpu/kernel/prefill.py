@@ -16,32 +16,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from engine.attention.gpu.kernel import registers
-from engine.attention.gpu.kernel.pages import copies_of, fetch, pages_of
+from engine.attention.gpu.kernel.pages import SWIZZLED, Ring, drain, fetch_steps, ring_types
 from engine.attention.gpu.kernel.registers import Softmax
-from engine.attention.gpu.kernel.sizes import CONSUMER_REGISTERS, PRODUCER_REGISTERS, ROWS, Sizes
+from engine.attention.gpu.kernel.sizes import CONSUMER_REGISTERS, PRODUCER_REGISTERS, ROWS, Ref, Sizes
+from engine.attention.gpu.work import Tiles
 
-Ref = Any  # a Pallas memory reference; jax has no public type for it
 CONSUMERS = 2
-
-
-class Tiles(NamedTuple):
-    """The new tokens of a step's longer rows, cut into tiles; int32.
-
-    Attributes:
-        row: ``[N]`` of the page table.
-        token: ``[N]`` the tile's first token, of the step's.
-        valid: ``[N]`` tokens of the tile that are its sequence's.
-        position: ``[N]`` where its first token stands in its sequence.
-        kv_len: ``[N]`` the sequence's length.
-        count: ``[1]`` tiles that there are.
-    """
-
-    row: Any
-    token: Any
-    valid: Any
-    position: Any
-    kv_len: Any
-    count: Any
 
 
 class _Inputs(NamedTuple):
@@ -54,15 +34,11 @@ class _Inputs(NamedTuple):
     tiles: Tiles
 
 
-class _Shared(NamedTuple):
-    """Shared memory of a block, and the barriers that hand it from one warpgroup to another."""
-
-    kv: Ref
+class _Shared(NamedTuple):  # shared memory of a block, and the barriers that hand it about
+    ring: Ring
     q: Ref
     stage: Ref
     lse: Ref
-    kv_full: Ref
-    kv_empty: Ref
     q_full: Ref
     turn: Ref
 
@@ -96,7 +72,7 @@ def prefill_tiles(
         sizes: of the call.
         q: ``[T, Hq, D]``.
         kv: ``[S, H, 2D]`` the cache, the new tokens in it.
-        table: ``[B, P]`` int32, see ``fetch``.
+        table: ``[B, P]`` int32, see ``fetch_steps``.
         factor: ``[H]`` float32, makes powers of two of logits; above 0.
         v_scale: ``[H]`` float32, makes true values of stored ones.
         sinks: ``[Hq]`` float32, as powers of two; read where the call has sinks.
@@ -108,33 +84,29 @@ def prefill_tiles(
         2 of each tile's rows, C 64 rows each.
     """
     capacity = tiles.row.shape[0]
-    tokens, wide = sizes.prefill_tokens, 2 * sizes.head_dim
-    slots = sizes.prefill_stages
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    barrier = plgpu.Barrier
     q_heads = q.shape[1]
     units = q_heads // CONSUMERS if sizes.shares_head else q_heads
     kernel = plgpu.kernel(
-        lambda *refs: _body(sizes, _Inputs(*refs[:6], Tiles(*refs[6:12])), refs[12:14], _Shared(*refs[14:])),
+        lambda *refs: _body(
+            sizes, _Inputs._make([*refs[:6], Tiles(*refs[6:12])]), refs[12:14], _Shared(Ring(*refs[14:17]), *refs[17:])
+        ),
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((capacity, sizes.tile_tokens // ROWS, q_heads, ROWS), jnp.float32),
         ),
         scratch_types=(
-            plgpu.SMEM((slots, tokens, wide), sizes.dtype, transforms=tiled),
-            plgpu.SMEM((CONSUMERS, ROWS, sizes.head_dim), sizes.dtype, transforms=tiled),
+            *ring_types(sizes, sizes.prefill_tokens, sizes.prefill_stages, readers=CONSUMERS),
+            plgpu.SMEM((CONSUMERS, ROWS, sizes.head_dim), sizes.dtype, transforms=SWIZZLED),
             plgpu.SMEM((CONSUMERS, ROWS, sizes.head_dim), sizes.dtype),
             plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
-            barrier(num_arrivals=copies_of(sizes, tokens), num_barriers=slots + 1),
-            barrier(num_arrivals=CONSUMERS, num_barriers=slots),
-            barrier(num_barriers=CONSUMERS),
-            barrier(num_arrivals=CONSUMERS),
+            plgpu.Barrier(num_barriers=CONSUMERS),
+            plgpu.Barrier(num_arrivals=CONSUMERS),
         ),
         grid=(units, capacity),
         grid_names=("unit", "tile"),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        compiler_params=registers.OPTIONS,
         interpret=interpret,
         kernel_name="prefill_tiles",
     )
@@ -154,7 +126,11 @@ def _body(sizes: Sizes, inputs: _Inputs, results: tuple[Ref, ...], shared: _Shar
         @pl.when(group == CONSUMERS)
         def produce() -> None:
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-            _produce(sizes, inputs, shared, walk, head)
+            fetch_steps(
+                sizes, inputs.kv, inputs.table, shared.ring, 0, walk.steps, row=walk.row, head=head,
+                token_of=lambda step: walk.step(step) * sizes.prefill_tokens, alive=(walk.low, walk.kv_len),
+            )  # fmt: skip
+            drain(shared.ring.empty, walk.steps)
 
         @pl.when(group < CONSUMERS)
         def consume() -> None:
@@ -174,28 +150,6 @@ def _walk(sizes: Sizes, tiles: Tiles, tile: jax.Array) -> _Walk:
     partial = jnp.clip((position + 1) // width, whole, end)
     masked = (whole - first) + (end - partial)
     return _Walk(tiles.row[tile], first, whole, partial, masked, end - first, low, tiles.kv_len[tile])
-
-
-def _produce(sizes: Sizes, inputs: _Inputs, shared: _Shared, walk: _Walk, head: jax.Array) -> None:
-    slots = shared.kv.shape[0]
-
-    @pl.loop(0, walk.steps)
-    def fetch_step(index: jax.Array) -> None:
-        slot, token = index % slots, walk.step(index) * sizes.prefill_tokens
-        pages = pages_of(sizes, inputs.table, walk.row, token, sizes.prefill_tokens)
-
-        @pl.when(index >= slots)
-        def wait_for_slot() -> None:
-            plgpu.barrier_wait(shared.kv_empty.at[slot])
-
-        fetch(
-            sizes, inputs.kv, pages, (shared.kv, shared.kv_full), slot, head=head, token=token,
-            alive=(walk.low, walk.kv_len),
-        )  # fmt: skip
-
-    @pl.loop(jnp.maximum(0, walk.steps - slots), walk.steps)
-    def drain(index: jax.Array) -> None:  # a barrier must be at rest when its block ends
-        plgpu.barrier_wait(shared.kv_empty.at[index % slots])
 
 
 def _consume(
@@ -218,9 +172,7 @@ def _consume(
         state = registers.start(sizes, inputs.sinks[q_head], 1.0)
     factor = inputs.factor[head]
 
-    @pl.when(me == 1)
-    def second() -> None:
-        _take_turn(shared)
+    pl.when(me == 1)(lambda: _take_turn(shared))
 
     def attend(index: jax.Array, state: Softmax, masked: bool) -> Softmax:
         return _attend_step(sizes, shared, walk, index, queries, position, factor, state, masked=masked)
@@ -228,10 +180,7 @@ def _consume(
     state = lax.fori_loop(0, walk.masked, lambda index, state: attend(index, state, True), state)
     state = lax.fori_loop(walk.masked, walk.steps, lambda index, state: attend(index, state, False), state)
 
-    @pl.when(me == 0)
-    def first() -> None:
-        _take_turn(shared)
-
+    pl.when(me == 0)(lambda: _take_turn(shared))
     # Rows without a key have a total of 0, and their sums are 0 as well.
     share = inputs.v_scale[head] / jnp.maximum(state.total, 1e-37)
     stage[...] = (state.acc * registers.across(share, sizes.head_dim)).astype(sizes.dtype)
@@ -253,10 +202,9 @@ def _attend_step(
     sizes: Sizes, shared: _Shared, walk: _Walk, index: jax.Array, queries: Ref, position: jax.Array, factor: Any,
     state: Softmax, *, masked: bool,
 ) -> Softmax:  # fmt: skip
-    slot = index % shared.kv.shape[0]
-    keys = shared.kv.at[slot, :, pl.ds(0, sizes.head_dim)]
-    values = shared.kv.at[slot, :, pl.ds(sizes.head_dim, sizes.head_dim)]
-    plgpu.barrier_wait(shared.kv_full.at[slot])
+    slot = index % shared.ring.empty.shape[0]
+    keys, values = shared.ring.halves(slot)
+    plgpu.barrier_wait(shared.ring.full.at[slot])
     raw = registers.logits_of(sizes, queries, keys, lambda: _take_turn(shared))
     logits, factor = registers.capped(sizes, raw, factor)
     if masked:
@@ -271,22 +219,17 @@ def _attend_step(
     state, narrow = lax.optimization_barrier((state, narrow))
     _take_turn(shared)
     acc = registers.add_values(sizes, state.acc, narrow, values)
-    plgpu.barrier_arrive(shared.kv_empty.at[slot])
+    plgpu.barrier_arrive(shared.ring.empty.at[slot])
     return state._replace(acc=acc)
 
 
 def _write_rows(stage: Ref, out_ref: Ref, token: jax.Array, q_head: Any, count: jax.Array) -> None:
     """Writes the first ``count`` of 64 rows: what follows them in the step is another tile's."""
-
-    @pl.when(count == ROWS)
-    def whole() -> None:
-        plgpu.copy_smem_to_gmem(stage, out_ref.at[pl.ds(token, ROWS), q_head])
-
-    size = ROWS // 2
+    size = ROWS
     while size:
         start = count // (2 * size) * (2 * size)
 
-        @pl.when((count // size % 2 == 1))
+        @pl.when(count // size % 2 == 1)
         def part(size: int = size, start: jax.Array = start) -> None:
             rows = pl.ds(start, size)
             plgpu.copy_smem_to_gmem(stage.at[rows], out_ref.at[pl.ds(token + start, size), q_head])

@@ -5,6 +5,7 @@ The logits are kept as the product gives them; a factor brings them to powers of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +14,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from engine.attention.gpu.kernel.sizes import ROWS, Sizes
+from engine.attention.gpu.kernel.sizes import ROWS, Ref, Sizes
 
-Ref = Any  # a Pallas memory reference; jax has no public type for it
 NOTHING = -1e30  # a peak below every logit, yet finite: minus infinity less itself is NaN
 LOG2_E = 1.4426950408889634
+OPTIONS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
@@ -35,7 +36,7 @@ class Softmax(NamedTuple):
     total: jax.Array
 
 
-def by_row(value: Any) -> jax.Array:
+def by_row(value: Any) -> Any:
     """``value`` in each of 64 rows."""
     return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), BY_ROW)
 
@@ -51,39 +52,29 @@ def start(sizes: Sizes, peak: Any = NOTHING, total: Any = 0.0) -> Softmax:
     return Softmax(acc, by_row(peak), by_row(total))
 
 
-def logits_of(sizes: Sizes, q_ref: Ref, k_ref: Ref, then: Any = None) -> jax.Array:
+def logits_of(sizes: Sizes, q_ref: Ref, k_ref: Ref, then: Callable[[], None] = lambda: None) -> Any:
     """``q[64, D] @ k[N, D].T`` in float32; ``then`` runs once the product is issued."""
     if sizes.interpret:  # no read of a wgmma is seen by the race detector; that of a plain load is
         product = jnp.dot(q_ref[...], k_ref[...].T, preferred_element_type=jnp.float32)
         plgpu.commit_smem()
-        if then is not None:
-            then()
+        then()
         return product
 
-    def multiply(acc_ref: Ref) -> jax.Array:
+    def multiply(acc_ref: Ref) -> Any:
         plgpu.wgmma(acc_ref, q_ref, k_ref.transpose((1, 0)))
-        if then is not None:
-            then()
+        then()
         return acc_ref[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((ROWS, k_ref.shape[0]), jnp.float32))
 
 
-def add_values(sizes: Sizes, acc: jax.Array, weights: jax.Array, v_ref: Ref, then: Any = None) -> jax.Array:
-    """``acc + weights[64, N] @ v[N, D]``, the weights from registers; ``then`` runs once the product is issued."""
+def add_values(sizes: Sizes, acc: jax.Array, weights: jax.Array, v_ref: Ref) -> Any:
+    """``acc + weights[64, N] @ v[N, D]``, the weights from registers."""
     if sizes.interpret:
         product = acc + jnp.dot(weights, v_ref[...], preferred_element_type=jnp.float32)
         plgpu.commit_smem()
-        if then is not None:
-            then()
         return product
-
-    def multiply(acc_ref: Ref) -> None:
-        plgpu.wgmma(acc_ref, weights, v_ref)
-        if then is not None:
-            then()
-
-    return pl.run_state(multiply)(plgpu.ACC.init(acc))
+    return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, weights, v_ref))(plgpu.ACC.init(acc))
 
 
 def capped(sizes: Sizes, logits: jax.Array, factor: jax.Array) -> tuple[jax.Array, Any]:
@@ -105,6 +96,6 @@ def weigh(state: Softmax, logits: jax.Array, factor: Any) -> tuple[Softmax, jax.
     return Softmax(acc, peak, state.total * decay + weights.sum(axis=1)), weights
 
 
-def iota(shape: tuple[int, int], axis: int) -> jax.Array:
+def iota(shape: tuple[int, ...], axis: int) -> Any:
     """Row or column numbers in the layout of a product."""
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)

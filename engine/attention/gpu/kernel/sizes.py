@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
+Ref = Any  # a Pallas memory reference; jax has no public type for it
 ROWS = 64  # query rows of one wgmma, the least there are
-SMEM_BYTES = 232_448  # of one block on Hopper
 # A thread of each warpgroup gets 168 at first; what the producer gives back the two consumers take.
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 56, 224
-RESERVED_BYTES = 4_096  # of those, for barriers and reductions
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,14 @@ class Sizes:
         return max(8, 1 << (self.group - 1).bit_length())
 
     @property
-    def part_rows(self) -> int:
-        """Rows of a chunk's partial results: all heads' groups, in whole tiles."""
-        return -(-self.heads * self.group_rows // ROWS) * ROWS
+    def chunk_rows(self) -> int:
+        """Rows of a chunk's results: all heads' groups."""
+        return self.heads * self.group_rows
+
+    @property
+    def tiled_rows(self) -> int:
+        """The same in whole tiles."""
+        return -(-self.chunk_rows // ROWS) * ROWS
 
     @property
     def shares_head(self) -> bool:
@@ -74,7 +78,3 @@ class Sizes:
     def run_tokens(self, tokens: int) -> int:
         """Tokens of one copy into a step of ``tokens``: a page, or what of it and the step coincide."""
         return math.gcd(self.page_size, tokens)
-
-    def row_bytes(self) -> int:
-        """Bytes of one token's K and V of one head."""
-        return 2 * self.head_dim * jnp.dtype(self.dtype).itemsize
