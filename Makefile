@@ -20,7 +20,7 @@ PROMPTS := --prompt "A" \
 having tea at it: a Dormouse was sitting between them, fast asleep, and the other two were using it as a cushion, \
 resting their elbows on it, and talking over its head."
 
-.PHONY: run test test-all test-hf lint train bench clean
+.PHONY: run test test-all test-hf test-gpu test-gpu-here lint train bench clean
 
 run: $(VENV)/.run
 	$(BIN)/python -m engine generate $(PROMPTS) --max-new-tokens 96 --chunked-prefill-size 128 --check
@@ -30,6 +30,21 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest -m ""
+
+# The GPU's kernels, which no GPU is needed for: interpreted, and compiled ahead of time. They want a jax that Python 3.11
+# does not have, so where $(PYTHON) is that old another is looked for, and gets an environment of its own.
+PYENV_PYTHONS = $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.1[2-9].*/bin/python3)
+NEW_PYTHON = $(firstword $(foreach python,$(PYTHON) python3.12 python3.13 $(PYENV_PYTHONS),$(shell $(python) -c \
+	'import sys; sys.version_info >= (3, 12) and __import__("ensurepip") and print("$(python)")' 2>/dev/null)))
+
+test-gpu:
+	@$(if $(NEW_PYTHON),$(MAKE) VENV=.venv-gpu PYTHON=$(NEW_PYTHON) test-gpu-here, \
+		echo "no Python 3.12 or later here: the tests of the GPU kernels are skipped")
+
+test-gpu-here: $(VENV)/.made
+	$(PIP) -e ".[test]"
+	-$(BIN)/python -m engine.bench.gpu.toolchain
+	$(BIN)/python -m pytest tests/attention_gpu
 
 # The Llama against another implementation; torch is large, so `make test` does not bring it.
 test-hf: $(VENV)/.test

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 from gpu_cases import HOPPER_CASES, NEEDS_MOSAIC, check, geometry, make_case, same_bits
@@ -33,6 +34,18 @@ def test_a_prefilled_row_has_the_same_bits_alone_and_in_a_batch() -> None:
     )
     assert same_bits(alone.contexts[0], batched.contexts[0])
     assert same_bits(check(alone)[0][:130], check(batched)[0][:130])
+
+
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(48, 4), (5, 1), pytest.param(64, 1, marks=pytest.mark.slow)])
+def test_groups_of_any_size(q_heads: int, kv_heads: int) -> None:
+    geo = geometry(tokens=9, rows=2, columns=8, q_heads=q_heads, kv_heads=kv_heads)
+    check(make_case(geo, [1, 5], [90, 60], seed=q_heads))
+
+
+def test_wide_integers_and_strict_promotion_change_nothing() -> None:
+    case = make_case(geometry(tokens=40, rows=3, columns=8), [1, 20, 3], [90, 10, 60], seed=1)
+    with jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
+        check(case)
 
 
 def test_what_a_table_names_past_a_context_is_of_no_account() -> None:

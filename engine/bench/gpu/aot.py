@@ -59,8 +59,8 @@ def compile_each(target: str, cases: Sequence[dict[str, Any]]) -> Iterator[dict[
         yield from compile_cases(target, cases, site=SITE, environment=environment)
 
 
-def hopper_device(name: str) -> Any:
-    """A device to lower for, as jax describes one that is there; ``name`` is a key of ``TARGETS``."""
+def hopper_devices(name: str, count: int = 1) -> list[Any]:
+    """Devices to lower for, as jax describes those that are there; ``name`` is a key of ``TARGETS``."""
     from jax.experimental import topologies
     from jax.experimental.pallas import mosaic_gpu  # noqa: F401  (sets the variable below to what it finds itself)
 
@@ -72,4 +72,5 @@ def hopper_device(name: str) -> Any:
         'platform_name: "CUDA"\ndnn_version_info { major: 9 minor: 10 }\nruntime_version { major: 13 }\n'
         f'device_description_str: "{kind}"\n'
     )
-    return topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1").devices[0]
+    topology = f"1x1x{count}"
+    return list(topologies.get_topology_desc(platform="cuda", target_config=config, topology=topology).devices)

@@ -13,10 +13,11 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from engine.attention.api import ragged_paged_attention
-from engine.bench.gpu.aot import hopper_device
+from engine.bench.gpu.aot import hopper_devices
 from engine.bench.gpu.figures import decode_figures, footprint, prefill_figures
 from engine.bench.gpu.sass import Kernel, read_kernel
 from engine.kv.scatter import set_kv_buffer
+from engine.parallel import make_mesh
 
 _seen: set[Path] = set()
 
@@ -32,7 +33,7 @@ class _Target:
     """A device that shapes are for, and that a program is lowered for."""
 
     def __init__(self, name: str) -> None:
-        self.device = hopper_device(name)
+        (self.device,) = hopper_devices(name)
 
     def like(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(self.device))
@@ -120,8 +121,8 @@ def compile_scatter(
     return footprint(compiled, slots * 2 * kv_heads * head_dim * cache.dtype.itemsize, fresh_kernels())
 
 
-def compile_step(*, target: str, **sizes: Any) -> dict[str, Any]:
-    """Compiles the serving runner's step of a Llama for one GPU; ``sizes`` are those of ``compile_step_on``.
+def compile_step(*, target: str, tp: int = 1, **sizes: Any) -> dict[str, Any]:
+    """Compiles the serving runner's step of a Llama for ``tp`` GPUs; ``sizes`` are those of ``compile_step_on``.
 
     Returns:
         What ``compile_step_on`` does, and what each kernel takes.
@@ -129,7 +130,8 @@ def compile_step(*, target: str, **sizes: Any) -> dict[str, Any]:
     from engine.bench.tpu.step import compile_step_on
 
     fresh_kernels()
-    found = compile_step_on([hopper_device(target)], None, "gpu", **sizes)
+    devices = hopper_devices(target, tp)
+    found = compile_step_on(devices, make_mesh(tp=tp, devices=devices), "gpu", **sizes)
     return found | {"kernels": [kernel.name for kernel in fresh_kernels()]}
 
 
