@@ -51,6 +51,7 @@ def test_the_loops_are_as_they_are_meant(found: dict[str, dict[str, Any]]) -> No
     plain = found["h100 page 16"]
     # 64 rows by 64 keys of 128 in steps of 16 elements, then 64 keys in steps of 16; four pages of 16 a step.
     assert plain["decode products a step"] == 8 + 4
+    assert plain["decode instructions a KV token"] == plain["decode instructions a step"] / 64
     assert plain["decode copies a step"] == 4
     # 128 keys: again eight, and eight; eight pages.
     assert plain["prefill products a step"] == 8 + 8

@@ -9,8 +9,7 @@ from engine.bench.gpu.sass import Kernel, Loop
 from engine.bench.tpu.hlo import moves_of_at_least
 from engine.errors import BackendUnsupported
 
-ROWS = 64  # query rows of a consumer, of ours and of jax's FlashAttention-3
-DECODE_TOKENS, PREFILL_TOKENS = 64, 128  # of context that a consumer takes a turn
+ROWS = 64  # of a product: those of one warpgroup
 WARPS = 4  # of a warpgroup
 
 
@@ -45,28 +44,28 @@ def decode_figures(kernel: Kernel, *, group: int, head_dim: int) -> dict[str, fl
     """
     hot = max(_loops(kernel, "HGMMA"), key=lambda loop: loop.instructions)
     (fetch,) = _loops(kernel, "UTMALDG")
+    tokens = hot.flops / (4 * ROWS * head_dim)  # of context, a turn
     return {
         "decode instructions a step": hot.instructions,
-        "decode instructions a KV token": hot.instructions / DECODE_TOKENS,
-        "decode FLOPs an instruction": 4 * group * head_dim * DECODE_TOKENS / (WARPS * hot.instructions),
+        "decode instructions a KV token": hot.instructions / tokens,
+        "decode FLOPs an instruction": hot.flops * group / ROWS / (WARPS * hot.instructions),
         "decode products a step": hot.counts["HGMMA"],
         "decode copies a step": fetch.counts["UTMALDG"],
         "decode spills in the loop": _spills(hot),
     }
 
 
-def prefill_figures(kernel: Kernel, *, head_dim: int) -> dict[str, float]:
+def prefill_figures(kernel: Kernel) -> dict[str, float]:
     """What prefill costs a step of 64 rows and 128 keys, without a mask and with one."""
     loops = sorted(_loops(kernel, "HGMMA"), key=lambda loop: loop.instructions)
     if len(loops) != 2:
         raise BackendUnsupported(f"{kernel.name} has {len(loops)} loops with products; one with a mask was expected")
     plain, masked = loops
-    flops = 4 * ROWS * PREFILL_TOKENS * head_dim
     fetches = _loops(kernel, "UTMALDG")
     return {
         "prefill instructions a step": plain.instructions,
         "prefill instructions a masked step": masked.instructions,
-        "prefill FLOPs an instruction": flops / (WARPS * plain.instructions),
+        "prefill FLOPs an instruction": plain.flops / (WARPS * plain.instructions),
         "prefill products a step": plain.counts["HGMMA"],
         "prefill copies a step": max(loop.counts["UTMALDG"] for loop in fetches),
         "prefill spills in the loop": _spills(plain) + _spills(masked),

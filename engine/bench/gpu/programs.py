@@ -103,7 +103,7 @@ def compile_attention(
     found = footprint(compiled, slots * 2 * kv_heads * head_dim * cache.dtype.itemsize, kernels.values())
     group = q_heads // kv_heads
     found |= decode_figures(kernels["decode_chunks"], group=group, head_dim=head_dim)
-    return found | prefill_figures(kernels["prefill_tiles"], head_dim=head_dim)
+    return found | prefill_figures(kernels["prefill_tiles"])
 
 
 def compile_scatter(
@@ -150,4 +150,4 @@ def compile_yardstick(*, target: str, q_heads: int, kv_heads: int, head_dim: int
     q, k = (at.like((1, tokens, heads, head_dim), jnp.float16) for heads in (q_heads, kv_heads))
     compiled = at.compile(lambda q, k, v: attention_mgpu.attention(q, k, v, config), q, k, k)
     (kernel,) = fresh_kernels()
-    return footprint(compiled, 0, [kernel]) | prefill_figures(kernel, head_dim=head_dim)
+    return footprint(compiled, 0, [kernel]) | prefill_figures(kernel)

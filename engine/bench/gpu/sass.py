@@ -7,9 +7,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.errors import BackendUnsupported
+
 _LABEL = re.compile(r"^\.(L_x_\d+):")
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^\n]*)")
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)([^\n]*)")
 _JUMP = re.compile(r"\.(L_x_\d+)\)")
+_PRODUCT = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)")  # rows, columns, and what is summed over
 _USED = re.compile(r"Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _WARNING = re.compile(r"C75\d\d[^\n]*|[Ss]etmaxnreg[^\n]*ignored[^\n]*")
@@ -26,11 +29,18 @@ class Loop:
         first: number of its first instruction.
         last: number of the branch.
         counts: how often each opcode stands in it, without what follows a dot.
+        products: how often each shape of product stands in it, by rows, columns, and what is summed over.
     """
 
     first: int
     last: int
     counts: dict[str, int]
+    products: dict[tuple[int, int, int], int]
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the products of one turn."""
+        return sum(2 * rows * columns * depth * times for (rows, columns, depth), times in self.products.items())
 
     @property
     def instructions(self) -> int:
@@ -72,6 +82,9 @@ def read_kernel(sass: Path) -> Kernel:
     """Reads ``NAME_N.sass_ctrl``, the ``.ptxas`` beside it, and the last ``NAME_M.resources.txt`` with M up to N.
 
     Newer versions number the two apart, once a kernel comes again.
+
+    Raises:
+        BackendUnsupported: the assembler's report or the resources do not say what a kernel takes.
     """
     report, name, number = sass.with_suffix(".ptxas").read_text(), *sass.stem.rsplit("_", 1)
     numbers = (int(path.name.split(".")[0].rsplit("_", 1)[1]) for path in sass.parent.glob(f"{name}_*.resources.txt"))
@@ -79,12 +92,15 @@ def read_kernel(sass: Path) -> Kernel:
     resources = (sass.parent / f"{name}_{last}.resources.txt").read_text()
     used, spills = _USED.search(report), _SPILLS.findall(report)
     shared = _SHARED.search(resources)
+    if not (used and spills and shared):
+        # Taken for zeros they would pass every check.
+        raise BackendUnsupported(f"cannot read what {name} takes: this compiler reports it in other words:\n{report}")
     barriers = sum(int(number) * int(times) for number, times in _BARRIERS.findall(resources))
     return Kernel(
         name=name,
-        registers=int(used[1]) if used else 0,
+        registers=int(used[1]),
         spilled_bytes=sum(int(stores) + int(loads) for stores, loads in spills),
-        shared_bytes=(int(shared[1]) if shared else 0) + BARRIER_BYTES * barriers,
+        shared_bytes=int(shared[1]) + BARRIER_BYTES * barriers,
         warnings=_WARNING.findall(report),
         loops=read_loops(sass.read_text()),
     )
@@ -104,6 +120,8 @@ def read_loops(text: str) -> list[Loop]:
         target = _JUMP.search(operands) if opcode.startswith("BRA") else None
         first = labels.get(target[1], len(code)) if target else len(code)
         if first <= last:
-            counts = Counter(name.split(".")[0] for name, _ in code[first : last + 1])
-            loops.append(Loop(first, last, dict(counts)))
+            names = [name for name, _ in code[first : last + 1]]
+            counts = Counter(name.split(".")[0] for name in names)
+            shapes = Counter((int(m[1]), int(m[2]), int(m[3])) for m in map(_PRODUCT.match, names) if m)
+            loops.append(Loop(first, last, dict(counts), dict(shapes)))
     return loops
