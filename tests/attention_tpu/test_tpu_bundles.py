@@ -8,7 +8,7 @@ from engine.bench import tpu_static
 from engine.bench.tpu import baseline
 from engine.bench.tpu.bundles import read_program
 from engine.bench.tpu.figures import find_lanes, rival_figures
-from engine.bench.tpu.hlo import aliases, collectives, instructions, kernel_vmem_bytes, moves_of_at_least
+from engine.bench.tpu.hlo import aliases, collectives, instructions, kernel_vmem_bytes, launches, moves_of_at_least
 from engine.errors import BackendUnsupported
 
 # (loop begins here, depth, MXU instructions) of each bundle: a loop of two blocks' loops as the kernel has them.
@@ -97,6 +97,48 @@ def test_instructions_carry_the_bytes_of_their_largest_array():
     assert moves_of_at_least(HLO, 64) == ["copy copy.2: 64 bytes"]
     assert collectives(HLO) == ["all-gather bf16[16]"]
     assert kernel_vmem_bytes(HLO) == {"kernel.1": 4096}
+
+
+LAUNCHING = """
+%region (a: s32[], b: s32[]) -> s32[] {
+  ROOT %sum = s32[] add(%a, %b)
+}
+
+%body (t: (s32[], s32[4])) -> (s32[], s32[4]) {
+  %t = (s32[], s32[4]{0}) parameter(0)
+  %f1 = s32[4]{0} fusion(%t), kind=kLoop, calls=%inner
+  %copy.1 = s32[4]{0} copy(%f1)
+  ROOT %next = (s32[], s32[4]{0}) tuple(%f1, %copy.1)
+}
+
+%short (p: s32[4]) -> s32[4] {
+  ROOT %p = s32[4]{0} parameter(0)
+}
+
+%long (p.1: s32[4]) -> s32[4] {
+  %p.1 = s32[4]{0} parameter(0)
+  ROOT %f2 = s32[4]{0} fusion(%p.1), kind=kLoop, calls=%inner
+}
+
+ENTRY %main (x: s32[4]) -> s32[4] {
+  %x = s32[4]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %sums = s32[] reduce(%x, %zero), dimensions={0}, to_apply=%region
+  %start = (s32[], s32[4]{0}) tuple(%zero, %x)
+  %known = (s32[], s32[4]{0}) while(%start), condition=%less, body=%body, \
+backend_config={"known_trip_count":{"n":"6"}}
+  %unknown = (s32[], s32[4]{0}) while(%known), condition=%less, body=%body
+  %either = s32[4]{0} conditional(%sums, %x, %x), branch_computations={%short, %long}
+  %moving = (s32[4]{0}, s32[4]{0}) copy-start(%either)
+  %moved = s32[4]{0} copy-done(%moving)
+  %kernel = s32[4]{0} custom-call(%moved), custom_call_target="mosaic_gpu_v2"
+  ROOT %out = s32[4]{0} bitcast(%kernel)
+}
+"""
+
+
+def test_launches_count_the_turns_of_loops_and_the_longest_branch():
+    assert launches(LAUNCHING) == 1 + 6 * 2 + 2 + 1 + 1 + 1  # sums, known, unknown, either, moving, kernel
 
 
 GOOD = {

@@ -17,7 +17,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 ALLOWED = 0.05
-GUARDED = ("decode instructions a step", "prefill instructions a step", "prefill instructions a masked step")
+GUARDED = (
+    "decode instructions a step", "prefill instructions a step", "prefill instructions a masked step", "launches"
+)  # fmt: skip
 
 Figures = dict[str, float]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from engine.bench.gpu.sass import Kernel, Loop
-from engine.bench.tpu.hlo import moves_of_at_least
+from engine.bench.tpu.hlo import launches, moves_of_at_least
 from engine.errors import BackendUnsupported
 
 ROWS = 64  # of a product: those of one warpgroup
@@ -14,13 +14,14 @@ WARPS = 4  # of a warpgroup
 
 
 def footprint(compiled: Any, cache_bytes: int, kernels: Iterable[Kernel]) -> dict[str, Any]:
-    """What a compiled program over a donated cache takes and moves, in bytes, and what each kernel takes."""
+    """What a compiled program over a donated cache takes, moves and launches, and what each kernel takes."""
     memory = compiled.memory_analysis()
     text = compiled.as_text() or ""
     return {
         "cache bytes": cache_bytes,
         "temporary bytes": memory.temp_size_in_bytes,
         "alias bytes": memory.alias_size_in_bytes,
+        "launches": launches(text),
         "moves": moves_of_at_least(text, cache_bytes // 2) if cache_bytes else [],
         "kernels": {
             kernel.name: {

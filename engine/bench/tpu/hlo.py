@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 _NAME = re.compile(r"^\s*(?:ROOT )?%?([\w.\-<>]+) = ")
-_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-<>]+) \(.*\{\s*$")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-<>]+) \(.*\{\s*$")
 _CALLS = re.compile(r"fusion\(.*\bcalls=%?([\w.\-<>]+)")
 _SCOPED = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
 _ALIAS = re.compile(r"\{[\d, ]*\}: \(\d+, \{[\d, ]*\}, (?:may|must)-alias\)")
-# They name memory and move none of it.
-_FREE = {"parameter", "bitcast", "tuple", "get-tuple-element", "custom-call", "while", "conditional", "call"}
+_CALLED = re.compile(r"\b(?:to_apply|body|true_computation|false_computation)=%?([\w.\-<>]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+# They name memory, and move and compute nothing.
+_NAMES = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
+_CALLERS = {"while", "conditional", "call"}
+# They make no array anew.
+_FREE = (_NAMES - {"constant"}) | _CALLERS | {"custom-call"}
+ENTRY = "ENTRY"
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -28,6 +36,7 @@ class Instruction:
         largest: the largest array among its results, e.g. "bf16[8,128]".
         largest_bytes: its bytes.
         line: its whole line.
+        computation: the computation it stands in; ``ENTRY`` is the program's own.
     """
 
     name: str
@@ -35,19 +44,21 @@ class Instruction:
     largest: str
     largest_bytes: int
     line: str
+    computation: str
 
 
 def instructions(text: str) -> Iterator[Instruction]:
     """Instructions of a program in the order of its text, but for those inside fusions, whose values are no arrays."""
-    fused, inside = set(_CALLS.findall(text)), False
+    fused, inside, computation = set(_CALLS.findall(text)), False, ENTRY
     for line in text.splitlines():
         if header := _HEADER.match(line):
-            inside = header[1] in fused
+            inside, computation = header[2] in fused, ENTRY if header[1] else header[2]
         elif not inside and (match := _NAME.match(line)):
             shape, rest = _split_shape(line[match.end() :])
             opcode = rest.lstrip().split("(", 1)[0]
             largest = max(_ARRAY.finditer(shape), key=_bytes, default=None)
-            yield Instruction(match[1], opcode, largest[0] if largest else "", _bytes(largest) if largest else 0, line)
+            array, size = (largest[0], _bytes(largest)) if largest else ("", 0)
+            yield Instruction(match[1], opcode, array, size, line, computation)
 
 
 def moves_of_at_least(text: str, size: int) -> list[str]:
@@ -60,6 +71,26 @@ def moves_of_at_least(text: str, size: int) -> list[str]:
         for found in instructions(text)
         if found.largest_bytes >= size and found.opcode not in _FREE
     ]
+
+
+def launches(text: str) -> int:
+    """How many kernels and copies one run of a GPU's program launches, one after the other.
+
+    A loop counts the turns it is known to take, else one; of branches the longest counts; a call of a library is one.
+    """
+    bodies = defaultdict(list)
+    for found in instructions(text):
+        bodies[found.computation].append(found)
+
+    def of(found: Instruction) -> int:
+        if found.opcode in _CALLERS:
+            names = _CALLED.findall(found.line)
+            names += [name.strip(" %") for names in _BRANCHES.findall(found.line) for name in names.split(",")]
+            turns = _TURNS.search(found.line)
+            return (int(turns[1]) if turns else 1) * max(sum(map(of, bodies[name])) for name in names)
+        return int(found.opcode not in _NAMES and not found.opcode.endswith("-done"))
+
+    return sum(map(of, bodies[ENTRY]))
 
 
 def kernel_vmem_bytes(text: str) -> dict[str, int]:

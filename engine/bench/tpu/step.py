@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from engine.attention.backend import FlashAttentionBackend
 from engine.attention.sharded import MeshAttention
-from engine.bench.tpu.hlo import aliases, collectives, kernel_vmem_bytes, moves_of_at_least
+from engine.bench.tpu.hlo import aliases, collectives, kernel_vmem_bytes, launches, moves_of_at_least
 from engine.kv.pool import TokenToKVPool
 from engine.kv.split import buffer_spec
 from engine.models.llama import Llama
@@ -121,6 +121,7 @@ def compile_step_on(
         "alias bytes": memory.alias_size_in_bytes,
         "temporary bytes": memory.temp_size_in_bytes,
         "VMEM bytes": list(kernel_vmem_bytes(text).values()),
+        "launches": launches(text),
         "collectives": dict(Counter(collectives(text))),
         "moves": moves_of_at_least(text, layer_bytes),
     }
