@@ -135,8 +135,10 @@ def locate_new_tokens(
 def sequence_of_tokens(cu_q_lens: Any, *, num_tokens: int, xp: ModuleType = np) -> Any:
     """Which sequence of the step each new token belongs to; int32 ``[num_tokens]``, 0 in padding."""
     tokens = xp.arange(num_tokens, dtype=xp.int32)
+    # jax's own choice is a loop of tiny programs, one after the other, before the first layer of each step.
+    options: dict[str, Any] = {} if xp is np else {"method": "scan_unrolled"}
     # side="right" steps over sequences without new tokens, wherever they stand.
-    rows = xp.searchsorted(cu_q_lens, tokens, side="right") - 1
+    rows = xp.searchsorted(cu_q_lens, tokens, side="right", **options) - 1
     return xp.where(is_live(cu_q_lens, num_tokens=num_tokens, xp=xp), rows, 0)
 
 

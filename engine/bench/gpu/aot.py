@@ -10,7 +10,7 @@ from typing import Any
 from engine.bench.compiling import compile_cases
 from engine.bench.gpu.toolchain import SITE, require_compiler
 
-# What XLA must know of a device to compile for it; the values are those of its own descriptions of these devices.
+# What XLA must know of a device to compile for it: the data sheets' values.
 _COMMON = {
     "threads_per_block_limit": 1024,
     "threads_per_warp": 32,
