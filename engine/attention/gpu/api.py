@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
 
 from engine.attention.gpu.kernel.decode import decode_chunks
 from engine.attention.gpu.kernel.merge import merge_chunks
@@ -19,6 +21,7 @@ from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.kv.layout import to_stored
 from engine.kv.scatter_gpu import scatter_gpu
 
+HeadValues = jax.Array | npt.NDArray[np.float32]  # NumPy's where they are known: constants are launched by nobody
 BLOCKS = 132  # streaming multiprocessors of an H100 or H200 with SXM; right, if slower, on any other
 SMALLEST_FACTOR = 1e-30  # in place of 0, whose product with minus infinity is NaN
 
@@ -103,27 +106,29 @@ def _attend(
     """Out ``[T, Hq, D]``, and the log-sum-exps of decode rows and of tiles."""
     cache = fused_kv.reshape(fused_kv.shape[0], sizes.heads, 2 * sizes.head_dim)
     factor, v_scale = _factors(heads, spec, sizes.heads)
-    sinks = jnp.zeros(q.shape[1], jnp.float32)
+    sinks: HeadValues = np.zeros(q.shape[1], np.float32)
     if heads.sinks is not None:
         sinks = jnp.asarray(heads.sinks, jnp.float32) * LOG2_E
     queries = _decode_queries(sizes, q, plan)
     part, part_lse = decode_chunks(sizes, queries, cache, plan.table, factor, plan.chunks, interpret=interpret)
     out, tile_lse = prefill_tiles(sizes, q, cache, plan.table, factor, v_scale, sinks, plan.tiles, interpret=interpret)
     written = jax.new_ref(out)
-    row_scale, row_sinks = _part_rows(sizes, jnp.repeat(v_scale, sizes.group)), _part_rows(sizes, sinks)
+    row_scale, row_sinks = _part_rows(sizes, v_scale.repeat(sizes.group)), _part_rows(sizes, sinks)
     row_lse = merge_chunks(sizes, part, part_lse, row_scale, row_sinks, plan.rows, written, interpret=interpret)
     return written[...], row_lse, tile_lse
 
 
-def _factors(heads: HeadArrays, spec: AttentionSpec, kv_heads: int) -> tuple[jax.Array, jax.Array]:
+def _factors(heads: HeadArrays, spec: AttentionSpec, kv_heads: int) -> tuple[HeadValues, HeadValues]:
     """What makes powers of two of each KV head's logits, and true values of its stored ones; ``[H]`` float32."""
-    factor = jnp.full(kv_heads, spec.sm_scale * LOG2_E, jnp.float32)
+    factor: HeadValues = np.full(kv_heads, max(spec.sm_scale * LOG2_E, SMALLEST_FACTOR), np.float32)
     if heads.k_scale is not None:
-        factor *= jnp.asarray(heads.k_scale, jnp.float32)
+        factor = factor * jnp.asarray(heads.k_scale, jnp.float32)
     if heads.logit_scale is not None:
-        factor *= jnp.abs(jnp.asarray(heads.logit_scale, jnp.float32))
-    v_scale = jnp.ones(kv_heads, jnp.float32) if heads.v_scale is None else jnp.asarray(heads.v_scale, jnp.float32)
-    return jnp.maximum(factor, SMALLEST_FACTOR), v_scale
+        factor = jnp.maximum(factor * jnp.abs(jnp.asarray(heads.logit_scale, jnp.float32)), SMALLEST_FACTOR)
+    v_scale: HeadValues = np.ones(kv_heads, np.float32)
+    if heads.v_scale is not None:
+        v_scale = jnp.asarray(heads.v_scale, jnp.float32)
+    return factor, v_scale
 
 
 def _decode_queries(sizes: Sizes, q: jax.Array, plan: Plan) -> jax.Array:
@@ -132,10 +137,12 @@ def _decode_queries(sizes: Sizes, q: jax.Array, plan: Plan) -> jax.Array:
     return jnp.pad(first, ((0, 0), (0, 0), (0, sizes.group_rows - sizes.group), (0, 0)))
 
 
-def _part_rows(sizes: Sizes, by_query_head: jax.Array) -> jax.Array:
+def _part_rows(sizes: Sizes, by_query_head: HeadValues) -> HeadValues:
     """``[Hq]`` as the rows ``[R]`` of a chunk's results, in whole tiles."""
-    grouped = jnp.pad(by_query_head.reshape(sizes.heads, sizes.group), ((0, 0), (0, sizes.group_rows - sizes.group)))
-    return jnp.pad(grouped.reshape(-1), (0, sizes.tiled_rows - sizes.chunk_rows))
+    xp: Any = jnp if isinstance(by_query_head, jax.Array) else np
+    grouped = xp.pad(by_query_head.reshape(sizes.heads, sizes.group), ((0, 0), (0, sizes.group_rows - sizes.group)))
+    rows: HeadValues = xp.pad(grouped.reshape(-1), (0, sizes.tiled_rows - sizes.chunk_rows))
+    return rows
 
 
 def _lse_of_tokens(

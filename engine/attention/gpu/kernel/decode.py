@@ -47,7 +47,7 @@ class _Item(NamedTuple):  # a chunk of one KV head: steps [first, first + steps)
 
 
 def decode_chunks(
-    sizes: Sizes, q: jax.Array, kv: jax.Array, table: jax.Array, factor: jax.Array, chunks: Chunks, *, interpret: Any
+    sizes: Sizes, q: jax.Array, kv: jax.Array, table: jax.Array, factor: Any, chunks: Chunks, *, interpret: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Attends every chunk of every decode row.
 

@@ -16,7 +16,7 @@ from engine.attention.gpu.work import Rows
 
 
 def merge_chunks(
-    sizes: Sizes, part: jax.Array, lse: jax.Array, v_scale: jax.Array, sinks: jax.Array, rows: Rows, out: Ref,
+    sizes: Sizes, part: jax.Array, lse: jax.Array, v_scale: Any, sinks: Any, rows: Rows, out: Ref,
     *, interpret: Any,
 ) -> jax.Array:  # fmt: skip
     """Writes the decode rows of ``out`` and zeroes its dead ones.

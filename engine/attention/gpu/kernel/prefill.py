@@ -63,8 +63,8 @@ class _Walk(NamedTuple):
 
 
 def prefill_tiles(
-    sizes: Sizes, q: jax.Array, kv: jax.Array, table: jax.Array, factor: jax.Array, v_scale: jax.Array,
-    sinks: jax.Array, tiles: Tiles, *, interpret: Any,
+    sizes: Sizes, q: jax.Array, kv: jax.Array, table: jax.Array, factor: Any, v_scale: Any,
+    sinks: Any, tiles: Tiles, *, interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Attends every tile of every row that has more than one new token.
 
