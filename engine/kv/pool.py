@@ -336,7 +336,8 @@ def _scatter_over(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array, 
 
     buffer, new = buffer_spec(mesh), new_tokens_spec(mesh)
     slots = spec_over(mesh, DATA_AXIS)
-    split = shard_over(write, mesh, in_specs=(buffer, slots, new, new), out_specs=buffer)
+    # Unchecked, or no Hopper GPU's kernel could be taken (engine/kv/scatter.py).
+    split = shard_over(write, mesh, in_specs=(buffer, slots, new, new), out_specs=buffer, check_vma=False)
     written: jax.Array = split(fused, loc, k, v)
     return written
 

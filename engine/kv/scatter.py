@@ -104,7 +104,8 @@ def _scatter(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> ja
     _, rows, lanes = fused.shape
     if view_is_free(rows, lanes, fused.dtype):
         choices["tpu"] = _scatter_dma
-    if _bulk_copies_fit(fused, k):
+    # Mosaic GPU refuses to write in place what is typed as varying over a mesh: within shard_map, pass check_vma=False.
+    if not _varying_axes(fused, loc, k, v) and _bulk_copies_fit(fused, k):
         choices["cuda"] = _scatter_bulk
     written: jax.Array = lax.platform_dependent(fused, loc, k, v, **choices, default=scatter_xla)
     return written
