@@ -108,6 +108,11 @@ def shard_over(
     return call
 
 
+def varying_axes(*operands: jax.Array) -> frozenset[str]:
+    """Within shard_map, the mesh axes over which any of the operands varies."""
+    return frozenset[str]().union(*(jax.typeof(operand).manual_axis_type.varying for operand in operands))
+
+
 def placed(tree: Any, mesh: Mesh | AbstractMesh, specs: Any) -> Any:
     """Traced arrays in a sharding each, whatever the kind of the mesh's axes.
 

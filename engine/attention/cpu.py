@@ -19,6 +19,7 @@ from engine.attention.xla import attend_xla
 from engine.errors import BackendUnsupported
 from engine.kv.scatter import set_kv_buffer
 from engine.native import library
+from engine.parallel import varying_axes
 
 DTYPES = ("float32", "bfloat16", "float16")
 NO_WINDOW = 2**30  # tokens, more than any context
@@ -86,7 +87,7 @@ def _attend_native(
         jnp.zeros(0, jnp.float32) if heads.sinks is None else jnp.asarray(heads.sinks, jnp.float32),
     )
     # Within shard_map the result varies over the mesh axes that any operand varies over.
-    axes = frozenset[str]().union(*(jax.typeof(operand).manual_axis_type.varying for operand in operands))
+    axes = varying_axes(*operands)
     lse_shape = q.shape[:2] if spec.return_lse else (0,)
     shapes = jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(lse_shape, jnp.float32)
     results = jax.ffi.ffi_call(library.ATTENTION, shapes, vmap_method="sequential")(

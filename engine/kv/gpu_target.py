@@ -32,3 +32,10 @@ def multiprocessors(default: int) -> int:
     if jax.sharding.get_abstract_mesh().abstract_device is None and jax.default_backend() == "gpu":
         return int(getattr(jax.devices()[0], "core_count", default))
     return default
+
+
+def may_be_split() -> bool:
+    """Whether arrays may be split over several GPUs where the trace cannot see it: not on one, nor within shard_map."""
+    return (
+        jax.default_backend() == "gpu" and jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes
+    )

@@ -18,12 +18,12 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from engine.errors import ShapeError
-from engine.kv.gpu_target import not_hopper
+from engine.kv.gpu_target import may_be_split, not_hopper
 from engine.kv.layout import bits_of, check_storage, merge_kv, pad_fused, refuse_donated, to_stored
 from engine.kv.split import split_of_heads
 from engine.kv.tpu_view import view_is_free
 from engine.native import library
-from engine.parallel import explicit_sharding, shard_over
+from engine.parallel import explicit_sharding, shard_over, varying_axes
 
 
 def set_kv_buffer(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -105,7 +105,7 @@ def _scatter(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> ja
     if view_is_free(rows, lanes, fused.dtype):
         choices["tpu"] = _scatter_dma
     # Mosaic GPU refuses to write in place what is typed as varying over a mesh: within shard_map, pass check_vma=False.
-    if not _varying_axes(fused, loc, k, v) and _bulk_copies_fit(fused, k):
+    if not varying_axes(fused, loc, k, v) and _bulk_copies_fit(fused, k):
         choices["cuda"] = _scatter_bulk
     written: jax.Array = lax.platform_dependent(fused, loc, k, v, **choices, default=scatter_xla)
     return written
@@ -122,7 +122,8 @@ def _scatter_dma(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -
 def _bulk_copies_fit(fused: jax.Array, k: jax.Array) -> bool:
     """Whether this is lowered for a Hopper GPU, whose kernel takes such rows; padded storage is another platform's."""
     _, heads, head_dim = k.shape
-    if not_hopper() is not None or fused.shape[1:] != (2 * heads, head_dim):
+    # Of a kernel XLA knows no parts: it would gather a cache that is split, where its own scatter stays in place.
+    if not_hopper() is not None or may_be_split() or fused.shape[1:] != (2 * heads, head_dim):
         return False
     from engine.kv.scatter_gpu import rows_are_copied
 
@@ -140,8 +141,8 @@ def _scatter_distinct(
     kernel: Callable[..., jax.Array], fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array
 ) -> jax.Array:
     """Calls a kernel that may write in any order, with the last of equal slots alone."""
-    axes = _varying_axes(fused, loc, k, v)
-    missing = [axes - _varying_axes(operand) for operand in (fused, loc, k, v)]
+    axes = varying_axes(fused, loc, k, v)
+    missing = [axes - varying_axes(operand) for operand in (fused, loc, k, v)]
     fused, loc, k, v = (
         lax.pcast(operand, tuple(more), to="varying") if more else operand
         for operand, more in zip((fused, loc, k, v), missing, strict=True)
@@ -152,18 +153,13 @@ def _scatter_distinct(
     return written
 
 
-def _varying_axes(*operands: jax.Array) -> frozenset[str]:
-    """Within shard_map, the mesh axes over which any of the operands varies."""
-    return frozenset[str]().union(*(jax.typeof(operand).manual_axis_type.varying for operand in operands))
-
-
 def scatter_native(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Calls the native kernel, which writes in order; arguments as ``scatter_xla``, CPU only."""
     result = jax.ShapeDtypeStruct(fused.shape, fused.dtype)
     call = jax.ffi.ffi_call(library.SCATTER, result, input_output_aliases={0: 0}, vmap_method="sequential")
     written: jax.Array = call(fused, loc, k, v)
     # Within shard_map the kernel's result must be said to vary over the mesh axes that its operands vary over.
-    axes = _varying_axes(fused, loc, k, v)
+    axes = varying_axes(fused, loc, k, v)
     return lax.pcast(written, tuple(axes), to="varying") if axes else written
 
 

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
 
 from engine import ragged_paged_attention
+from engine.attention.gpu import backend
 from engine.attention.gpu.backend import check_supported
 from engine.attention.spec import AttentionSpec
 from engine.errors import BackendUnsupported
@@ -83,3 +85,22 @@ def test_the_target_is_that_of_the_abstract_mesh(kind: str, taken: bool) -> None
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
         assert (not_hopper() is None) == taken
         assert multiprocessors(132) == 132
+
+
+@pytest.mark.skipif(jax.__version_info__ < OLDEST_JAX, reason="no kernel to be traced before jax 0.11.2")
+def test_within_a_checked_shard_map_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "not_hopper", lambda: None)
+    mesh, by_head, whole = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",)), P(None, "x"), P()
+
+    def attend(q: jax.Array, k: jax.Array, pool: jax.Array, *described: jax.Array) -> jax.Array:
+        table, bounds, lens = described
+        call = {"page_table": table, "cu_q_lens": bounds, "kv_lens": lens, "page_size": 16, "impl": "gpu"}
+        return ragged_paged_attention(q, k, k, pool, **call)[0]
+
+    split = jax.shard_map(
+        attend, mesh=mesh, in_specs=(by_head, by_head, by_head, whole, whole, whole), out_specs=by_head
+    )
+    arrays = [jnp.zeros(shape, jnp.float16) for shape in ((3, 4, 64), (3, 2, 64), (32, 4, 64))]
+    integers = [jnp.array(values, jnp.int32) for values in ([[1]], [0, 3], [3])]
+    with pytest.raises(BackendUnsupported, match=r"varying over x; pass check_vma=False"):
+        jax.jit(split).trace(*arrays, *integers)

@@ -98,3 +98,11 @@ def test_a_pool_over_a_mesh_takes_it() -> None:
 
     program = str(jax.jit(write).trace(pool, *shapes()[1:]).lower(lowering_platforms=("cuda",)).as_text())
     assert KERNEL in program
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_on_several_gpus_a_cache_that_may_be_split_is_left_to_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scatter, "may_be_split", lambda: True)
+    program = str(jax.jit(set_kv_buffer).trace(*shapes()).lower(lowering_platforms=("cuda",)).as_text())
+    assert XLAS in program
+    assert KERNEL not in program

@@ -10,6 +10,7 @@ from engine.attention.metadata import AttentionMetadata
 from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.errors import BackendUnsupported
 from engine.kv.gpu_target import multiprocessors, not_hopper
+from engine.parallel import varying_axes
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)
@@ -35,6 +36,11 @@ def attend_gpu(
     missing = not_hopper()
     if missing is not None:
         raise BackendUnsupported(f"attention impl='gpu' cannot run: {missing}; use impl='auto'")
+    if axes := varying_axes(q, k, v, fused_kv):
+        raise BackendUnsupported(
+            f"attention impl='gpu' cannot write in place what is typed as varying over {', '.join(sorted(axes))}; pass "
+            "check_vma=False to shard_map, or use impl='xla'"
+        )
     check_supported(q, k, fused_kv, spec)
     # Only here: Pallas takes long to import, and no other platform needs it.
     from engine.attention.gpu.api import BLOCKS, ragged_paged_attention_gpu
