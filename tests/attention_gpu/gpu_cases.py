@@ -24,7 +24,8 @@ from engine.kv.gpu_target import OLDEST_JAX
 __all__ = ["HOPPER_CASES", "NEEDS_MOSAIC", "Case", "Geometry", "check", "make_case", "same_bits"]
 
 NEEDS_MOSAIC = [
-    pytest.mark.timeout(300),  # a wait for what never comes hangs
+    # A wait for what never comes hangs, out of reach of a signal's handler: the process is ended.
+    pytest.mark.timeout(300, method="thread"),
     pytest.mark.skipif(
         jax.__version_info__ < OLDEST_JAX,
         reason=f"jax {jax.__version__} has no whole interpreter of Mosaic GPU kernels; jax 0.11.2 needs Python 3.12",
