@@ -5,16 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "attention"))
 from attention_oracle import Case, Geometry, make_case, relative_error, same_bits
 
 from engine.attention.metadata import AttentionMetadata
