@@ -53,7 +53,7 @@ def compile_cases(
 
 
 def _converse(process: subprocess.Popen[str], cases: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    stdin, stdout = _pipes(process)
+    stdin, stdout = pipes_of(process)
     json.dump(list(cases), stdin)
     stdin.close()
     for line in stdout:
@@ -62,9 +62,10 @@ def _converse(process: subprocess.Popen[str], cases: Sequence[dict[str, Any]]) -
     process.wait()
 
 
-def _pipes(process: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
+def pipes_of(process: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
+    """What a process reads and what it writes; raises BackendUnsupported where it has no pipes."""
     if process.stdin is None or process.stdout is None:
-        raise BackendUnsupported("the compiler's process has no pipes")
+        raise BackendUnsupported("a process that was started for the benchmark has no pipes")
     return process.stdin, process.stdout
 
 

@@ -16,8 +16,9 @@ from rich.table import Table
 
 from engine.bench.gpu import baseline
 from engine.bench.gpu.aot import TARGETS, compile_each
+from engine.bench.static_options import add_baseline_argument, add_shape_arguments, shape_of, shown, write_baseline
 from engine.errors import BackendUnsupported
-from engine.terminal import count, plain_console
+from engine.terminal import plain_console
 
 OURS = "engine.bench.gpu.programs:compile_attention"
 YARDSTICK = "engine.bench.gpu.programs:compile_yardstick"
@@ -63,36 +64,19 @@ def _compiled(target: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
     parser.add_argument("--target", choices=TARGETS, default=DEFAULTS["target"])
-    parser.add_argument("--page", type=count, default=16, help="tokens a page")
-    parser.add_argument("--q-heads", type=count, default=DEFAULTS["q_heads"])
-    parser.add_argument("--kv-heads", type=count, default=DEFAULTS["kv_heads"])
-    parser.add_argument("--head-dim", type=count, default=DEFAULTS["head_dim"])
-    parser.add_argument("--dtype", default=DEFAULTS["dtype"], help="of queries and cache")
-    parser.add_argument(
-        "--write-baseline",
-        type=Path,
-        nargs="?",
-        const=BASELINE,
-        metavar="FILE",
-        help="measure the shapes that the tests guard and write them down for this jax (default: %(const)s)",
-    )
+    add_shape_arguments(parser, DEFAULTS, page_size=16, dtype_of="queries and cache")
+    add_baseline_argument(parser, BASELINE, "jax")
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints one figure a line, or writes the baseline."""
     if args.write_baseline:
         found = measure(list(baseline.SHAPES.values()))
-        baseline.write(args.write_baseline, jax.__version__, dict(zip(baseline.SHAPES, found, strict=True)))
+        figures = dict(zip(baseline.SHAPES, found, strict=True))
+        write_baseline(args.write_baseline, jax.__version__, figures, baseline.GUARDED)
         print(f"{len(found)} shapes written to {args.write_baseline} for jax {jax.__version__}")
         return
-    shape = {
-        "target": args.target,
-        "page_size": args.page,
-        "q_heads": args.q_heads,
-        "kv_heads": args.kv_heads,
-        "head_dim": args.head_dim,
-        "dtype": args.dtype,
-    }
+    shape = {"target": args.target} | shape_of(args)
     ours, theirs = measure([shape])[0], measure_yardstick(shape)
     print_tables(args, ours, theirs)
 
@@ -110,7 +94,7 @@ def print_tables(args: argparse.Namespace, ours: dict[str, Any], theirs: dict[st
         if isinstance(value, int | float):
             other = theirs.get(name) if name.startswith("prefill") else None
             costs.add_row(
-                name, _number(value), "" if other is None else _number(other), f"{value / other:.2f}" if other else ""
+                name, shown(value), "" if other is None else shown(other), f"{value / other:.2f}" if other else ""
             )
     takes = Table("kernel", title="of each kernel", title_justify="left")
     for column in ("registers", "spilled bytes", "shared bytes"):
@@ -122,7 +106,3 @@ def print_tables(args: argparse.Namespace, ours: dict[str, Any], theirs: dict[st
     console.print(takes)
     for move in ours["moves"]:
         print(f"moves the cache: {move}")
-
-
-def _number(value: float) -> str:
-    return f"{value:,.2f}" if value != int(value) else f"{value:,.0f}"

@@ -13,12 +13,13 @@ from typing import Any
 import jax
 from rich.table import Table
 
+from engine.bench.static_options import add_baseline_argument, add_shape_arguments, shape_of, shown, write_baseline
 from engine.bench.tpu import baseline
 from engine.bench.tpu.aot import TOPOLOGIES, compile_each
 from engine.bench.tpu.libtpu import libtpu_version
 from engine.bench.tpu.rival import REQUIREMENT, install
 from engine.errors import BackendUnsupported
-from engine.terminal import count, plain_console
+from engine.terminal import plain_console
 
 OURS = "engine.bench.tpu.programs:compile_attention"
 RIVAL = "engine.bench.tpu.rival:compile_rival"
@@ -68,22 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
     parser.add_argument("--gen", choices=TOPOLOGIES, default="v6e")
     parser.add_argument("--mode", choices=("both", "decode", "prefill"), default="both", help="which figures to print")
-    parser.add_argument("--page", type=count, default=128, help="tokens a page")
-    parser.add_argument("--q-heads", type=count, default=DEFAULTS["q_heads"])
-    parser.add_argument("--kv-heads", type=count, default=DEFAULTS["kv_heads"])
-    parser.add_argument("--head-dim", type=count, default=DEFAULTS["head_dim"])
-    parser.add_argument("--dtype", default=DEFAULTS["dtype"], help="of the cache")
+    add_shape_arguments(parser, DEFAULTS, page_size=128, dtype_of="the cache")
     parser.add_argument(
         "--rival", action="store_true", help=f"also fetch {REQUIREMENT} from PyPI, compile it, and print ours over it"
     )
-    parser.add_argument(
-        "--write-baseline",
-        type=Path,
-        nargs="?",
-        const=BASELINE,
-        metavar="FILE",
-        help="measure the shapes that the tests guard and write them down for this libtpu (default: %(const)s)",
-    )
+    add_baseline_argument(parser, BASELINE, "libtpu")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -91,17 +81,11 @@ def run(args: argparse.Namespace) -> None:
     version = libtpu_version()
     if args.write_baseline:
         found = measure(list(baseline.SHAPES.values()))
-        baseline.write(args.write_baseline, version, dict(zip(baseline.SHAPES, found, strict=True)))
+        figures = dict(zip(baseline.SHAPES, found, strict=True))
+        write_baseline(args.write_baseline, version, figures, baseline.GUARDED)
         print(f"{len(found)} shapes written to {args.write_baseline} for libtpu {version}")
         return
-    shape = {
-        "gen": args.gen,
-        "page_size": args.page,
-        "q_heads": args.q_heads,
-        "kv_heads": args.kv_heads,
-        "head_dim": args.head_dim,
-        "dtype": args.dtype,
-    }
+    shape = {"gen": args.gen} | shape_of(args)
     ours = measure([shape])[0]
     theirs = measure_rival(shape) if args.rival else {}
     title = (
@@ -125,16 +109,12 @@ def _print(title: str, ours: dict[str, float], theirs: dict[str, Any]) -> None:
     for column in columns:
         table.add_column(column, justify="right")
     for name, value in ours.items():
-        cells = [_number(value)]
+        cells = [shown(value)]
         if theirs:
             rival = theirs.get(name)
             ratio = "" if rival is None or not rival else f"{value / rival:.2f}"
-            cells += ["" if rival is None else _number(rival), ratio]
+            cells += ["" if rival is None else shown(rival), ratio]
         table.add_row(name, *cells)
     plain_console(width=120).print(table)
     if "prefill blocks" in theirs:
         print("their prefill blocks (queries, keys fetched, queries and keys computed):", *theirs["prefill blocks"])
-
-
-def _number(value: float) -> str:
-    return f"{value:,.3f}" if abs(value) < 100 and value != int(value) else f"{value:,.0f}"

@@ -17,7 +17,7 @@ from engine.kv.scatter_gpu import scatter_gpu
 def compile_wide_steps() -> dict[str, Any]:
     """Prefill by steps of 256 keys, whose logits alone fill half of the registers."""
     at = _Target("h100")
-    sizes = Sizes(8, 4, 128, 16, jnp.dtype("bfloat16"), prefill_tokens=256, prefill_stages=1)
+    sizes = Sizes(8, 4, 128, 16, jnp.dtype("bfloat16"), 132, prefill_tokens=256, prefill_stages=1)
     ints = [at.like((16,), jnp.int32)] * 5 + [at.like((1,), jnp.int32)]
     floats = [at.like((heads,), jnp.float32) for heads in (8, 8, 32)]
     arrays = [at.like((1024, 32, 128), jnp.bfloat16), at.like((4096, 8, 256), jnp.bfloat16)]

@@ -11,12 +11,13 @@ from aot_gpu import NEEDS_COMPILER, PROGRAMS, check_footprint, shape
 
 from engine.bench.gpu import baseline
 from engine.bench.gpu.aot import compile_each
+from engine.bench.static_options import read_baseline
 from engine.config import read_toml
 
 pytestmark = NEEDS_COMPILER
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-BASELINE = baseline.read(Path(__file__).with_name("static_baseline.json"), jax.__version__)
+BASELINE = read_baseline(Path(__file__).with_name("static_baseline.json"), jax.__version__)
 KERNELS = {"scatter_rows", "decode_chunks", "prefill_tiles", "merge_chunks"}
 FAST = {
     "h100 page 16": shape(),

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from engine.bench import tpu_static
+from engine.bench.static_options import read_baseline, write_baseline
 from engine.bench.tpu import baseline
 from engine.bench.tpu.bundles import read_program
 from engine.bench.tpu.figures import find_lanes, rival_figures
@@ -169,12 +170,12 @@ def test_more_than_a_tenth_and_the_slack_is_a_regression(name, worse, allowed):
 
 def test_a_baseline_is_kept_by_version(tmp_path):
     path = tmp_path / "baseline.json"
-    assert baseline.read(path, "0.1") == {}
-    baseline.write(path, "0.1", {"a": GOOD | {"not guarded": 1}})
-    baseline.write(path, "0.2", {"a": GOOD | {"VMEM bytes": 1}})
-    assert baseline.read(path, "0.1") == {"a": GOOD}
-    assert baseline.read(path, "0.2")["a"]["VMEM bytes"] == 1
-    assert baseline.read(path, "0.3") == {}
+    assert read_baseline(path, "0.1") == {}
+    write_baseline(path, "0.1", {"a": GOOD | {"not guarded": 1}}, baseline.GUARDED)
+    write_baseline(path, "0.2", {"a": GOOD | {"VMEM bytes": 1}}, baseline.GUARDED)
+    assert read_baseline(path, "0.1") == {"a": GOOD}
+    assert read_baseline(path, "0.2")["a"]["VMEM bytes"] == 1
+    assert read_baseline(path, "0.3") == {}
     assert sorted(json.loads(path.read_text())) == ["0.1", "0.2"]
 
 

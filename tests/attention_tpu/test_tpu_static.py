@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 from aot_support import NEEDS_LIBTPU
 
+from engine.bench.static_options import read_baseline
 from engine.bench.tpu import baseline
 from engine.bench.tpu.libtpu import libtpu_version, missing_compiler
 from engine.bench.tpu_static import measure
 
 pytestmark = NEEDS_LIBTPU
 
-BASELINE = baseline.read(Path(__file__).with_name("static_baseline.json"), libtpu_version()) if not missing_compiler() \
+BASELINE = read_baseline(Path(__file__).with_name("static_baseline.json"), libtpu_version()) if not missing_compiler() \
     else {}  # fmt: skip
 FAST = ["v6e page 128", "v6e page 16"]
 

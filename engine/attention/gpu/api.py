@@ -60,7 +60,7 @@ def ragged_paged_attention_gpu(
     if not q.shape[0] or not metadata.kv_lens.shape[0]:
         nothing = jnp.zeros_like(q), fused_kv, jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
         return nothing if spec.return_lse else nothing[:2]
-    sizes = make_sizes(q, k.shape[1], spec, has_sinks=heads.sinks is not None, blocks=blocks, interpret=bool(interpret))
+    sizes = _sizes(q, k.shape[1], spec, has_sinks=heads.sinks is not None, blocks=blocks, interpret=bool(interpret))
     _, k, v = HeadArrays(k_scale=heads.k_scale, v_scale=heads.v_scale).scale(q[:0], k, v)
     if heads.logit_scale is not None:  # its sign goes to q, which keeps its bits
         q = jnp.where(heads.logit_scale < 0, -q, q)
@@ -76,16 +76,7 @@ def ragged_paged_attention_gpu(
     return out, fused_kv, lse
 
 
-def make_sizes(
-    q: jax.ShapeDtypeStruct | jax.Array,
-    kv_heads: int,
-    spec: AttentionSpec,
-    *,
-    has_sinks: bool = False,
-    blocks: int = BLOCKS,
-    interpret: bool = False,
-) -> Sizes:
-    """The static sizes of a call; of ``q[T, Hq, D]`` only shape and dtype are read."""
+def _sizes(q: jax.Array, kv_heads: int, spec: AttentionSpec, *, has_sinks: bool, blocks: int, interpret: bool) -> Sizes:
     return Sizes(
         heads=kv_heads,
         group=q.shape[1] // kv_heads,

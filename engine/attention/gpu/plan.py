@@ -29,6 +29,9 @@ def make_plan(sizes: Sizes, metadata: AttentionMetadata, *, num_tokens: int, cac
         metadata: the step's.
         num_tokens: T.
         cache_pages: pages of the cache, the null page included.
+
+    Returns:
+        The plan: C is the most chunks that B rows are cut into, N the most tiles that T tokens make.
     """
     page_table, cu_q_lens, kv_lens = (
         jnp.asarray(array, jnp.int32) for array in (metadata.page_table, metadata.cu_q_lens, metadata.kv_lens)
@@ -90,8 +93,7 @@ def _cut_prefill(
     ends = jnp.cumsum(counts, dtype=jnp.int32)
     index = jnp.arange(capacity, dtype=jnp.int32)
     row = jnp.minimum(jnp.searchsorted(ends, index, side="right", method="compare_all"), batch - 1).astype(jnp.int32)
-    skipped = (ends[row] - 1 - index) * width
-    skipped = jnp.maximum(skipped, 0)
+    skipped = jnp.maximum((ends[row] - 1 - index) * width, 0)
     return Tiles(
         row=row,
         token=cu_q_lens[row] + skipped,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
+
+from engine.bench.static_options import Figures
 
 SHAPES: dict[str, dict[str, Any]] = {
     "h100 page 16": {"page_size": 16},
@@ -20,21 +20,6 @@ ALLOWED = 0.05
 GUARDED = (
     "decode instructions a step", "prefill instructions a step", "prefill instructions a masked step", "launches"
 )  # fmt: skip
-
-Figures = dict[str, float]
-
-
-def read(path: Path, version: str) -> dict[str, Figures]:
-    """Figures by shape that were written for this version of jax; empty where none were."""
-    table: dict[str, dict[str, Figures]] = json.loads(path.read_text()) if path.exists() else {}
-    return table.get(version, {})
-
-
-def write(path: Path, version: str, found: dict[str, dict[str, Any]]) -> None:
-    """Writes what is guarded of ``found`` for this version, and leaves the other versions as they are."""
-    table = json.loads(path.read_text()) if path.exists() else {}
-    table[version] = {shape: {name: figures[name] for name in GUARDED} for shape, figures in sorted(found.items())}
-    path.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
 
 
 def regressions(expected: Figures, found: dict[str, Any]) -> list[str]:

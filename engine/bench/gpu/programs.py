@@ -125,7 +125,7 @@ def compile_step(*, target: str, tp: int = 1, **sizes: Any) -> dict[str, Any]:
     """Compiles the serving runner's step of a Llama for ``tp`` GPUs; ``sizes`` are those of ``compile_step_on``.
 
     Returns:
-        What ``compile_step_on`` does, and what each kernel takes.
+        What ``compile_step_on`` does, and the names of the kernels that were compiled for it.
     """
     from engine.bench.tpu.step import compile_step_on
 

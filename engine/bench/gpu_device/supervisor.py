@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from engine.bench.compiling import pipes_of
 from engine.bench.gpu_device.sections import Section
 
 COMPILE_PATIENCE = 120.0  # seconds without a word while nothing runs: a start and a compile
@@ -107,19 +108,18 @@ class _Worker:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT | os.environ
         )
+        stdin, self._stdout = pipes_of(self._process)
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        assert self._process.stdin is not None
         try:
-            json.dump(list(left.items()), self._process.stdin)
-            self._process.stdin.close()
+            json.dump(list(left.items()), stdin)
+            stdin.close()
         except BrokenPipeError:
             pass  # its end is seen below
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
-        with self._process.stdout as lines:
+        with self._stdout as lines:
             for line in lines:
                 self._lines.put(line)
         self._lines.put(None)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
+
+from engine.bench.static_options import Figures
 
 SHAPES: dict[str, dict[str, Any]] = {
     "v6e page 128": {"gen": "v6e", "page_size": 128},
@@ -25,23 +25,6 @@ GUARDED = {
     "prefill hot loop spills": (-1, SLACK_SPILLS),
     "VMEM bytes": (-1, SLACK_VMEM_BYTES),
 }
-
-Figures = dict[str, float]
-
-
-def read(path: Path, version: str) -> dict[str, Figures]:
-    """Figures by shape that were written for this version of libtpu; empty where none were."""
-    table: dict[str, dict[str, Figures]] = json.loads(path.read_text()) if path.exists() else {}
-    return table.get(version, {})
-
-
-def write(path: Path, version: str, found: dict[str, Figures]) -> None:
-    """Writes what is guarded of ``found`` for this version, and leaves the other versions as they are."""
-    table = json.loads(path.read_text()) if path.exists() else {}
-    table[version] = {
-        shape: {name: round(figures[name], 3) for name in GUARDED} for shape, figures in sorted(found.items())
-    }
-    path.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
 
 
 def regressions(expected: Figures, found: Figures) -> list[str]:

@@ -1,4 +1,4 @@
-"""The static sizes of a call, and the bytes of shared memory that they take."""
+"""The static sizes of a call, and how registers are shared out."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Sizes:
     head_dim: int
     page_size: int
     dtype: np.dtype
-    blocks: int = 132
+    blocks: int
     decode_tokens: int = 64
     decode_stages: int = 2
     prefill_tokens: int = 128
