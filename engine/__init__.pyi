@@ -1,6 +1,7 @@
 from engine.attention.api import ragged_paged_attention
 from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
 from engine.config import EngineConfig
+from engine.distributed.mesh import make_mesh
 from engine.errors import (
     BackendUnsupported,
     CheckpointError,
@@ -18,15 +19,14 @@ from engine.kv.layout import KVLayout, extract_k_from_fused_kv, extract_v_from_f
 from engine.kv.page_copy import copy_pages, read_pages, write_pages
 from engine.kv.pool import TokenToKVPool
 from engine.kv.scatter import set_kv_buffer
-from engine.memory.cache_manager import CacheManager
-from engine.memory.host_tier import HostTier
-from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
-from engine.memory.page_format import PageFormat
-from engine.memory.page_table import ReqToTokenPool
-from engine.memory.prefix_cache import RadixCache
-from engine.memory.prefix_store import PrefixStore
+from engine.memory.manager import CacheManager
+from engine.memory.offload.host_tier import HostTier
+from engine.memory.offload.page_format import PageFormat
+from engine.memory.offload.store import PrefixStore
+from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.prefix.cache import RadixCache
+from engine.memory.rows import ReqToTokenPool
 from engine.memory.scope import Adapter, CacheScope, LayoutKey
-from engine.parallel import make_mesh
 from engine.serving.llm import LLM
 from engine.serving.request import RequestOutput, SamplingParams
 

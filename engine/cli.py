@@ -17,21 +17,21 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from engine import launch
 from engine.config import DTYPES, EVICTION_POLICIES, IMPLS, EngineConfig, read_toml
+from engine.distributed import launch
+from engine.distributed.processes import INDEX, is_first, join_from, leave_at_once
 from engine.errors import ConfigError, Interrupted, ProcessLost, RequestError
 from engine.models import train
 from engine.models.checkpoint import CONFIG_FILE, load_config
 from engine.models.default_model import DEFAULT_MODEL_DIR
 from engine.models.llama_config import LlamaConfig
 from engine.planning.sizing import format_bytes
-from engine.processes import INDEX, is_first, join_from, leave_at_once
 from engine.serving.build import plan_pool
 from engine.serving.check import check_against_dense
-from engine.serving.exporter import serve_metrics
 from engine.serving.llm import LLM
 from engine.serving.loading import describe_dtype
 from engine.serving.request import RequestOutput, SamplingParams
+from engine.serving.watch.exporter import serve_metrics
 from engine.terminal import FAILED, INTERRUPTED, keep_stdout_for_answers, plain_console, run_command
 from engine.version import NAME, package_version
 

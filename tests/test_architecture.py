@@ -15,13 +15,10 @@ LEVEL = {
     "devices": 0,
     "errors": 0,
     "config": 1,
-    "batch": 1,
-    "parallel": 1,
-    "processes": 1,
     "terminal": 1,
     "version": 1,
     "user_files": 1,
-    "launch": 2,
+    "distributed": 2,
     "native": 2,
     "planning": 2,
     "kv": 3,
@@ -34,10 +31,7 @@ LEVEL = {
     "__main__": 8,
     "__init__": 8,
 }
-CONTROL_PLANE = ["memory", "planning"] + [
-    f"serving/{name}.py"
-    for name in ("scheduler", "scheduled_step", "request", "request_queue", "running_rows", "batcher")
-]
+CONTROL_PLANE = ["memory", "planning", "serving/plan", "serving/request.py", "serving/device/batcher.py"]
 LONGEST_FILE = 400
 KERNELS = {name: ENGINE / "attention" / name / "kernel" for name in ("tpu", "gpu")}
 # What a kernel may import of the project.
@@ -80,7 +74,7 @@ def test_the_control_plane_is_free_of_jax(place):
 
 
 def test_the_memory_room_runs_without_loading_jax():
-    code = "import sys, engine.memory.cache_manager; sys.exit('jax' in sys.modules)"
+    code = "import sys, engine.memory.manager; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -29,9 +29,9 @@ from engine.attention.reference import attend_reference
 from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.attention.tpu.backend import attend_tpu
 from engine.attention.xla import attend_xla
+from engine.distributed.mesh import explicit_sharding, shard_over
 from engine.errors import BackendUnsupported, ConfigError
 from engine.kv.split import split_of_heads
-from engine.parallel import explicit_sharding, shard_over
 
 # (q, k, v, fused_kv, metadata, heads, spec) -> (out, fused_kv) or, where the spec wants it, (out, fused_kv, lse);
 # raises BackendUnsupported where it cannot.

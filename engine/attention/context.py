@@ -18,8 +18,8 @@ from jax import lax
 from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
 from engine.attention.metadata import is_live, sequence_of_tokens
 from engine.attention.spec import HeadArrays
+from engine.distributed.mesh import CONTEXT_AXIS
 from engine.kv.scatter import set_kv_buffer
-from engine.parallel import CONTEXT_AXIS
 
 
 @jax.tree_util.register_dataclass

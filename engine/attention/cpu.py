@@ -16,10 +16,10 @@ from jax import lax
 from engine.attention.metadata import AttentionMetadata
 from engine.attention.spec import AttentionSpec, HeadArrays
 from engine.attention.xla import attend_xla
+from engine.distributed.mesh import varying_axes
 from engine.errors import BackendUnsupported
 from engine.kv.scatter import set_kv_buffer
 from engine.native import library
-from engine.parallel import varying_axes
 
 DTYPES = ("float32", "bfloat16", "float16")
 NO_WINDOW = 2**30  # tokens, more than any context

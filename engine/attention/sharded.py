@@ -12,8 +12,8 @@ from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
 from engine.attention.context import ContextRows, attend_part, rows_of_device
 from engine.attention.spec import HeadArrays
 from engine.config import require_split
+from engine.distributed.mesh import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, axis_size, shard_over, spec_over
 from engine.kv.split import buffer_spec, new_tokens_spec
-from engine.parallel import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, axis_size, shard_over, spec_over
 
 
 @dataclass(frozen=True)

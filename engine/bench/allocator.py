@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.bench.timing import median_ratio, print_table, time_in_turn
-from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
 from engine.terminal import count
 
 Int32 = npt.NDArray[np.int32]

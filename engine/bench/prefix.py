@@ -17,8 +17,8 @@ from engine.bench.prefix_serving import Pair as EnginePair
 from engine.bench.prefix_serving import overhead_rows, shared_rows
 from engine.bench.timing import median_ratio, print_table, time_in_turn
 from engine.memory.integers import Int32
-from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
-from engine.memory.prefix_cache import RadixCache
+from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.prefix.cache import RadixCache
 from engine.memory.scope import CacheScope, LayoutKey
 from engine.terminal import count
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from engine.distributed.mesh import explicit_sharding
 from engine.errors import ConfigError, ShapeError
-from engine.parallel import explicit_sharding
 
 LAYOUT_VERSION = 1
 ORDER = "interleaved"

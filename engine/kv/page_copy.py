@@ -17,11 +17,11 @@ import numpy.typing as npt
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from engine.distributed.mesh import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, placed, shard_over, spec_over
 from engine.errors import ShapeError
 from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv, refuse_donated, unpad_fused
 from engine.kv.pool import TokenToKVPool
 from engine.kv.split import buffer_spec, from_device_order, to_device_order
-from engine.parallel import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, placed, shard_over, spec_over
 
 Int32 = npt.NDArray[np.int32]
 HostPages = npt.NDArray[Any]

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from engine.config import MAX_SLOTS
+from engine.distributed.mesh import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, axis_size, placed, shard_over, spec_over
 from engine.errors import ConfigError, ShapeError
 from engine.kv.layout import (
     KVLayout,
@@ -26,7 +27,6 @@ from engine.kv.layout import (
 from engine.kv.room import room_for
 from engine.kv.scatter import set_kv_buffer, slots_within
 from engine.kv.split import buffer_spec, in_slot_order, local_slots, new_tokens_spec, split_layout
-from engine.parallel import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, axis_size, placed, shard_over, spec_over
 
 
 @jax.tree_util.register_pytree_with_keys_class

@@ -17,13 +17,13 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from engine.distributed.mesh import explicit_sharding, shard_over, varying_axes
 from engine.errors import ShapeError
 from engine.kv.gpu_target import may_be_split, not_hopper
 from engine.kv.layout import bits_of, check_storage, merge_kv, pad_fused, refuse_donated, to_stored
 from engine.kv.split import split_of_heads
 from engine.kv.tpu_view import view_is_free
 from engine.native import library
-from engine.parallel import explicit_sharding, shard_over, varying_axes
 
 
 def set_kv_buffer(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -15,9 +15,9 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from engine.config import require_split
+from engine.distributed.mesh import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, axis_size, explicit_sharding, spec_over
 from engine.errors import BackendUnsupported, ConfigError
 from engine.kv.layout import KVLayout
-from engine.parallel import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, axis_size, explicit_sharding, spec_over
 
 
 def split_layout(layout: KVLayout, *, tp: int, cp: int, platform: str) -> KVLayout:

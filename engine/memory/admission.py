@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.errors import RequestTooLarge, ShapeError
 from engine.memory.integers import Int64, whole_number
-from engine.memory.page_table import ReqToTokenPool
+from engine.memory.rows import ReqToTokenPool
 
 # Of a page's tokens: so many steps ahead each running request finds its pages when another is admitted.
 LOOKAHEAD_SHARE = 8

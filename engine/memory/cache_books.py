@@ -10,14 +10,14 @@ import numpy as np
 
 from engine.errors import ConfigError, KVPoolExhausted
 from engine.memory.admission import AdmissionRule
-from engine.memory.host_tier import HostTier
 from engine.memory.integers import Int32
-from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
-from engine.memory.page_mover import HostPages, PageMover
-from engine.memory.page_table import ReqToTokenPool
-from engine.memory.prefix_cache import EvictionPolicyName, RadixCache
-from engine.memory.prefix_match import EvictedPages, PrefixMatch
-from engine.memory.radix_tree import NO_PAGES
+from engine.memory.offload.host_tier import HostTier
+from engine.memory.offload.page_mover import HostPages, PageMover
+from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.prefix.cache import EvictionPolicyName, RadixCache
+from engine.memory.prefix.match import EvictedPages, PrefixMatch
+from engine.memory.prefix.tree import NO_PAGES
+from engine.memory.rows import ReqToTokenPool
 from engine.memory.scope import CacheScope
 
 EVICT_AT_ONCE = 64  # pages, at most a 32nd of the pool

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.errors import IntegrityError
-from engine.memory.cache_manager import CacheManager
+from engine.memory.manager import CacheManager
 
 
 @dataclass(frozen=True)

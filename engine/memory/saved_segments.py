@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from engine.memory.cache_manager import CacheManager
-from engine.memory.page_format import Int32
-from engine.memory.prefix_cache import RadixCache
-from engine.memory.prefix_segment import PrefixSegment
+from engine.memory.manager import CacheManager
+from engine.memory.offload.page_format import Int32
+from engine.memory.offload.segment import PrefixSegment
+from engine.memory.prefix.cache import RadixCache
 from engine.memory.scope import CacheScope
 
 BATCH_BYTES = 64 << 20  # of pages read at once

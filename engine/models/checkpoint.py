@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from engine.distributed.mesh import TENSOR_AXIS, axis_size
 from engine.errors import CheckpointError
 from engine.kv.room import room_for
 from engine.models.checked_values import require_token_ids
@@ -31,7 +32,6 @@ from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
 from engine.models.sharding import abstract_llama, key_names, repeat_heads, repeats_of, split_config, weight_bytes
 from engine.models.tensor_files import INDEX_FILE, SINGLE_FILE, StoredTensor, read_json, stored_tensors
-from engine.parallel import TENSOR_AXIS, axis_size
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"

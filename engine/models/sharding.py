@@ -17,10 +17,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from engine.distributed.mesh import TENSOR_AXIS, axis_size
 from engine.errors import ConfigError
 from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
-from engine.parallel import TENSOR_AXIS, axis_size
 
 COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # split by output: no device waits for another
 ROWS = ("o_proj", "down_proj")  # split by input: the partial sums are added up

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from engine.distributed.processes import SharedPlan
 from engine.errors import ConfigError, EngineError, IntegrityError, RequestError
-from engine.processes import SharedPlan
 from engine.serving.intake import Checked
 from engine.serving.request import SamplingParams
 

@@ -17,31 +17,31 @@ from jax.sharding import Mesh
 
 from engine.attention.backend import FlashAttentionBackend
 from engine.attention.sharded import MeshAttention
-from engine.batch import ParcelShape
 from engine.config import MAX_SLOTS, EngineConfig
+from engine.distributed.mesh import make_mesh
 from engine.errors import ConfigError
 from engine.kv.layout import KVLayout
 from engine.kv.pool import TokenToKVPool
 from engine.kv.split import split_layout
-from engine.memory.cache_manager import CacheManager
-from engine.memory.host_tier import HostTier
-from engine.memory.page_format import PageFormat
-from engine.memory.prefix_cache import EvictionPolicyName
-from engine.memory.prefix_segment import PrefixSegment
-from engine.memory.prefix_store import PrefixStore
+from engine.memory.manager import CacheManager
+from engine.memory.offload.host_tier import HostTier
+from engine.memory.offload.page_format import PageFormat
+from engine.memory.offload.segment import PrefixSegment
+from engine.memory.offload.store import PrefixStore
+from engine.memory.prefix.cache import EvictionPolicyName
 from engine.models.default_model import DEFAULT_MODEL_DIR
 from engine.models.fingerprint import fingerprint
 from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
 from engine.models.sharding import split_config, weight_bytes
-from engine.parallel import make_mesh
 from engine.planning.sizing import PoolPlan, require_page_table, require_room, size_pool
-from engine.serving.balancer import Balancer
-from engine.serving.batcher import Batcher, ReplicaBatcher
-from engine.serving.device_memory import device_memory
-from engine.serving.request_queue import RequestQueue
-from engine.serving.runner import ModelRunner, ReplicaMover
-from engine.serving.scheduler import Scheduler
+from engine.serving.device.batcher import Batcher, ReplicaBatcher
+from engine.serving.device.device_memory import device_memory
+from engine.serving.device.parcel import ParcelShape
+from engine.serving.device.runner import ModelRunner, ReplicaMover
+from engine.serving.plan.balancer import Balancer
+from engine.serving.plan.queue import RequestQueue
+from engine.serving.plan.scheduler import Scheduler
 
 
 def model_directory(model: object) -> Path:

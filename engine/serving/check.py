@@ -12,10 +12,10 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
+from engine.distributed.mesh import REPLICATED
 from engine.errors import ConfigError
 from engine.models.dense import dense_logits
 from engine.models.llama import Llama
-from engine.parallel import REPLICATED
 from engine.serving.request import RequestOutput
 
 # Largest difference of a logit, as a share of the largest logit. The two sides differ by the order of sums alone, and

@@ -9,18 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from engine.distributed.processes import SharedPlan, lost
 from engine.errors import ConfigError, EngineError, IntegrityError, ProcessLost, RequestError
 from engine.kv.pool import TokenToKVPool
-from engine.memory.cache_manager import CacheManager
-from engine.memory.prefix_cache import RadixCache
+from engine.memory.manager import CacheManager
+from engine.memory.prefix.cache import RadixCache
 from engine.memory.saved_segments import cached_segments
 from engine.memory.scope import CacheScope, LayoutKey
 from engine.models.llama import Llama
 from engine.models.replacement import require_replaceable
 from engine.models.sharding import shard_llama
-from engine.processes import SharedPlan, lost
 from engine.serving.agreement import Agreement
-from engine.serving.batcher import parcel_shapes
 from engine.serving.build import (
     at_first_epoch,
     make_backend,
@@ -32,17 +31,18 @@ from engine.serving.build import (
     weights_identity,
 )
 from engine.serving.compile_cache import use_compile_cache
+from engine.serving.device.batcher import parcel_shapes
+from engine.serving.device.runner import CompileCounter, ModelRunner
 from engine.serving.gate import Gate, SnapshotBoard
 from engine.serving.groups import AnswerGroups, group_of, is_unstarted
 from engine.serving.intake import Intake
 from engine.serving.loading import load_parts
-from engine.serving.metrics import EngineMetrics, collect_metrics
 from engine.serving.recovery import Recovery, end
 from engine.serving.reports import Reports
 from engine.serving.request import FinishReason, Request, RequestOutput, SamplingParams
-from engine.serving.runner import CompileCounter, ModelRunner
-from engine.serving.stats import EngineStats
 from engine.serving.stepper import Stepper
+from engine.serving.watch.metrics import EngineMetrics, collect_metrics
+from engine.serving.watch.stats import EngineStats
 
 Progress = Callable[[int, int], None]
 

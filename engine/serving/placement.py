@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from engine.parallel import DATA_AXIS, REPLICATED, TENSOR_AXIS, axis_size, named
+from engine.distributed.mesh import DATA_AXIS, REPLICATED, TENSOR_AXIS, axis_size, named
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import logging
 
-from engine.serving.balancer import Balancer
+from engine.serving.device.runner import ModelRunner
 from engine.serving.groups import AnswerGroups
+from engine.serving.plan.balancer import Balancer
+from engine.serving.plan.scheduler import Scheduler
 from engine.serving.request import FinishReason, Request
-from engine.serving.runner import ModelRunner
-from engine.serving.scheduler import Scheduler
-from engine.serving.stats import EngineStats
 from engine.serving.stepper import Stepper
+from engine.serving.watch.stats import EngineStats
 
 MAX_TRIES = 3
 TRIES_TOGETHER = 2

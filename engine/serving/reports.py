@@ -11,7 +11,7 @@ from engine.errors import Interrupted
 from engine.serving.groups import AnswerGroups, group_of
 from engine.serving.recovery import Recovery
 from engine.serving.request import FinishReason, Request, RequestOutput
-from engine.serving.stats import EngineStats
+from engine.serving.watch.stats import EngineStats
 
 
 class Reports:

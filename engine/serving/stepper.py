@@ -17,14 +17,14 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from engine.serving.balancer import Balancer
-from engine.serving.batcher import Batcher, ReplicaBatcher
+from engine.serving.device.batcher import Batcher, ReplicaBatcher
+from engine.serving.device.runner import ModelRunner, StepResult
+from engine.serving.device.sampler import Sampled
+from engine.serving.plan.balancer import Balancer
+from engine.serving.plan.scheduler import Scheduler
+from engine.serving.plan.step import ScheduledStep
 from engine.serving.request import Request, TokenLogprobs
-from engine.serving.runner import ModelRunner, StepResult
-from engine.serving.sampler import Sampled
-from engine.serving.scheduled_step import ScheduledStep
-from engine.serving.scheduler import Scheduler
-from engine.serving.stats import EngineStats
+from engine.serving.watch.stats import EngineStats
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,8 @@ from tpu_cases import make_step, oracle, run
 
 from engine.attention.context import merge_parts, rows_of_device
 from engine.attention.metadata import AttentionMetadata, locate_new_tokens
+from engine.distributed.mesh import CONTEXT_AXIS
 from engine.kv.scatter import set_kv_buffer
-from engine.parallel import CONTEXT_AXIS
 
 MIXED = [(1, 5), (0, 40), (1, 301), (40, 170), (3, 3), (1, 129), (7, 64)]
 

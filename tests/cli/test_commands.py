@@ -10,8 +10,8 @@ from engine.models.checkpoint import save_llama
 from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
 from engine.serving.check import CHECK_BOUND
+from engine.serving.device.runner import ModelRunner
 from engine.serving.llm import LLM
-from engine.serving.runner import ModelRunner
 
 
 @pytest.fixture(scope="module")

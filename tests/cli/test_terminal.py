@@ -15,9 +15,9 @@ from engine.bench import __main__ as bench
 from engine.bench import attention, pods, scatter
 from engine.cli import main
 from engine.errors import BackendUnsupported
+from engine.serving.device.runner import ModelRunner
 from engine.serving.llm import LLM
 from engine.serving.request import RequestOutput
-from engine.serving.runner import ModelRunner
 from engine.serving.stepper import Stepper
 from engine.terminal import run_command
 
@@ -321,7 +321,7 @@ time.sleep(60)
 """
 LAUNCHER = f"""
 import subprocess, sys
-from engine import launch
+from engine.distributed import launch
 from engine.cli import main
 from engine.terminal import leave
 

@@ -9,9 +9,9 @@ import pytest
 from engine.errors import ConfigError
 from engine.kv.page_copy import read_pages, write_pages
 from engine.kv.pool import TokenToKVPool
-from engine.memory.host_tier import HostTier
-from engine.memory.page_format import PageFormat
-from engine.memory.prefix_store import PrefixStore
+from engine.memory.offload.host_tier import HostTier
+from engine.memory.offload.page_format import PageFormat
+from engine.memory.offload.store import PrefixStore
 from engine.memory.scope import CacheScope, LayoutKey
 
 PAGE_SIZE = 8

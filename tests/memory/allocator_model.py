@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.memory.page_allocator import AllocatorState, PagedTokenToKVPoolAllocator
+from engine.memory.pages.slot_allocator import AllocatorState, PagedTokenToKVPoolAllocator
 
 
 class Model:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from engine.memory.page_format import PageFormat
+from engine.memory.offload.page_format import PageFormat
 from engine.memory.scope import Adapter, CacheScope, LayoutKey
 
 PAGE_SIZE = 4

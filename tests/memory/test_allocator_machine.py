@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.errors import DoubleFreeError, EngineError, KVPoolExhausted
-from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
 
 
 class AllocatorMachine(RuleBasedStateMachine):

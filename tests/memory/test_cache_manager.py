@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from engine.errors import ConfigError, DoubleFreeError, ShapeError
-from engine.memory.cache_manager import CacheManager
-from engine.memory.host_tier import HostTier
-from engine.memory.page_format import PageFormat
+from engine.memory.manager import CacheManager
+from engine.memory.offload.host_tier import HostTier
+from engine.memory.offload.page_format import PageFormat
 from engine.memory.scope import CacheScope, LayoutKey
 
 PAGE, CONTEXT = 4, 64

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import KVPoolExhausted, ShapeError
-from engine.memory.cache_manager import CacheManager
+from engine.memory.manager import CacheManager
 from engine.memory.scope import CacheScope, LayoutKey
 
 SCOPE = CacheScope("model", 0, None, "", LayoutKey.of({"version": 1}))

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.memory.free_pages import FreePages
-from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.pages.free_runs import FreePages
+from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
 
 
 def runs(pages: np.ndarray) -> list[int]:

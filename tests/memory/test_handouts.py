@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine.memory.handouts import Handouts
+from engine.memory.pages.handouts import Handouts
 
 
 @pytest.mark.parametrize("look", [Handouts.void_serials, lambda known: known.rewind(1, frozenset([-1]))])

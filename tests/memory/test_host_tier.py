@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from prefix_pages import PAGE_SIZE, page_format, random_pages, same_bits, scope
 
 from engine.errors import ConfigError, IntegrityError, ShapeError
-from engine.memory.host_tier import HostTier
-from engine.memory.page_format import PageFormat
+from engine.memory.offload.host_tier import HostTier
+from engine.memory.offload.page_format import PageFormat
 
 FORM = page_format()
 

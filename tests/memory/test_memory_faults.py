@@ -14,14 +14,14 @@ import pytest
 from prefix_pages import PAGE_SIZE, page_format, random_pages
 from prefix_pages import scope as make_scope
 
-import engine.memory.cache_manager
-from engine.memory.cache_manager import CacheManager
-from engine.memory.host_tier import HostTier
-from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
-from engine.memory.page_table import ReqToTokenPool
-from engine.memory.prefix_cache import RadixCache
+import engine.memory.manager
+from engine.memory.manager import CacheManager
+from engine.memory.offload.host_tier import HostTier
+from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.prefix.cache import RadixCache
+from engine.memory.rows import ReqToTokenPool
 
-ROOM = str(Path(engine.memory.cache_manager.__file__).parent)
+ROOM = str(Path(engine.memory.manager.__file__).parent)
 FORM = page_format(np.float32)
 SCOPE = make_scope()
 CONTENT = random_pages(np.random.default_rng(), FORM, 30)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.errors import DoubleFreeError, KVPoolExhausted, ShapeError
-from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
-from engine.memory.page_table import ReqToTokenPool
+from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.rows import ReqToTokenPool
 
 
 class MemoryMachine(RuleBasedStateMachine):

@@ -14,11 +14,11 @@ from prefix_pages import PAGE_SIZE, page_format, random_pages
 from prefix_pages import scope as make_scope
 
 from engine.errors import ConcurrentUse
-from engine.memory.cache_manager import CacheManager
-from engine.memory.host_tier import HostTier
-from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
-from engine.memory.page_table import ReqToTokenPool
-from engine.memory.prefix_cache import RadixCache
+from engine.memory.manager import CacheManager
+from engine.memory.offload.host_tier import HostTier
+from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.prefix.cache import RadixCache
+from engine.memory.rows import ReqToTokenPool
 
 FORM = page_format(np.float32)
 

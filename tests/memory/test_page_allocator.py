@@ -10,7 +10,7 @@ import pytest
 from allocator_model import fingerprint, pages_of
 
 from engine.errors import ConfigError, DoubleFreeError, EngineError, IntegrityError, KVPoolExhausted, ShapeError
-from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
 
 NONE = [-1]
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError, DoubleFreeError, IntegrityError, KVPoolExhausted, ShapeError
-from engine.memory.page_table import ReqToTokenPool
+from engine.memory.rows import ReqToTokenPool
 
 PAGE = 4
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from engine.errors import DoubleFreeError
-from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
-from engine.memory.prefix_cache import RadixCache
+from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.prefix.cache import RadixCache
 from engine.memory.scope import CacheScope, LayoutKey
 
 PAGE, PAGES = 2, 256

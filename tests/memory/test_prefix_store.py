@@ -18,11 +18,11 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from engine.errors import ConfigError, ShapeError
-from engine.memory import prefix_store
-from engine.memory.host_tier import HostTier
-from engine.memory.page_format import PageFormat
-from engine.memory.prefix_segment import PrefixSegment
-from engine.memory.prefix_store import PrefixStore
+from engine.memory.offload import store as prefix_store
+from engine.memory.offload.host_tier import HostTier
+from engine.memory.offload.page_format import PageFormat
+from engine.memory.offload.segment import PrefixSegment
+from engine.memory.offload.store import PrefixStore
 
 FORM = page_format()
 
@@ -69,8 +69,8 @@ def test_a_host_tier_is_restored_in_a_new_process(rng, tmp_path):
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from prefix_pages import page_format
-from engine.memory.host_tier import HostTier
-from engine.memory.prefix_store import PrefixStore
+from engine.memory.offload.host_tier import HostTier
+from engine.memory.offload.store import PrefixStore
 form = page_format()
 tier = HostTier(10 * form.page_bytes, form)
 for each in PrefixStore(__import__("pathlib").Path({str(tmp_path)!r}), form).load():
@@ -106,8 +106,8 @@ def test_a_crash_at_any_moment_leaves_whole_files_only(rng, tmp_path, moment):
 import os, pathlib, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import numpy as np
 from prefix_pages import PAGE_SIZE, page_format, random_pages, scope
-from engine.memory.prefix_segment import PrefixSegment
-from engine.memory.prefix_store import PrefixStore
+from engine.memory.offload.segment import PrefixSegment
+from engine.memory.offload.store import PrefixStore
 def patch(owner, name, fatal_call):
     real, calls = getattr(owner, name), []
     def stub(*args, **kwargs):
@@ -273,8 +273,8 @@ SLOW_WRITER = """
 import os, pathlib, sys
 import numpy as np
 from prefix_pages import PAGE_SIZE, page_format, random_pages, scope
-from engine.memory.prefix_segment import PrefixSegment
-from engine.memory.prefix_store import PrefixStore
+from engine.memory.offload.segment import PrefixSegment
+from engine.memory.offload.store import PrefixStore
 real = os.fsync
 def pause(descriptor):
     if not os.path.isdir(f"/proc/self/fd/{{descriptor}}"):

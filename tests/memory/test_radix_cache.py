@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from engine.errors import ConfigError, DoubleFreeError, IntegrityError, ShapeError
-from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
-from engine.memory.prefix_cache import RadixCache
+from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.prefix.cache import RadixCache
 from engine.memory.scope import Adapter, CacheScope, LayoutKey
 
 PAGE, PAGES = 4, 32

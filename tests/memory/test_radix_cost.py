@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from engine.memory.eviction import EvictionOrder
-from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
-from engine.memory.prefix_cache import RadixCache
-from engine.memory.radix_tree import RadixNode, RadixTree
+from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.prefix.cache import RadixCache
+from engine.memory.prefix.eviction import EvictionOrder
+from engine.memory.prefix.tree import RadixNode, RadixTree
 from engine.memory.scope import CacheScope, LayoutKey
 
 PAGE, LEAVES = 2, 500

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import IntegrityError
-from engine.memory.eviction import Evictable, EvictionOrder, UseList
-from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
-from engine.memory.prefix_cache import RadixCache
+from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.prefix.cache import RadixCache
+from engine.memory.prefix.eviction import Evictable, EvictionOrder, UseList
 from engine.memory.scope import CacheScope, LayoutKey
 
 PAGE = 4

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.errors import DoubleFreeError
-from engine.memory.page_allocator import PagedTokenToKVPoolAllocator
-from engine.memory.prefix_cache import RadixCache
+from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.prefix.cache import RadixCache
 from engine.memory.scope import Adapter, CacheScope, LayoutKey
 
 TOTAL_PAGES = 32

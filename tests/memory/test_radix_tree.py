@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import IntegrityError
-from engine.memory.eviction import EvictionOrder
-from engine.memory.radix_tree import RadixTree
+from engine.memory.prefix.eviction import EvictionOrder
+from engine.memory.prefix.tree import RadixTree
 from engine.memory.scope import CacheScope, LayoutKey
 
 SCOPE = CacheScope("m", 0, None, "", LayoutKey.of({"page_size": 4}))

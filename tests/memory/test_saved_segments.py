@@ -5,9 +5,9 @@ import pytest
 from prefix_pages import PAGE_SIZE, page_format, scope
 
 from engine.memory import saved_segments
-from engine.memory.cache_manager import CacheManager
-from engine.memory.host_tier import HostTier
-from engine.memory.prefix_store import PrefixStore
+from engine.memory.manager import CacheManager
+from engine.memory.offload.host_tier import HostTier
+from engine.memory.offload.store import PrefixStore
 from engine.memory.saved_segments import cached_segments
 
 FORM = page_format(np.int32, layer_num=1)

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from safetensors import safe_open
 
+from engine.distributed.mesh import AXES
 from engine.models.checkpoint import load_llama, save_llama
 from engine.models.fingerprint import PIECE_BYTES, fingerprint, settings_of
 from engine.models.llama import Llama
@@ -19,7 +20,6 @@ from engine.models.llama_config import LlamaConfig
 from engine.models.rotary import LinearScaling
 from engine.models.sharding import shard_llama
 from engine.models.tensor_files import INDEX_FILE, SINGLE_FILE
-from engine.parallel import AXES
 
 GEOMETRY = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
 GEOMETRY |= {"num_attention_heads": 4, "num_key_value_heads": 2}

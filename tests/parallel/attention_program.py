@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding
 from engine.attention.backend import FlashAttentionBackend
 from engine.attention.metadata import AttentionMetadata
 from engine.attention.sharded import MeshAttention
+from engine.distributed.mesh import axis_size, make_mesh, named
 from engine.kv.split import buffer_spec, in_slot_order, new_tokens_spec
-from engine.parallel import axis_size, make_mesh, named
 
 rng = np.random.default_rng()
 

@@ -11,10 +11,10 @@ import numpy as np
 from flax import nnx
 from serving_support import make_llama
 
+from engine.distributed.mesh import make_mesh
 from engine.models.checkpoint import load_llama, save_llama
 from engine.models.sharding import key_names
 from engine.models.tensor_files import StoredTensor
-from engine.parallel import make_mesh
 
 read_bytes = 0
 whole_read = StoredTensor.read

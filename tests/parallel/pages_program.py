@@ -8,10 +8,10 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 
+from engine.distributed.mesh import make_mesh
 from engine.kv.layout import merge_kv
 from engine.kv.page_copy import copy_pages, read_pages, write_pages
 from engine.kv.pool import TokenToKVPool
-from engine.parallel import make_mesh
 
 PAGES, PAGE, HEADS, DIM, LAYERS = 5, 8, 4, 16, 2
 rng = np.random.default_rng()

@@ -13,11 +13,11 @@ from serving_support import make_llama
 
 from engine import LLM, SamplingParams
 from engine.config import EngineConfig
+from engine.distributed.processes import join_from, leave_at_once
 from engine.errors import ConfigError, ProcessLost, RequestError
 from engine.models.sharding import shard_llama
-from engine.processes import join_from, leave_at_once
-from engine.serving import device_memory
 from engine.serving.build import make_mesh_of, make_pool
+from engine.serving.device import device_memory
 
 SKEW = 1e6  # seconds: what a process that is not the first believes of the time
 

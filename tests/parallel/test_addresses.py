@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from engine import launch
+from engine.distributed import launch
+from engine.distributed.processes import COORDINATOR, COUNT, INDEX, join_from
 from engine.errors import ConfigError
-from engine.processes import COORDINATOR, COUNT, INDEX, join_from
 
 LISTENING = """
 import json, os
-from engine.processes import join_from
+from engine.distributed.processes import join_from
 join_from(os.environ)
 links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
 inodes = {os.readlink(link) for link in links if os.path.lexists(link)}

@@ -6,10 +6,10 @@ import pytest
 from devices import run_on_devices
 
 from engine.config import EngineConfig, read_toml
+from engine.distributed.mesh import make_mesh
 from engine.errors import ConfigError
 from engine.models.llama_config import LlamaConfig
 from engine.models.sharding import split_config
-from engine.parallel import make_mesh
 from engine.serving.build import plan_pool
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*-*.toml"))  # those with a geometry

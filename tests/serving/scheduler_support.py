@@ -3,12 +3,12 @@
 import numpy as np
 
 from engine.attention.metadata import locate_new_tokens
-from engine.batch import LAST_SAMPLED, NOWHERE
-from engine.memory.cache_manager import CacheManager
+from engine.memory.manager import CacheManager
 from engine.memory.scope import CacheScope, LayoutKey
-from engine.serving.batcher import Batcher
+from engine.serving.device.batcher import Batcher
+from engine.serving.device.parcel import LAST_SAMPLED, NOWHERE
+from engine.serving.plan.scheduler import Scheduler
 from engine.serving.request import Request, SamplingParams
-from engine.serving.scheduler import Scheduler
 
 PAGE, CONTEXT = 4, 64
 SCOPE = CacheScope("model", 0, None, "", LayoutKey.of({"version": 1}))

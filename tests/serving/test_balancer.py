@@ -6,17 +6,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scheduler_support import CONTEXT, PAGE, Clock, PretendDevice, check_step, commit, request
 
-from engine.batch import FIELDS, FLOAT_FIELDS, StepParcel
 from engine.errors import RequestTooLarge
-from engine.memory.cache_manager import CacheManager
-from engine.serving.balancer import Balancer
-from engine.serving.batcher import ReplicaBatcher, parcel_shapes
-from engine.serving.exporter import EngineCollector
-from engine.serving.metrics import collect_metrics
+from engine.memory.manager import CacheManager
+from engine.serving.device.batcher import ReplicaBatcher, parcel_shapes
+from engine.serving.device.parcel import FIELDS, FLOAT_FIELDS, StepParcel
+from engine.serving.plan.balancer import Balancer
+from engine.serving.plan.queue import RequestQueue
+from engine.serving.plan.scheduler import Scheduler
 from engine.serving.request import FinishReason
-from engine.serving.request_queue import RequestQueue
-from engine.serving.scheduler import Scheduler
-from engine.serving.stats import EngineStats
+from engine.serving.watch.exporter import EngineCollector
+from engine.serving.watch.metrics import collect_metrics
+from engine.serving.watch.stats import EngineStats
 
 
 def make(replicas=2, size=64, slots=3, budget=16, policy="lru"):

@@ -8,8 +8,8 @@ import urllib.request
 
 import pytest
 
-from engine.serving import bounded_server
-from engine.serving.bounded_server import BoundedServer
+from engine.serving.watch import bounded_server
+from engine.serving.watch.bounded_server import BoundedServer
 
 
 def quiet_server(monkeypatch, *, seconds=60.0, application=None):

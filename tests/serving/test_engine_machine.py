@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from serving_support import VOCAB, make_llama
 
-from engine.serving.exporter import EngineCollector
 from engine.serving.llm import LLM
 from engine.serving.recovery import MAX_TRIES
 from engine.serving.request import SamplingParams
+from engine.serving.watch.exporter import EngineCollector
 
 LONGEST_ANSWER = 20
 PATIENCE = 3_000  # steps; the longest runs here take a few hundred

@@ -13,10 +13,10 @@ from engine.models.checkpoint import save_llama
 from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
 from engine.models.rotary import LinearScaling
+from engine.serving.device.runner import ModelRunner
 from engine.serving.llm import LLM
 from engine.serving.loading import describe_dtype, load_parts, weights_dtype
 from engine.serving.request import SamplingParams
-from engine.serving.runner import ModelRunner
 
 SMALL = {"max_running_requests": 1, "chunked_prefill_size": 1}
 WORDS = ("<s>", "</s>", "<end>", *"abcdefgh")

@@ -12,13 +12,13 @@ from engine.errors import ConfigError
 from engine.kv import pool as kv_pool
 from engine.kv import room
 from engine.kv.pool import TokenToKVPool
-from engine.memory.host_tier import HostTier
-from engine.memory.page_format import PageFormat
+from engine.memory.offload.host_tier import HostTier
+from engine.memory.offload.page_format import PageFormat
 from engine.models.sharding import weight_bytes
 from engine.models.tensor_files import StoredTensor
 from engine.planning import host_memory
 from engine.serving.build import make_pool, plan_pool
-from engine.serving.device_memory import device_memory
+from engine.serving.device.device_memory import device_memory
 from engine.serving.llm import LLM
 
 TOKEN_BYTES = 2 * 2 * 2 * 12 * 4  # 2 layers of K and V, 2 heads of 12 float32

@@ -13,11 +13,11 @@ from test_scheduler import PAGE, make, request, run_step
 
 from engine.errors import ConfigError, IntegrityError
 from engine.memory.pool_snapshot import snapshot_pool
-from engine.serving.exporter import PREFIX, serve_metrics
 from engine.serving.gate import Gate, SnapshotBoard
-from engine.serving.metrics import collect_metrics
 from engine.serving.request import SamplingParams
-from engine.serving.stats import EngineStats
+from engine.serving.watch.exporter import PREFIX, serve_metrics
+from engine.serving.watch.metrics import collect_metrics
+from engine.serving.watch.stats import EngineStats
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scheduler_support import PAGE, PretendDevice, commit, request
 from test_balancer import finish, make, parcels_of, run_step
 
-from engine.batch import FIELDS
-from engine.serving.batcher import ReplicaBatcher, parcel_shapes
+from engine.serving.device.batcher import ReplicaBatcher, parcel_shapes
+from engine.serving.device.parcel import FIELDS
 from engine.serving.request import FinishReason
 
 

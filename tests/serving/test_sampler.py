@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batch import LAST_SAMPLED, NOT_A_TOKEN
 from engine.errors import RequestError
-from engine.serving import sampler
+from engine.serving.device import sampler
+from engine.serving.device.parcel import LAST_SAMPLED, NOT_A_TOKEN
+from engine.serving.device.sampler import SamplingInputs, most_likely
 from engine.serving.request import SamplingParams
-from engine.serving.sampler import SamplingInputs, most_likely
 
 VOCAB, ROWS = 12, 4
 sample = jax.jit(sampler.sample)

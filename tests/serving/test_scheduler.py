@@ -9,9 +9,9 @@ from hypothesis import event as hypothesis_event
 from hypothesis import strategies as st
 from scheduler_support import CONTEXT, PAGE, SCOPE, PretendDevice, check_step, commit, make, request, run_step
 
-from engine.batch import FIELDS
 from engine.errors import RequestTooLarge, ShapeError
-from engine.serving.batcher import parcel_shapes, token_buckets
+from engine.serving.device.batcher import parcel_shapes, token_buckets
+from engine.serving.device.parcel import FIELDS
 from engine.serving.request import AGING_SECONDS, FinishReason, Request, SamplingParams
 
 

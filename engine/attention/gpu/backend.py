@@ -8,9 +8,9 @@ import jax
 
 from engine.attention.metadata import AttentionMetadata
 from engine.attention.spec import AttentionSpec, HeadArrays
+from engine.distributed.mesh import varying_axes
 from engine.errors import BackendUnsupported
 from engine.kv.gpu_target import multiprocessors, not_hopper
-from engine.parallel import varying_axes
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)

@@ -16,8 +16,8 @@ from engine.attention.api import ragged_paged_attention
 from engine.bench.gpu.aot import hopper_devices
 from engine.bench.gpu.figures import decode_figures, footprint, prefill_figures
 from engine.bench.gpu.sass import Kernel, read_kernel
+from engine.distributed.mesh import make_mesh
 from engine.kv.scatter import set_kv_buffer
-from engine.parallel import make_mesh
 
 _seen: set[Path] = set()
 

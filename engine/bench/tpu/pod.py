@@ -9,10 +9,10 @@ from jax.experimental import topologies
 
 from engine.bench.tpu.step import DTYPE, compile_step
 from engine.config import EngineConfig
+from engine.distributed.mesh import make_mesh
 from engine.errors import ConfigError
 from engine.models.llama_config import LlamaConfig
 from engine.models.sharding import abstract_llama, split_config, weight_bytes
-from engine.parallel import make_mesh
 from engine.planning.sizing import PoolPlan
 from engine.serving.build import plan_pool
 

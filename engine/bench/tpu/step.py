@@ -17,16 +17,16 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from engine.attention.backend import FlashAttentionBackend
 from engine.attention.sharded import MeshAttention
 from engine.bench.tpu.hlo import aliases, collectives, kernel_vmem_bytes, launches, moves_of_at_least
+from engine.distributed.mesh import DATA_AXIS, TENSOR_AXIS, make_mesh, named
 from engine.kv.pool import TokenToKVPool
 from engine.kv.split import buffer_spec
 from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
 from engine.models.sharding import abstract_llama, split_config, weight_bytes
-from engine.parallel import DATA_AXIS, TENSOR_AXIS, make_mesh, named
-from engine.serving.batcher import parcel_shapes
-from engine.serving.device_rows import DeviceRows
+from engine.serving.device.batcher import parcel_shapes
+from engine.serving.device.device_rows import DeviceRows
+from engine.serving.device.runner import forward_step
 from engine.serving.placement import Placement
-from engine.serving.runner import forward_step
 
 DTYPE = jnp.bfloat16
 

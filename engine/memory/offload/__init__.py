@@ -1,0 +1,1 @@
+"""Pages outside of the device: the host tier, and the directory that outlives the process."""

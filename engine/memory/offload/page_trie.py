@@ -1,0 +1,138 @@
+"""A trie over whole pages of tokens: which prefixes of which scope the host tier knows.
+
+An edge is the bytes of one page's tokens, so a lookup compares the tokens of the whole prefix and trusts no hash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from engine.memory.offload.page_format import Int32
+from engine.memory.scope import CacheScope
+
+NOT_HELD = -1
+
+
+class PageNode:
+    """One page of a prefix; it is held while ``row`` says where its data lies, else only a step on the way to others.
+
+    Attributes:
+        scope: whose prefix it is; no two scopes share a node.
+        parent: the page before, or the scope's root; None for a root.
+        key: the bytes of the page's int32 tokens; empty for a root.
+        children: the pages that may follow, by key.
+        row: where the data lies, or ``NOT_HELD``.
+        checksum: CRC-32 of the data, while held.
+    """
+
+    __slots__ = ("checksum", "children", "key", "parent", "row", "scope")
+
+    def __init__(self, scope: CacheScope, parent: PageNode | None, key: bytes) -> None:
+        self.scope = scope
+        self.parent = parent
+        self.key = key
+        self.children: dict[bytes, PageNode] = {}
+        self.row = NOT_HELD
+        self.checksum = 0
+
+    @property
+    def held(self) -> bool:
+        """Whether the tier has this page's data."""
+        return self.row != NOT_HELD
+
+
+class PageTrie:
+    """The nodes of all scopes.
+
+    Every leaf is held: a node that is neither held nor on the way to a held one is taken out at once.
+
+    Args:
+        page_size: tokens a page.
+    """
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self._roots: dict[CacheScope, PageNode] = {}
+
+    def walk(self, scope: CacheScope, tokens: Int32) -> list[PageNode]:
+        """Returns the nodes of the longest known prefix of ``tokens``, a node a page, the first page first."""
+        path: list[PageNode] = []
+        children = self._roots[scope].children if scope in self._roots else {}
+        for key in self._keys(tokens):
+            node = children.get(key)
+            if node is None:
+                break
+            path.append(node)
+            children = node.children
+        return path
+
+    def grow(self, scope: CacheScope, tokens: Int32) -> list[PageNode]:
+        """As ``walk``, adding what is missing; the caller holds the last node, or prunes it."""
+        node = self._roots.setdefault(scope, PageNode(scope, None, b""))
+        path: list[PageNode] = []
+        for key in self._keys(tokens):
+            child = node.children.get(key)
+            if child is None:
+                child = node.children[key] = PageNode(scope, node, key)
+            path.append(child)
+            node = child
+        return path
+
+    def prune(self, node: PageNode) -> None:
+        """Takes out ``node`` and then its ancestors, as far as they are neither held nor lead to a held node."""
+        while not node.held and not node.children:
+            if node.parent is None:
+                del self._roots[node.scope]
+                return
+            del node.parent.children[node.key]
+            node = node.parent
+
+    def keep_only(self, held: Iterable[PageNode]) -> None:
+        """Takes out all but these held nodes and the way to them, whatever state the links are in."""
+        kept = dict.fromkeys(held)
+        way: dict[PageNode, None] = {}
+        for node in kept:
+            step: PageNode | None = node
+            while step is not None and step not in way:
+                way[step] = None
+                step = step.parent
+        self._roots = {node.scope: node for node in way if node.parent is None}
+        for node in way:
+            node.children = {}
+            node.row = node.row if node in kept else NOT_HELD
+        for node in way:
+            if node.parent is not None:
+                node.parent.children[node.key] = node
+
+    def nodes(self, scope: CacheScope) -> Iterator[PageNode]:
+        """All nodes of a scope but its root, parents first."""
+        pending = list(self._roots[scope].children.values()) if scope in self._roots else []
+        while pending:
+            node = pending.pop()
+            yield node
+            pending += node.children.values()
+
+    def scopes(self) -> list[CacheScope]:
+        """Every scope that has a node."""
+        return list(self._roots)
+
+    def _keys(self, tokens: Int32) -> Iterator[bytes]:
+        raw, step = tokens.tobytes(), self.page_size * tokens.itemsize
+        return (raw[at : at + step] for at in range(0, len(raw) - step + 1, step))
+
+
+def path_to(node: PageNode) -> list[PageNode]:
+    """The nodes from a prefix's first page to ``node``."""
+    path = []
+    step: PageNode | None = node
+    while step is not None and step.parent is not None:
+        path.append(step)
+        step = step.parent
+    return path[::-1]
+
+
+def tokens_of(path: list[PageNode]) -> Int32:
+    """The token ids of a path, int32 ``[len(path) * page_size]``."""
+    return np.frombuffer(b"".join(node.key for node in path), np.int32)

@@ -1,0 +1,1 @@
+"""The prefix cache: pages of past sequences, found by their tokens."""

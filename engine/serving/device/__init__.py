@@ -1,0 +1,1 @@
+"""A step on the device: the parcel, the compiled programs, the sampler."""

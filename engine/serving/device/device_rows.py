@@ -1,0 +1,53 @@
+"""What the device keeps of each page-table row from step to step, so that only what is new must be sent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+
+from engine.serving.device.parcel import LAST_SAMPLED
+
+NULL_PAGE = 0
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DeviceRows:
+    """Lives beside the pool and is donated with it.
+
+    Attributes:
+        page_table: int32 ``[R, P]``, the host's table as far as it was sent; what a past request left behind its
+            successor's last page is never read unmasked.
+        last_token: int32 ``[R]``, the token that each row sampled last; ``NOT_A_TOKEN`` where it found none.
+    """
+
+    page_table: jax.Array
+    last_token: jax.Array
+
+    @classmethod
+    def empty(cls, rows: int, pages: int) -> DeviceRows:
+        """No pages, no tokens."""
+        return cls(jnp.zeros((rows, pages), jnp.int32), jnp.zeros(rows, jnp.int32))
+
+    def with_pages(self, places: jax.Array, pages: jax.Array) -> DeviceRows:
+        """Enters ``pages[n]`` at ``places[n]``, row by row; a place beyond the table is padding."""
+        flat = self.page_table.reshape(-1).at[places].set(pages, mode="drop")
+        return replace(self, page_table=flat.reshape(self.page_table.shape))
+
+    def with_tokens(self, rows: jax.Array, tokens: jax.Array) -> DeviceRows:
+        """Notes what ``rows[B]`` have sampled; a row beyond the table is padding."""
+        return replace(self, last_token=self.last_token.at[rows].set(tokens, mode="drop"))
+
+    def pages_of(self, rows: jax.Array) -> jax.Array:
+        """``[B, P]`` the pages of ``rows[B]``, null pages where that is padding."""
+        return self.page_table.at[rows].get(mode="fill", fill_value=NULL_PAGE)
+
+    def known_tokens(self, token_ids: jax.Array, rows: jax.Array) -> jax.Array:
+        """``token_ids[T]`` with the tokens that the device has itself; ``rows[T]`` is whose each is.
+
+        A row that was left without a token feeds token 0: the host drops what comes of it.
+        """
+        last = jnp.maximum(self.last_token.at[rows].get(mode="clip"), 0)
+        return jnp.where(token_ids == LAST_SAMPLED, last, token_ids)

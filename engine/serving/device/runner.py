@@ -1,0 +1,369 @@
+"""Runs steps on the device: compiles every static shape ahead, then only calls what is compiled."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from engine.attention.backend import FlashAttentionBackend
+from engine.attention.metadata import AttentionMetadata, locate_new_tokens, sequence_of_tokens
+from engine.attention.sharded import MeshAttention
+from engine.errors import ConfigError
+from engine.kv.page_copy import PAGE_BUCKETS, HostPages, Int32, copy_pages, read_pages, write_pages
+from engine.kv.pool import TokenToKVPool
+from engine.models.fingerprint import settings_of
+from engine.models.llama import Llama
+from engine.serving.device.device_rows import DeviceRows
+from engine.serving.device.parcel import SHARED_PAGES, ParcelShape, StepParcel, unpack
+from engine.serving.device.sampler import Sampled, SamplingInputs, most_likely, sample
+from engine.serving.placement import Placement
+
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class CompileCounter:
+    """Counts the programs that XLA compiles in this process, whoever asks, from when the counter is made."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        self.count += event == COMPILE_EVENT
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step comes to, on the device; ready when the step has run.
+
+    Attributes:
+        tokens: int32 ``[B]``, a token a row; B is of all replicas, one after the other.
+        sampled: beside them the log-probabilities, where the parcel asked for them; None in a greedy step.
+        logits: float32 ``[B, vocab]``; ``ModelRunner.to_read`` makes them whole.
+    """
+
+    tokens: jax.Array
+    sampled: Sampled | None
+    logits: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ToSample:
+    """What a step leaves for the sampler: two arrays, since every result of a program costs the host microseconds.
+
+    Attributes:
+        logits: float32 ``[B, vocab]``, split over a mesh by replicas and by the vocabulary.
+        words: int32 ``[sampling_size]``, how and for which rows to choose: what the packed parcel begins with.
+    """
+
+    logits: jax.Array
+    words: jax.Array
+
+
+class ModelRunner:
+    """The device half of a step: the model's weights, the pool, what the device keeps of rows, the compiled programs.
+
+    Args:
+        model: the weights.
+        pool: its buffers; donated to every step and replaced by the step's result.
+        backend: the attention all layers share.
+        shapes: the static shapes of each replica's parcel; all have the same number of rows.
+        max_pages: pages a row.
+        moves_pages: whether pages will go to the host and back.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        pool: TokenToKVPool,
+        backend: FlashAttentionBackend | MeshAttention,
+        shapes: list[ParcelShape],
+        *,
+        max_pages: int,
+        moves_pages: bool,
+    ) -> None:
+        graph, weights = nnx.split(model)
+        self._settings = settings_of(model)
+        # Leaves, not the tree: flattening a tree of Python nodes at every call takes longer than the call.
+        self._weights, structure = jax.tree.flatten(weights)
+        self.pool = pool
+        self._shapes = shapes
+        self._placement = Placement(pool.mesh)
+        empty = partial(DeviceRows.empty, pool.replicas * shapes[0].rows, max_pages)
+        self._empty_rows = jax.jit(empty, out_shardings=self._placement.by_replica)
+        self.rows = self._empty_rows()
+        self._step_function = partial(forward_step, graph, structure, backend, self._placement)
+        self._steps: dict[ParcelShape, Callable[..., Any]] = {}
+        self._sample: Callable[..., tuple[Sampled, DeviceRows]] | None = None
+        self._update_rows: Callable[..., DeviceRows] | None = None
+        self._gather: Callable[[jax.Array], jax.Array] | None = None
+        self.parcels = 0  # checksum of all parcels, where other processes must have sent the same
+        self._copies_ahead = jax.default_backend() != "cpu"  # a CPU's arrays are the host's to read, no copy needed
+        self._copies_ready = 0
+        pages = pool.size // pool.page_size
+        self._copies = [partial(self.copy, np.array([1], np.int32), np.array([2], np.int32))] if pages > 1 else []
+        if moves_pages:
+            # A bucket serves every count above the one before it.
+            counts = [
+                min(n, pages) for n, before in zip(PAGE_BUCKETS, (0, *PAGE_BUCKETS), strict=False) if before < pages
+            ]
+            self._copies += [partial(self._move, np.arange(1, n + 1, dtype=np.int32)) for n in counts]
+
+    @property
+    def num_programs(self) -> int:
+        """How many programs ``compile_all`` compiles."""
+        return len(self._shapes) + 2 + self._placement.is_split + len(self._copies)
+
+    def compile_all(self, on_compile: Callable[[int, int], None] | None) -> None:
+        """Compiles a program for every step shape; calls ``on_compile`` with (done, in all) after each."""
+
+        def compiled() -> None:
+            if on_compile:
+                others = (self._sample, self._update_rows, self._gather)
+                done = len(self._steps) + sum(program is not None for program in others) + self._copies_ready
+                on_compile(done, self.num_programs)
+
+        for shape in self._shapes:
+            step = jax.jit(partial(self._step_function, shape), donate_argnums=(1, 2))
+            packed = self._placement.like((self.pool.replicas * shape.packed_size,))
+            lowered = _lowered(step, self._weights, self.pool, self.rows, packed)
+            self._steps[shape] = program = lowered.compile()
+            compiled()
+        # Apart from the step, which is greedy: the sort takes longer to compile than a small model, for every shape.
+        to_sample = jax.tree.map(_placed, lowered.out_info[0], program.output_shardings[0])
+        sampler = jax.jit(partial(_sample, self._placement, shape), donate_argnums=0)
+        self._sample = _lowered(sampler, self.rows, to_sample).compile()
+        compiled()
+        update = jax.jit(partial(_update, self._placement), donate_argnums=0)
+        updates = self._placement.like((2 * self.pool.replicas, SHARED_PAGES))
+        self._update_rows = _lowered(update, self.rows, updates).compile()
+        compiled()
+        if self._placement.is_split:
+            self._gather = _lowered(jax.jit(self._placement.whole), to_sample.logits).compile()
+            compiled()
+        self._warm_up_copies(compiled)
+
+    def read(self, pages: Int32, *, replica: int = 0) -> HostPages:
+        """Copies pages of a replica's pool to the host, as PageMover."""
+        return read_pages(self.pool, pages, replica=replica)
+
+    def write(self, pages: Int32, data: HostPages, *, replica: int = 0) -> None:
+        """Copies pages from the host into a replica's pool, in place, as PageMover."""
+        write_pages(self.pool, pages, data, replica=replica)
+
+    def copy(self, sources: Int32, targets: Int32, *, replica: int = 0) -> None:
+        """Copies pages within a replica's pool, in place, as PageMover."""
+        copy_pages(self.pool, sources, targets, replica=replica)
+
+    def to_read(self, logits: jax.Array) -> jax.Array:
+        """A step's logits as the host can read them, in every process."""
+        return logits if self._gather is None else self._gather(logits)
+
+    def step(self, parcel: StepParcel, shape: ParcelShape, earlier_updates: Sequence[Int32] = ()) -> StepResult:
+        """Sends a step to the device and returns without waiting for it.
+
+        Args:
+            parcel: what the host decided; not to be changed any more.
+            shape: its static shape, one of those compiled.
+            earlier_updates: see ``Batcher.fill``.
+        """
+        if self._sample is None or self._update_rows is None:
+            raise ConfigError("nothing is compiled; call compile_all before the first step")
+        for updates in earlier_updates:
+            self.rows = self._update_rows(self.rows, self._placement.on_device(updates))
+        if self._placement.is_shared:
+            self.parcels = zlib.crc32(parcel.packed.tobytes(), self.parcels)
+        packed = self._placement.on_device(parcel.packed)
+        run = self._steps[shape]
+        to_sample, tokens, self.pool, self.rows = run(self._weights, self.pool, self.rows, packed)
+        sampled = None
+        if parcel.wants_logprobs[0] or parcel.temperature.any():
+            sampled, self.rows = self._sample(self.rows, to_sample)
+            tokens = sampled.tokens
+        if self._copies_ahead:
+            tokens.copy_to_host_async()
+        return StepResult(tokens, sampled, to_sample.logits)
+
+    def recover(self) -> bool:
+        """After a step that failed: makes anew the pool and the rows where that step has taken them with it.
+
+        Returns:
+            Whether the pages still hold what they did.
+
+        Raises:
+            Exception: what the device raises where it cannot make them.
+        """
+        if not _is_usable(self.rows):
+            self.rows = self._empty_rows()
+        if _is_usable(self.pool):
+            return True
+        self.pool.renew()
+        return False
+
+    def weights_of(self, model: Llama) -> list[jax.Array]:
+        """Another model's weights, of the same shapes, for ``replace_weights``.
+
+        Raises:
+            ConfigError: a setting of the model is another.
+        """
+        if settings_of(model) != self._settings:
+            raise ConfigError("the new model has other settings than the one that was compiled; make a new LLM for it")
+        weights: list[jax.Array] = jax.tree.leaves(nnx.split(model)[1])
+        return weights
+
+    def replace_weights(self, weights: list[jax.Array]) -> None:
+        """Takes what ``weights_of`` returned; every program stays compiled."""
+        self._weights = weights
+
+    def _warm_up_copies(self, compiled: Callable[[], None]) -> None:
+        """Runs each copy of pages once, while no page holds anything."""
+        for copy in self._copies:
+            copy()
+            self._copies_ready += 1
+            compiled()
+
+    def _move(self, pages: Int32) -> None:
+        self.write(pages, self.read(pages))
+
+
+@dataclass(frozen=True)
+class ReplicaMover:
+    """Moves pages of one replica's pool, as PageMover."""
+
+    runner: ModelRunner
+    replica: int
+
+    def read(self, pages: Int32) -> HostPages:
+        """As ``ModelRunner.read``."""
+        return self.runner.read(pages, replica=self.replica)
+
+    def write(self, pages: Int32, data: HostPages) -> None:
+        """As ``ModelRunner.write``."""
+        self.runner.write(pages, data, replica=self.replica)
+
+    def copy(self, sources: Int32, targets: Int32) -> None:
+        """As ``ModelRunner.copy``."""
+        self.runner.copy(sources, targets, replica=self.replica)
+
+
+def forward_step(
+    graph: Any,
+    structure: Any,
+    backend: FlashAttentionBackend | MeshAttention,
+    placement: Placement,
+    shape: ParcelShape,
+    weights: list[jax.Array],
+    pool: TokenToKVPool,
+    rows: DeviceRows,
+    packed: jax.Array,
+) -> tuple[ToSample, jax.Array, TokenToKVPool, DeviceRows]:
+    """The traced step: new pages, where tokens stand, the layers through the paged cache, each row's best token.
+
+    The first five arguments are static.
+
+    Args:
+        graph: the model's ``nnx.split`` graph.
+        structure: the tree of its weights, as ``jax.tree.structure`` has it.
+        backend: the attention all layers share.
+        placement: where the step's arrays lie.
+        shape: T tokens, B rows and U new pages of each replica; what follows is of all, one after the other.
+        weights: the leaves of that tree.
+        pool: to be donated.
+        rows: page table ``[R, P]`` and last tokens ``[R]``; to be donated.
+        packed: int32 ``[shape.packed_size]``, a packed StepParcel.
+
+    Returns:
+        What the sampler takes (logits ``[B, vocab]``), greedy tokens int32 ``[B]``, and the pool and the rows as they
+        are then.
+    """
+    model: Llama = nnx.merge(graph, jax.tree.unflatten(structure, weights))
+    read = placement.each_replica(partial(_read_parcel, shape, pool.page_size))
+    rows, token_ids, row_ids, metadata, words = read(rows, packed)
+    attention: Callable[..., tuple[jax.Array, ...]] = backend
+    prepared = backend.prepare(metadata) if isinstance(backend, MeshAttention) else metadata
+    buffers = list(pool.buffers)
+
+    def attend(layer_id: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        out, buffers[layer_id] = attention(q, k, v, buffers[layer_id], prepared)
+        return out
+
+    hidden = model(token_ids, jnp.asarray(metadata.positions), attend, placement.hidden)
+    last = placement.each_replica(_last_of_each)(hidden, metadata.cu_q_lens)
+    logits = placement.logits(model.logits(last))
+    tokens = placement.whole(most_likely(logits))
+    rows = placement.own(placement.each_replica(DeviceRows.with_tokens)(rows, row_ids, tokens))
+    return ToSample(logits, placement.own(words)), tokens, pool.replace_buffers(buffers), rows
+
+
+def _read_parcel(
+    shape: ParcelShape, page_size: int, rows: DeviceRows, packed: jax.Array
+) -> tuple[DeviceRows, jax.Array, jax.Array, AttentionMetadata, jax.Array]:
+    """One replica's rows with their new pages, token ids, rows of the batch, where tokens stand, and what samples."""
+    parts = unpack(packed, shape)
+    bounds, kv_lens, row_ids = parts["cu_q_lens"], parts["kv_lens"], parts["req_pool_idx"]
+    rows = rows.with_pages(parts["update_at"], parts["update_page"])
+    metadata = _locate(rows.pages_of(row_ids), bounds, kv_lens, shape.tokens, page_size)
+    owners = row_ids[sequence_of_tokens(bounds, num_tokens=shape.tokens, xp=jnp)]
+    token_ids = rows.known_tokens(parts["token_ids"], owners)
+    return rows, token_ids, row_ids, metadata, packed[: shape.sampling_size]
+
+
+def _last_of_each(hidden: jax.Array, bounds: jax.Array) -> jax.Array:
+    return hidden[jnp.maximum(bounds[1:] - 1, 0)]
+
+
+def _sample(placement: Placement, shape: ParcelShape, rows: DeviceRows, step: ToSample) -> tuple[Sampled, DeviceRows]:
+    sampled, noted = placement.each_replica(partial(_sample_rows, shape))(rows, step)
+    both: tuple[Sampled, DeviceRows] = placement.whole(sampled), placement.own(noted)
+    return both
+
+
+def _sample_rows(shape: ParcelShape, rows: DeviceRows, step: ToSample) -> tuple[Sampled, DeviceRows]:
+    """One replica's tokens; it draws and counts only what its own rows ask for."""
+    parts = unpack(step.words, shape)
+    how = SamplingInputs(parts["temperature"], parts["top_k"], parts["top_p"], parts["seed"], position=parts["kv_lens"])
+    sampled = sample(step.logits, how, parts["wants_logprobs"][0] != 0)
+    return sampled, rows.with_tokens(parts["req_pool_idx"], sampled.tokens)
+
+
+def _update(placement: Placement, rows: DeviceRows, updates: jax.Array) -> DeviceRows:
+    def enter(rows: DeviceRows, updates: jax.Array) -> DeviceRows:
+        return rows.with_pages(updates[0], updates[1])
+
+    updated: DeviceRows = placement.own(placement.each_replica(enter)(rows, updates))
+    return updated
+
+
+def _is_usable(tree: Any) -> bool:
+    """Whether arrays were neither donated to a program that failed nor computed by one."""
+    try:
+        jax.block_until_ready(tree)
+    except Exception:  # whatever the failed program raised; of a deleted array jax's own RuntimeError
+        return False
+    return not any(array.is_deleted() for array in jax.tree.leaves(tree))
+
+
+def _lowered(program: Any, *arguments: Any) -> Any:
+    """Traces and lowers a jitted program in 32 bits, whatever jax is set to: kernels for a TPU know no more."""
+    with jax.enable_x64(False):
+        return program.lower(*arguments)
+
+
+def _placed(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+
+def _locate(
+    page_table: jax.Array, cu_q_lens: jax.Array, kv_lens: jax.Array, num_tokens: int, page_size: int
+) -> AttentionMetadata:
+    where = locate_new_tokens(page_table, cu_q_lens, kv_lens, num_tokens=num_tokens, page_size=page_size, xp=jnp)
+    return AttentionMetadata(page_table, cu_q_lens, kv_lens, out_cache_loc=where[1], positions=where[0])

@@ -1,0 +1,145 @@
+"""Serves an engine's metrics over HTTP for Prometheus; reads a snapshot when it is scraped, and never in between.
+
+Names follow the conventions of serving engines, under one prefix. Hits and queries are counters of tokens: a rate is
+the reader's to take.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import ConfigError
+from engine.serving.watch.bounded_server import BoundedServer
+from engine.serving.watch.metrics import EngineMetrics
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+PREFIX = "engine_"
+
+
+class EngineCollector:
+    """A collector in the sense of prometheus_client.
+
+    Args:
+        read: makes a snapshot; called by the scraping thread.
+    """
+
+    def __init__(self, read: Callable[[], EngineMetrics]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        """Every metric of one snapshot."""
+        metrics = self._read()
+        yield from _pool(metrics)
+        yield from _traffic(metrics)
+        yield from _prefix_cache(metrics)
+        yield from _host_tier(metrics)
+
+
+@contextmanager
+def serve_metrics(read: Callable[[], EngineMetrics], port: int, address: str = "127.0.0.1") -> Iterator[int]:
+    """Runs a thread that answers scrapes, as long as the context lasts; see ``BoundedServer`` for its bounds.
+
+    Args:
+        read: makes a snapshot.
+        port: to listen on; 0 takes a free one.
+        address: of this machine to listen on.
+
+    Yields:
+        The port.
+
+    Raises:
+        ConfigError: prometheus-client is not installed, or the port cannot be had.
+    """
+    try:
+        from prometheus_client import CollectorRegistry, make_wsgi_app
+    except ImportError as error:
+        raise ConfigError("metrics need prometheus-client; install it, or this package with [metrics]") from error
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(read))
+    try:
+        server = BoundedServer(address, port, make_wsgi_app(registry))
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot serve metrics on {address}:{port}: {error}; name a free port") from error
+    with server.running():
+        yield server.server_port
+
+
+def _pool(metrics: EngineMetrics) -> Iterator[Metric]:
+    pool = metrics.pool
+    yield _gauge("kv_cache_usage_perc", "Share of the pool that cannot be handed out now, 0 to 1", pool.usage)
+    states = {
+        "free": pool.free_pages,
+        "held": pool.private_pages,
+        "cached_locked": pool.locked_pages,
+        "cached_evictable": pool.evictable_pages,
+    }
+    yield _gauge("kv_pages", "Pages by state; the states make up the pool", states, label="state")
+    yield _gauge("kv_pages_total_size", "Pages of the pool", pool.total_pages)
+    yield _gauge("kv_page_size_tokens", "Tokens a page", pool.page_size)
+    yield _gauge("kv_tail_waste_tokens", "Slots of last pages that hold no token yet", pool.tail_waste_tokens)
+    yield _gauge("kv_free_runs", "Runs of consecutive free pages", pool.free_runs)
+    yield _gauge("kv_largest_free_run_pages", "Pages of the longest such run", pool.largest_free_run_pages)
+    if pool.replicas:
+        usage = {str(index): replica.usage for index, replica in enumerate(pool.replicas)}
+        yield _gauge("kv_cache_replica_usage_perc", "The same share of each replica's pool", usage, label="replica")
+    locking = sum(request.locked_pages > 0 for request in metrics.requests)
+    yield _gauge("num_requests_locking", "Running requests that keep cached pages from eviction", locking)
+
+
+def _traffic(metrics: EngineMetrics) -> Iterator[Metric]:
+    yield _gauge("num_requests_running", "Requests that hold pages", metrics.running)
+    if metrics.pool.replicas:
+        running = Counter(str(request.replica) for request in metrics.requests)
+        by_replica = {str(index): running[str(index)] for index in range(len(metrics.pool.replicas))}
+        yield _gauge("num_requests_replica_running", "Those of each replica", by_replica, label="replica")
+    yield _gauge("num_requests_waiting", "Requests that wait for pages or a slot", metrics.waiting)
+    yield _counter("num_preemptions", "Times a running request gave its pages back", metrics.preemptions)
+    yield _counter("prompt_tokens", "Prompt tokens computed", metrics.prompt_tokens)
+    yield _counter("generation_tokens", "Generated tokens fed back", metrics.generation_tokens)
+    yield _counter("steps", "Steps run", metrics.steps)
+    yield _counter("requests_finished", "Answers by why they ended", metrics.finished, label="finished_reason")
+
+
+def _prefix_cache(metrics: EngineMetrics) -> Iterator[Metric]:
+    if metrics.prefix_cache:
+        prefix = metrics.prefix_cache
+        yield _counter("prefix_cache_queries", "Known tokens of requests as they were admitted", prefix.queried_tokens)
+        yield _counter("prefix_cache_hits", "Those of them found on the device", prefix.hit_tokens)
+        yield _counter("prefix_cache_evicted_pages", "Cached pages given up to make room", prefix.evicted_pages)
+
+
+def _host_tier(metrics: EngineMetrics) -> Iterator[Metric]:
+    if metrics.host_tier:
+        tier = metrics.host_tier
+        yield _gauge("host_tier_bytes", "Bytes of the pages held", tier.held_bytes)
+        yield _gauge("host_tier_capacity_bytes", "Most that it may hold", tier.capacity_bytes)
+        yield _counter("host_tier_queried_pages", "Pages asked for as requests were admitted", tier.queried_pages)
+        yield _counter("host_tier_loaded_pages", "Pages brought back to the device", tier.loaded_pages)
+        yield _counter("host_tier_stored_pages", "Pages taken in", tier.stored_pages)
+        yield _counter("host_tier_evicted_pages", "Pages dropped to keep the budget", tier.evicted_pages)
+        yield _counter("host_tier_rejected_pages", "Pages dropped for a wrong checksum", tier.rejected_pages)
+
+
+def _gauge(name: str, text: str, value: Any, *, label: str | None = None) -> Metric:
+    from prometheus_client.core import GaugeMetricFamily
+
+    return _filled(GaugeMetricFamily(PREFIX + name, text, labels=[label] if label else []), value)
+
+
+def _counter(name: str, text: str, value: Any, *, label: str | None = None) -> Metric:
+    """A counter; the library adds ``_total`` to its name."""
+    from prometheus_client.core import CounterMetricFamily
+
+    return _filled(CounterMetricFamily(PREFIX + name, text, labels=[label] if label else []), value)
+
+
+def _filled(family: Any, value: Any) -> Metric:
+    for key, number in value.items() if isinstance(value, dict) else [(None, value)]:
+        family.add_metric([] if key is None else [key], number)
+    filled: Metric = family
+    return filled

@@ -1,0 +1,166 @@
+"""What an engine does and holds, as one value: for embedding, for log lines and for the exporter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from engine.memory.offload.page_mover import HostPages
+from engine.memory.pool_snapshot import PoolSnapshot, add_snapshots, snapshot_pool
+from engine.memory.prefix.cache import RadixCache
+from engine.serving.plan.balancer import Balancer
+from engine.serving.plan.scheduler import Scheduler
+from engine.serving.watch.stats import EngineStats
+
+
+@dataclass(frozen=True)
+class PrefixCacheMetrics:
+    """Since the engine was made; a request that comes back after a retraction is not counted again.
+
+    Attributes:
+        queried_tokens: known tokens of the requests that were admitted.
+        hit_tokens: those of them whose pages were found on the device.
+        evicted_pages: given up to make room.
+    """
+
+    queried_tokens: int
+    hit_tokens: int
+    evicted_pages: int
+
+
+@dataclass(frozen=True)
+class HostTierMetrics:
+    """The host tier: what it holds, and what has happened since the engine was made.
+
+    Attributes:
+        held_bytes: pages held now.
+        capacity_bytes: most that it may hold.
+        queried_pages: asked for when requests were admitted.
+        loaded_pages: brought back to the device.
+        stored_pages: taken in.
+        evicted_pages: dropped to keep the budget.
+        rejected_pages: dropped because their checksum did not match.
+    """
+
+    held_bytes: int
+    capacity_bytes: int
+    queried_pages: int
+    loaded_pages: int
+    stored_pages: int
+    evicted_pages: int
+    rejected_pages: int
+
+
+@dataclass(frozen=True)
+class RequestMemory:
+    """What one running request has of the pool: tokens in slots, pages that hold them, cached pages that it locks."""
+
+    request_id: int
+    tokens: int
+    pages: int
+    locked_pages: int
+    replica: int = 0
+
+
+@dataclass(frozen=True)
+class EngineMetrics:
+    """An engine at one moment. Counts run from when the engine was made and never go down.
+
+    Attributes:
+        pool: where every page is, of all replicas together.
+        running: requests that hold pages.
+        waiting: requests that do not.
+        preemptions: how often a request was retracted.
+        prefix_cache: None where it is disabled.
+        host_tier: None where there is none.
+        requests: the running ones' parts of the pool.
+        prompt_tokens, generation_tokens: tokens fed, as prompt and one at a time.
+        steps: steps run.
+        finished: answers by why they ended.
+    """
+
+    pool: PoolSnapshot
+    running: int
+    waiting: int
+    preemptions: int
+    prefix_cache: PrefixCacheMetrics | None
+    host_tier: HostTierMetrics | None
+    requests: tuple[RequestMemory, ...]
+    prompt_tokens: int
+    generation_tokens: int
+    steps: int
+    finished: Mapping[str, int]
+
+    def describe(self) -> str:
+        """One line for a log."""
+        pool = self.pool
+        parts = [
+            f"Running: {self.running} reqs, Waiting: {self.waiting} reqs, KV cache usage: {pool.usage:.1%}",
+            f"pages: {pool.free_pages:,} free in {pool.free_runs:,} runs, {pool.private_pages:,} held, "
+            f"{pool.locked_pages:,} cached and locked, {pool.evictable_pages:,} cached of {pool.total_pages:,}",
+            f"tail waste: {pool.tail_waste_tokens:,} tokens, preemptions: {self.preemptions:,}",
+        ]
+        if self.prefix_cache:
+            queried, hit = self.prefix_cache.queried_tokens, self.prefix_cache.hit_tokens
+            parts.append(f"prefix cache: {hit:,} of {queried:,} tokens hit")
+        if self.host_tier:
+            held, most = self.host_tier.held_bytes, self.host_tier.capacity_bytes
+            parts.append(f"host tier: {held / 2**20:,.1f} of {most / 2**20:,.1f} MiB")
+        return "; ".join(parts)
+
+
+def collect_metrics(scheduler: Scheduler | Balancer, stats: EngineStats) -> EngineMetrics:
+    """Reads everything; raises IntegrityError where the parts of the pool do not add up."""
+    replicas = scheduler.replicas
+    pools = [snapshot_pool(replica.cache) for replica in replicas]
+    return EngineMetrics(
+        pool=pools[0] if len(pools) == 1 else add_snapshots(pools),
+        running=len(scheduler.running),
+        waiting=len(scheduler.waiting),
+        preemptions=scheduler.retractions,
+        prefix_cache=_prefix_cache([replica.cache.prefix for replica in replicas if replica.cache.prefix]),
+        host_tier=_host_tier(replicas[0].cache.host),  # the replicas share one
+        requests=tuple(
+            request
+            for index, (replica, pool) in enumerate(zip(replicas, pools, strict=True))
+            for request in _requests(replica, pool, index)
+        ),
+        prompt_tokens=stats.prefill_tokens,
+        generation_tokens=stats.decode_tokens,
+        steps=stats.steps,
+        finished=dict(stats.finished),
+    )
+
+
+def _requests(scheduler: Scheduler, pool: PoolSnapshot, replica: int) -> list[RequestMemory]:
+    of_row = {request.req_pool_idx: request.request_id for request in scheduler.running}
+    return [
+        RequestMemory(of_row[row.row], row.tokens, row.pages, row.locked_pages, replica)
+        for row in pool.rows
+        if row.row in of_row
+    ]
+
+
+def _prefix_cache(caches: list[RadixCache]) -> PrefixCacheMetrics | None:
+    if not caches:
+        return None
+    return PrefixCacheMetrics(
+        queried_tokens=sum(cache.query_tokens for cache in caches),
+        hit_tokens=sum(cache.hit_tokens for cache in caches),
+        evicted_pages=sum(cache.evicted_pages for cache in caches),
+    )
+
+
+def _host_tier(host: HostPages | None) -> HostTierMetrics | None:
+    if host is None:
+        return None
+    tier, counters = host.tier, host.tier.counters
+    return HostTierMetrics(
+        held_bytes=tier.held_bytes,
+        capacity_bytes=tier.capacity_bytes,
+        queried_pages=counters.queried_pages,
+        loaded_pages=counters.hit_pages,
+        stored_pages=counters.stored_pages,
+        evicted_pages=counters.evicted_pages,
+        rejected_pages=counters.corrupt_pages,
+    )
