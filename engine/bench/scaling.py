@@ -118,7 +118,7 @@ def measure(devices: int, split: str, requests: int, context: int, steps: int) -
     rng = np.random.default_rng(0)
     for _ in range(requests):
         llm.add_request(rng.integers(0, 4096, context).tolist(), SamplingParams(max_new_tokens=steps + 8))
-    while any(request.num_computed < context for request in (*llm.scheduler.waiting, *llm.scheduler.running)):
+    while not all(request.output for request in (*llm.scheduler.waiting, *llm.scheduler.running)):
         llm.step()
     seconds, host_seconds = [], []
     for _ in range(steps):

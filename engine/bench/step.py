@@ -166,7 +166,7 @@ class DecodingEngine:
         rows: list[int] = []
         for request in llm.scheduler.running:
             tokens.append(request.output[-1])
-            positions.append(request.num_computed)
+            positions.append(request.num_tokens - 1)
             rows.append(request.req_pool_idx or 0)
             params.append((request.params.temperature, request.params.top_p, request.params.top_k, request.seed))
         table = llm.cache.page_table.rows(rows)

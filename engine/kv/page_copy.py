@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -48,14 +49,37 @@ def read_pages(pool: TokenToKVPool, pages: npt.ArrayLike, *, replica: int = 0) -
     Raises:
         ShapeError: ``pages`` is not a vector of page ids of this pool.
     """
-    wanted = _check_pages(pool, "pages", pages)
-    if not wanted.size:
-        layout = pool.layout
-        return np.empty((0, pool.layer_num, layout.page_size, 2 * layout.head_num, layout.head_dim), pool.dtype)
-    # Every copy is under way before the first is waited for.
+    return start_reading(pool, pages, replica=replica).wait()
+
+
+@dataclass(frozen=True)
+class PageRead:
+    """Pages on their way to the host; what the device runs later does not change them.
+
+    Attributes:
+        staged: their copies, padded to static sizes.
+        shape: ``[n, layers, page_size, 2H, D]``.
+        dtype: of the pool.
+    """
+
+    staged: tuple[jax.Array, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def wait(self) -> HostPages:
+        """Waits until they are there: ``[n, layers, page_size, 2H, D]``, perhaps read-only."""
+        if not self.staged:
+            return np.empty(self.shape, self.dtype)
+        parts = [np.asarray(part).view(self.dtype) for part in self.staged]
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts))[: self.shape[0]]
+
+
+def start_reading(pool: TokenToKVPool, pages: npt.ArrayLike, *, replica: int = 0) -> PageRead:
+    """As ``read_pages``, without waiting: every copy is under way when it returns."""
+    wanted, layout = _check_pages(pool, "pages", pages), pool.layout
     staged = [_to_host_memory(_gather(pool, chunk, replica)) for chunk in _chunks(wanted, _NULL_PAGE)]
-    parts = [np.asarray(part).view(pool.dtype) for part in staged]
-    return (parts[0] if len(parts) == 1 else np.concatenate(parts))[: wanted.size]
+    shape = (wanted.size, pool.layer_num, layout.page_size, 2 * layout.head_num, layout.head_dim)
+    return PageRead(tuple(staged), shape, np.dtype(pool.dtype))
 
 
 def write_pages(pool: TokenToKVPool, pages: npt.ArrayLike, data: HostPages, *, replica: int = 0) -> None:

@@ -35,12 +35,9 @@ from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
 from engine.models.sharding import split_config, weight_bytes
 from engine.planning.sizing import PoolPlan, require_page_table, require_room, size_pool
-from engine.serving.device.batcher import Batcher, ReplicaBatcher
 from engine.serving.device.device_memory import device_memory
-from engine.serving.device.parcel import ParcelShape
-from engine.serving.device.runner import ModelRunner, ReplicaMover
-from engine.serving.plan.balancer import Balancer
 from engine.serving.plan.queue import RequestQueue
+from engine.serving.plan.replica import Replica
 from engine.serving.plan.scheduler import Scheduler
 
 
@@ -144,7 +141,7 @@ def make_pool(config: EngineConfig, model: Llama, mesh: Mesh | None) -> tuple[Po
 
 
 def make_caches(
-    config: EngineConfig, model: LlamaConfig, pool: TokenToKVPool, runner: ModelRunner
+    config: EngineConfig, model: LlamaConfig, pool: TokenToKVPool
 ) -> tuple[list[CacheManager], PrefixStore | None]:
     """The books over ``pool``, of each replica; with one host tier for all, filled from the directory if one is given.
 
@@ -158,8 +155,8 @@ def make_caches(
         return caches, None
     page_format = PageFormat(pool.layer_num, dtype=pool.dtype, layout=pool.layout.to_dict())
     tier = HostTier(config.host_tier_bytes, page_format)
-    for replica, cache in enumerate(caches):
-        cache.attach_host_tier(tier, ReplicaMover(runner, replica))
+    for cache in caches:
+        cache.attach_host_tier(tier)
     if config.prefix_cache_dir is None:
         return caches, None
     store = PrefixStore(config.prefix_cache_dir, page_format)
@@ -173,29 +170,21 @@ def step_tokens(config: EngineConfig) -> int:
     return max(config.chunked_prefill_size, config.max_running_requests) // config.dp
 
 
-def make_scheduler(
-    config: EngineConfig, caches: list[CacheManager], clock: Callable[[], float]
-) -> Scheduler | Balancer:
-    """Who decides what runs: a scheduler, or where there are several replicas one for each behind a balancer."""
+def make_scheduler(config: EngineConfig, caches: list[CacheManager], clock: Callable[[], float]) -> Scheduler:
+    """What decides which requests run, over a replica for each of ``caches``."""
     queue = RequestQueue()
-    schedulers = [
-        Scheduler(
+    replicas = [
+        Replica(
             cache,
+            queue,
             max_running_requests=config.max_running_requests // config.dp,
             max_step_tokens=step_tokens(config),
-            clock=clock,
-            queue=queue,
+            index=index,
             pool_name="the pool" if config.dp == 1 else "the pool of a replica",
         )
-        for cache in caches
+        for index, cache in enumerate(caches)
     ]
-    return schedulers[0] if config.dp == 1 else Balancer(schedulers, queue, clock)
-
-
-def make_batcher(caches: list[CacheManager], shapes: list[ParcelShape]) -> Batcher | ReplicaBatcher:
-    """What fills the parcels of that scheduler's steps."""
-    tables = [cache.page_table for cache in caches]
-    return Batcher(tables[0], shapes) if len(tables) == 1 else ReplicaBatcher(tables, shapes)
+    return Scheduler(replicas, queue, clock)
 
 
 def weights_identity(config: EngineConfig, model: Llama) -> str:

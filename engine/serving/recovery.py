@@ -18,9 +18,8 @@ import logging
 
 from engine.serving.device.runner import ModelRunner
 from engine.serving.groups import AnswerGroups
-from engine.serving.plan.balancer import Balancer
 from engine.serving.plan.scheduler import Scheduler
-from engine.serving.request import FinishReason, Request
+from engine.serving.request import FinishReason, Request, RequestState
 from engine.serving.stepper import Stepper
 from engine.serving.watch.stats import EngineStats
 
@@ -44,7 +43,7 @@ class Recovery:
 
     def __init__(
         self,
-        scheduler: Scheduler | Balancer,
+        scheduler: Scheduler,
         stepper: Stepper,
         runner: ModelRunner,
         groups: AnswerGroups,
@@ -61,11 +60,9 @@ class Recovery:
     def after(self, error: BaseException) -> None:
         """Recovers from whatever was raised in the middle of a change."""
         members = self._groups.members()
-        running = [request for request in members if request.req_pool_idx is not None]
+        running = [request for request in members if request.state is RequestState.RUNNING]
         culprit = self._scheduler.queue.culprit(running)
         self._stepper.drop()
-        for request in members:
-            request.settle()
         self._scheduler.restart(members, keeps_pages=self._has_pages())
         self._groups.restart()
         if isinstance(error, Exception):  # an interrupt is nobody's fault
@@ -80,8 +77,7 @@ class Recovery:
     def check_books(self, fault: Exception) -> None:
         """After the prefix cache has failed for a request: begins anew where that has left the books unbalanced."""
         try:
-            for replica in self._scheduler.replicas:
-                replica.check_integrity()
+            self._scheduler.check_integrity()
         except Exception:
             self.after(fault)
 
@@ -108,16 +104,7 @@ class Recovery:
 
     def _give_up(self, requests: list[Request], error: Exception) -> None:
         for request in requests:
-            if request.finish_reason is None:
-                request.error = f"{type(error).__name__}: {error}"
-                end(self._scheduler, request, FinishReason.ERROR)
+            if request.state is not RequestState.ENDED:
+                self._scheduler.end(request, FinishReason.ERROR, f"{type(error).__name__}: {error}")
                 self._groups.ended.append(request)
         self._fruitless = 0
-
-
-def end(scheduler: Scheduler | Balancer, request: Request, reason: FinishReason) -> None:
-    """Ends a request whether it has reached the scheduler or not."""
-    if request.arrival is None:
-        request.finish_reason = reason
-    else:
-        scheduler.end(request, reason)

@@ -154,6 +154,19 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class RequestState(StrEnum):
+    """Where a request stands.
+
+    NEW: the scheduler does not have it yet. WAITING: in the queue, without pages. RUNNING: it has a row. ENDED: it has
+    a finish reason.
+    """
+
+    NEW = "new"
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
 @dataclass(frozen=True)
 class TokenLogprobs:
     """Natural-log probabilities at one generated position, of the model's own distribution (before temperature).
@@ -206,10 +219,9 @@ class Request:
         params: how to choose its tokens.
         seed: of its random stream, whether given or drawn.
         stop_ids: every token that ends it.
+        state: where it stands; only the methods below change it.
         req_pool_idx: its page-table row while it runs, else None.
-        replica: whose row that is, where there are several.
-        num_prefilled: tokens whose keys and values were in the pool after its last step that was not of decoding.
-        is_decoding: whether it has generated a token since it was admitted.
+        replica: whose row that is.
         output: tokens generated so far.
         scope: under which its prefix may be shared.
         arrival: seconds on the scheduler's clock; None until the scheduler has it.
@@ -229,8 +241,7 @@ class Request:
     arrival: float | None = None
     req_pool_idx: int | None = None
     replica: int = 0
-    num_prefilled: int = 0
-    is_decoding: bool = False
+    state: RequestState = RequestState.NEW
     cached_tokens: int | None = None
     retractions: int = 0
     siblings: list[Request] = field(default_factory=list)
@@ -258,19 +269,9 @@ class Request:
         return len(self.prompt) + len(self.output)
 
     @property
-    def num_computed(self) -> int:
-        """Tokens whose keys and values are in the pool: while decoding, all but the last one."""
-        return self.num_tokens - 1 if self.is_decoding else self.num_prefilled
-
-    @property
     def max_tokens(self) -> int:
         """Most tokens whose keys and values it can ever need: the last generated token is never fed back."""
         return len(self.prompt) + self.params.max_new_tokens - 1
-
-    @property
-    def num_pending(self) -> int:
-        """Known tokens that the pool does not hold yet: 1 while decoding, more while prefilling."""
-        return self.num_tokens - self.num_computed
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.int32]:
         """Token ids of positions ``start`` to ``stop - 1``, int32."""
@@ -280,24 +281,32 @@ class Request:
         generated = np.asarray(self.output[max(start - split, 0) : stop - split], np.int32)
         return generated if start >= split else np.concatenate([self.prompt[start:], generated])
 
-    def begin(self, num_computed: int) -> None:
-        """Notes for how many of its tokens the pool holds keys and values, before any step of it."""
-        self.num_prefilled, self.is_decoding = num_computed, False
+    def wait(self) -> None:
+        """It is in the queue, and has no row."""
+        self.req_pool_idx, self.state = None, RequestState.WAITING
+
+    def run(self, row: int) -> None:
+        """It has a row."""
+        self.req_pool_idx, self.state = row, RequestState.RUNNING
+
+    def end(self, reason: FinishReason, error: str | None = None) -> None:
+        """Its answer is complete, or as much of it as there will be."""
+        self.finish_reason, self.error, self.state = reason, error, RequestState.ENDED
 
     def note_end(self) -> bool:
-        """Whether the last generated token ends the answer; notes why."""
+        """Whether the last generated token ends the answer; ends it then."""
         if self.output[-1] in self.stop_ids:
-            self.finish_reason = FinishReason.STOP
+            self.end(FinishReason.STOP)
         elif len(self.output) == self.params.max_new_tokens:
-            self.finish_reason = FinishReason.LENGTH
-        return self.finish_reason is not None
+            self.end(FinishReason.LENGTH)
+        return self.state is RequestState.ENDED
 
     def note_non_finite(self) -> None:
         """Ends the answer where no token could be chosen."""
-        self.finish_reason = FinishReason.NON_FINITE
-        self.error = (
+        self.end(
+            FinishReason.NON_FINITE,
             f"the logits after {self.num_tokens} tokens are NaN or infinite: the model's numbers exceed its dtype or "
-            "the pool's; use float32 or bfloat16 for both"
+            "the pool's; use float32 or bfloat16 for both",
         )
 
     def note_failure(self) -> int:
@@ -307,8 +316,11 @@ class Request:
         self.failures, self.failures_at = self.failures + 1, len(self.output)
         return self.failures
 
-    def settle(self) -> None:
-        """Makes its parts agree after a fault that may have come between any two of them."""
+    def restart(self) -> None:
+        """Makes its parts agree, without a row, after a fault that may have come between any two of them."""
         del self.logprobs[len(self.output) :], self.logits[len(self.output) :]
-        if self.output and self.finish_reason is None:
-            self.note_end()
+        self.req_pool_idx = None
+        if self.finish_reason is not None:
+            self.state = RequestState.ENDED
+        elif not (self.output and self.note_end()):
+            self.state = RequestState.NEW if self.arrival is None else RequestState.WAITING

@@ -17,10 +17,12 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from engine.serving.device.batcher import Batcher, ReplicaBatcher
+from engine.kv.page_copy import HostPages
+from engine.memory.integers import Int32
+from engine.serving.device.batcher import Batcher
+from engine.serving.device.page_mover import PageMover
 from engine.serving.device.runner import ModelRunner, StepResult
 from engine.serving.device.sampler import Sampled
-from engine.serving.plan.balancer import Balancer
 from engine.serving.plan.scheduler import Scheduler
 from engine.serving.plan.step import ScheduledStep
 from engine.serving.request import Request, TokenLogprobs
@@ -36,6 +38,7 @@ class Flight:
     dispatched: float
     logits: jax.Array | None
     keeps_logprobs: bool
+    saves: int  # how many saves of pages had been started by then
 
 
 class Stepper:
@@ -45,15 +48,17 @@ class Stepper:
         scheduler: decides who runs.
         batcher: makes parcels.
         runner: runs them.
+        mover: moves pages before them.
         stats: counts them.
         overlap: whether a step is dispatched before the one before it is committed.
     """
 
     def __init__(
         self,
-        scheduler: Scheduler | Balancer,
-        batcher: Batcher | ReplicaBatcher,
+        scheduler: Scheduler,
+        batcher: Batcher,
         runner: ModelRunner,
+        mover: PageMover,
         stats: EngineStats,
         *,
         overlap: bool,
@@ -61,6 +66,7 @@ class Stepper:
         self._scheduler = scheduler
         self._batcher = batcher
         self._runner = runner
+        self._mover = mover
         self._stats = stats
         self._most_flights = 1 if overlap else 0
         self._flights: deque[Flight] = deque()
@@ -77,22 +83,39 @@ class Stepper:
         """
         while (step := self._scheduler.next_step(settled=not self._flights)) is None:
             self._land(finished)
-        if step.requests:
+        self._mover.make(step.moves)
+        has_requests = step.num_tokens > 0
+        if has_requests:
             self._flights.append(self._dispatch(step, keeps_logits=return_logits))
-        if self._flights and (not step.requests or len(self._flights) > self._most_flights):
+        if self._flights and (not has_requests or len(self._flights) > self._most_flights):
             self._land(finished)
         if not self._scheduler.has_work:
-            self.drop()
+            self.finish()
+
+    def finish(self) -> None:
+        """Forgets the steps under way, when there is no request left whose tokens they compute; saved pages land."""
+        self._flights.clear()
+        self._mover.land()
 
     def drop(self) -> None:
-        """Forgets the steps under way, when there is no request left whose tokens they compute, or all start anew."""
+        """Forgets the steps under way and the pages on their way to the host, when all start anew."""
         self._flights.clear()
+        self._mover.forget()
+
+    def forget_saves(self) -> None:
+        """Lets go the pages on their way to the host tier, when all cached prefixes are forgotten."""
+        self._mover.forget()
+
+    def read_pages(self, replica: int, pages: Int32) -> HostPages:
+        """Copies pages of a replica's pool to the host, once those that were saved before are in the tier."""
+        self._mover.land()
+        return self._runner.start_reading(pages, replica=replica).wait()
 
     def _dispatch(self, step: ScheduledStep, *, keeps_logits: bool) -> Flight:
         parcel, shape, earlier_updates = self._batcher.fill(step)
         result = self._runner.step(parcel, shape, earlier_updates)
         logits = self._runner.to_read(result.logits) if keeps_logits else None
-        return Flight(step, result, time.perf_counter(), logits, bool(parcel.wants_logprobs[0]))
+        return Flight(step, result, time.perf_counter(), logits, bool(parcel.wants_logprobs[0]), self._mover.started)
 
     def _land(self, finished: list[Request]) -> None:
         """Waits for the oldest step and commits it; adds the requests that finish."""
@@ -110,6 +133,7 @@ class Stepper:
         self._flights.popleft()
         self._stats.note(step, now - max(flight.dispatched, self._landed), held_tokens)
         self._landed = now
+        self._mover.land(flight.saves)
 
 
 def _keep(request: Request, index: int, logits: npt.NDArray[np.float32] | None, sampled: Sampled | None) -> None:

@@ -364,3 +364,47 @@ class RadixCache(PrefixBooks):
             del self._locked[match]
         if match.node is not None:
             self._nodes.unlock(match.node)
+
+
+class NullPrefixCache:  # SHIM
+    evictable_pages = protected_pages = cached_pages = evicted_pages = 0
+
+    def __init__(self):
+        self.query_tokens = self.hit_tokens = 0
+
+    def match(self, scope, token_ids):
+        return PrefixMatch(NO_PAGES, 0, 0, self, None)
+
+    def lock(self, match):
+        pass
+
+    unlock = record = lock
+
+    def advance(self, match, scope, tokens, pages, *, priority=0):
+        return match
+
+    def finish(self, match, scope, tokens, pages, *, priority=0):
+        pass
+
+    def evict(self, n):
+        return 0
+
+    def reset(self, scope=None):
+        return 0
+
+    def clear(self):
+        pass
+
+    check_integrity = clear
+
+    def raise_weights_epoch(self, model, epoch):
+        pass
+
+    def pages(self):
+        return NO_PAGES
+
+    def is_cached(self, pages):
+        return np.zeros(len(pages), np.bool_)
+
+    def runs(self):
+        return iter(())

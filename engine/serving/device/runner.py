@@ -17,7 +17,15 @@ from engine.attention.backend import FlashAttentionBackend
 from engine.attention.metadata import AttentionMetadata, locate_new_tokens, sequence_of_tokens
 from engine.attention.sharded import MeshAttention
 from engine.errors import ConfigError
-from engine.kv.page_copy import PAGE_BUCKETS, HostPages, Int32, copy_pages, read_pages, write_pages
+from engine.kv.page_copy import (
+    PAGE_BUCKETS,
+    HostPages,
+    Int32,
+    PageRead,
+    copy_pages,
+    start_reading,
+    write_pages,
+)
 from engine.kv.pool import TokenToKVPool
 from engine.models.fingerprint import settings_of
 from engine.models.llama import Llama
@@ -152,16 +160,16 @@ class ModelRunner:
             compiled()
         self._warm_up_copies(compiled)
 
-    def read(self, pages: Int32, *, replica: int = 0) -> HostPages:
-        """Copies pages of a replica's pool to the host, as PageMover."""
-        return read_pages(self.pool, pages, replica=replica)
+    def start_reading(self, pages: Int32, *, replica: int = 0) -> PageRead:
+        """Starts to copy pages of a replica's pool to the host."""
+        return start_reading(self.pool, pages, replica=replica)
 
     def write(self, pages: Int32, data: HostPages, *, replica: int = 0) -> None:
-        """Copies pages from the host into a replica's pool, in place, as PageMover."""
+        """Copies pages from the host into a replica's pool, in place."""
         write_pages(self.pool, pages, data, replica=replica)
 
     def copy(self, sources: Int32, targets: Int32, *, replica: int = 0) -> None:
-        """Copies pages within a replica's pool, in place, as PageMover."""
+        """Copies pages within a replica's pool, in place."""
         copy_pages(self.pool, sources, targets, replica=replica)
 
     def to_read(self, logits: jax.Array) -> jax.Array:
@@ -232,27 +240,7 @@ class ModelRunner:
             compiled()
 
     def _move(self, pages: Int32) -> None:
-        self.write(pages, self.read(pages))
-
-
-@dataclass(frozen=True)
-class ReplicaMover:
-    """Moves pages of one replica's pool, as PageMover."""
-
-    runner: ModelRunner
-    replica: int
-
-    def read(self, pages: Int32) -> HostPages:
-        """As ``ModelRunner.read``."""
-        return self.runner.read(pages, replica=self.replica)
-
-    def write(self, pages: Int32, data: HostPages) -> None:
-        """As ``ModelRunner.write``."""
-        self.runner.write(pages, data, replica=self.replica)
-
-    def copy(self, sources: Int32, targets: Int32) -> None:
-        """As ``ModelRunner.copy``."""
-        self.runner.copy(sources, targets, replica=self.replica)
+        self.write(pages, self.start_reading(pages).wait())
 
 
 def forward_step(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from engine.memory.offload.page_mover import HostPages
+from engine.memory.offload.host_tier import HostTier
 from engine.memory.pool_snapshot import PoolSnapshot, add_snapshots, snapshot_pool
-from engine.memory.prefix.cache import RadixCache
-from engine.serving.plan.balancer import Balancer
+from engine.memory.prefix.cache import NullPrefixCache, RadixCache
+from engine.serving.plan.replica import Replica
 from engine.serving.plan.scheduler import Scheduler
 from engine.serving.watch.stats import EngineStats
 
@@ -109,7 +109,7 @@ class EngineMetrics:
         return "; ".join(parts)
 
 
-def collect_metrics(scheduler: Scheduler | Balancer, stats: EngineStats) -> EngineMetrics:
+def collect_metrics(scheduler: Scheduler, stats: EngineStats) -> EngineMetrics:
     """Reads everything; raises IntegrityError where the parts of the pool do not add up."""
     replicas = scheduler.replicas
     pools = [snapshot_pool(replica.cache) for replica in replicas]
@@ -118,8 +118,8 @@ def collect_metrics(scheduler: Scheduler | Balancer, stats: EngineStats) -> Engi
         running=len(scheduler.running),
         waiting=len(scheduler.waiting),
         preemptions=scheduler.retractions,
-        prefix_cache=_prefix_cache([replica.cache.prefix for replica in replicas if replica.cache.prefix]),
-        host_tier=_host_tier(replicas[0].cache.host),  # the replicas share one
+        prefix_cache=_prefix_cache([replica.cache.prefix for replica in replicas if replica.cache.shares_prefixes]),
+        host_tier=_host_tier(replicas[0].cache.host_tier),  # the replicas share one
         requests=tuple(
             request
             for index, (replica, pool) in enumerate(zip(replicas, pools, strict=True))
@@ -132,7 +132,7 @@ def collect_metrics(scheduler: Scheduler | Balancer, stats: EngineStats) -> Engi
     )
 
 
-def _requests(scheduler: Scheduler, pool: PoolSnapshot, replica: int) -> list[RequestMemory]:
+def _requests(scheduler: Replica, pool: PoolSnapshot, replica: int) -> list[RequestMemory]:
     of_row = {request.req_pool_idx: request.request_id for request in scheduler.running}
     return [
         RequestMemory(of_row[row.row], row.tokens, row.pages, row.locked_pages, replica)
@@ -141,7 +141,7 @@ def _requests(scheduler: Scheduler, pool: PoolSnapshot, replica: int) -> list[Re
     ]
 
 
-def _prefix_cache(caches: list[RadixCache]) -> PrefixCacheMetrics | None:
+def _prefix_cache(caches: list[RadixCache | NullPrefixCache]) -> PrefixCacheMetrics | None:
     if not caches:
         return None
     return PrefixCacheMetrics(
@@ -151,10 +151,10 @@ def _prefix_cache(caches: list[RadixCache]) -> PrefixCacheMetrics | None:
     )
 
 
-def _host_tier(host: HostPages | None) -> HostTierMetrics | None:
-    if host is None:
+def _host_tier(tier: HostTier | None) -> HostTierMetrics | None:
+    if tier is None:
         return None
-    tier, counters = host.tier, host.tier.counters
+    counters = tier.counters
     return HostTierMetrics(
         held_bytes=tier.held_bytes,
         capacity_bytes=tier.capacity_bytes,
