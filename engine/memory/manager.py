@@ -218,18 +218,19 @@ class CacheManager:
             ConfigError, ShapeError: as for ``admit``; not a row in use.
         """
         self.caller.enter()
-        before, lease = self.page_table.kv_len(row), self._leases[row]
+        before, lease = self.page_table.kv_len(row), self._lease(row)
         found = self.prefix.match(scope, token_vector(token_ids))
         if found.num_tokens > before == lease.match.num_tokens and not lease.is_forgotten:
             self._extend_lease(row, lease, found)
             self.prefix.hit_tokens += found.num_tokens - before
         return self.page_table.kv_len(row) - before
 
-    def has_room_to_grow(self, rows: Int32, counts: Int64 | int) -> bool:
-        """Whether ``grow`` would find the pages, by eviction if need be; raises ShapeError as ``grow``."""
-        total = counts * rows.size if isinstance(counts, int) else int(counts.sum())
-        if rows.size + total // self.page_size <= self._pool.available:  # each row's last page may be full
-            return True
+    def has_room_to_grow(self, rows: npt.ArrayLike, counts: npt.ArrayLike) -> bool:
+        """Whether ``grow`` would find the pages, by eviction if need be; raises ShapeError where it has to look."""
+        if isinstance(rows, np.ndarray) and isinstance(counts, np.ndarray):
+            most = rows.size + int(counts.sum()) // self.page_size  # each row's last page may be full
+            if most <= self._pool.available:
+                return True
         return self.page_table.plan_growth(rows, counts).num_pages <= self.reclaimable_pages
 
     def grow(self, rows: npt.ArrayLike, counts: npt.ArrayLike) -> None:
@@ -313,14 +314,14 @@ class CacheManager:
         """
         self.caller.enter()
         tokens, pages = self._full_pages(row, token_ids)
-        lease = self._leases[row]
+        lease = self._lease(row)
         if not lease.is_forgotten and tokens.size >= lease.match.num_tokens:
             self._advance([*self._sharing(row, pages), (row, pages.size)], scope, tokens, pages)
 
     def can_fork(self, row: int, tokens: int) -> bool:
         """Whether ``fork`` keeps the rule of admission now; raises ShapeError where it is not a row in use."""
-        known = whole_number("tokens", tokens)
-        if not self.page_table.available_rows or known > self.page_table.computed_len(row):
+        known, computed = whole_number("tokens", tokens), self.page_table.computed_len(row)
+        if not self.page_table.available_rows or known > computed:
             return False
         return self._has_room(known + 1, self._most_of(row), known // self.page_size)
 
@@ -341,7 +342,7 @@ class CacheManager:
         if whole_number("tokens", tokens) > computed:
             raise ShapeError(f"cannot fork {tokens} tokens of row {row}: {computed} are computed")
         full, rest = divmod(tokens, self.page_size)
-        pages, new_row, lease = self.page_table.row_pages(row), None, self._leases[row]
+        pages, new_row, lease = self.page_table.row_pages(row), None, self._lease(row)
         copies: list[PageMove] = []
         try:
             new_row = self.page_table.alloc_row(known=tokens + 1, most=self._most_of(row))
@@ -377,7 +378,7 @@ class CacheManager:
             self.page_table.release(row)  # which refuses it
         held, match = NO_PAGES, None
         try:
-            held, lease = self.page_table.row_pages(row), self._leases[row]
+            held, lease = self.page_table.row_pages(row), self._lease(row)
             match = lease.match
             tokens, pages = self._full_pages(row, token_ids)
             if lease.is_forgotten or tokens.size < match.num_tokens:
@@ -439,6 +440,12 @@ class CacheManager:
             self.host_tier.check_integrity()
         self.allocator.check_integrity(np.concatenate([self.page_table.held_pages(), self.prefix.pages()]))
 
+    def _lease(self, row: int) -> Lease:
+        lease = self._leases.get(row)
+        if lease is None:
+            raise ShapeError(f"row {row} was not given out by admit or fork; only such rows are published and released")
+        return lease
+
     def _most_of(self, row: int) -> int:
         return int(self.page_table.request_lens(np.array([row]))[2][0])
 
@@ -490,7 +497,8 @@ class CacheManager:
         try:
             self._advance_each(rows, scope, tokens, pages)
         except BaseException:
-            if len(rows) > 1:  # to the end: what one row has cached, each row that holds it must lock
+            # To the end: what one row has cached, each row that holds it must lock, and hold the cached pages.
+            if any(self._leases[row].match.num_tokens >= count * self.page_size for row, count in rows):
                 self._advance_each(rows, scope, tokens, pages)
             raise
 

@@ -146,7 +146,7 @@ def test_new_weights_get_nothing_of_the_old_ones_from_the_host_either(llama):
     prompts, params = random_prompts([60, 60], seed=43), SamplingParams(max_new_tokens=2)
     for prompt in prompts:
         llm.generate([prompt], params)
-    assert llm.cache.host.tier.held_pages > 0
+    assert llm.cache.host_tier.held_pages > 0
     llm.replace_weights(make_llama(seed=5))
     assert [llm.generate([prompt], params)[0].cached_tokens for prompt in prompts] == [0, 0]
     llm.cache.check_integrity()

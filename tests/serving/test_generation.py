@@ -393,7 +393,7 @@ def test_pages_come_back_from_the_host_and_the_answer_is_the_same(tiered, dense_
     params = SamplingParams(max_new_tokens=5)
     compiles = tiered.compiles_after_warmup
     cold = [tiered.generate([prompt], params)[0] for prompt in prompts]
-    assert tiered.cache.host.tier.held_pages > 0  # two prompts do not fit the pool
+    assert tiered.cache.host_tier.held_pages > 0  # two prompts do not fit the pool
     warm = [tiered.generate([prompt], params, return_logits=True)[0] for prompt in prompts]
     assert [o.cached_tokens for o in warm] == [56, 56, 56]
     assert [o.token_ids for o in warm] == [o.token_ids for o in cold] == [dense_greedy(p, 5) for p in prompts]
