@@ -365,18 +365,18 @@ def test_a_device_that_always_fails_ends_every_request_with_the_error(llm, dense
     assert llm.generate(prompts[:1], SamplingParams(max_new_tokens=3))[0].token_ids == dense_greedy(prompts[0], 3)
 
 
-@pytest.mark.parametrize("where", ["admit", "fill", "plan_growth"])
+@pytest.mark.parametrize("where", ["admit", "fill", "grow"])
 def test_one_culprit_ends_with_its_error_and_never_stops_the_others(llm, dense_greedy, monkeypatch, where):
     """Whatever raises for it: where it is let in, in the parcel of a step of several, or where rows grow."""
     llm.reset_prefix_cache()
     prompts, bad = random_prompts([9, 40, 14], seed=54), [96] * 13
-    owner = {"admit": llm.cache, "fill": llm._stepper._batcher, "plan_growth": llm.cache}[where]
+    owner = {"admit": llm.cache, "fill": llm._stepper._batcher, "grow": llm.cache}[where]
     original = getattr(owner, where)
 
     def concerns_bad(first, *rest):
         if where == "admit":
             return list(rest[0][:13]) == bad
-        rows = first.req_pool_idx if where == "fill" else first
+        rows = first.parts[0].req_pool_idx if where == "fill" else first
         return any(r.req_pool_idx in set(rows.tolist()) and list(r.prompt) == bad for r in llm.scheduler.running)
 
     def failing(*arguments, **named):

@@ -183,13 +183,14 @@ def test_who_runs_out_of_time_with_a_step_under_way_keeps_what_was_committed(llm
 
 def test_a_retraction_waits_for_the_step_under_way(tight, dense_greedy, monkeypatch):
     settled = []
-    retract = tight.scheduler._retract
+    (replica,) = tight.scheduler.replicas
+    retract = replica._retract
 
     def note(request):
         settled.append(len(flights(tight)))
         retract(request)
 
-    monkeypatch.setattr(tight.scheduler, "_retract", note)
+    monkeypatch.setattr(replica, "_retract", note)
     prompts = random_prompts([10, 12, 9, 11], seed=55)
     outputs = tight.generate(prompts, SamplingParams(max_new_tokens=20))
     assert [o.token_ids for o in outputs] == [dense_greedy(p, 20) for p in prompts]
@@ -250,8 +251,9 @@ def test_the_devices_page_table_is_the_hosts_after_every_step(tight, seed, lengt
 
 def check_device_rows(llm, step):
     table = np.asarray(llm._runner.rows.page_table)
-    live = llm.scheduler.still_run(step)
-    for row in step.req_pool_idx[live].tolist():
+    (part,) = step.parts
+    live = llm.scheduler.replicas[0]._still_run(part)
+    for row in part.req_pool_idx[live].tolist():
         held = llm.cache.page_table.row_pages(row)
         np.testing.assert_array_equal(table[row, : held.size], held)
 
