@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engine.distributed.agreement import Agreement
 from engine.errors import RequestError, shown
 from engine.memory.scope import CacheScope
 from engine.models.llama_config import LlamaConfig
@@ -69,6 +70,20 @@ class Intake:
             if not isinstance(param, SamplingParams):
                 raise RequestError(f"sampling_params holds {shown(param)}; give a SamplingParams for each prompt")
         return [self._cut(prompt, param) for prompt, param in zip(given, each, strict=True)]
+
+    def check_in_all(
+        self,
+        agreement: Agreement,
+        prompts: Iterable[str | Sequence[int]],
+        params: SamplingParams | Iterable[SamplingParams] | None,
+    ) -> list[Checked]:
+        """``check`` by process 0, whose result, seeds included, or refusal holds in every process.
+
+        Raises:
+            RequestError: a request can never be served; in processes other than 0, whatever stopped its ``check``.
+            ProcessLost: process 0 is gone.
+        """
+        return agreement.decided_by_first(lambda: self.check(prompts, params), encode=_to_json, decode=_from_json)
 
     def make(self, checked: Checked) -> Request:
         """Makes a request, and those of its siblings."""
@@ -133,6 +148,19 @@ class Intake:
             wrong = ids[(ids < 0) | (ids >= self._vocab_size)][0]
             raise RequestError(f"token id {wrong} is outside the vocabulary; ids run from 0 to {self._vocab_size - 1}")
         return ids.astype(np.int32)
+
+
+def _to_json(checked: list[Checked]) -> list[Any]:
+    """Checked requests as JSON values; token ids and parameters are plain numbers and texts."""
+    return [[ids.tolist(), dataclasses.asdict(params)] for ids, params in checked]
+
+
+def _from_json(values: list[Any]) -> list[Checked]:
+    """What ``_to_json`` was given."""
+    return [
+        (np.array(ids, np.int32), SamplingParams(**params | {"stop_token_ids": tuple(params["stop_token_ids"])}))
+        for ids, params in values
+    ]
 
 
 def _as_array(prompt: Any) -> npt.NDArray[Any]:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from engine.distributed.agreement import Agreement
 from engine.distributed.processes import SharedPlan, lost
 from engine.errors import ConfigError, EngineError, IntegrityError, ProcessLost, RequestError
 from engine.kv.pool import TokenToKVPool
@@ -19,7 +20,6 @@ from engine.memory.scope import CacheScope, LayoutKey
 from engine.models.llama import Llama
 from engine.models.replacement import require_replaceable
 from engine.models.sharding import shard_llama
-from engine.serving.agreement import Agreement
 from engine.serving.build import (
     at_first_epoch,
     make_backend,
@@ -148,7 +148,7 @@ class LLM:
                 f"generate needs an idle engine, and {len(self._groups.unfinished)} added requests are unfinished; "
                 "call step until they are done, or abort them"
             )
-        checked = self._agreement.on_requests(lambda: self._intake.check(prompts, sampling_params))
+        checked = self._intake.check_in_all(self._agreement, prompts, sampling_params)
         requests = [self._intake.make(request) for request in checked]
         for request in requests:
             self.scheduler.check_fits(request)
@@ -176,7 +176,7 @@ class LLM:
 
     def add_request(self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None) -> int:
         """Queues a request for ``step`` and returns its id; raises RequestError if it can never be served."""
-        (checked,) = self._agreement.on_requests(lambda: self._intake.check([prompt], sampling_params))
+        (checked,) = self._intake.check_in_all(self._agreement, [prompt], sampling_params)
         request = self._intake.make(checked)
         self._add(request)
         return request.request_id

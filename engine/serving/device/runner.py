@@ -16,6 +16,7 @@ from flax import nnx
 from engine.attention.backend import FlashAttentionBackend
 from engine.attention.metadata import AttentionMetadata, locate_new_tokens, sequence_of_tokens
 from engine.attention.sharded import MeshAttention
+from engine.distributed.placement import Placement
 from engine.errors import ConfigError
 from engine.kv.page_copy import PAGE_BUCKETS, HostPages, Int32, copy_pages, read_pages, write_pages
 from engine.kv.pool import TokenToKVPool
@@ -24,7 +25,6 @@ from engine.models.llama import Llama
 from engine.serving.device.device_rows import DeviceRows
 from engine.serving.device.parcel import SHARED_PAGES, ParcelShape, StepParcel, unpack
 from engine.serving.device.sampler import Sampled, SamplingInputs, most_likely, sample
-from engine.serving.placement import Placement
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
