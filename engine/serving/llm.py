@@ -33,7 +33,7 @@ from engine.serving.build import (
 from engine.serving.compile_cache import use_compile_cache
 from engine.serving.device.batcher import parcel_shapes
 from engine.serving.device.runner import CompileCounter, ModelRunner
-from engine.serving.gate import Gate, SnapshotBoard
+from engine.serving.gate import Gate
 from engine.serving.groups import AnswerGroups, group_of, is_unstarted
 from engine.serving.intake import Intake
 from engine.serving.loading import load_parts
@@ -41,6 +41,7 @@ from engine.serving.recovery import Recovery, end
 from engine.serving.reports import Reports
 from engine.serving.request import FinishReason, Request, RequestOutput, SamplingParams
 from engine.serving.stepper import Stepper
+from engine.serving.watch.board import SnapshotBoard
 from engine.serving.watch.metrics import EngineMetrics, collect_metrics
 from engine.serving.watch.stats import EngineStats
 
