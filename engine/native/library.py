@@ -9,7 +9,7 @@ import logging
 import jax
 
 from engine.errors import BackendUnsupported
-from engine.native.build import build_library
+from engine.native.compiler import build_library
 
 SCATTER = "engine_kv_scatter"
 ATTENTION = "engine_attention"
