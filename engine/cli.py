@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=versions)
     commands = parser.add_subparsers(dest="command", required=True)
     generate = commands.add_parser("generate", help="answer prompts")
-    _add_engine_options(generate)
+    add_engine_options(generate)
     _add_sampling_options(generate)
     generate.add_argument("--metrics-port", type=int, metavar="N", help="serve Prometheus metrics here while it runs")
     generate.add_argument("--metrics-address", default="127.0.0.1", metavar="IP", help="address to listen on")
@@ -87,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Declares a flag for each field of EngineConfig, whose default is that of the file of ``--config``, or none."""
     group = parser.add_argument_group("engine", "defaults come from --config, else from the engine")
     group.add_argument("--config", type=Path, help="TOML file whose [engine] table gives the defaults")
     group.add_argument("--model", help="checkpoint directory in the Hugging Face layout; default: the Llama that ships")

@@ -59,17 +59,18 @@ class EngineConfig:
         max_total_tokens: usable token slots in the pool, a multiple of ``page_size``; None sizes the pool by
             ``mem_fraction_static``, at most ``max_running_requests * context_length``. A pool that the memory cannot
             hold is refused.
-        mem_fraction_static: fraction of the device's memory for weights and pool together; on a CPU, of the memory that
-            the machine had available before the weights were loaded, less ``host_tier_bytes``.
+        mem_fraction_static: fraction of the device's memory for weights and pool together, above 0 and below 1; on a
+            CPU, of the memory that the machine had available before the weights were loaded, less ``host_tier_bytes``.
         max_running_requests: slots of the continuous batch, over all replicas; the page table, of one row per slot and
             one column per page of ``context_length``, may take 1 GiB.
-        chunked_prefill_size: most new tokens in a step; longer prompts are prefilled in chunks.
+        chunked_prefill_size: most new tokens in a step, though every running request may always decode; longer prompts
+            are prefilled in chunks.
         overlap_steps: whether a step is prepared and dispatched while the step before it runs; otherwise a step's
             tokens are there when ``LLM.step`` returns. Answers are the same.
         context_length: most tokens of prompt and answer together; None is the model's own limit, which also bounds it.
             A context length that is set must fit into the pool that the memory allows.
         attention_impl: implementation of attention; "auto" takes the fastest that supports the device and the call.
-        disable_radix_cache: whether to keep no pages of past requests.
+        disable_radix_cache: whether the prefix cache is off, so that no page of a past request is kept.
         eviction_policy: which cached prefixes are evicted first: the least recently used, the least frequently used, or
             those of the lowest priority.
         host_tier_bytes: bytes of host memory for pages that the prefix cache evicts, at most what is available; 0
@@ -77,7 +78,8 @@ class EngineConfig:
         prefix_cache_dir: directory that cached prefixes are loaded from, and saved to by ``LLM.save_prefix_cache``;
             needs ``host_tier_bytes``. Several engines may share one; see docs/serving-memory.md.
         tp: devices that divide the heads and the weights among them (tensor parallel).
-        dp: replicas of attention (data parallel); each has an equal part of the pool, the slots and a step's tokens.
+        dp: replicas of attention (data parallel), each with an equal part of the pool, the slots and a step's tokens; a
+            divisor of all three.
         cp: devices that divide the tokens of each page among them (context parallel), for contexts that one device
             cannot hold; a divisor of ``page_size``.
     """
