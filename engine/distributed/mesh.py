@@ -3,7 +3,7 @@
 Three axes, always in this order, so that the devices of one tensor group are neighbours:
 
     data      replicas of attention, each with its own requests, page table and pages
-    context   the tokens of every page, dealt out in turn
+    context   the tokens of every page, dealt out to the devices in turn
     tensor    KV heads with their query heads, and the columns or rows of the weights
 """
 
@@ -28,9 +28,9 @@ def make_mesh(*, tp: int = 1, dp: int = 1, cp: int = 1, devices: Sequence[jax.De
     """Makes the mesh of ``dp * cp * tp`` devices.
 
     Args:
-        tp: devices that share the heads.
+        tp: devices that divide the heads among them.
         dp: replicas of attention.
-        cp: devices that share the tokens of a page.
+        cp: devices that divide the tokens of each page among them.
         devices: the devices to choose from; None is all devices of all processes.
 
     Returns:
