@@ -20,7 +20,7 @@ PROMPTS := --prompt "A" \
 having tea at it: a Dormouse was sitting between them, fast asleep, and the other two were using it as a cushion, \
 resting their elbows on it, and talking over its head."
 
-.PHONY: run test test-all test-hf test-gpu test-gpu-here lint train bench clean
+.PHONY: run test test-all test-hf test-gpu test-gpu-here lint docs-options train bench clean
 
 run: $(VENV)/.run
 	$(BIN)/python -m engine generate $(PROMPTS) --max-new-tokens 96 --chunked-prefill-size 128 --check
@@ -55,6 +55,10 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The reference of options, from the code; a test compares them.
+docs-options: $(VENV)/.run
+	$(BIN)/python docs/make_options.py
 
 # Makes the small Llama that ships anew from its text; minutes on two cores.
 train: $(VENV)/.test

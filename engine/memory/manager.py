@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from engine.errors import ConfigError, KVPoolExhausted, ShapeError
 from engine.memory.admission import Admission, checked_most, pages_to_admit
-from engine.memory.integers import Int32, Int64, priority_level, whole_number
+from engine.memory.integers import Int32, priority_level, whole_number
 from engine.memory.offload.host_tier import HostTier
 from engine.memory.page_moves import PageCopy, PageLoad, PageMove
 from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator

@@ -42,7 +42,7 @@ from engine.serving.plan.scheduler import Scheduler
 
 
 def model_directory(model: object) -> Path:
-    """Where the checkpoint lies; None is the Llama that ships. Raises ConfigError where it is no path."""
+    """The checkpoint's directory; None is the Llama that ships. Raises ConfigError where ``model`` is not a path."""
     if not isinstance(model, str | os.PathLike | None):
         raise ConfigError(f"model={model!r} must be a Llama or the path of a checkpoint directory")
     return DEFAULT_MODEL_DIR if model is None else Path(model)
@@ -54,7 +54,7 @@ def make_mesh_of(config: EngineConfig) -> Mesh | None:
 
 
 def context_length(config: EngineConfig, model: LlamaConfig) -> int:
-    """Most tokens of one request; raises ConfigError where more are wanted than the model has positions."""
+    """Most tokens of one request; raises ConfigError where the option exceeds the model's positions."""
     wanted = config.context_length or model.context_length
     if wanted > model.context_length:
         raise ConfigError(f"context_length={wanted} exceeds the model's {model.context_length} positions; lower it")
@@ -73,15 +73,16 @@ def plan_pool(
     """Sizes the pool: ``max_total_tokens`` where it is set, else what the batch could use and the devices can hold.
 
     Args:
-        config: what the user wants.
+        config: the engine's options.
         model: the geometry, with its KV heads as stored or as repeated for ``tp``.
-        kv_dtype: of the pool.
-        platform: whose padding the pool is stored with.
-        device_bytes: each device's memory; None where it does not say.
-        weight_bytes: what is in use of it: the weights.
+        kv_dtype: dtype of the pool.
+        platform: platform whose padding the pool is stored with.
+        device_bytes: bytes of memory of each device; None where it does not report them.
+        weight_bytes: bytes of that memory in use, by the weights.
 
     Raises:
-        ConfigError: the memory cannot hold what is wanted, or the page table would be absurd; with the arithmetic.
+        ConfigError: the memory cannot hold the pool, or the page table would be too large; the message has the
+            arithmetic.
     """
     whole = KVLayout.create(
         head_num=split_config(model, config.tp).num_key_value_heads,
@@ -128,7 +129,7 @@ def make_pool(config: EngineConfig, model: Llama, mesh: Mesh | None) -> tuple[Po
     measure = partial(device_memory, devices, weight_bytes=weights, host_bytes=config.host_tier_bytes)
     memory = measure()
     if memory and memory.limit_bytes - memory.used_bytes < plan_for().device_bytes:
-        gc.collect()  # an engine that nobody has any more may still hold its pool: its parts know each other
+        gc.collect()  # an engine that is no longer referenced may still hold its pool, in a cycle of references
         memory = measure()
     plan = (
         plan_for()
@@ -143,10 +144,10 @@ def make_pool(config: EngineConfig, model: Llama, mesh: Mesh | None) -> tuple[Po
 def make_caches(
     config: EngineConfig, model: LlamaConfig, pool: TokenToKVPool
 ) -> tuple[list[CacheManager], PrefixStore | None]:
-    """The books over ``pool``, of each replica; with one host tier for all, filled from the directory if one is given.
+    """A cache manager for each replica of ``pool``, and one host tier for all, filled from ``prefix_cache_dir``.
 
     Returns:
-        The cache managers, and the store to save their prefixes to.
+        The cache managers, and the store to save their prefixes to, None without a directory.
     """
     policy = None if config.disable_radix_cache else cast(EvictionPolicyName, config.eviction_policy)
     longest, rows = context_length(config, model), config.max_running_requests // config.dp
@@ -188,21 +189,21 @@ def make_scheduler(config: EngineConfig, caches: list[CacheManager], clock: Call
 
 
 def weights_identity(config: EngineConfig, model: Llama) -> str:
-    """Names what the pages of an engine are computed with: the weights and the model's settings.
+    """A name for the weights and settings that an engine's pages are computed with.
 
-    Where prefixes are saved, the model's fingerprint: equal for equal models, wherever they come from, and no other's.
-    Where they do not leave the engine, a name that no other engine has, at no cost.
+    Where prefixes are saved it is the model's fingerprint: equal for equal models, wherever they come from. Where
+    pages do not leave the engine it is a name that no other engine has, which costs nothing.
     """
     return f"engine-{uuid4().hex}" if config.prefix_cache_dir is None else fingerprint(model)
 
 
 def at_first_epoch(segment: PrefixSegment) -> PrefixSegment:
-    """A segment as another engine looks for it, which begins at epoch 0: a fingerprint needs none to name weights."""
+    """A segment under epoch 0, where another engine looks for it: its fingerprint alone names the weights."""
     return replace(segment, scope=replace(segment.scope, weights_epoch=0))
 
 
 def make_backend(config: EngineConfig, model: LlamaConfig, mesh: Mesh | None) -> FlashAttentionBackend | MeshAttention:
-    """The attention that all layers share."""
+    """The attention that all layers share, over a mesh where there is one."""
     backend = FlashAttentionBackend(
         page_size=config.page_size,
         num_q_heads=model.num_attention_heads,

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from engine.distributed.agreement import Agreement
 from engine.distributed.processes import SharedPlan, lost
 from engine.errors import ConfigError, EngineError, IntegrityError, ProcessLost, RequestError
 from engine.kv.pool import TokenToKVPool
@@ -18,7 +19,6 @@ from engine.memory.scope import CacheScope, LayoutKey
 from engine.models.llama import Llama
 from engine.models.replacement import require_replaceable
 from engine.models.sharding import shard_llama
-from engine.serving.agreement import Agreement
 from engine.serving.build import (
     at_first_epoch,
     make_backend,
@@ -32,7 +32,7 @@ from engine.serving.compile_cache import use_compile_cache
 from engine.serving.device.batcher import Batcher, parcel_shapes
 from engine.serving.device.page_mover import PageMover
 from engine.serving.device.runner import CompileCounter, ModelRunner
-from engine.serving.gate import Gate, SnapshotBoard
+from engine.serving.gate import Gate
 from engine.serving.groups import AnswerGroups, group_of, is_new
 from engine.serving.intake import Intake
 from engine.serving.loading import load_parts
@@ -40,6 +40,7 @@ from engine.serving.recovery import Recovery
 from engine.serving.reports import Reports
 from engine.serving.request import FinishReason, Request, RequestOutput, SamplingParams
 from engine.serving.stepper import Stepper
+from engine.serving.watch.board import SnapshotBoard
 from engine.serving.watch.metrics import EngineMetrics, collect_metrics
 from engine.serving.watch.stats import EngineStats
 
@@ -149,7 +150,7 @@ class LLM:
                 f"generate needs an idle engine, and {len(self._groups.unfinished)} added requests are unfinished; "
                 "call step until they are done, or abort them"
             )
-        checked = self._agreement.on_requests(lambda: self._intake.check(prompts, sampling_params))
+        checked = self._intake.check_in_all(self._agreement, prompts, sampling_params)
         requests = [self._intake.make(request) for request in checked]
         for request in requests:
             self.scheduler.check_fits(request)
@@ -177,7 +178,7 @@ class LLM:
 
     def add_request(self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None) -> int:
         """Queues a request for ``step`` and returns its id; raises RequestError if it can never be served."""
-        (checked,) = self._agreement.on_requests(lambda: self._intake.check([prompt], sampling_params))
+        (checked,) = self._intake.check_in_all(self._agreement, [prompt], sampling_params)
         request = self._intake.make(checked)
         self._add(request)
         return request.request_id

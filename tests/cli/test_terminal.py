@@ -55,7 +55,7 @@ def test_plan_works_for_a_checkpoint_folder(capsys):
     code, out, _ = run(capsys, "plan", folder, folder / "config.json")
     assert code == 0
     assert [line.split(":", 1)[1] for line in out.splitlines()] == [out.splitlines()[0].split(":", 1)[1]] * 2
-    assert "4.00 KiB a token (bfloat16)" in out
+    assert "4.00 KiB per token (bfloat16)" in out
 
 
 def test_plan_names_the_file_that_is_wrong(capsys, tmp_path):
@@ -114,7 +114,7 @@ def test_a_model_table_that_would_be_ignored_is_refused(capsys, monkeypatch):
     code, out, err = run(capsys, "generate", "--config", ROOT / "configs" / "llama-3-8b.toml")
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
-    assert "does not describe the model that would answer, the small Llama that ships (no --model): vocab_size" in err
+    assert "does not describe the model to be loaded, the small Llama that ships (no --model): vocab_size" in err
 
 
 def test_a_model_table_of_the_model_that_answers_is_fine(capsys, monkeypatch):

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from pretend_pool import PretendPool
 
 from engine.errors import ConfigError, DoubleFreeError, KVPoolExhausted, ShapeError

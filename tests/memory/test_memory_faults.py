@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pretend_pool import PretendPool
 from prefix_pages import PAGE_SIZE, page_format, random_pages
 from prefix_pages import scope as make_scope
+from pretend_pool import PretendPool
 
 import engine.memory.manager
 from engine.memory.manager import CacheManager
@@ -113,7 +113,11 @@ class Books:
         """
         prefix, tier, table = self.cache.prefix, self.cache.host_tier, self.cache.page_table
         columns = [sorted(column.tolist()) for column in (table._known, table._computed)]
-        picture = [self.holdings(), columns, [type(move) for move in self.cache._moves if not isinstance(move, EvictedPages)]]
+        picture = [
+            self.holdings(),
+            columns,
+            [type(move) for move in self.cache._moves if not isinstance(move, EvictedPages)],
+        ]
         if self.cache.shares_prefixes:
             order = [node for order in prefix._forest._orders.values() for node in order]
             ends = [node.tree.prefix_tokens(node).tobytes() for node in order]

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from pretend_pool import PretendPool
 from prefix_pages import PAGE_SIZE, page_format, scope
+from pretend_pool import PretendPool
 
 from engine.memory import saved_segments
 from engine.memory.manager import CacheManager

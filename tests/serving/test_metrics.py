@@ -13,8 +13,9 @@ from test_scheduler import PAGE, make, request, run_step
 
 from engine.errors import ConfigError, IntegrityError
 from engine.memory.pool_snapshot import snapshot_pool
-from engine.serving.gate import Gate, SnapshotBoard
+from engine.serving.gate import Gate
 from engine.serving.request import SamplingParams
+from engine.serving.watch.board import SnapshotBoard
 from engine.serving.watch.exporter import PREFIX, serve_metrics
 from engine.serving.watch.metrics import collect_metrics
 from engine.serving.watch.stats import EngineStats
@@ -110,7 +111,7 @@ def test_a_scrape_over_http_says_what_the_engine_says(llm):
         llm.reset_prefix_cache()
         second = scrape(port)
     metrics = llm.metrics()
-    assert first["num_preemptions_total",] == metrics.preemptions > before.preemptions
+    assert first["num_preemptions_total",] == metrics.retractions > before.retractions
     assert first["prefix_cache_queries_total",] - before.prefix_cache.queried_tokens == 10 + 12 + 9 + 11 + 10
     assert first["prefix_cache_hits_total",] == metrics.prefix_cache.hit_tokens
     assert first["requests_finished_total", "length"] - before.finished.get("length", 0) == 5

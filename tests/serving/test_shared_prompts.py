@@ -16,9 +16,7 @@ from engine.serving.request import FinishReason, Request, RequestState, Sampling
 
 def make_large(page_size, *, slots=8, budget=1024, policy="lru"):
     cache, queue = CacheManager(2048, page_size, slots, 256, policy=policy), RequestQueue()
-    return cache, Scheduler(
-        [Replica(cache, queue, max_running_requests=slots, max_step_tokens=budget)], queue, Clock()
-    )
+    return cache, Scheduler([Replica(cache, queue, max_running_requests=slots, max_step_tokens=budget)], queue, Clock())
 
 
 def add(scheduler, prompts, new=4):

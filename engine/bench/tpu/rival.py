@@ -7,7 +7,6 @@ package's ``__init__`` pulls in a serving engine, so the kernel's module is impo
 from __future__ import annotations
 
 import importlib
-import os
 import subprocess
 import sys
 import types
@@ -19,6 +18,7 @@ from engine.bench.tpu.bundles import read_program
 from engine.bench.tpu.figures import rival_figures
 from engine.bench.tpu.hlo import kernel_vmem_bytes
 from engine.errors import BackendUnsupported
+from engine.user_files import cache_directory
 
 REQUIREMENT = "tpu-inference==0.32.0"
 KERNEL = "tpu_inference.kernels.ragged_paged_attention.v3.kernel"
@@ -33,8 +33,7 @@ def install() -> Path:
     Raises:
         BackendUnsupported: pip cannot fetch it.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    target = cache / "fused-kv-engine" / REQUIREMENT.replace("==", "-")
+    target = cache_directory() / REQUIREMENT.replace("==", "-")
     if not (target / "tpu_inference").is_dir():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
         options = ["--ignore-requires-python", "--target", str(target), REQUIREMENT]

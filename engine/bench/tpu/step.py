@@ -18,6 +18,7 @@ from engine.attention.backend import FlashAttentionBackend
 from engine.attention.sharded import MeshAttention
 from engine.bench.tpu.hlo import aliases, collectives, kernel_vmem_bytes, launches, moves_of_at_least
 from engine.distributed.mesh import DATA_AXIS, TENSOR_AXIS, make_mesh, named
+from engine.distributed.placement import Placement
 from engine.kv.pool import TokenToKVPool
 from engine.kv.split import buffer_spec
 from engine.models.llama import Llama
@@ -26,7 +27,6 @@ from engine.models.sharding import abstract_llama, split_config, weight_bytes
 from engine.serving.device.batcher import parcel_shapes
 from engine.serving.device.device_rows import DeviceRows
 from engine.serving.device.runner import forward_step
-from engine.serving.placement import Placement
 
 DTYPE = jnp.bfloat16
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import BackendUnsupported
-from engine.native import build, library
+from engine.native import compiler, library
 from engine.user_files import flaw_of
 
 needs_compiler = pytest.mark.skipif(not library.available(), reason="no C++ compiler on this machine")
@@ -53,11 +53,11 @@ def empty_cache(tmp_path, monkeypatch):
 
 @needs_compiler
 def test_a_second_build_takes_the_first_ones_file(empty_cache, monkeypatch):
-    path = build.build_library()
+    path = compiler.build_library()
     assert path.is_file()
     assert empty_cache in path.parents
-    monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))
-    assert build.build_library() == path
+    monkeypatch.setattr(compiler, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert compiler.build_library() == path
 
 
 @needs_compiler
@@ -66,51 +66,51 @@ def test_simultaneous_builds_agree_and_leave_one_whole_file(empty_cache):
         runs = list(threads.map(lambda _: run_python("-m", "engine.native"), range(2)))
     assert [run.returncode for run in runs] == [0, 0], [run.stderr for run in runs]
     assert runs[0].stdout == runs[1].stdout
-    assert [path.name for path in (empty_cache / "fused-kv-engine").iterdir()] == [build.build_library().name]
+    assert [path.name for path in (empty_cache / "fused-kv-engine").iterdir()] == [compiler.build_library().name]
 
 
 @needs_compiler
 def test_another_source_or_compiler_is_another_file(empty_cache, monkeypatch, tmp_path):
-    first = build._fingerprint(("c++",))
-    assert build._fingerprint(("clang++",)) != first
+    first = compiler._fingerprint(("c++",))
+    assert compiler._fingerprint(("clang++",)) != first
     source = tmp_path / "scatter.cc"
-    source.write_text(build.SOURCES[0].read_text() + "// changed\n")
-    monkeypatch.setattr(build, "SOURCES", (source,))
-    assert build._fingerprint(("c++",)) != first
+    source.write_text(compiler.SOURCES[0].read_text() + "// changed\n")
+    monkeypatch.setattr(compiler, "SOURCES", (source,))
+    assert compiler._fingerprint(("c++",)) != first
 
 
 @pytest.mark.parametrize(
     "what", ["flag", "jaxlib", "search path", "program", "processor", "file names", "header of jaxlib"]
 )
 def test_whatever_goes_into_a_build_names_it(what, empty_cache, monkeypatch, tmp_path):
-    compiler, sources = tmp_path / "c++", (tmp_path / "a.cc", tmp_path / "b.cc")
-    compiler.write_text("#!/bin/sh\n")
-    compiler.chmod(0o700)
+    program, sources = tmp_path / "c++", (tmp_path / "a.cc", tmp_path / "b.cc")
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o700)
     sources[0].write_text("xy")
     sources[1].write_text("z")
     headers = tmp_path / "include"
     headers.mkdir()
     (headers / "ffi.h").write_text("1")
-    monkeypatch.setattr(build, "SOURCES", sources)
-    monkeypatch.setattr(build.jax.ffi, "include_dir", lambda: str(headers))
-    first = build._fingerprint((str(compiler),))
-    assert build._fingerprint((str(compiler),)) == first
+    monkeypatch.setattr(compiler, "SOURCES", sources)
+    monkeypatch.setattr(compiler.jax.ffi, "include_dir", lambda: str(headers))
+    first = compiler._fingerprint((str(program),))
+    assert compiler._fingerprint((str(program),)) == first
     if what == "flag":
-        monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-ffast-math"))
+        monkeypatch.setattr(compiler, "FLAGS", (*compiler.FLAGS, "-ffast-math"))
     elif what == "jaxlib":
-        monkeypatch.setattr(build, "version", lambda _: "0.0")
+        monkeypatch.setattr(compiler, "version", lambda _: "0.0")
     elif what == "search path":
         monkeypatch.setenv("CPATH", str(tmp_path))
     elif what == "program":
-        compiler.write_text("#!/bin/sh\nexit 0\n")
+        program.write_text("#!/bin/sh\nexit 0\n")
     elif what == "processor":
-        monkeypatch.setattr(build, "_processor", lambda: "another")
+        monkeypatch.setattr(compiler, "_processor", lambda: "another")
     elif what == "file names":  # the same bytes, one after the other
         sources[0].write_text("x")
         sources[1].write_text("yz")
     else:
         (headers / "ffi.h").write_text("2")
-    assert build._fingerprint((str(compiler),)) != first
+    assert compiler._fingerprint((str(program),)) != first
 
 
 @pytest.fixture
@@ -123,27 +123,27 @@ def compiled(monkeypatch):
         output.write_text("built")
         output.chmod(0o777)
 
-    monkeypatch.setattr(build, "_compile", fake)
-    monkeypatch.setattr(build, "find_compiler", lambda: ("c++",))
-    build._own_directory.cache_clear()
+    monkeypatch.setattr(compiler, "_compile", fake)
+    monkeypatch.setattr(compiler, "find_compiler", lambda: ("c++",))
+    compiler._own_directory.cache_clear()
     return made
 
 
 def test_the_cache_and_what_is_in_it_are_their_users_alone_whatever_the_umask(empty_cache, compiled):
     before = os.umask(0)
     try:
-        path = build.build_library()
+        path = compiler.build_library()
     finally:
         os.umask(before)
     assert path.parent == empty_cache / "fused-kv-engine"
     assert [stat.S_IMODE(each.stat().st_mode) for each in (path.parent, path)] == [0o700, 0o700]
-    assert build.build_library() == path
+    assert compiler.build_library() == path
     assert len(compiled) == 1
 
 
 @pytest.mark.parametrize("flaw", ["others write", "group writes", "link", "another owner", "a file", "open parent"])
 def test_a_directory_that_another_user_can_change_is_not_loaded_from(flaw, empty_cache, compiled, monkeypatch, caplog):
-    trusted = build.build_library()
+    trusted = compiler.build_library()
     directory, name = trusted.parent, trusted.name
     if flaw in ("others write", "group writes"):
         directory.chmod(0o777 if flaw == "others write" else 0o770)
@@ -160,20 +160,20 @@ def test_a_directory_that_another_user_can_change_is_not_loaded_from(flaw, empty
         directory.write_text("")
     else:
         empty_cache.chmod(0o777)
-    path = build.build_library()
+    path = compiler.build_library()
     assert path.name == name
     assert directory not in path.parents
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert compiled[-1].name == name
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert str(directory) in caplog.text
-    assert build.build_library() == path  # built once, said once
+    assert compiler.build_library() == path  # built once, said once
     assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("flaw", ["others write", "link", "pipe", "another owner"])
 def test_a_library_that_another_user_can_change_is_built_anew(flaw, empty_cache, compiled, monkeypatch, caplog):
-    path = build.build_library()
+    path = compiler.build_library()
     if flaw == "others write":
         path.chmod(0o777)
     elif flaw == "another owner":
@@ -183,7 +183,7 @@ def test_a_library_that_another_user_can_change_is_built_anew(flaw, empty_cache,
     else:
         path.rename(empty_cache / "theirs")
         path.symlink_to(empty_cache / "theirs") if flaw == "link" else os.mkfifo(path)
-    assert build.build_library() == path
+    assert compiler.build_library() == path
     assert len(compiled) == 2
     assert flaw_of(path) is None
     assert str(path) in caplog.text
@@ -193,14 +193,14 @@ def test_a_missing_compiler_is_named(empty_cache, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(empty_cache))
     with pytest.raises(BackendUnsupported, match=r"no C\+\+ compiler"):
-        build.build_library()
+        compiler.build_library()
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", f"{sys.executable} -c raise(SystemExit(3))"])
-def test_a_failing_compiler_is_named_and_leaves_nothing(empty_cache, monkeypatch, compiler):
-    monkeypatch.setenv("CXX", compiler)
+@pytest.mark.parametrize("command", ["no-such-compiler", f"{sys.executable} -c raise(SystemExit(3))"])
+def test_a_failing_compiler_is_named_and_leaves_nothing(empty_cache, monkeypatch, command):
+    monkeypatch.setenv("CXX", command)
     with pytest.raises(BackendUnsupported, match="set CXX"):
-        build.build_library()
+        compiler.build_library()
     assert not any(path.is_file() for path in empty_cache.rglob("*"))
 
 
@@ -210,7 +210,7 @@ def test_an_unwritable_cache_is_named(empty_cache, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
     monkeypatch.setenv("CXX", "c++")
     with pytest.raises(BackendUnsupported, match="XDG_CACHE_HOME"):
-        build.build_library()
+        compiler.build_library()
 
 
 def test_a_corrupt_library_is_named(tmp_path, monkeypatch):
@@ -250,7 +250,7 @@ def test_a_compiler_that_is_no_command_is_a_reason_not_a_crash(
     monkeypatch.setenv("CXX", command)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(BackendUnsupported):
-        build.build_library()
+        compiler.build_library()
 
 
 def test_a_user_without_a_home_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,4 +260,4 @@ def test_a_user_without_a_home_is_a_reason_not_a_crash(monkeypatch: pytest.Monke
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", no_home)
     with pytest.raises(BackendUnsupported, match="set XDG_CACHE_HOME"):
-        build.build_library()
+        compiler.build_library()

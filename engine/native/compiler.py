@@ -1,6 +1,6 @@
-"""Building the native library once per machine and user, with whatever C++17 compiler there is.
+"""Builds the native library once per machine and user, with any C++17 compiler.
 
-The interface to XLA is a set of headers that jaxlib ships, so that nothing is linked and nothing else is needed.
+The interface to XLA is a set of headers that jaxlib ships, so nothing is linked and nothing else is needed.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pathlib import Path
 import jax
 
 from engine.errors import BackendUnsupported
-from engine.user_files import flaw_above, flaw_of
+from engine.user_files import cache_directory, flaw_above, flaw_of
 
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.cc")))
 HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-Wall", "-Wextra", "-shared", "-fPIC")
-SEARCH_PATHS = ("CPATH", "CPLUS_INCLUDE_PATH", "COMPILER_PATH")  # what compilers read of the environment
+SEARCH_PATHS = ("CPATH", "CPLUS_INCLUDE_PATH", "COMPILER_PATH")  # environment variables that compilers read
 TIMEOUT_SECONDS = 300
 
 _logger = logging.getLogger(__name__)
@@ -36,19 +36,21 @@ _logger = logging.getLogger(__name__)
 def build_library() -> Path:
     """Compiles the native library where it is not compiled yet.
 
-    Safe when several processes build at once: each compiles a file of its own and moves it into place. What another
-    user could have put there is not taken: a file is built anew, and where that holds for the directory, in one of this
-    process alone, which goes with it.
+    Several processes may build at once: each compiles a file of its own and moves it into place. A file that another
+    user could have written is built anew; where another user could have written the directory, the library is built in
+    a directory that ends with this process.
 
     Returns:
-        The shared library, in a cache directory of the user (``$XDG_CACHE_HOME`` or ``~/.cache``), named by a hash of
-        all that it was made from.
+        The shared library, in the user's cache directory, named by a hash of everything that it was made from.
 
     Raises:
-        BackendUnsupported: there is no C++ compiler, or it fails; the message has its last words.
+        BackendUnsupported: there is no C++ compiler, or it fails; the message ends with the compiler's output.
     """
     compiler = find_compiler()
-    directory = _cache_directory()
+    try:
+        directory = cache_directory()
+    except RuntimeError as error:
+        raise BackendUnsupported(f"no place for the native library: {error}; set XDG_CACHE_HOME") from error
     target = directory / f"libengine-{_fingerprint(compiler)}.so"
     try:
         if not os.path.lexists(directory):
@@ -74,7 +76,7 @@ def build_library() -> Path:
 
 @functools.cache
 def _own_directory(reason: str) -> Path:
-    """A directory that nobody else can write and that ends with this process; says once why it is needed."""
+    """A directory that ends with this process and that no other user can write to; logs once why it is needed."""
     _logger.warning("the native library is built for this process alone, since %s; make it yours, mode 0700", reason)
     directory = tempfile.mkdtemp(prefix="engine-native-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
@@ -85,7 +87,7 @@ def find_compiler() -> tuple[str, ...]:
     """The command that compiles C++: ``$CXX`` where it is set, else the first of ``COMPILERS`` on the path.
 
     Raises:
-        BackendUnsupported: there is none.
+        BackendUnsupported: there is no compiler, or ``$CXX`` is not a command.
     """
     chosen = os.environ.get("CXX", "")
     if chosen.strip():
@@ -118,9 +120,9 @@ def _compile(compiler: tuple[str, ...], output: Path) -> None:
 
 
 def _fingerprint(compiler: tuple[str, ...]) -> str:
-    """Names a build by its inputs, so that a change of any of them builds anew."""
+    """A hash of everything that goes into a build, so that a change of any of it builds anew."""
     digest = hashlib.sha256()
-    # The program that compiles, not only its name: it may be replaced where it is.
+    # The compiler's file, not only its name: it may be replaced in place.
     program = Path(shutil.which(compiler[0]) or compiler[0])
     made = [str(n) for n in (program.stat().st_size, program.stat().st_mtime_ns)] if program.exists() else []
     machine = (platform.system(), platform.machine(), _processor())
@@ -141,18 +143,9 @@ def _fingerprint(compiler: tuple[str, ...]) -> str:
 
 
 def _processor() -> str:
-    """What the code is compiled for: a home directory may be shared by machines with different processors."""
+    """The processor that the code is compiled for: machines with different processors may share a home directory."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-
-
-def _cache_directory() -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        # A relative one would depend on where the process runs, and is to be ignored.
-        return (base if base.is_absolute() else Path.home() / ".cache") / "fused-kv-engine"
-    except RuntimeError as error:
-        raise BackendUnsupported(f"no place for the native library: {error}; set XDG_CACHE_HOME") from error

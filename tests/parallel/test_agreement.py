@@ -2,8 +2,8 @@
 
 import pytest
 
+from engine.distributed.agreement import Agreement
 from engine.errors import ConfigError, EngineError
-from engine.serving.agreement import Agreement
 
 
 class Plan:
@@ -50,5 +50,5 @@ def test_who_has_something_else_than_the_first_is_refused(both):
     first.require_same("a", "weights")
     first.require_same("a", "weights")
     other.require_same("a", "weights")
-    with pytest.raises(ConfigError, match="has not what process 0 has: weights"):
+    with pytest.raises(ConfigError, match="does not have what process 0 has: weights"):
         other.require_same("b", "weights")
