@@ -82,20 +82,6 @@ class PagedTokenToKVPoolAllocator:
         return self._ledger.available
 
     @property
-    def pages(self):  # SHIM
-        return self
-
-    @property
-    def available(self):  # SHIM
-        return self._ledger.available
-
-    def take(self, counts):  # SHIM
-        return self.alloc_pages(counts)
-
-    def take_singles(self, count):  # SHIM
-        return self.alloc_single_pages(count)
-
-    @property
     def ledger(self) -> PageLedger:
         """The counts themselves, for who has entered a call of ``caller`` already."""
         return self._ledger
