@@ -1,4 +1,4 @@
-"""The rooms of the design: who may import whom, which room is free of jax, how long a file may grow."""
+"""The rooms of the design: who may import whom, which room is free of jax, how long a kernel may grow."""
 
 import ast
 import subprocess
@@ -32,7 +32,6 @@ LEVEL = {
     "__init__": 8,
 }
 CONTROL_PLANE = ["memory", "planning", "serving/plan", "serving/request.py", "serving/device/batcher.py"]
-LONGEST_FILE = 400
 KERNELS = {name: ENGINE / "attention" / name / "kernel" for name in ("tpu", "gpu")}
 # What a kernel may import of the project.
 AROUND_KERNEL = {"tpu": ("engine.kv.",), "gpu": ("engine.attention.gpu.work",)}
@@ -76,11 +75,6 @@ def test_the_control_plane_is_free_of_jax(place):
 def test_the_memory_room_runs_without_loading_jax():
     code = "import sys, engine.memory.manager; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ENGINE)))
-def test_a_file_holds_one_idea(path):
-    assert len(path.read_text().splitlines()) <= LONGEST_FILE
 
 
 @pytest.mark.parametrize("name", KERNELS)

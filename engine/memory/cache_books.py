@@ -13,10 +13,10 @@ from engine.memory.admission import AdmissionRule
 from engine.memory.integers import Int32
 from engine.memory.offload.host_tier import HostTier
 from engine.memory.offload.page_mover import HostPages, PageMover
+from engine.memory.pages import NO_PAGES, PageIds
 from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
 from engine.memory.prefix.cache import EvictionPolicyName, RadixCache
 from engine.memory.prefix.match import EvictedPages, PrefixMatch
-from engine.memory.prefix.tree import NO_PAGES
 from engine.memory.rows import ReqToTokenPool
 from engine.memory.scope import CacheScope
 
@@ -80,7 +80,7 @@ class CacheBooks:
     @property
     def reclaimable_pages(self) -> int:
         """Pages that could be handed out now: free ones, and cached ones that nobody has locked."""
-        return self.allocator.available_pages() + (self.prefix.evictable_pages if self.prefix else 0)
+        return self.allocator.pages.available + (self.prefix.evictable_pages if self.prefix else 0)
 
     @property
     def held_tokens(self) -> int:
@@ -119,12 +119,12 @@ class CacheBooks:
         return self._rule.pages_needed(known, most, shared_pages) <= self.reclaimable_pages
 
     def _make_room(self, pages: int) -> None:
-        short = pages - self.allocator.available_pages()
+        short = pages - self.allocator.pages.available
         if short <= 0:
             return
         evictable = self.prefix.evictable_pages if self.prefix else 0
         if short > evictable:
-            free = self.allocator.available_pages()
+            free = self.allocator.pages.available
             raise KVPoolExhausted(
                 f"cannot allocate {pages} pages: {free} free and {evictable} evictable of {self.size // self.page_size}"
                 "; lower max_running_requests or raise max_total_tokens",
@@ -142,7 +142,7 @@ class CacheBooks:
         evicting it frees nothing.
         """
         known = self._locked[row].num_tokens // self.page_size
-        if known >= pages.size or self.allocator.ref_count(pages[known : known + 1])[0] == 1:
+        if known >= pages.size or self.allocator.pages.ref_count(pages[known : known + 1])[0] == 1:
             return []
         sharing = self.page_table.rows_that_share(row, pages, known)
         return [each for each in sharing if self._locked[each[0]].num_tokens < each[1] * self.page_size]
@@ -182,8 +182,8 @@ class CacheBooks:
                 self.prefix.unlock(match)
         held = np.concatenate([self.page_table.held_pages(), self.prefix.pages() if self.prefix else NO_PAGES])
         distinct = np.unique(pages)
-        surplus = self.allocator.ref_count(distinct) - np.bincount(held, minlength=self.size + 1)[distinct]
-        self.allocator.release(np.repeat(distinct, surplus.clip(min=0)))
+        surplus = self.allocator.pages.ref_count(distinct) - np.bincount(held, minlength=self.size + 1)[distinct]
+        self.allocator.pages.release(PageIds(np.repeat(distinct, surplus.clip(min=0))))
 
     def _save_evicted(self, evicted: list[EvictedPages]) -> None:
         if self.host:

@@ -18,8 +18,8 @@ from engine.memory.admission import Admission
 from engine.memory.cache_books import CacheBooks
 from engine.memory.decoding_rows import DecodingRows
 from engine.memory.integers import Int32, Int64, priority_level, whole_number
+from engine.memory.pages import NO_PAGES, PageIds
 from engine.memory.prefix.match import checked_scope, token_vector
-from engine.memory.prefix.tree import NO_PAGES
 from engine.memory.row_growth import RowGrowth
 from engine.memory.scope import CacheScope
 
@@ -87,7 +87,7 @@ class CacheManager(CacheBooks):
             self._rule.known[row], self._rule.most[row], self._priority[row] = tokens.size, most, level
             if found:
                 self._locked[row] = found
-            self.allocator.retain(pages)
+            self.allocator.pages.retain(pages)
             self.page_table.append_pages(row, pages)
             loaded = self._load(row, scope, tokens) if self.host else 0
             if self.prefix and found and counts_hit:
@@ -126,11 +126,11 @@ class CacheManager(CacheBooks):
         """
         self.page_table.check_unchanged(growth)  # before anything is evicted or taken
         self._make_room(growth.num_pages)
-        clock = self.allocator.clock
+        clock = self.allocator.pages.clock
         try:
-            self.page_table.grow(growth, self.allocator.alloc_pages(growth.fresh))
+            self.page_table.grow(growth, self.allocator.pages.take(growth.fresh))
         except BaseException:
-            self.allocator.give_back_since(clock)
+            self.allocator.pages.give_back_since(clock)
             raise
 
     def grow(self, rows: Int32, counts: Int64) -> None:
@@ -146,7 +146,7 @@ class CacheManager(CacheBooks):
     def has_room_to_decode(self, rows: DecodingRows) -> bool:
         """Whether ``grow_decoding`` would find the pages, by eviction if need be."""
         beginning = rows.beginning().size
-        return beginning <= self.allocator.available_pages() or beginning <= self.reclaimable_pages
+        return beginning <= self.allocator.pages.available or beginning <= self.reclaimable_pages
 
     def grow_decoding(self, rows: DecodingRows) -> None:
         """Gives each row a page where it begins one, and a token more. All rows or none.
@@ -162,11 +162,11 @@ class CacheManager(CacheBooks):
             rows.grow(beginning, NO_PAGES)
             return
         self._make_room(beginning.size)
-        clock = self.allocator.clock
+        clock = self.allocator.pages.clock
         try:
-            rows.grow(beginning, self.allocator.alloc_single_pages(beginning.size))
+            rows.grow(beginning, self.allocator.pages.take_singles(beginning.size))
         except BaseException:
-            self.allocator.give_back_since(clock)
+            self.allocator.pages.give_back_since(clock)
             raise
 
     def can_fork(self, row: int, tokens: int) -> bool:
@@ -198,7 +198,7 @@ class CacheManager(CacheBooks):
             if self.prefix and match:
                 self.prefix.lock(match)  # once more: a handle may be shared
                 self._locked[new_row] = match
-            self.allocator.retain(pages[:full])
+            self.allocator.pages.retain(PageIds(pages[:full]))
             self.page_table.append_pages(new_row, pages[:full])
             if rest:
                 self.grow(np.array([new_row], np.int32), np.array([rest], np.int64))
@@ -242,7 +242,7 @@ class CacheManager(CacheBooks):
             elif self.prefix and match:
                 self.prefix.unlock(match)
             self._locked.pop(row, None)
-            self.allocator.release(self.page_table.release(row))
+            self.allocator.pages.release(self.page_table.release(row))
             self._rule.known[row], self._is_forgotten[row] = 0, False
         except BaseException:
             self._take_back(row, [match], held)

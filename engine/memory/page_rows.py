@@ -19,6 +19,7 @@ from engine.memory.integers import (
     whole_number,
 )
 from engine.memory.one_caller import OneCaller
+from engine.memory.pages import PageIds, Slots
 
 
 class PageRows:
@@ -93,28 +94,28 @@ class PageRows:
         # Not through an array of one row: this is asked for each request that comes or goes.
         return is_integer(row) and 0 <= row < self.max_requests and self._in_use.item(row)
 
-    def row_pages(self, row: int) -> Int32:
+    def row_pages(self, row: int) -> PageIds:
         """The pages of one row in order; int32 ``[n]``, fresh.
 
         Raises:
             ShapeError: not a row in use.
         """
-        return self._table[row, : -(-self.kv_len(row) // self.page_size)].copy()
+        return PageIds(self._table[row, : -(-self.kv_len(row) // self.page_size)].copy())
 
-    def full_pages(self, row: int, tokens: int) -> Int32:
+    def full_pages(self, row: int, tokens: int) -> PageIds:
         """Those pages of one row that its first ``tokens`` tokens, or all that it has, fill; int32 ``[n]``, fresh.
 
         Raises:
             ShapeError: not a row in use, or ``tokens`` is not an integer, 0 or more.
         """
-        return self._table[row, : min(self.kv_len(row), whole_number("tokens", tokens)) // self.page_size].copy()
+        length = min(self.kv_len(row), whole_number("tokens", tokens))
+        return PageIds(self._table[row, : length // self.page_size].copy())
 
-    def held_pages(self) -> Int32:
+    def held_pages(self) -> PageIds:
         """The pages of all rows, a shared page once per row; int32 ``[n]``, for the allocator's integrity check."""
-        pages: Int32 = self._table[self._table != 0]
-        return pages
+        return PageIds(self._table[self._table != 0])
 
-    def slots(self, row: int, start: int, stop: int) -> Int32:
+    def slots(self, row: int, start: int, stop: int) -> Slots:
         """Slots of tokens ``start`` to ``stop - 1`` of a row; int32 ``[stop - start]``.
 
         Raises:
@@ -125,7 +126,7 @@ class PageRows:
             raise ShapeError(f"row {row} has no tokens {start} to {stop}; it has {length}, counted from 0")
         return self._slots_at(np.array([row]), np.arange(start, stop))
 
-    def last_loc(self, rows: npt.ArrayLike, lens: npt.ArrayLike) -> Int32:
+    def last_loc(self, rows: npt.ArrayLike, lens: npt.ArrayLike) -> Slots:
         """Slot of token ``lens - 1`` of each row, -1 where ``lens`` is 0; int32 ``[B]``.
 
         Args:
@@ -168,9 +169,9 @@ class PageRows:
         pages: Int64 = (lens + (self.page_size - 1)).astype(np.int64) // self.page_size
         return pages
 
-    def _slots_at(self, rows: Int64, positions: Int64) -> Int32:
+    def _slots_at(self, rows: Int64, positions: Int64) -> Slots:
         page, offset = np.divmod(positions, self.page_size)
-        return (self._table[rows, page].astype(np.int64) * self.page_size + offset).astype(np.int32)
+        return Slots((self._table[rows, page].astype(np.int64) * self.page_size + offset).astype(np.int32))
 
     def _checked_rows(self, rows: npt.ArrayLike, *, distinct: bool = True) -> Int64:
         index = integer_vector("rows", rows)

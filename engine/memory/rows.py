@@ -25,6 +25,7 @@ from engine.memory.integers import (
     whole_number,
 )
 from engine.memory.page_rows import PageRows
+from engine.memory.pages import PageIds
 from engine.memory.row_growth import RowGrowth, check_continues, check_new_pages
 
 
@@ -81,7 +82,7 @@ class ReqToTokenPool(PageRows):
             self._in_use[rows] = False
             raise
 
-    def release(self, row: int) -> Int32:
+    def release(self, row: int) -> PageIds:
         """Takes a row back and clears it.
 
         Returns:

@@ -131,7 +131,7 @@ def test_who_forks_after_a_reset_shares_pages_that_are_not_cached_any_more():
 def test_a_fork_that_fails_half_way_leaves_nothing(monkeypatch, broken):
     cache, _ = make(policy="lru")
     row = compute(cache, tokens(10)).row
-    before = cache.page_table.available_rows, cache.allocator.available_pages(), cache.prefix.protected_pages
+    before = cache.page_table.available_rows, cache.allocator.pages.available, cache.prefix.protected_pages
 
     def fail(*_):
         raise Boom
@@ -140,7 +140,7 @@ def test_a_fork_that_fails_half_way_leaves_nothing(monkeypatch, broken):
         patched.setattr(cache if broken == "grow" else cache.prefix, broken, fail)
         with pytest.raises(Boom):
             cache.fork(row, 9)
-    assert (cache.page_table.available_rows, cache.allocator.available_pages(), cache.prefix.protected_pages) == before
+    assert (cache.page_table.available_rows, cache.allocator.pages.available, cache.prefix.protected_pages) == before
     cache.check_integrity()
     cache.release(row, SCOPE, tokens(10))
     assert cache.held_tokens == 0
@@ -215,7 +215,7 @@ def test_an_advance_is_an_insert_a_lock_and_an_unlock(policy):
         priority = int(rng.integers(3))
         pages = []
         for cache in (ours, plain):
-            cache.evict(max(0, 12 - cache.allocator.available_pages()))
+            cache.evict(max(0, 12 - cache.allocator.pages.available))
             pages.append(cache.allocator.alloc(sequence.size)[::PAGE] // PAGE)
         old, handles = handles, [ours.advance(handles[0], SCOPE, sequence, pages[0], priority=priority)]
         plain.insert(SCOPE, sequence, pages[1], priority=priority)
@@ -223,7 +223,7 @@ def test_an_advance_is_an_insert_a_lock_and_an_unlock(policy):
         plain.lock(handles[1])
         plain.unlock(old[1])
         for cache, mine in ((ours, pages[0]), (plain, pages[1])):
-            cache.allocator.release(mine)
+            cache.allocator.pages.release(mine)
             cache.check_integrity()
         assert handles[0].num_tokens == handles[1].num_tokens == sequence.size
         assert handles[0].pages.tolist() == handles[1].pages.tolist()
@@ -251,14 +251,14 @@ def harm_page_table(cache):
 
 
 def harm_allocator(cache):
-    cache.allocator.release(cache.prefix.pages()[:1])
-    cache.allocator._ledger._free.put(np.array([5, 5], np.int32))
+    cache.allocator.pages.release(cache.prefix.pages()[:1])
+    cache.allocator.pages._free.put(np.array([5, 5], np.int32))
 
 
 def harm_prefix(cache):
     node = next(iter(cache.prefix._forest.trees())).root.children.popitem()[1]
     node.locks += 3
-    cache.prefix._nodes.evictable -= 7
+    cache.prefix._forest.evictable -= 7
 
 
 def harm_locks(cache):
@@ -291,10 +291,10 @@ def test_a_cleared_manager_is_empty_whatever_state_its_books_were_in(harm):
     rows = [compute(cache, tokens(cache.size // 4, 50 * n)).row for n in range(3)]
     with pytest.raises(ShapeError):
         decoding.check_unchanged()
-    taken = cache.allocator.alloc_pages([cache.allocator.available_pages()])
+    taken = cache.allocator.pages.take([cache.allocator.pages.available])
     with pytest.raises(DoubleFreeError):
         cache.allocator.free(slots)
-    cache.allocator.release(taken)
+    cache.allocator.pages.release(taken)
     for row in rows:
         cache.release(row, SCOPE, tokens(0))
     cache.check_integrity()
@@ -353,7 +353,7 @@ def test_several_forks_of_an_unpublished_row_each_keep_what_they_share():
         private = np.count_nonzero(~cache.prefix.is_cached(held))
         assert cache.prefix.protected_pages + private + cache.reclaimable_pages == 128 // PAGE
         cache.prefix.evict(cache.prefix.evictable_pages)
-        assert cache.allocator.available_pages() == cache.reclaimable_pages
+        assert cache.allocator.pages.available == cache.reclaimable_pages
         cache.release(child, SCOPE, tokens(shared))
         cache.check_integrity()
 

@@ -45,7 +45,7 @@ def test_rows_grow_as_one_by_one(lens, page_size, steps):
     for row, length in zip(rows.tolist(), lens, strict=True):
         held = ours.row_pages(row)
         np.testing.assert_array_equal(told[row, -(-length // page_size) : held.size], held[-(-length // page_size) :])
-    assert cache.allocator.available_pages() == plain.allocator.available_pages()
+    assert cache.allocator.pages.available == plain.allocator.pages.available
     assert ours.take_new_pages(rows)[0].size == 0
 
 
@@ -71,7 +71,7 @@ def test_without_room_nothing_changes():
         cache.grow_decoding(together)
     np.testing.assert_array_equal(cache.page_table.kv_lens(rows), before)
     np.testing.assert_array_equal(together.lens, before)
-    assert cache.allocator.available_pages() == 1
+    assert cache.allocator.pages.available == 1
     cache.check_integrity()
 
 
@@ -80,7 +80,7 @@ def test_room_is_made_by_eviction():
     gone = np.arange(8, dtype=np.int32) + 200
     cache.release(int(rows[2]), SCOPE, gone)
     together = cache.page_table.decoding_rows(rows[:2])
-    assert cache.allocator.available_pages() == 0
+    assert cache.allocator.pages.available == 0
     assert cache.has_room_to_decode(together)
     cache.grow_decoding(together)
     cache.check_integrity()
@@ -99,10 +99,10 @@ def test_rows_that_have_changed_otherwise_are_refused(change):
         if change == "released and given out again":
             assert cache.admit(SCOPE, np.arange(4, dtype=np.int32), most_tokens=4).row == rows[0]
             cache.grow(rows[:1], np.array([4], np.int64))
-    free = cache.allocator.available_pages()
+    free = cache.allocator.pages.available
     with pytest.raises(ShapeError, match="decode together"):
         cache.grow_decoding(together)
-    assert cache.allocator.available_pages() == free
+    assert cache.allocator.pages.available == free
     cache.check_integrity()
 
 

@@ -76,7 +76,7 @@ def test_a_call_while_another_thread_is_in_one_is_refused_and_changes_nothing():
     assert cache.prefix.evict(2) == 2
     assert [type(each) for each in refused] == [ConcurrentUse] * len(others)
     cache.check_integrity()
-    assert cache.allocator.available_pages() == 6
+    assert cache.allocator.pages.available == 6
 
 
 def test_books_go_from_thread_to_thread_between_calls():
@@ -102,10 +102,10 @@ def test_two_threads_at_once_are_refused_or_right():
         for _ in range(400):
             try:
                 if mine and rng.random() < 0.4:
-                    allocator.release(mine[-1])
+                    allocator.pages.release(mine[-1])
                     mine.pop()
                 else:
-                    mine.append(allocator.alloc_pages([rng.integers(1, 4)]))
+                    mine.append(allocator.pages.take([rng.integers(1, 4)]))
             except ConcurrentUse:
                 pass
 

@@ -35,7 +35,7 @@ class Player:
         return match
 
     def grow(self, match, scope, tokens, priority, ends):
-        self.cache.evict(max(0, tokens.size // PAGE - self.cache.allocator.available_pages()))
+        self.cache.evict(max(0, tokens.size // PAGE - self.cache.allocator.pages.available))
         pages = self.cache.allocator.alloc(tokens.size)[::PAGE] // PAGE
         if not self.is_plain:
             call = self.cache.finish if ends else self.cache.advance
@@ -47,7 +47,7 @@ class Player:
                 held = self.cache.match(scope, np.append(tokens, np.int32(0)))
                 self.cache.lock(held)
             self.cache.unlock(match)
-        self.cache.allocator.release(pages)
+        self.cache.allocator.pages.release(pages)
         return held
 
 

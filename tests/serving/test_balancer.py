@@ -148,7 +148,7 @@ def test_time_that_is_up_ends_requests_wherever_they_are():
 
 
 @pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.parametrize("where", ["alloc_pages", "evict"])
+@pytest.mark.parametrize("where", ["take", "evict"])
 def test_a_step_that_one_replica_cannot_take_is_taken_by_none(monkeypatch, which, where):
     balancer = make(size=32)
     for number in (1, 2):
@@ -162,7 +162,7 @@ def test_a_step_that_one_replica_cannot_take_is_taken_by_none(monkeypatch, which
         raise OSError("the host tier is gone")
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache.allocator if where == "alloc_pages" else cache.prefix, where, boom)
+        patched.setattr(cache.allocator.pages if where == "take" else cache.prefix, where, boom)
         with pytest.raises(OSError, match="gone"):
             balancer.next_step()
     balancer.restart([*balancer.running, *balancer.waiting])
