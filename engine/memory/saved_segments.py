@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from engine.memory.manager import CacheManager
-from engine.memory.offload.page_format import Int32
-from engine.memory.offload.segment import PrefixSegment
+from engine.memory.offload.page_format import Int32, PrefixSegment
 from engine.memory.prefix.cache import RadixCache
 from engine.memory.scope import CacheScope
 

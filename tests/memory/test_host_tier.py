@@ -82,7 +82,7 @@ class TestAgainstAModel:
             tier.check_integrity()
             assert tier.held_pages == len(model)
             assert tier.held_bytes <= capacity * FORM.page_bytes
-        assert tier.counters.hit_pages <= tier.counters.queried_pages
+        assert tier.counters.loaded_pages <= tier.counters.queried_pages
 
     @staticmethod
     def put(tier, model, capacity, where, keys, rng):
@@ -175,9 +175,9 @@ def test_hits_are_counted_when_pages_are_taken_and_not_when_they_are_looked_up(r
     tier, tokens = make_tier(4), random_tokens(rng, 4)
     tier.put(scope(), tokens[: 3 * PAGE_SIZE], 0, random_pages(rng, FORM, 3))
     tier.match(scope(), tokens, 0)
-    assert (tier.counters.queried_pages, tier.counters.hit_pages) == (0, 0)
+    assert (tier.counters.queried_pages, tier.counters.loaded_pages) == (0, 0)
     tier.get(scope(), tokens, 1)
-    assert (tier.counters.queried_pages, tier.counters.hit_pages, tier.counters.stored_pages) == (3, 2, 3)
+    assert (tier.counters.queried_pages, tier.counters.loaded_pages, tier.counters.stored_pages) == (3, 2, 3)
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
@@ -190,7 +190,7 @@ def test_one_flipped_bit_anywhere_is_found(rng, dtype):
         row = tier._trie.walk(scope(), tokens)[1].row
         tier._slab[row].reshape(-1).view(np.uint8)[byte] ^= 1 << rng.integers(8)
         assert same_bits(tier.get(scope(), tokens, 0), data[:1])
-        assert tier.counters.corrupt_pages == 1
+        assert tier.counters.rejected_pages == 1
         assert tier.held_pages == 2
         assert tier.match(scope(), tokens, 0) == 1
         tier.check_integrity()

@@ -330,7 +330,7 @@ PARTS = {
     "free": (Slots, lambda s: s.allocator.free(s.slots)),
     "retain": (Slots, lambda s: s.allocator.pages.retain([1, 1, 2])),
     "release": (Slots, lambda s: s.allocator.pages.release([*s.shared, *s.shared, 1])),
-    "release one": (Slots, lambda s: s.allocator.pages.release(np.array([1], np.int32))),
+    "release one": (Slots, lambda s: s.allocator.pages.release_one(1)),
     "restore": (Slots, lambda s: s.allocator.restore_state(s.state)),
     "clear": (Slots, lambda s: s.allocator.clear()),
     "rows": (Table, lambda t: t.table.alloc_rows(2)),

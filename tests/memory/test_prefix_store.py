@@ -20,8 +20,7 @@ from safetensors.numpy import save_file
 from engine.errors import ConfigError, ShapeError
 from engine.memory.offload import store as prefix_store
 from engine.memory.offload.host_tier import HostTier
-from engine.memory.offload.page_format import PageFormat
-from engine.memory.offload.segment import PrefixSegment
+from engine.memory.offload.page_format import PageFormat, PrefixSegment
 from engine.memory.offload.store import PrefixStore
 
 FORM = page_format()
@@ -106,7 +105,7 @@ def test_a_crash_at_any_moment_leaves_whole_files_only(rng, tmp_path, moment):
 import os, pathlib, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import numpy as np
 from prefix_pages import PAGE_SIZE, page_format, random_pages, scope
-from engine.memory.offload.segment import PrefixSegment
+from engine.memory.offload.page_format import PrefixSegment
 from engine.memory.offload.store import PrefixStore
 def patch(owner, name, fatal_call):
     real, calls = getattr(owner, name), []
@@ -273,7 +272,7 @@ SLOW_WRITER = """
 import os, pathlib, sys
 import numpy as np
 from prefix_pages import PAGE_SIZE, page_format, random_pages, scope
-from engine.memory.offload.segment import PrefixSegment
+from engine.memory.offload.page_format import PrefixSegment
 from engine.memory.offload.store import PrefixStore
 real = os.fsync
 def pause(descriptor):

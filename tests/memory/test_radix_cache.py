@@ -51,6 +51,15 @@ def state(cache):
     return nodes, counters, cache.allocator.pages.ref_count(np.arange(PAGES + 1)).tolist()
 
 
+def test_a_whole_match_finds_every_page(cache, tokens):
+    pages = insert(cache, tokens)
+    for length in range(len(tokens) + 1):
+        match = cache.match(SCOPE, tokens[:length], whole=True)
+        assert match.num_tokens == length // PAGE * PAGE
+        assert match.pages.tolist() == pages[: length // PAGE].tolist()
+    assert cache.match(SCOPE, np.append(tokens, tokens), whole=True).num_tokens == len(tokens)
+
+
 def test_a_match_leaves_one_token_to_compute(cache, tokens):
     pages = insert(cache, tokens)
     for length in range(len(tokens) + 1):

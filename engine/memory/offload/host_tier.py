@@ -16,9 +16,8 @@ import numpy.typing as npt
 
 from engine.errors import ConfigError, IntegrityError, ShapeError
 from engine.memory.integers import is_integer
-from engine.memory.offload.page_format import Int32, PageFormat, Pages
+from engine.memory.offload.page_format import Int32, PageFormat, Pages, PrefixSegment
 from engine.memory.offload.page_trie import NOT_HELD, PageNode, PageTrie, path_to, tokens_of
-from engine.memory.offload.segment import PrefixSegment
 from engine.memory.one_caller import OneCaller
 from engine.memory.prefix.match import checked_scope
 from engine.memory.scope import CacheScope
@@ -31,17 +30,17 @@ class HostTierCounters:
 
     Attributes:
         queried_pages: asked of ``get``.
-        hit_pages: returned by ``get``; never more than queried.
+        loaded_pages: returned by ``get``; never more than queried.
         stored_pages: copied in by ``put``, without those that were there already.
         evicted_pages: dropped to keep the budget.
-        corrupt_pages: dropped because their checksum did not match.
+        rejected_pages: dropped because their checksum did not match.
     """
 
     queried_pages: int = 0
-    hit_pages: int = 0
+    loaded_pages: int = 0
     stored_pages: int = 0
     evicted_pages: int = 0
-    corrupt_pages: int = 0
+    rejected_pages: int = 0
 
 
 class HostTier:
@@ -187,16 +186,16 @@ class HostTier:
             ShapeError: as ``match``.
         """
         tokens, counted = self._check_query(scope, token_ids, start_page), self.counters
-        before = counted.queried_pages, counted.hit_pages
+        before = counted.queried_pages, counted.loaded_pages
         try:
             path = self._held_path(scope, tokens, start_page)
             data = self._load(path[start_page:])
             self._touch(path[: start_page + len(data)])
             counted.queried_pages += tokens.size // self.page_format.page_size - start_page
-            counted.hit_pages += len(data)
+            counted.loaded_pages += len(data)
             return data
         except BaseException:
-            counted.queried_pages, counted.hit_pages = before
+            counted.queried_pages, counted.loaded_pages = before
             self._mend()
             raise
 
@@ -287,7 +286,7 @@ class HostTier:
         for index, node in enumerate(run):
             if _checksum(data[index]) != node.checksum:
                 self._drop(node)
-                self.counters.corrupt_pages += 1
+                self.counters.rejected_pages += 1
                 return data[:index]
         return data
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import ConfigError, ShapeError
+from engine.memory.scope import CacheScope
 
 Int32 = npt.NDArray[np.int32]
 Pages = npt.NDArray[Any]  # [n, layers, page_size, 2H, D], dtype of the pool
@@ -136,3 +137,20 @@ class PageFormat:
                 "the tokens must reach from the start of the sequence to the end of the last page"
             )
         return tokens
+
+
+@dataclass(frozen=True)
+class PrefixSegment:
+    """Pages and the tokens that they stand for.
+
+    Attributes:
+        scope: whose prefix it is.
+        token_ids: int32, from the start of the sequence to the end of the last page.
+        first_page: how many pages of the prefix come before ``data``.
+        data: ``[n, layers, page_size, 2H, D]``.
+    """
+
+    scope: CacheScope
+    token_ids: Int32
+    first_page: int
+    data: Pages

@@ -31,8 +31,7 @@ from safetensors import safe_open
 from safetensors.numpy import save as serialize
 
 from engine.errors import ConfigError
-from engine.memory.offload.page_format import PageFormat
-from engine.memory.offload.segment import PrefixSegment
+from engine.memory.offload.page_format import PageFormat, PrefixSegment
 from engine.memory.prefix.match import checked_scope
 from engine.memory.scope import CacheScope
 from engine.user_files import flaw_of

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NewType, TypeVar
+from typing import NewType, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,6 @@ T = TypeVar("T")
 # Page ids, int32 ``[n]``. A type of its own, so that a type checker tells pages from slots.
 PageIds = NewType("PageIds", npt.NDArray[np.int32])
 
-_INT32 = np.dtype(np.int32)
 _ONE = np.int32(1)  # of the counts' dtype: a Python 1 makes np.add.at cast, at five times the cost
 
 NO_PAGES = PageIds(np.empty(0, np.int32))
@@ -202,9 +201,6 @@ class PagePool:
         """
         self.caller.enter()
         self._refuse_slots(pages, "release")
-        # One page, as when the prefix cache gives up a leaf, goes without the cost of arrays.
-        if isinstance(pages, np.ndarray) and pages.shape == (1,) and self._released_one(pages):
-            return
         wanted = integer_vector("pages", pages)
         if wanted.size:
             self._check_range(wanted)
@@ -213,6 +209,26 @@ class PagePool:
             else:
                 distinct, times = np.unique(wanted, return_counts=True)
                 self._remove_holders(distinct, times)
+
+    def release_one(self, page: int) -> None:
+        """Takes a holder from one page, without the cost of arrays, as when the prefix cache gives up a leaf.
+
+        Raises:
+            ShapeError, DoubleFreeError: as for ``release``.
+        """
+        self.caller.enter()
+        holders = self._ref_count.item(page) if type(page) is int and 0 <= page <= self.num_pages else 0
+        if not holders:
+            self.release([page])  # which refuses what is no page that is held
+            return
+        try:
+            self._ref_count[page] = holders - 1
+            if holders == 1:
+                self._free.put(np.array([page], np.int32))
+        except BaseException:
+            self._ref_count[page] = holders
+            self._refill()
+            raise
 
     def release_once(self, pages: Int64, *, known_since: int | None) -> None:
         """Takes one holder from each page, however often it is listed.
@@ -352,24 +368,6 @@ class PagePool:
                 f"cannot free page {low if low < 1 else high}: the pool hands out pages 1 to {self.num_pages}, page 0 "
                 "is the null page that nobody owns; nothing was freed; free only what was allocated"
             )
-
-    def _released_one(self, page: npt.NDArray[Any]) -> bool:
-        """Takes a holder from the one page listed; False, and nothing is done, where that is not an int32 in order."""
-        number = page.item()
-        if page.dtype != _INT32 or not 0 <= number <= self.num_pages:
-            return False
-        holders = self._ref_count.item(number)
-        if holders == 0:
-            return False
-        try:
-            self._ref_count[number] = holders - 1
-            if holders == 1:
-                self._free.put(page.copy())
-            return holders > 0  # True; the return of a constant stands outside of the try in Python 3.12
-        except BaseException:
-            self._ref_count[number] = holders
-            self._refill()
-            raise
 
     def _remove_holders(self, pages: Int64, times: Int64 | int) -> None:
         """Takes ``times`` holders from each of distinct pages, or from none of them."""

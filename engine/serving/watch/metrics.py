@@ -159,8 +159,8 @@ def _host_tier(host: HostPages | None) -> HostTierMetrics | None:
         held_bytes=tier.held_bytes,
         capacity_bytes=tier.capacity_bytes,
         queried_pages=counters.queried_pages,
-        loaded_pages=counters.hit_pages,
+        loaded_pages=counters.loaded_pages,
         stored_pages=counters.stored_pages,
         evicted_pages=counters.evicted_pages,
-        rejected_pages=counters.corrupt_pages,
+        rejected_pages=counters.rejected_pages,
     )
