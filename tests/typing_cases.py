@@ -9,7 +9,7 @@ import numpy as np
 
 from engine.memory.offload import PrefixSegment
 from engine.memory.pages import PagedTokenToKVPoolAllocator, PageIds, Slots
-from engine.memory.prefix import PrefixCache
+from engine.memory.prefix import RadixCache
 from engine.memory.rows import ReqToTokenPool
 from engine.memory.scope import CacheScope
 
@@ -45,7 +45,7 @@ def a_plain_array_says_what_it_holds(allocator: PagedTokenToKVPoolAllocator) -> 
 
 
 def cached_pages_are_pages(
-    allocator: PagedTokenToKVPoolAllocator, cache: PrefixCache, scope: CacheScope, segment: PrefixSegment
+    allocator: PagedTokenToKVPoolAllocator, cache: RadixCache, scope: CacheScope, segment: PrefixSegment
 ) -> None:
     found = cache.match(scope, segment.token_ids, whole=True)
     allocator.pages.retain(found.pages)

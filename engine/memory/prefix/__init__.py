@@ -3,7 +3,7 @@
 It knows scopes, tokens and page ids; it never knows a request or a page-table row, and never reads a page.
 
     cache.py       RadixCache: match, lock, insert, advance, evict; holds a reference to each page that it keeps
-    null_cache.py  NullPrefixCache: the same calls, keeps nothing
+    null_cache.py  NullPrefixCache: a RadixCache that keeps nothing
     match.py       what goes in and out: matches, evicted pages, checked arguments
     tree.py        the nodes, the radix tree of one scope, and the forest that makes every change of a node
     eviction.py    in which order nodes are evicted
@@ -11,13 +11,12 @@ It knows scopes, tokens and page ids; it never knows a request or a page-table r
 
 from engine.memory.prefix.cache import EvictionPolicyName, RadixCache
 from engine.memory.prefix.match import EvictedPages, PrefixMatch, checked_scope, token_vector
-from engine.memory.prefix.null_cache import NullPrefixCache, PrefixCache
+from engine.memory.prefix.null_cache import NullPrefixCache
 
 __all__ = [
     "EvictedPages",
     "EvictionPolicyName",
     "NullPrefixCache",
-    "PrefixCache",
     "PrefixMatch",
     "RadixCache",
     "checked_scope",

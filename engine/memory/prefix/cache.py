@@ -27,8 +27,6 @@ from engine.memory.prefix.match import (
     EvictedPages,
     PrefixMatch,
     checked_scope,
-    name_of,
-    require_locked,
     token_vector,
     whole_pages,
 )
@@ -243,7 +241,7 @@ class RadixCache:
         tokens, page_ids = whole_pages(token_ids, pages, self.page_size)
         level = priority_level(priority)
         done: list[Insertion] = []
-        if not self._forest.accepts(checked_scope(scope)):
+        if not self._accepts(scope):
             return 0
         try:
             _, known, _ = self._enter(scope, tokens, page_ids, level, None, done)
@@ -286,7 +284,7 @@ class RadixCache:
         tokens, page_ids = whole_pages(token_ids, pages, self.page_size)
         level, before = priority_level(priority), {match: match.locks}
         done: list[Insertion] = []
-        if not self._forest.accepts(checked_scope(scope)):
+        if not self._accepts(scope):
             return match
         try:
             runs, known, node = self._enter(scope, tokens, page_ids, level, match, done)
@@ -325,7 +323,7 @@ class RadixCache:
         level, locks = priority_level(priority), match.locks
         done: list[Insertion] = []
         try:
-            if self._forest.accepts(checked_scope(scope)):
+            if self._accepts(scope):
                 self._enter(scope, tokens, page_ids, level, match, done)
             self._unlock(match)
         except BaseException:
@@ -446,6 +444,10 @@ class RadixCache:
                 f"marked as cached and {'' if held[page] else 'not '}held in the allocator; a cached page is in the "
                 "trees once, marked and held; this is a bug, report it"
             )
+
+    def _accepts(self, scope: CacheScope) -> bool:
+        """Whether entries of a scope are wanted; raises ConfigError where it is none."""
+        return self._forest.accepts(checked_scope(scope))
 
     def _enter(
         self,
@@ -570,7 +572,11 @@ class RadixCache:
 
     def _require_locked(self, match: PrefixMatch) -> None:
         self.caller.enter()
-        require_locked(match, self._forest)
+        if getattr(match, "owner", None) is not self._forest or match.locks == 0:
+            raise DoubleFreeError(
+                f"cannot unlock {_name_of(match)}: it holds no lock of this cache; unlock once per lock, through the "
+                "handle that was locked"
+            )
 
     def _require_current(self, match: PrefixMatch) -> RadixNode | None:
         """The node around the end of a match; refuses a match that is out of date. One that is locked never is."""
@@ -585,7 +591,7 @@ class RadixCache:
         gone = node is not None and (not node.attached or node.end < end or (end and node.tree.order.is_retired))
         if not is_mine or gone:
             raise DoubleFreeError(
-                f"cannot use {name_of(match)}: it is of another cache, or some of its pages were evicted or "
+                f"cannot use {_name_of(match)}: it is of another cache, or some of its pages were evicted or "
                 "invalidated since; lock a match before anything else is done, or match again"
             )
         return node
@@ -596,3 +602,7 @@ class RadixCache:
             node = self._forest.ending_at(node, match.num_tokens // self.page_size)
         match.node = node
         return node
+
+
+def _name_of(match: object) -> str:
+    return f"a match of {match.num_tokens} tokens" if isinstance(match, PrefixMatch) else f"a {type(match).__name__}"

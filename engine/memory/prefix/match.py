@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import ConfigError, DoubleFreeError, ShapeError
+from engine.errors import ConfigError, ShapeError
 from engine.memory.integers import Int32, integer_vector
 from engine.memory.pages import PageIds
 from engine.memory.prefix.tree import RadixNode
@@ -81,20 +81,6 @@ def whole_pages(token_ids: npt.ArrayLike, pages: npt.ArrayLike, page_size: int) 
             "ones, without the partial last page"
         )
     return tokens[: page_ids.size * page_size], page_ids
-
-
-def require_locked(match: PrefixMatch, owner: object) -> None:
-    """Refuses with a DoubleFreeError what is no match of ``owner``, or holds no lock."""
-    if getattr(match, "owner", None) is not owner or match.locks == 0:
-        raise DoubleFreeError(
-            f"cannot unlock {name_of(match)}: it holds no lock of this cache; unlock once per lock, through the "
-            "handle that was locked"
-        )
-
-
-def name_of(match: object) -> str:
-    """A match as messages name it."""
-    return f"a match of {match.num_tokens} tokens" if isinstance(match, PrefixMatch) else f"a {type(match).__name__}"
 
 
 def _int32_vector(name: str, values: npt.ArrayLike, each: str) -> Int32:
