@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from engine.memory.integers import Int32
 from engine.memory.manager import CacheManager
-from engine.memory.offload.page_format import Int32, PrefixSegment
+from engine.memory.offload import PrefixSegment
 from engine.memory.prefix.cache import RadixCache
 from engine.memory.scope import CacheScope
 
