@@ -584,5 +584,5 @@ def test_a_scope_that_is_none_is_not_saved(rng, tmp_path):
 
 @pytest.mark.parametrize("tokens", [[[1, 2], [3]], np.array([2**64 - 1] * 4, np.uint64), [2**31] * 4, [1.0] * 4])
 def test_tokens_that_are_none_are_refused(tokens):
-    with pytest.raises(ShapeError, match="token[_ ]id"):
+    with pytest.raises(ShapeError, match=r"token[_ ]id"):
         FORM.check_pages(tokens, 0, np.zeros((1, *FORM.page_shape), FORM.dtype))

@@ -307,7 +307,7 @@ def test_an_error_in_on_evict_leaks_nothing(allocator, tokens):
         (ShapeError, "page -1", {"pages": lambda pages: np.append(pages[:7], -1)}),
         (ShapeError, "page 33", {"pages": lambda pages: np.append(pages[:7], PAGES + 1)}),
         (ShapeError, "page 4294967297", {"pages": lambda pages: np.append(pages[:7].astype(np.int64), 2**32 + 1)}),
-        (ShapeError, "nobody holds", {"pages": lambda pages: np.append(pages[:7], 31)}),
+        (ShapeError, "has no holder", {"pages": lambda pages: np.append(pages[:7], 31)}),
         (ShapeError, "beyond int32", {"tokens": lambda tokens: tokens.astype(np.int64) + 2**32}),
         (ShapeError, "one axis", {"tokens": lambda tokens: tokens[None]}),
         (ShapeError, "integers", {"tokens": lambda tokens: tokens * 0.5}),

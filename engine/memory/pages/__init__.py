@@ -1,4 +1,4 @@
-"""The pool of pages: who holds each page, which are free, and the slot-level contract over it.
+"""The pool of pages: how many holders each page has, which are free, and the slot-level contract over it.
 
 It knows page ids, slots and counts; it never knows a request, a token or what a page contains.
 

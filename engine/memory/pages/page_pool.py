@@ -42,7 +42,7 @@ class PoolState:
 
 
 class PagePool:
-    """Reference counts over pages 1 to ``num_pages``; page 0 is the null page, which nobody owns.
+    """Reference counts over pages 1 to ``num_pages``; page 0 is the null page, which has no owner.
 
     A count of 0 is a free page. ``take`` makes the count 1, ``retain`` and ``release`` change it. Every call checks
     everything before it changes anything: a refused call changes nothing.
@@ -71,7 +71,7 @@ class PagePool:
         self.clear()
 
     def clear(self) -> None:
-        """Frees every page, whoever holds it; a later free through an array from before is refused."""
+        """Frees every page, held or not; a later free through an array from before is refused."""
         self.caller.enter()
         free = FreePages(self.num_pages)
         # One entry per page, the null page's, and a guard entry at the end.
@@ -142,15 +142,15 @@ class PagePool:
     def give_back_since(self, clock: int) -> None:
         """Frees what was taken after ``clock``, for a caller that raises before it has recorded the pages.
 
-        Nobody may have retained or released these pages since, and the caller must have entered before it read
-        ``clock``.
+        These pages must not have been retained or released since, and the caller must have entered ``caller`` before it
+        read ``clock``.
         """
         if self.clock > clock:
             self._free_since(clock)
 
     def holders(self, pages: Int64) -> Int32:
         """Holders of each page, 0 for a number that is no page of the pool; int32 ``[n]``."""
-        # Clipping sends what is out of range to the null page or to the guard entry, which nobody holds.
+        # Clipping sends what is out of range to the null page or to the guard entry, which have no holder.
         return self._ref_count.take(pages, mode="clip")
 
     def ref_count(self, pages: npt.ArrayLike) -> Int32:
@@ -172,7 +172,7 @@ class PagePool:
             are_distinct: whether the caller knows that no page is listed twice; that is cheaper.
 
         Raises:
-            ShapeError: not an integer vector, an array of slots, or a page that nobody holds: it may be handed out at
+            ShapeError: not an integer vector, an array of slots, or a page without a holder: it may be handed out at
                 any time.
         """
         wanted = integer_vector("pages", pages)
@@ -183,7 +183,7 @@ class PagePool:
         holders = self.holders(wanted)
         if holders.min() < 1:
             page = int(wanted[holders.argmin()])
-            raise ShapeError(f"cannot retain page {page}: nobody holds it; retain a page before its holder releases it")
+            raise ShapeError(f"cannot retain page {page}: it has no holder; retain a page while it is held")
         if are_distinct:
             self._ref_count[wanted] = holders + _ONE
         else:
@@ -219,7 +219,7 @@ class PagePool:
         self.caller.enter()
         holders = self._ref_count.item(page) if type(page) is int and 0 <= page <= self.num_pages else 0
         if not holders:
-            self.release([page])  # which refuses what is no page that is held
+            self.release([page])  # which refuses it
             return
         try:
             self._ref_count[page] = holders - 1
@@ -366,7 +366,7 @@ class PagePool:
         if low < 1 or high > self.num_pages:
             raise DoubleFreeError(
                 f"cannot free page {low if low < 1 else high}: the pool hands out pages 1 to {self.num_pages}, page 0 "
-                "is the null page that nobody owns; nothing was freed; free only what was allocated"
+                "is the null page, which has no owner; nothing was freed; free only what was allocated"
             )
 
     def _remove_holders(self, pages: Int64, times: Int64 | int) -> None:

@@ -32,13 +32,13 @@ Slots = NewType("Slots", npt.NDArray[np.int32])
 class PagedTokenToKVPoolAllocator:
     """Hands out the slots of a paged pool.
 
-    Whoever thinks in pages uses ``pages``; the calls here translate slots to pages. Every call checks everything
+    A caller that keeps pages uses ``pages``; the calls here translate slots to pages. Every call checks everything
     before it changes anything: a refused call changes nothing.
 
     What ``free`` refuses: a page with no holder (double free), page 0, a slot outside of the pool, an array of page
     ids that the pool handed out. A stale free, of a page that was freed and has been handed out again since, is refused
     when it comes as an array that this allocator returned, or a view of one (see ``handouts``). A copied or
-    concatenated array carries no such memory: then only the reference count speaks, and the holder's own records must
+    concatenated array is unknown: then only the reference count can refuse, and the holder must keep its own record
     (``ReqToTokenPool.release`` gives a row's pages once).
 
     Args:

@@ -35,31 +35,31 @@ from engine.memory.scope import CacheScope
 
 EvictionPolicyName = Literal["lru", "lfu", "priority"]
 
-# What an insertion changed: a node, its tokens and pages before, and the tokens of a child that it has been given.
+# What an insertion changed: a node, its tokens and pages before, and the tokens of the child that it got.
 Insertion = tuple[RadixNode, Int32, Int32, Int32]
 
 
 class RadixCache:
     """Keeps full pages of past sequences for requests that begin alike.
 
-    The cache is a holder of its pages beside the requests: ``insert`` retains, eviction and ``reset`` release, and
-    nothing here ever takes a reference of the caller's. Every page is cached at most once, under one prefix of one
-    scope. Tokens are always compared, never a hash alone.
+    The cache is a holder of its pages beside the requests: ``insert`` retains, eviction and ``reset`` release, and no
+    call takes a reference of the caller's. Every page is cached at most once, under one prefix of one scope. Tokens are
+    always compared, never a hash alone.
 
     A page is *protected* while a locked handle covers it, else *evictable*. Evicting a page that a running request
     also holds frees nothing, so a request that holds cached pages keeps them locked.
 
-    A refused call changes nothing. A call that raises half way takes back what it told (see ``PrefixForest``), and all
-    that follows from it is worked out anew.
+    A call that raises has changed nothing: it takes back the facts that it changed, and the forest derives the rest
+    anew (see ``PrefixForest``).
 
     Args:
         allocator: its pool counts the references.
         page_size: tokens per page, the allocator's.
-        policy: what is evicted first. "lru": what was not used for longest. "lfu": what was hit least (counted up to
-            255), of equals the least recent. "priority": what was inserted with the lowest priority, likewise. A
-            prefix counts as used whenever what follows it is.
-        on_evict: told of pages just before they are released, so that their contents can be saved; not of what has
-            become unreachable. An error in it comes out of ``evict``, which is complete by then.
+        policy: which pages are evicted first. "lru": those unused for longest. "lfu": those hit least (counted up to
+            255), of equals the least recently used. "priority": those inserted with the lowest priority, likewise.
+            A use of a page is a use of the prefix before it.
+        on_evict: called with pages just before they are released, so that their contents can be saved; not with pages
+            that have become unreachable. An error in it comes out of ``evict``, which is complete by then.
 
     Attributes:
         query_tokens, hit_tokens: tokens that recorded matches asked for and found.
@@ -102,7 +102,7 @@ class RadixCache:
         self._start_with(PrefixForest(page_size))
 
     def _start_with(self, forest: PrefixForest) -> None:
-        is_cached: Bool = np.zeros(self._pool.num_pages + 2, np.bool_)  # the last entry for what is no page
+        is_cached: Bool = np.zeros(self._pool.num_pages + 2, np.bool_)  # the last entry is no page's
         self._locked: dict[PrefixMatch, None] = {}  # the matches that hold locks
         self._forest, self._is_cached = forest, is_cached
 
@@ -143,8 +143,8 @@ class RadixCache:
         """Finds the longest cached prefix in whole pages.
 
         The last token does not count, so that one is left to compute: of 2 pages of tokens the first page is found.
-        Changes nothing: neither the order of eviction nor a counter. What is found may be evicted by the next call,
-        unless it is locked.
+        Changes nothing: neither the order of eviction nor a counter. The next call may evict what was found, unless it
+        is locked.
 
         Args:
             scope: must be equal to the scope it was inserted under.
@@ -218,24 +218,23 @@ class RadixCache:
     def insert(self, scope: CacheScope, token_ids: npt.ArrayLike, pages: npt.ArrayLike, *, priority: int = 0) -> int:
         """Caches the full pages of a sequence.
 
-        The last token counts: of 2 pages of tokens both are cached. A partial last page is left out.
-        The pages that were not cached yet get the cache as one more holder. The caller keeps every reference it has,
-        also to its duplicates of what was cached already, and releases them as ever. Where the weights have been
-        replaced since the scope was made, nothing is cached.
+        The last token counts: of 2 pages of tokens both are cached. A partial last page is left out. The cache becomes
+        one more holder of the pages that were not cached yet; the caller keeps every reference it has, also to its
+        duplicates of cached pages. Where the weights have been replaced since the scope was made, nothing is cached.
 
         Args:
             scope: under which the pages were computed.
             token_ids: int32 ``[n]``.
             pages: int32 ``[n // page_size]``, held by the caller, in the order of the tokens.
-            priority: for the policy "priority"; higher stays longer. Others do not read it.
+            priority: higher stays longer; only the policy "priority" reads it.
 
         Returns:
             How many tokens were cached already.
 
         Raises:
             ConfigError: ``scope`` is not a CacheScope.
-            ShapeError: arrays of a wrong shape or dtype; a page that nobody holds, that is listed twice, or that is
-                already cached as something else.
+            ShapeError: arrays of a wrong shape or dtype; a page that has no holder, is listed twice, or is cached
+                already as something else.
         """
         self.caller.enter()
         tokens, page_ids = whole_pages(token_ids, pages, self.page_size)
@@ -261,16 +260,15 @@ class RadixCache:
     ) -> PrefixMatch:
         """Inserts what a request has computed meanwhile and moves its lock to the end of it.
 
-        The last token counts, and a partial last page is left out, as in ``insert``.
         The same as ``insert``, ``lock`` of all of it, and one ``unlock`` of ``match``, in one walk from the end of
         ``match``. Where the weights have been replaced since the scope was made, nothing changes.
 
         Args:
             match: the request's locked handle.
-            scope: as for ``insert``.
-            token_ids: as for ``insert``.
-            pages: as for ``insert``.
-            priority: as for ``insert``.
+            scope: as for ``insert``, like all that follow.
+            token_ids: all of the sequence from its start.
+            pages: all of its full pages.
+            priority: of the pages that are new to the cache.
 
         Returns:
             The locked handle from now on; ``match`` itself where nothing changes. Its ``pages`` are the cached pages
@@ -333,13 +331,13 @@ class RadixCache:
     def evict(self, num_pages: int) -> int:
         """Releases evictable pages in the order of the policy, ends of sequences first.
 
-        The cost per page is constant, however much is cached. What the weights epoch has invalidated goes first.
+        The cost per page is constant, however much is cached. Pages that a weights epoch has invalidated go first.
 
         Args:
             num_pages: how many to release; all evictable ones where there are fewer.
 
         Returns:
-            How many were released. They are free now, except where someone else holds them too.
+            How many were released. They are free now, except where they have another holder.
 
         Raises:
             ShapeError: ``num_pages`` is not an integer, or negative.
@@ -382,8 +380,8 @@ class RadixCache:
     def reset(self, scope: CacheScope | None = None) -> int:
         """Empties the cache, of one scope or altogether; ``on_evict`` is not told.
 
-        Protected pages can no longer be found either; they stay, and count as protected, until they are unlocked, and
-        are then the first to be evicted.
+        Protected pages can no longer be found either; they stay protected until they are unlocked, and are then the
+        first to be evicted.
 
         Returns:
             How many pages were released.
@@ -401,10 +399,10 @@ class RadixCache:
             raise
 
     def raise_weights_epoch(self, model: str, epoch: int) -> None:
-        """Invalidates at once all that was computed with a model's weights before ``epoch``.
+        """Invalidates at once all pages computed with a model's weights before ``epoch``.
 
-        It cannot be found or inserted any more, nor locked except through a handle that is locked already, and is
-        evicted before anything else; the cost does not depend on how much there is.
+        They cannot be found or inserted any more, nor locked except through a handle that is locked already, and are
+        evicted before any other; the cost does not depend on how many there are.
 
         Raises:
             ConfigError: the model is at a later epoch already.
@@ -418,7 +416,7 @@ class RadixCache:
             raise
 
     def clear(self) -> None:
-        """Forgets everything, whatever state the cache is in; the references are for ``allocator.clear`` to end.
+        """Forgets everything, whatever state the cache is in; ``allocator.clear`` ends its references.
 
         Every match from before is refused from now on. Weights epochs and counters stay.
         """
@@ -426,10 +424,10 @@ class RadixCache:
         self._start_with(self._forest.empty())
 
     def check_integrity(self) -> None:
-        """Proves that trees, locks, eviction order, counters and the allocator agree; visits everything.
+        """Proves that trees, locks, eviction order, counters and the allocator agree; visits every node.
 
         Raises:
-            IntegrityError: says what is wrong, with the page where it is one.
+            IntegrityError: they do not; the message names the page or the counter.
         """
         self._forest.check_integrity()
         self._pool.check_integrity()
@@ -460,8 +458,8 @@ class RadixCache:
     ) -> tuple[list[Int32], int, RadixNode | None]:
         """Inserts whole pages.
 
-        The search begins where ``after``, a locked match of the beginning, ends. What it alone keeps is lengthened
-        under its lock: a sequence that grows by chunks is one node. What is to be undone by ``_undo`` goes to ``done``.
+        The search begins where ``after``, a locked match of the beginning, ends. A node that it alone keeps is
+        lengthened under its lock: a sequence that grows by chunks is one node. ``done`` gets what ``_undo`` needs.
 
         Returns:
             The pages that were cached already, int32, in runs; how many they are; the node at the end of all pages.
@@ -489,7 +487,7 @@ class RadixCache:
                 end = forest.attach(end, rest, fresh, level)
         else:
             end = forest.ending_at(end, known)  # what lies beyond was not used
-        # What was attached to ``start``, which is the root or locked with all above it, stands in order already.
+        # A leaf just attached to ``start``, which is the root or locked with all above it, stands in order already.
         if start is None or walk.node is not start or self.policy == "priority":
             forest.use(end, least_level=level)
         return walk.runs if start is None or after is None else [after.pages, *walk.runs], known, end
@@ -498,9 +496,9 @@ class RadixCache:
         """Takes a reference of pages that are to be cached.
 
         Raises:
-            ShapeError: a page is cached already, is listed twice, or is held by nobody.
+            ShapeError: a page is cached already, is listed twice, or has no holder.
         """
-        # What is no page of the pool clips to an entry that is never set, and is refused by the pool.
+        # A number that is no page clips to an entry that is never set; the pool refuses it.
         cached = self._is_cached.take(pages, mode="clip")
         if cached.any():
             raise ShapeError(
@@ -513,7 +511,7 @@ class RadixCache:
             raise ShapeError(f"cannot cache page {twice}: it is listed twice, a page holds the tokens of one place")
         is_retained = False
         try:
-            # In one statement, so that no fault falls between the call and what is known of it.
+            # In one statement, so that no fault falls between the call and the record of it.
             is_retained = self._pool.retain(PageIds(pages), are_distinct=True) is None  # type: ignore[func-returns-value]
             self._is_cached[pages] = True
         except BaseException:
@@ -552,7 +550,7 @@ class RadixCache:
             self._forest.unlock(match.node)
 
     def _undo(self, locks: dict[PrefixMatch, int], done: list[Insertion]) -> None:
-        """Takes back what a call told before it raised: the locks of matches as they were, and what it inserted."""
+        """Takes back what a call changed before it raised: the locks of matches, and what it inserted."""
         for match, count in locks.items():
             match.locks = count
             self._locked[match] = None
@@ -561,7 +559,7 @@ class RadixCache:
         self._mend()
 
     def _mend(self) -> None:
-        """Works out anew all that follows, and gives back the references of pages that are in no tree."""
+        """Derives the rest anew, and gives back the references of pages that are in no tree."""
         self._locked = {match: None for match in self._locked if match.locks}
         self._forest.mend((match.node, match.locks) for match in self._locked)
         is_kept = np.zeros_like(self._is_cached)
@@ -579,7 +577,7 @@ class RadixCache:
             )
 
     def _require_current(self, match: PrefixMatch) -> RadixNode | None:
-        """The node around the end of a match; refuses a match that is out of date. One that is locked never is."""
+        """The node around the end of a match; refuses a match that is out of date. A locked match never is."""
         self.caller.enter()
         is_mine = getattr(match, "owner", None) is self._forest
         if is_mine and match.locks:

@@ -1,4 +1,4 @@
-"""What the prefix cache hands out and takes in: matches, evicted pages, token vectors."""
+"""What the prefix cache hands out and takes in: matches, evicted pages, checked arguments."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class EvictedPages:
 
 
 def checked_scope(scope: CacheScope) -> CacheScope:
-    """Refuses what is not a scope, with a ConfigError."""
+    """The scope itself; raises ConfigError where it is none."""
     if not isinstance(scope, CacheScope):
         raise ConfigError(f"scope is a {type(scope).__name__}; it must be a CacheScope, with every field given")
     return scope

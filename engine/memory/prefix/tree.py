@@ -2,10 +2,9 @@
 
 The idea is RadixAttention's (arXiv 2312.07104); here an edge holds whole pages only, and children are found by the
 tokens of their first page. Python works once per node, never once per token: the tokens of a node are compared in one
-stroke of memory, and always compared, since the children's hash table compares its keys too.
+pass over memory, and always compared, since the children's hash table compares its keys too.
 
-``RadixTree`` finds and changes nothing. ``PrefixForest`` makes every change of a node, and with it of the counters and
-of the order of eviction.
+``RadixTree`` only finds. ``PrefixForest`` makes every change of a node, with its effects on counters and orders.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ class RadixNode(Evictable):
 
     Attributes:
         tree: the tree that it was made for.
-        parent: the node before; None for the root. Kept when the node is detached.
+        parent: the node before; None for the root. Kept when the node leaves the tree.
         start: pages before this node.
         tokens: int32 ``[num_pages * page_size]``.
         pages: int32 ``[num_pages]`` page ids, read-only.
         only_page: the page where there is just one, else 0.
-        children: the tokens of their first page, as bytes, to the nodes that follow.
-        locks: handles that protect this node, those that end below it counted.
+        children: the nodes that follow, by the tokens of their first page as bytes.
+        locks: handles that protect this node, with those that end below it.
         attached: whether it is still in the tree.
         is_trimmed: whether it has lost pages at its end.
     """
@@ -83,9 +82,9 @@ class RadixNode(Evictable):
         return self.start + self.pages.size
 
     def may_extend(self, level: int) -> bool:
-        """Whether a node that one handle keeps may take more pages, of ``level``, under its lock.
+        """Whether this node, locked by one handle, may take more pages of ``level`` under its lock.
 
-        It must be a leaf that was never trimmed: a handle from before could take the new pages for those it had.
+        It must be a leaf that was never trimmed: a handle from before the trim would take the new pages for its own.
         """
         return self.locks == 1 and self.level == level and not self.children and not self.is_trimmed
 
@@ -103,7 +102,7 @@ class Walk(NamedTuple):
     Attributes:
         node: the last node that shares a page with it; the root where none does.
         num_pages: pages shared from the root on; they may end inside ``node``.
-        runs: the shared pages from where the walk began, int32, in order.
+        runs: int32 page ids of the shared pages from where the walk began, in order.
     """
 
     node: RadixNode
@@ -135,7 +134,7 @@ class RadixTree:
 
         Args:
             tokens: int32, whole pages.
-            start: a node of this tree to the end of which the sequence is known to be cached; None is the root.
+            start: a node of this tree; the sequence is known to be cached up to its end. None is the root.
         """
         node = start or self.root
         data, total, size = tokens.tobytes(), tokens.size // self.page_size, self._key_type.itemsize
@@ -226,11 +225,10 @@ class PrefixForest:
     """One radix tree per scope; one eviction order for all trees of a model at one weights epoch.
 
     That order is the unit of invalidation: retiring it makes every node of the generation unreachable and first to be
-    evicted, without visiting any.
+    evicted, without a visit to any.
 
-    Few facts are told and all else follows from them: the children and the pages of each node, the weights epochs, and
-    the locked matches that the cache keeps. ``mend`` works out the rest anew after a fault, so the steps of a change
-    need no order of their own.
+    All state follows from a few facts: the children and the pages of each node, the weights epochs, and the locked
+    matches that the cache keeps. ``mend`` derives the rest anew after a fault, so the steps of a change need no order.
 
     Args:
         page_size: tokens per page.
@@ -251,7 +249,7 @@ class PrefixForest:
         self._start_orders()
 
     def empty(self) -> PrefixForest:
-        """A forest without trees that accepts what this one accepts."""
+        """A forest without trees that accepts the same scopes."""
         forest = PrefixForest(self.page_size)
         forest._epochs = dict(self._epochs)
         return forest
@@ -278,7 +276,7 @@ class PrefixForest:
     def attach(self, parent: RadixNode, tokens: Int32, pages: Int32, level: int) -> RadixNode:
         """Adds an evictable leaf, with copies of the arrays, below ``parent``, which has no child with that first page.
 
-        It needs a ``use`` before it stands in order.
+        The leaf needs a ``use`` to stand in order.
         """
         kept_tokens, kept_pages = tokens.copy(), pages.copy()
         kept_pages.flags.writeable = False  # what a match returns is a view of it
@@ -302,8 +300,8 @@ class PrefixForest:
     def split(self, node: RadixNode, num_pages: int) -> RadixNode:
         """Cuts a node in two after its first ``num_pages`` pages and returns the upper half.
 
-        The lower half stays the same object with the same end, so whatever points at the end of a node stays right;
-        locks below the cut cover both halves.
+        The lower half stays the same object with the same end, so a reference to the end of a node stays right; locks
+        of the node cover both halves.
         """
         tree, parent, cut = node.tree, node.parent, num_pages * self.page_size
         if parent is None:
@@ -326,7 +324,7 @@ class PrefixForest:
             raise
 
     def cut(self, leaf: RadixNode, num_pages: int) -> Int32:
-        """Takes the last pages off an evictable leaf, the leaf itself with its last page; int32 ``[num_pages]``."""
+        """Takes the last pages off an evictable leaf, and the leaf out with its last page; int32 ``[num_pages]``."""
         left = leaf.pages.size - num_pages
         if leaf.parent is None or leaf.children:
             raise IntegrityError(
@@ -350,7 +348,7 @@ class PrefixForest:
         return leaf.pages
 
     def put_back(self, leaf: RadixNode, tokens: Int32, pages: Int32) -> None:
-        """Undoes a ``cut``, up to what ``mend`` works out, of a leaf that had these tokens and pages."""
+        """Undoes a ``cut`` of a leaf that had these tokens and pages, as far as ``mend`` needs it."""
         tree = leaf.tree
         leaf.hold(tokens, pages)
         leaf.attached = True
@@ -362,13 +360,13 @@ class PrefixForest:
             self._trees[tree.scope] = tree
 
     def undo_insertion(self, node: RadixNode, tokens: Int32, pages: Int32, child: Int32) -> None:
-        """Undoes an ``extend`` or ``attach``, up to what ``mend`` works out.
+        """Undoes an ``extend`` or ``attach``, as far as ``mend`` needs it.
 
         Args:
-            node: what was extended, or attached to.
-            tokens: the node's before.
-            pages: the node's before.
-            child: the tokens of the leaf that was to be attached; empty where there was none.
+            node: the node that was extended or given a child.
+            tokens: the node's tokens before.
+            pages: the node's pages before.
+            child: the tokens of the child; empty where there was none.
         """
         node.hold(tokens, pages)
         leaf = node.children.pop(node.tree.key_of(child), None) if child.size else None
@@ -404,9 +402,9 @@ class PrefixForest:
         """Makes a node and its ancestors the last used, children first, as the eviction order demands.
 
         Args:
-            node: of a tree that can be reached.
-            counts_hit: whether their levels rise by one.
-            least_level: below which their levels may not stay.
+            node: a node of a tree that can be reached.
+            counts_hit: whether the levels rise by one.
+            least_level: lower levels rise to it.
         """
         self._clock += 1
         order = node.tree.order
@@ -422,7 +420,7 @@ class PrefixForest:
                 order.append(step)
 
     def oldest(self) -> RadixNode:
-        """The node to be evicted next, a leaf, while some are; a constant cost for each generation in reach."""
+        """The leaf to be evicted next; only while ``evictable`` is above 0. A constant cost per generation in reach."""
         best = self._retired.oldest()
         if best is None:
             for order in self._orders.values():
@@ -434,10 +432,10 @@ class PrefixForest:
         return best
 
     def drop(self, tree: RadixTree) -> list[Int32]:
-        """Makes a tree unreachable, at the cost of a walk through it; what is not locked leaves it.
+        """Makes a tree unreachable and takes out what is not locked, at the cost of a walk through the tree.
 
         Returns:
-            The pages that left, int32, one array per node.
+            The pages taken out, int32, one array per node.
         """
         free = [node for node in tree.nodes() if node.locks == 0]
         for node in reversed(free):  # children before parents
@@ -456,7 +454,7 @@ class PrefixForest:
         return runs
 
     def check_epoch(self, model: str, epoch: int) -> None:
-        """Refuses with a ConfigError what is no epoch, or one before that of the model."""
+        """Raises ConfigError where ``epoch`` is no epoch, or one before that of the model."""
         now = self._epochs.get(model, 0)
         if not is_integer(epoch) or epoch < now:
             raise ConfigError(
@@ -471,12 +469,12 @@ class PrefixForest:
             del self._tree_counts[generation]
 
     def runs(self) -> Iterator[tuple[CacheScope, Int32, Int32]]:
-        """Every page that can be reached, once, in as few runs of pages as follow one another.
+        """Every page that can be reached, once, in as few runs of consecutive pages as possible.
 
         The longest unused run comes first, and always before the run that it branches off.
 
         Yields:
-            Its scope; the tokens from the start of the sequence to its end, int32; its page ids, int32.
+            The run's scope; the tokens from the start of the sequence to the run's end, int32; its page ids, int32.
         """
         paths: list[list[RadixNode]] = []
         for tree in self._trees.values():
@@ -493,13 +491,13 @@ class PrefixForest:
             yield path[0].tree.scope, path[0].tree.prefix_tokens(path[-1]), joined([node.pages for node in path])
 
     def mend(self, locked: Iterable[tuple[RadixNode | None, int]]) -> None:
-        """Works out anew, after a fault half way, all that follows from the nodes' pages and children.
+        """Derives anew, after a fault half way, what follows from the nodes' pages and children.
 
-        That is each node's place, locks and ancestors, the counters and the eviction orders. A use that was broken off
+        That is each node's place, locks and parent, the counters and the eviction orders. A use that was broken off
         counts.
 
         Args:
-            locked: the node where each locked match ends, and how often the match is locked.
+            locked: per locked match, the node where it ends and its locks.
         """
         locks: Counter[RadixNode] = Counter()
         for end, count in locked:
@@ -530,7 +528,7 @@ class PrefixForest:
             node.tree.order.append(node)
 
     def check_integrity(self) -> None:
-        """Proves that trees join up, that counters agree, and that eviction orders hold what is unlocked, leaves first.
+        """Proves that trees join up, counters agree, and eviction orders hold the unlocked nodes, leaves first.
 
         Raises:
             IntegrityError: says which page, list or counter is wrong.
