@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.bench.timing import median_ratio, print_table, time_in_turn
-from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.pages import PagedTokenToKVPoolAllocator, Slots
 from engine.terminal import count
 
 Int32 = npt.NDArray[np.int32]
@@ -131,7 +131,7 @@ def _extend(make: Callable[[int, int], Allocator], page_size: int) -> Callable[[
 def _free(make: Callable[[int, int], Allocator], page_size: int) -> Callable[[], object]:
     tokens = -(-FREED_TOKENS // page_size) * page_size
     allocator = make(IDLE_PAGES * page_size + _calls() * tokens, page_size)
-    held: Iterator[Int32] = iter([allocator.alloc(tokens)[:FREED_TOKENS] for _ in range(_calls())])
+    held: Iterator[Slots] = iter([Slots(allocator.alloc(tokens)[:FREED_TOKENS]) for _ in range(_calls())])
     return lambda: allocator.free(next(held))
 
 

@@ -17,7 +17,7 @@ from engine.bench.prefix_serving import Pair as EnginePair
 from engine.bench.prefix_serving import overhead_rows, shared_rows
 from engine.bench.timing import median_ratio, print_table, time_in_turn
 from engine.memory.integers import Int32
-from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.pages import PagedTokenToKVPoolAllocator, PageIds
 from engine.memory.prefix.cache import RadixCache
 from engine.memory.scope import CacheScope, LayoutKey
 from engine.terminal import count
@@ -61,7 +61,7 @@ class WalkedTree:
         """Adds a node for each page that is not cached."""
         self.clock += 1
         node, known = self.match(tokens)
-        self.allocator.retain(pages[len(known) :])
+        self.allocator.pages.retain(PageIds(pages[len(known) :]))
         for key, page in list(zip(self._keys(tokens), pages.tolist(), strict=True))[len(known) :]:
             node.children[key] = WalkedNode(node, key, page, self.clock)
             node = node.children[key]
@@ -80,7 +80,7 @@ class WalkedTree:
                 del parent.children[leaf.key]
                 if not parent.children and parent is not self.root:
                     heapq.heappush(heap, (parent.used, next(order), parent))
-        self.allocator.release(np.array(released, np.int32))
+        self.allocator.pages.release(released)
 
     def _keys(self, tokens: Int32) -> list[tuple[int, ...]]:
         ids, size = tokens.tolist(), self.page_size
@@ -105,11 +105,10 @@ class Pair:
         self.cache = RadixCache(PagedTokenToKVPoolAllocator(pages * page_size, page_size), page_size)
         self.rival = WalkedTree(PagedTokenToKVPoolAllocator(pages * page_size, page_size))
 
-    def pages_for(self, allocator: PagedTokenToKVPoolAllocator, tokens: Int32) -> Int32:
+    def pages_for(self, allocator: PagedTokenToKVPoolAllocator, tokens: Int32) -> PageIds:
         """Fresh pages for the full pages of a sequence; the request that holds them never ends."""
         size = self.page_size
-        pages: Int32 = allocator.alloc(tokens.size // size * size)[::size] // np.int32(size)
-        return pages
+        return PageIds(allocator.alloc(tokens.size // size * size)[::size] // np.int32(size))
 
     def fill(self, sequences: Int32) -> None:
         """Caches the sequences in both and gives up every other reference."""
@@ -117,8 +116,8 @@ class Pair:
             ours, theirs = (self.pages_for(each.allocator, tokens) for each in (self.cache, self.rival))
             self.cache.insert(self.scope, tokens, ours)
             self.rival.insert(tokens, theirs)
-            self.cache.allocator.release(ours)
-            self.rival.allocator.release(theirs)
+            self.cache.allocator.pages.release(ours)
+            self.rival.allocator.pages.release(theirs)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,12 +23,19 @@ import numpy.typing as npt
 from engine.errors import ConfigError, KVPoolExhausted, ShapeError
 from engine.memory.admission import Admission, checked_most, pages_to_admit
 from engine.memory.integers import Int32, priority_level, whole_number
-from engine.memory.offload.host_tier import HostTier
+from engine.memory.offload import HostTier
 from engine.memory.page_moves import PageCopy, PageLoad, PageMove
-from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
-from engine.memory.prefix.cache import EvictionPolicyName, NullPrefixCache, RadixCache
-from engine.memory.prefix.match import EvictedPages, PrefixMatch, checked_scope, token_vector
-from engine.memory.rows import NO_PAGES, ReqToTokenPool, RowGrowth
+from engine.memory.pages import NO_PAGES, PagedTokenToKVPoolAllocator, PageIds
+from engine.memory.prefix import (
+    EvictedPages,
+    EvictionPolicyName,
+    NullPrefixCache,
+    PrefixMatch,
+    RadixCache,
+    checked_scope,
+    token_vector,
+)
+from engine.memory.rows import ReqToTokenPool, RowGrowth
 from engine.memory.scope import CacheScope
 
 EVICT_AT_ONCE = 64  # pages, at most a 32nd of the pool
@@ -88,8 +95,8 @@ class CacheManager:
         self._pool = self.allocator.pages
         self.page_table = ReqToTokenPool(max_requests, max_context_tokens, page_size)
         self.caller = self.page_table.caller = self.allocator.caller  # one set of books
-        self.prefix: RadixCache | NullPrefixCache = (
-            NullPrefixCache()
+        self.prefix: RadixCache = (
+            NullPrefixCache(self.allocator)
             if policy is None
             else RadixCache(self.allocator, page_size, policy=policy, on_evict=self._plan_saves)
         )
@@ -121,7 +128,7 @@ class CacheManager:
     @property
     def shares_prefixes(self) -> bool:
         """Whether anything is kept of past requests."""
-        return isinstance(self.prefix, RadixCache)
+        return not isinstance(self.prefix, NullPrefixCache)
 
     @property
     def reclaimable_pages(self) -> int:
@@ -348,7 +355,7 @@ class CacheManager:
             new_row = self.page_table.alloc_row(known=tokens + 1, most=self._most_of(row))
             self.prefix.lock(lease.match)  # once more: a handle may be shared
             self._leases[new_row] = Lease(lease.match, lease.priority, lease.is_forgotten)
-            self._pool.retain(pages[:full])
+            self._pool.retain(PageIds(pages[:full]))
             self.page_table.append_pages(new_row, pages[:full])
             if rest:
                 self.grow(np.array([new_row], np.int32), np.array([rest], np.int64))
@@ -468,13 +475,13 @@ class CacheManager:
         # More than is short where the pool is large: a call costs more than a page, and decoding asks for few.
         self.prefix.evict(min(max(short, min(EVICT_AT_ONCE, self.size // self.page_size // 32)), evictable))
 
-    def _take_for(self, growth: RowGrowth) -> Int32:
+    def _take_for(self, growth: RowGrowth) -> PageIds:
         """Fresh pages for rows: neighbours for a row that begins several."""
         if growth.fresh.max() == 1:
             return self._pool.take_singles(growth.num_pages)
         return self._pool.take(growth.fresh)
 
-    def _full_pages(self, row: int, token_ids: Int32) -> tuple[Int32, Int32]:
+    def _full_pages(self, row: int, token_ids: Int32) -> tuple[Int32, PageIds]:
         """A row's full pages as far as their tokens are computed and told: these tokens, and the pages."""
         tokens = token_vector(token_ids)
         pages = self.page_table.full_pages(row, tokens.size)
@@ -515,8 +522,9 @@ class CacheManager:
         if not columns.size:
             return
         try:
-            self._pool.retain(cached[columns])
-            self._pool.release(self.page_table.replace_pages(row, columns, cached[columns]))
+            taken = PageIds(cached[columns])
+            self._pool.retain(taken)
+            self._pool.release(self.page_table.replace_pages(row, columns, taken))
         except BaseException:
             self._release_unlisted(np.concatenate([own, cached]))
             raise
@@ -524,7 +532,7 @@ class CacheManager:
     def _extend_lease(self, row: int, lease: Lease, found: PrefixMatch) -> None:
         """Lets a row that holds the cached pages of its lease hold those of a longer match instead."""
         before = lease.match
-        added = found.pages[before.pages.size :]
+        added = PageIds(found.pages[before.pages.size :])
         try:
             self.prefix.lock(found)
             self._pool.retain(added)
@@ -587,9 +595,8 @@ class CacheManager:
 
     def _release_unlisted(self, pages: Int32) -> None:
         """Gives back the references of pages that neither a row nor the prefix cache lists."""
-        held = np.concatenate([self.page_table.held_pages(), self.prefix.pages()])
+        listed = np.concatenate([self.page_table.held_pages(), self.prefix.pages()])
         distinct = np.unique(pages)
-        surplus = (
-            self._pool.ref_count(distinct) - np.bincount(held, minlength=self.size // self.page_size + 1)[distinct]
-        )
-        self._pool.release(np.repeat(distinct, surplus.clip(min=0)))
+        holders = np.bincount(listed, minlength=self.size // self.page_size + 1)[distinct]
+        surplus = (self._pool.ref_count(distinct) - holders).clip(min=0)
+        self._pool.release(PageIds(np.repeat(distinct, surplus)))

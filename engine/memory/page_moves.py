@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from engine.memory.integers import Int32
-from engine.memory.offload.page_format import Pages
-from engine.memory.prefix.match import EvictedPages
+from engine.memory.offload import Pages
+from engine.memory.prefix import EvictedPages
 
 
 @dataclass(frozen=True, eq=False)

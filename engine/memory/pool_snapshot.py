@@ -73,7 +73,7 @@ def snapshot_pool(cache: CacheManager) -> PoolSnapshot:
         IntegrityError: the parts do not make up the pool.
     """
     table, prefix, size = cache.page_table, cache.prefix, cache.page_size
-    free = np.sort(cache.allocator.free_pages())
+    free = np.sort(cache.allocator.pages.free_pages())
     held = np.unique(table.held_pages())
     runs = np.diff(np.flatnonzero(np.diff(free, prepend=-1, append=-1) != 1)) if free.size else np.zeros(0, np.int64)
     rows = tuple(

@@ -30,9 +30,9 @@ from engine.memory.integers import (
     whole_number,
 )
 from engine.memory.one_caller import OneCaller
+from engine.memory.pages import NO_PAGES, PageIds, Slots
 
 NO_ROWS = np.empty(0, np.int64)
-NO_PAGES = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,23 +158,22 @@ class ReqToTokenPool:
         """How often each row was given back; int64 ``[B]``, fresh. Rows need not be in use."""
         return self._generation[rows]
 
-    def row_pages(self, row: int) -> Int32:
+    def row_pages(self, row: int) -> PageIds:
         """The pages of one row in order; int32 ``[n]``, fresh. Raises ShapeError where it is not in use."""
-        return self._table[row, : -(-self.kv_len(row) // self.page_size)].copy()
+        return PageIds(self._table[row, : -(-self.kv_len(row) // self.page_size)].copy())
 
-    def full_pages(self, row: int, tokens: int) -> Int32:
+    def full_pages(self, row: int, tokens: int) -> PageIds:
         """Those pages of one row that its first ``tokens`` computed tokens fill; int32 ``[n]``, fresh.
 
         Raises:
             ShapeError: not a row in use, or ``tokens`` is not an integer, 0 or more.
         """
         full = min(self.computed_len(row), whole_number("tokens", tokens)) // self.page_size
-        return self._table[row, :full].copy()
+        return PageIds(self._table[row, :full].copy())
 
-    def held_pages(self) -> Int32:
+    def held_pages(self) -> PageIds:
         """The pages of all rows, a shared page once per row; int32 ``[n]``, for the integrity check of the pool."""
-        pages: Int32 = self._table[self._table != 0]
-        return pages
+        return PageIds(self._table[self._table != 0])
 
     def rows_that_share(self, row: int, pages: Int32, first: int) -> list[tuple[int, int]]:
         """Other rows that hold page ``first`` of a row, each with how many of ``pages``, from the row's first on."""
@@ -182,7 +181,7 @@ class ReqToTokenPool:
         shared = np.logical_and.accumulate(self._table[rows, : pages.size] == pages, axis=1).sum(axis=1)
         return [(other, count) for other, count in zip(rows.tolist(), shared.tolist(), strict=True) if other != row]
 
-    def slots(self, row: int, start: int, stop: int) -> Int32:
+    def slots(self, row: int, start: int, stop: int) -> Slots:
         """Slots of tokens ``start`` to ``stop - 1`` of a row; int32 ``[stop - start]``.
 
         Raises:
@@ -193,7 +192,7 @@ class ReqToTokenPool:
             raise ShapeError(f"row {row} has no tokens {start} to {stop}; it has {length}, counted from 0")
         return self._slots_at(np.array([row]), np.arange(start, stop))
 
-    def last_loc(self, rows: npt.ArrayLike, lens: npt.ArrayLike) -> Int32:
+    def last_loc(self, rows: npt.ArrayLike, lens: npt.ArrayLike) -> Slots:
         """Slot of token ``lens - 1`` of each row, -1 where ``lens`` is 0; int32 ``[B]``.
 
         Args:
@@ -234,7 +233,7 @@ class ReqToTokenPool:
         """
         return self._alloc(whole_number("count", count), 0, 0)
 
-    def release(self, row: int) -> Int32:
+    def release(self, row: int) -> PageIds:
         """Takes a row back and clears it.
 
         Returns:
@@ -392,7 +391,7 @@ class ReqToTokenPool:
             self._granted[rows] = growth.lens
             raise
 
-    def truncate(self, row: int, tokens: int, last_page: Int32 = NO_PAGES) -> Int32:
+    def truncate(self, row: int, tokens: int, last_page: PageIds = NO_PAGES) -> PageIds:
         """Shrinks a row to its first ``tokens`` tokens, as when speculation is rejected.
 
         Args:
@@ -412,7 +411,7 @@ class ReqToTokenPool:
             raise ShapeError(f"cannot truncate row {row} to {tokens} tokens: it has {length}; use grow to lengthen it")
         held = -(-tokens // self.page_size)
         kept = held - last_page.size
-        pages = self.row_pages(row)[kept:]
+        pages = PageIds(self.row_pages(row)[kept:])
         with self._undoing(row):
             self._table[row, kept:held], self._table[row, held:] = last_page, 0
             self._granted[row] = tokens
@@ -420,7 +419,7 @@ class ReqToTokenPool:
             self._told[row] = min(self._told.item(row), kept)
             return pages
 
-    def replace_pages(self, row: int, columns: Int64, pages: Int32) -> Int32:
+    def replace_pages(self, row: int, columns: Int64, pages: PageIds) -> PageIds:
         """Puts other pages with the same contents in place of some of a row's; the device is told again.
 
         Args:
@@ -432,7 +431,7 @@ class ReqToTokenPool:
             int32 ``[n]`` the pages that stood there, for the page pool to release.
         """
         self.caller.enter()
-        before: Int32 = self._table[row, columns]
+        before = PageIds(self._table[row, columns])
         with self._undoing(row):
             self._table[row, columns] = pages
             self._told[row] = min(self._told.item(row), int(columns[0]))
@@ -525,7 +524,7 @@ class ReqToTokenPool:
     @contextmanager
     def _undoing(self, rows: int | Int32 | Int64) -> Iterator[None]:
         """Puts rows back as they were where the body raises, an interrupt too."""
-        columns = (
+        columns: tuple[npt.NDArray[Any], ...] = (
             self._table, self._granted, self._computed, self._known, self._most, self._told, self._generation,
             self._in_use,
         )  # fmt: skip
@@ -544,9 +543,9 @@ class ReqToTokenPool:
         pages: Int64 = (lens + (self.page_size - 1)).astype(np.int64) // self.page_size
         return pages
 
-    def _slots_at(self, rows: Int64, positions: Int64) -> Int32:
+    def _slots_at(self, rows: Int64, positions: Int64) -> Slots:
         page, offset = np.divmod(positions, self.page_size)
-        return (self._table[rows, page].astype(np.int64) * self.page_size + offset).astype(np.int32)
+        return Slots((self._table[rows, page].astype(np.int64) * self.page_size + offset).astype(np.int32))
 
     def _checked_row(self, row: int) -> int:
         if not self.is_in_use(row):

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from engine.memory.integers import Int32
 from engine.memory.manager import CacheManager
-from engine.memory.offload.page_format import Int32, Pages
-from engine.memory.offload.segment import PrefixSegment
-from engine.memory.prefix.cache import NullPrefixCache, RadixCache
+from engine.memory.offload import Pages, PrefixSegment
+from engine.memory.prefix import RadixCache
 from engine.memory.scope import CacheScope
 
 BATCH_BYTES = 64 << 20  # of pages read at once
@@ -48,7 +48,7 @@ def cached_segments(caches: Sequence[CacheManager], read: Callable[[int, Int32],
                 yield PrefixSegment(scope, tokens[: stop * page_size], start, data)
 
 
-def _cached_pages(prefixes: Sequence[RadixCache | NullPrefixCache], scope: CacheScope, tokens: Int32) -> int:
+def _cached_pages(prefixes: Sequence[RadixCache], scope: CacheScope, tokens: Int32) -> int:
     """How many pages of a sequence's beginning one of the prefix caches has."""
     longer = np.append(tokens, np.int32(0))  # a match leaves out the last token
     return max((prefix.match(scope, longer).pages.size for prefix in prefixes), default=0)

@@ -25,8 +25,7 @@ from engine.kv.pool import TokenToKVPool
 from engine.kv.split import split_layout
 from engine.memory.manager import CacheManager
 from engine.memory.offload.host_tier import HostTier
-from engine.memory.offload.page_format import PageFormat
-from engine.memory.offload.segment import PrefixSegment
+from engine.memory.offload.page_format import PageFormat, PrefixSegment
 from engine.memory.offload.store import PrefixStore
 from engine.memory.prefix.cache import EvictionPolicyName
 from engine.models.default_model import DEFAULT_MODEL_DIR

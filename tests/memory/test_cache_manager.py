@@ -168,7 +168,7 @@ class TestTruncate:
         assert cache.take_moves() == []
 
     def test_a_shared_page_is_not_written(self):
-        cache, pool = make(size=128)
+        cache, _ = make(size=128)
         row = compute(cache, tokens(20)).row
         before = cache.page_table.row_pages(row)
         cache.truncate(row, 10)
@@ -267,7 +267,7 @@ def test_who_forks_after_a_reset_shares_pages_that_are_not_cached_any_more():
 def test_a_fork_that_fails_half_way_leaves_nothing(monkeypatch, broken):
     cache, _ = make(policy="lru")
     row = compute(cache, tokens(10)).row
-    before = cache.page_table.available_rows, cache._pool.available, cache.prefix.protected_pages
+    before = cache.page_table.available_rows, cache.allocator.pages.available, cache.prefix.protected_pages
 
     def fail(*_):
         raise Boom
@@ -276,7 +276,7 @@ def test_a_fork_that_fails_half_way_leaves_nothing(monkeypatch, broken):
         patched.setattr(cache if broken == "grow" else cache.prefix, broken, fail)
         with pytest.raises(Boom):
             cache.fork(row, 9)
-    assert (cache.page_table.available_rows, cache._pool.available, cache.prefix.protected_pages) == before
+    assert (cache.page_table.available_rows, cache.allocator.pages.available, cache.prefix.protected_pages) == before
     cache.check_integrity()
     cache.release(row, SCOPE, tokens(10))
     assert cache.held_tokens == 0
@@ -359,7 +359,7 @@ def test_an_advance_is_an_insert_a_lock_and_an_unlock(policy):
         plain.lock(handles[1])
         plain.unlock(old[1])
         for cache, mine in ((ours, pages[0]), (plain, pages[1])):
-            cache.allocator.release(mine)
+            cache.allocator.pages.release(mine)
             cache.check_integrity()
         assert handles[0].num_tokens == handles[1].num_tokens == sequence.size
         assert handles[0].pages.tolist() == handles[1].pages.tolist()
@@ -387,14 +387,14 @@ def harm_page_table(cache):
 
 
 def harm_allocator(cache):
-    cache.allocator.release(cache.prefix.pages()[:1])
-    cache.allocator._ledger._free.put(np.array([5, 5], np.int32))
+    cache.allocator.pages.release(cache.prefix.pages()[:1])
+    cache.allocator.pages._free.put(np.array([5, 5], np.int32))
 
 
 def harm_prefix(cache):
     node = next(iter(cache.prefix._forest.trees())).root.children.popitem()[1]
     node.locks += 3
-    cache.prefix._nodes.evictable -= 7
+    cache.prefix._forest.evictable -= 7
 
 
 def harm_locks(cache):
@@ -427,10 +427,10 @@ def test_a_cleared_manager_is_empty_whatever_state_its_books_were_in(harm):
     rows = [compute(cache, tokens(cache.size // 4, 50 * n)).row for n in range(3)]
     with pytest.raises(ShapeError):
         cache.page_table.grow(growth, np.empty(0, np.int32))
-    taken = cache._pool.take(np.array([cache._pool.available]))
+    taken = cache.allocator.pages.take(np.array([cache.allocator.pages.available]))
     with pytest.raises(DoubleFreeError):
         cache.allocator.free(slots)
-    cache.allocator.release(taken)
+    cache.allocator.pages.release(taken)
     for row in rows:
         cache.release(row, SCOPE, tokens(0))
     cache.check_integrity()
@@ -491,7 +491,7 @@ def test_several_forks_of_an_unpublished_row_each_keep_what_they_share():
         private = np.count_nonzero(~cache.prefix.is_cached(held))
         assert cache.prefix.protected_pages + private + cache.reclaimable_pages == 128 // PAGE
         cache.prefix.evict(cache.prefix.evictable_pages)
-        assert cache._pool.available == cache.reclaimable_pages
+        assert cache.allocator.pages.available == cache.reclaimable_pages
         cache.release(child, SCOPE, tokens(shared))
         cache.check_integrity()
 

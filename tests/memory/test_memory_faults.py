@@ -104,7 +104,7 @@ class Books:
         table = self.cache.page_table
         rows = table.rows_in_use()
         each = sorted((table.kv_len(row), self.cache.locked_pages(row)) for row in rows)
-        return each, self.cache.allocator.available_pages(), self.cache.reclaimable_pages
+        return each, self.cache.allocator.pages.available, self.cache.reclaimable_pages
 
     def contents(self, name):
         """Which prefixes are cached and saved, in the order of eviction, and what was counted.
@@ -142,7 +142,7 @@ def evict_all(books):
 def filled(books):
     """No page is free, and both rows that decode are about to begin one."""
     books.cache.grow([books.row, books.other], [2, 1])
-    books.cache.grow([books.fresh], [2 + PAGE_SIZE * books.cache.allocator.available_pages()])
+    books.cache.grow([books.fresh], [2 + PAGE_SIZE * books.cache.allocator.pages.available])
     return books
 
 
@@ -239,16 +239,16 @@ class Slots:
         self.first, self.second = self.allocator.alloc(3 * PAGE), self.allocator.alloc(4 * PAGE)
         self.slots = self.allocator.alloc_extend([0, 0], [6, 7], [-1, -1])
         self.state = self.allocator.backup_state()
-        self.shared = self.allocator.alloc_pages([2])
-        self.allocator.retain(self.shared)
+        self.shared = self.allocator.pages.take([2])
+        self.allocator.pages.retain(self.shared)
         self.allocator.free(self.second)
 
     def check(self):
         self.allocator.check_integrity()
 
     def picture(self):
-        counts = self.allocator.ref_count(np.arange(21))
-        return counts.tolist(), sorted(self.allocator.free_pages().tolist())
+        counts = self.allocator.pages.ref_count(np.arange(21))
+        return counts.tolist(), sorted(self.allocator.pages.free_pages().tolist())
 
 
 class Table:
@@ -282,15 +282,15 @@ class Tree:
         self.insert(np.concatenate([tokens(1, 4 * PAGE), tokens(2, 2 * PAGE)]))
         self.insert(np.concatenate([tokens(1, 4 * PAGE), tokens(3, 2 * PAGE)]))
         self.insert(tokens(4, 3 * PAGE), make_scope("another"))
-        self.pages = self.allocator.alloc_pages([5])
+        self.pages = self.allocator.pages.take([5])
         self.found = self.cache.match(SCOPE, tokens(1, 3 * PAGE))  # ends inside of a node
         self.locked = self.cache.match(SCOPE, np.concatenate([tokens(1, 4 * PAGE), tokens(2, 2 * PAGE + 1)]))
         self.cache.lock(self.locked)
 
     def insert(self, token_ids, scope=SCOPE):
-        pages = self.allocator.alloc_pages([token_ids.size // PAGE])
+        pages = self.allocator.pages.take([token_ids.size // PAGE])
         self.cache.insert(scope, token_ids, pages)
-        self.allocator.release(pages)
+        self.allocator.pages.release(pages)
 
     def longer(self):
         return np.concatenate([tokens(1, 4 * PAGE), tokens(2, 2 * PAGE), tokens(5, 2 * PAGE)])
@@ -309,7 +309,7 @@ class Tree:
         locks = cache.protected_pages, cache.evictable_pages, self.found.locks, self.locked.locks
         counters = cache.evicted_pages, cache.query_tokens, cache.hit_tokens
         pages = [node.tree.prefix_tokens(node).tobytes() for tree in forest.trees() for node in tree.nodes()]
-        return locks, counters, ends, max(pages, default=b""), self.allocator.available_pages()
+        return locks, counters, ends, max(pages, default=b""), self.allocator.pages.available
 
 
 class Saved:
@@ -335,12 +335,12 @@ PARTS = {
     "alloc": (Slots, lambda s: s.allocator.alloc(5 * PAGE)),
     "alloc_extend": (Slots, lambda s: s.allocator.alloc_extend([6, 0], [15, 9], [s.slots[5], -1])),
     "alloc_decode": (Slots, lambda s: s.allocator.alloc_decode([7, 1], [s.slots[5], -1])),
-    "alloc_pages": (Slots, lambda s: s.allocator.alloc_pages([2, 0, 4, 1])),
-    "alloc_single_pages": (Slots, lambda s: s.allocator.alloc_single_pages(3)),
+    "take": (Slots, lambda s: s.allocator.pages.take([2, 0, 4, 1])),
+    "take_singles": (Slots, lambda s: s.allocator.pages.take_singles(3)),
     "free": (Slots, lambda s: s.allocator.free(s.slots)),
-    "retain": (Slots, lambda s: s.allocator.retain([1, 1, 2])),
-    "release": (Slots, lambda s: s.allocator.release([*s.shared, *s.shared, 1])),
-    "release one": (Slots, lambda s: s.allocator.release(np.array([1], np.int32))),
+    "retain": (Slots, lambda s: s.allocator.pages.retain([1, 1, 2])),
+    "release": (Slots, lambda s: s.allocator.pages.release([*s.shared, *s.shared, 1])),
+    "release one": (Slots, lambda s: s.allocator.pages.release_one(1)),
     "restore": (Slots, lambda s: s.allocator.restore_state(s.state)),
     "clear": (Slots, lambda s: s.allocator.clear()),
     "rows": (Table, lambda t: t.table.alloc_rows(2)),

@@ -86,10 +86,10 @@ def test_two_threads_at_once_are_refused_or_right():
         for _ in range(400):
             try:
                 if mine and rng.random() < 0.4:
-                    allocator.release(mine[-1])
+                    allocator.pages.release(mine[-1])
                     mine.pop()
                 else:
-                    mine.append(allocator.alloc_pages([rng.integers(1, 4)]))
+                    mine.append(allocator.pages.take([rng.integers(1, 4)]))
             except ConcurrentUse:
                 pass
 

@@ -20,8 +20,7 @@ from safetensors.numpy import save_file
 from engine.errors import ConfigError, ShapeError
 from engine.memory.offload import store as prefix_store
 from engine.memory.offload.host_tier import HostTier
-from engine.memory.offload.page_format import PageFormat
-from engine.memory.offload.segment import PrefixSegment
+from engine.memory.offload.page_format import PageFormat, PrefixSegment
 from engine.memory.offload.store import PrefixStore
 
 FORM = page_format()
@@ -106,7 +105,7 @@ def test_a_crash_at_any_moment_leaves_whole_files_only(rng, tmp_path, moment):
 import os, pathlib, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import numpy as np
 from prefix_pages import PAGE_SIZE, page_format, random_pages, scope
-from engine.memory.offload.segment import PrefixSegment
+from engine.memory.offload.page_format import PrefixSegment
 from engine.memory.offload.store import PrefixStore
 def patch(owner, name, fatal_call):
     real, calls = getattr(owner, name), []
@@ -273,7 +272,7 @@ SLOW_WRITER = """
 import os, pathlib, sys
 import numpy as np
 from prefix_pages import PAGE_SIZE, page_format, random_pages, scope
-from engine.memory.offload.segment import PrefixSegment
+from engine.memory.offload.page_format import PrefixSegment
 from engine.memory.offload.store import PrefixStore
 real = os.fsync
 def pause(descriptor):
@@ -585,5 +584,5 @@ def test_a_scope_that_is_none_is_not_saved(rng, tmp_path):
 
 @pytest.mark.parametrize("tokens", [[[1, 2], [3]], np.array([2**64 - 1] * 4, np.uint64), [2**31] * 4, [1.0] * 4])
 def test_tokens_that_are_none_are_refused(tokens):
-    with pytest.raises(ShapeError, match="token_ids"):
-        FORM.check_tokens(tokens)
+    with pytest.raises(ShapeError, match=r"token[_ ]id"):
+        FORM.check_pages(tokens, 0, np.zeros((1, *FORM.page_shape), FORM.dtype))

@@ -50,7 +50,7 @@ def cache():
 
 
 def picture(cache):
-    table, ledger = cache.page_table, cache.allocator._ledger
+    table, ledger = cache.page_table, cache.allocator.pages
     arrays = (
         table._table,
         table._granted,
@@ -109,11 +109,11 @@ VECTOR_CALLS = {
     "alloc_extend prefix": lambda c, v: c.allocator.alloc_extend(v, [3], [-1]),
     "alloc_extend last": lambda c, v: c.allocator.alloc_extend([0], [1], v),
     "alloc_decode": lambda c, v: c.allocator.alloc_decode(v, [-1]),
-    "alloc_pages": lambda c, v: c.allocator.alloc_pages(v),
+    "take": lambda c, v: c.allocator.pages.take(v),
     "free": lambda c, v: c.allocator.free(v),
-    "retain": lambda c, v: c.allocator.retain(v),
-    "release": lambda c, v: c.allocator.release(v),
-    "ref_count": lambda c, v: c.allocator.ref_count(v),
+    "retain": lambda c, v: c.allocator.pages.retain(v),
+    "release": lambda c, v: c.allocator.pages.release(v),
+    "ref_count": lambda c, v: c.allocator.pages.ref_count(v),
 }
 
 
@@ -126,7 +126,7 @@ def test_what_is_no_vector_of_int64_is_refused(cache, name, value):
 COUNT_CALLS = {
     "evict": lambda c, v: c.prefix.evict(v),
     "alloc": lambda c, v: c.allocator.alloc(v),
-    "alloc_single_pages": lambda c, v: c.allocator.alloc_single_pages(v),
+    "take_singles": lambda c, v: c.allocator.pages.take_singles(v),
     "alloc_rows": lambda c, v: c.page_table.alloc_rows(v),
     "full_pages": lambda c, v: c.page_table.full_pages(0, v),
     "slots start": lambda c, v: c.page_table.slots(0, v, 2),
@@ -280,23 +280,23 @@ class TestViews:
     def test_of_the_allocator(self):
         allocator = PagedTokenToKVPoolAllocator(40 * PAGE, PAGE)
         state = allocator.backup_state()
-        for taken in (allocator.alloc_pages([5]), allocator.alloc_single_pages(7), allocator.alloc(2 * PAGE)):
+        for taken in (allocator.pages.take([5]), allocator.pages.take_singles(7), allocator.alloc(2 * PAGE)):
             taken[:] = 7
-        allocator.free_pages()[:] = 7
-        allocator.ref_count(np.arange(40))[:] = 7
-        for array in (state.ledger.ref_count, state.ledger.births, state.ledger.free.singles, *state.ledger.free.loose):
+        allocator.pages.free_pages()[:] = 7
+        allocator.pages.ref_count(np.arange(40))[:] = 7
+        for array in (state.ref_count, state.births, state.free.singles, *state.free.loose):
             assert not array.flags.writeable
         allocator.restore_state(state)
         allocator.check_integrity([])
-        assert sorted(allocator.alloc_pages([40]).tolist()) == list(range(1, 41))
+        assert sorted(allocator.pages.take([40]).tolist()) == list(range(1, 41))
 
     def test_of_single_pages_that_were_given_back(self):
         allocator = PagedTokenToKVPoolAllocator(40 * PAGE, PAGE)
-        pages = allocator.alloc_single_pages(9)
-        allocator.release(pages)
+        pages = allocator.pages.take_singles(9)
+        allocator.pages.release(pages)
         state = allocator.backup_state()
         pages[:] = 7
-        for part in (state.ledger.free.singles, *state.ledger.free.loose):
+        for part in (state.free.singles, *state.free.loose):
             with pytest.raises(ValueError, match="read-only"):
                 part[:] = 7
         allocator.check_integrity([])
@@ -310,7 +310,7 @@ class TestViews:
             array[:] = 1
         cache.check_integrity()
         growth = table.plan_growth([0, 1], [5, 5])
-        pages = cache._pool.take(growth.fresh)
+        pages = cache.allocator.pages.take(growth.fresh)
         kept = pages.copy()
         table.grow(growth, pages)
         pages[:] = 1
@@ -323,10 +323,10 @@ class TestViews:
         tree = RadixCache(allocator, PAGE, on_evict=told.extend)
         token_ids = np.random.default_rng().integers(0, 99, 5 * PAGE).astype(np.int32)
         for end in (3, 5):  # the second lengthens
-            pages = allocator.alloc_pages([end])
+            pages = allocator.pages.take([end])
             mine = token_ids[: end * PAGE].copy()
             tree.insert(SCOPE, mine, pages)
-            allocator.release(pages)
+            allocator.pages.release(pages)
             pages[:], mine[:] = 7, 7
         found = tree.match(SCOPE, np.append(token_ids, 1))
         assert found.num_tokens == 5 * PAGE

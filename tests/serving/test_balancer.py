@@ -163,7 +163,7 @@ def test_a_step_that_one_replica_cannot_take_is_taken_by_none(monkeypatch, which
         raise OSError("the host tier is gone")
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache._pool if where == "take" else cache.prefix, where, boom)
+        patched.setattr(cache.allocator.pages if where == "take" else cache.prefix, where, boom)
         with pytest.raises(OSError, match="gone"):
             balancer.next_step()
     balancer.restart([*balancer.running, *balancer.waiting])

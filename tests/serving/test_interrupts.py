@@ -45,12 +45,12 @@ def interrupt(llm, where, monkeypatch):
         steps = {shape: interrupted(step) for shape, step in llm._runner._steps.items()}
         monkeypatch.setattr(llm._runner, "_steps", steps)
     else:
-        owner = {"alloc_pages": llm.cache.allocator, "fill": llm._stepper._batcher}
+        owner = {"take": llm.cache.allocator.pages, "fill": llm._stepper._batcher}
         owner = owner.get(where, llm.scheduler)
         monkeypatch.setattr(owner, where, interrupted(getattr(owner, where)))
 
 
-PLACES = ["steps", "alloc_pages", "fill", "still_run", "commit", "_release", "add"]
+PLACES = ["steps", "take", "fill", "still_run", "commit", "_release", "add"]
 
 
 @pytest.mark.parametrize("where", PLACES)

@@ -66,7 +66,7 @@ def test_fragmentation_is_seen():
     assert (snapshot_pool(cache).free_runs, snapshot_pool(cache).largest_free_run_pages) == (1, 16)
     pages = cache.allocator.alloc(64)[::PAGE] // PAGE
     assert (snapshot_pool_runs(cache)) == (0, 0)
-    cache.allocator.release(np.concatenate([pages[0:2], pages[5:9], pages[15:]]))
+    cache.allocator.pages.release(np.concatenate([pages[0:2], pages[5:9], pages[15:]]))
     assert (snapshot_pool_runs(cache)) == (3, 4)
 
 
@@ -79,8 +79,8 @@ def snapshot_pool_runs(cache):
 
 
 def held_outside(cache):
-    every = np.arange(1, cache.allocator.num_pages + 1, dtype=np.int32)
-    return every[cache.allocator.ref_count(every) > 0]
+    every = np.arange(1, cache.allocator.pages.num_pages + 1, dtype=np.int32)
+    return every[cache.allocator.pages.ref_count(every) > 0]
 
 
 def test_a_lost_page_is_an_error_and_no_figure():

@@ -62,7 +62,7 @@ def finish(llm):
 
 def poison_unowned(llm):
     """Fills every slot that no row and no cached prefix holds with NaN."""
-    pages = llm.cache.allocator.free_pages()
+    pages = llm.cache.allocator.pages.free_pages()
     slots = (pages[:, None] * llm.config.page_size + np.arange(llm.config.page_size)).reshape(-1)
     llm.pool.replace_buffers([buffer.at[slots].set(jnp.nan) for buffer in llm.pool.buffers])
 

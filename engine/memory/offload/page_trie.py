@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from engine.memory.offload.page_format import Int32
+from engine.memory.integers import Int32
 from engine.memory.scope import CacheScope
 
 NOT_HELD = -1
@@ -19,7 +19,7 @@ class PageNode:
     """One page of a prefix; it is held while ``row`` says where its data lies, else only a step on the way to others.
 
     Attributes:
-        scope: whose prefix it is; no two scopes share a node.
+        scope: the scope of the prefix; no two scopes share a node.
         parent: the page before, or the scope's root; None for a root.
         key: the bytes of the page's int32 tokens; empty for a root.
         children: the pages that may follow, by key.
@@ -49,7 +49,7 @@ class PageTrie:
     Every leaf is held: a node that is neither held nor on the way to a held one is taken out at once.
 
     Args:
-        page_size: tokens a page.
+        page_size: tokens per page.
     """
 
     def __init__(self, page_size: int) -> None:
@@ -57,7 +57,7 @@ class PageTrie:
         self._roots: dict[CacheScope, PageNode] = {}
 
     def walk(self, scope: CacheScope, tokens: Int32) -> list[PageNode]:
-        """Returns the nodes of the longest known prefix of ``tokens``, a node a page, the first page first."""
+        """Returns the nodes of the longest known prefix of ``tokens``, one node per page, the first page first."""
         path: list[PageNode] = []
         children = self._roots[scope].children if scope in self._roots else {}
         for key in self._keys(tokens):

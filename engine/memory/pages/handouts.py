@@ -1,8 +1,9 @@
-"""Remembers when each slot array was handed out, so that a stale one can be told from a live one.
+"""Remembers the arrays that were handed out: when, and whether they hold slots or pages.
 
 A slot is an int32 with no room for a generation: after a page is freed and handed out again, the old holder's slots
-equal the new holder's. The array object itself is the one thing that tells them apart, so the allocator's clock at
-hand-out is kept beside a weak reference to it. A view counts as the array that it views; a copy is unknown.
+equal the new holder's, and some slots equal page ids. The array object itself is the one thing that tells them apart,
+so the pool's clock at hand-out is kept beside a weak reference to it. A view counts as the array that it views; a copy
+is unknown.
 """
 
 from __future__ import annotations
@@ -18,37 +19,53 @@ import numpy.typing as npt
 VOID = -1
 
 
-@dataclass
-class _Handout:
+@dataclass(slots=True)
+class Handout:
+    """One array that was handed out.
+
+    Attributes:
+        reference: to the array.
+        time: the pool's clock at hand-out.
+        serial: how many arrays had been recorded by then.
+        are_slots: whether the array holds slots; else it holds page ids.
+        is_void: whether a snapshot from before was restored since.
+    """
+
     reference: weakref.ref[npt.NDArray[np.int32]]
     time: int
     serial: int
+    are_slots: bool
     is_void: bool = False
+
+    @property
+    def known_since(self) -> int:
+        """The clock at hand-out, or ``VOID``."""
+        return VOID if self.is_void else self.time
 
 
 class Handouts:
-    """Hand-out times of the arrays that are still alive somewhere."""
+    """The arrays that were handed out and are still alive somewhere."""
 
     def __init__(self) -> None:
-        self._by_id: dict[int, _Handout] = {}
+        self._by_id: dict[int, Handout] = {}
         self._recorded = 0
 
-    def record(self, array: npt.NDArray[np.int32], time: int) -> None:
-        """Remembers that ``array`` was handed out at ``time``."""
+    def record(self, array: npt.NDArray[np.int32], time: int, *, are_slots: bool) -> None:
+        """Remembers that ``array``, of slots or of page ids, was handed out at ``time``."""
         key, by_id = id(array), self._by_id
 
         def forget(_: Any) -> None:
             by_id.pop(key, None)
 
         self._recorded += 1
-        by_id[key] = _Handout(weakref.ref(array, forget), time, self._recorded)
+        by_id[key] = Handout(weakref.ref(array, forget), time, self._recorded, are_slots)
 
-    def time_of(self, array: object) -> int | None:
-        """When ``array``, or the array that it is a view of, was handed out; ``VOID``, or None if not known."""
+    def find(self, array: object) -> Handout | None:
+        """The record of ``array``, or of the array that it is a view of; None if it is not known."""
         while isinstance(array, np.ndarray):
             handout = self._by_id.get(id(array))
             if handout is not None and handout.reference() is array:
-                return VOID if handout.is_void else handout.time
+                return handout
             array = array.base
         return None
 
@@ -61,6 +78,6 @@ class Handouts:
         for handout in self._all():
             handout.is_void = handout.time > time or handout.serial in void
 
-    def _all(self) -> list[_Handout]:
+    def _all(self) -> list[Handout]:
         # A copy: the garbage collector may find a dead array, and take its entry out, in the middle of a loop.
         return list(self._by_id.values())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from engine.memory.offload.host_tier import HostTier
 from engine.memory.pool_snapshot import PoolSnapshot, add_snapshots, snapshot_pool
-from engine.memory.prefix.cache import NullPrefixCache, RadixCache
+from engine.memory.prefix.cache import RadixCache
 from engine.serving.plan.replica import Replica
 from engine.serving.plan.scheduler import Scheduler
 from engine.serving.watch.stats import EngineStats
@@ -150,7 +150,7 @@ def _requests(scheduler: Replica, pool: PoolSnapshot, replica: int) -> list[Requ
     ]
 
 
-def _prefix_cache(caches: list[RadixCache | NullPrefixCache]) -> PrefixCacheMetrics | None:
+def _prefix_cache(caches: list[RadixCache]) -> PrefixCacheMetrics | None:
     if not caches:
         return None
     return PrefixCacheMetrics(
@@ -168,8 +168,8 @@ def _host_tier(tier: HostTier | None) -> HostTierMetrics | None:
         held_bytes=tier.held_bytes,
         capacity_bytes=tier.capacity_bytes,
         queried_pages=counters.queried_pages,
-        loaded_pages=counters.hit_pages,
+        loaded_pages=counters.loaded_pages,
         stored_pages=counters.stored_pages,
         evicted_pages=counters.evicted_pages,
-        rejected_pages=counters.corrupt_pages,
+        rejected_pages=counters.rejected_pages,
     )
