@@ -20,11 +20,11 @@ from engine.kv.page_copy import copy_pages, read_pages, write_pages
 from engine.kv.pool import TokenToKVPool
 from engine.kv.scatter import set_kv_buffer
 from engine.memory.manager import CacheManager
-from engine.memory.offload.host_tier import HostTier
+from engine.memory.offload import HostTier
 from engine.memory.offload.page_format import PageFormat
 from engine.memory.offload.store import PrefixStore
 from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
-from engine.memory.prefix.cache import RadixCache
+from engine.memory.prefix import RadixCache
 from engine.memory.rows import ReqToTokenPool
 from engine.memory.scope import Adapter, CacheScope, LayoutKey
 from engine.serving.llm import LLM
