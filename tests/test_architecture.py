@@ -33,9 +33,9 @@ LEVEL = {
 }
 CONTROL_PLANE = ["memory", "planning", "serving/plan", "serving/request.py", "serving/device/batcher.py"]
 LONGEST_FILE = 400
-KERNELS = {name: ENGINE / "attention" / name / "kernel" for name in ("tpu", "gpu")}
+KERNELS = {name: ENGINE / "attention" / "impl" / name / "kernel" for name in ("tpu", "gpu")}
 # What a kernel may import of the project.
-AROUND_KERNEL = {"tpu": ("engine.kv.",), "gpu": ("engine.attention.gpu.work",)}
+AROUND_KERNEL = {"tpu": ("engine.kv.",), "gpu": ("engine.attention.impl.gpu.work",)}
 LONGEST_KERNEL = 900  # lines, all files together, docstrings and blanks too: what one can read in one sitting
 
 
@@ -94,7 +94,7 @@ def test_a_kernel_stays_short_enough_to_be_read_whole(name):
 def test_a_kernel_imports_nothing_that_is_around_it(name):
     for path in sorted(KERNELS[name].rglob("*.py")):
         for module in imported_modules(path):
-            inside = module.startswith((f"engine.attention.{name}.kernel.", *AROUND_KERNEL[name]))
+            inside = module.startswith((f"engine.attention.impl.{name}.kernel.", *AROUND_KERNEL[name]))
             assert inside or not module.startswith("engine"), f"{path.name} imports {module}"
 
 

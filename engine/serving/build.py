@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from engine.attention.backend import FlashAttentionBackend
-from engine.attention.sharded import MeshAttention
+from engine.attention.layer import FlashAttentionBackend
+from engine.attention.mesh_attention import MeshAttention
 from engine.config import MAX_SLOTS, EngineConfig
 from engine.distributed.mesh import make_mesh
 from engine.errors import ConfigError

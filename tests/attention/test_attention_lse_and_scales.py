@@ -12,8 +12,8 @@ from attention_oracle import Case, Geometry, make_case, relative_error, same_bit
 from attention_strategies import cases
 from hypothesis import given, settings
 
-from engine.attention.api import ragged_paged_attention
-from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
+from engine.attention.call import ragged_paged_attention
+from engine.attention import AttentionMetadata, FlashAttentionBackend
 from engine.attention.metadata import locate_new_tokens
 from engine.errors import BackendUnsupported, ShapeError
 

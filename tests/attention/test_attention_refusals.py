@@ -8,8 +8,8 @@ import pytest
 from attention_oracle import Case, Geometry, make_case, same_bits
 
 from engine.attention import api
-from engine.attention.api import ragged_paged_attention
-from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
+from engine.attention.call import ragged_paged_attention
+from engine.attention import AttentionMetadata, FlashAttentionBackend
 from engine.errors import BackendUnsupported, ConfigError, ShapeError
 from engine.native import library
 

@@ -60,7 +60,7 @@ def _cases() -> list[object]:
 
 @pytest.mark.parametrize(("name", "text", "mistake", "step"), _cases())
 def test_it_is_noticed(name: str, text: str, mistake: str, step: tuple[list[int], list[int], int]) -> None:
-    module = importlib.import_module(f"engine.attention.gpu.kernel.{name}")
+    module = importlib.import_module(f"engine.attention.impl.gpu.kernel.{name}")
     source = inspect.getsource(module)
     assert text in source, "the kernel no longer has what this test replaces"
     before = dict(module.__dict__)

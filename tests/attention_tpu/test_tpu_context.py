@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tpu_cases import make_step, oracle, run
 
-from engine.attention.context import merge_parts, rows_of_device
+from engine.attention.context_parallel import merge_parts, rows_of_device
 from engine.attention.metadata import AttentionMetadata, locate_new_tokens
 from engine.distributed.mesh import CONTEXT_AXIS
 from engine.kv.scatter import set_kv_buffer

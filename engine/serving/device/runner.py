@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from engine.attention.backend import FlashAttentionBackend
+from engine.attention.layer import FlashAttentionBackend
 from engine.attention.metadata import AttentionMetadata, locate_new_tokens, sequence_of_tokens
-from engine.attention.sharded import MeshAttention
+from engine.attention.mesh_attention import MeshAttention
 from engine.errors import ConfigError
 from engine.kv.page_copy import PAGE_BUCKETS, HostPages, Int32, copy_pages, read_pages, write_pages
 from engine.kv.pool import TokenToKVPool
