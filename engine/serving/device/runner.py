@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from engine.attention.layer import FlashAttentionBackend
-from engine.attention.metadata import AttentionMetadata, locate_new_tokens, sequence_of_tokens
-from engine.attention.mesh_attention import MeshAttention
+from engine.attention import AttentionMetadata, FlashAttentionBackend, MeshAttention
+from engine.attention.metadata import locate_new_tokens, sequence_of_tokens
 from engine.errors import ConfigError
-from engine.kv.page_copy import PAGE_BUCKETS, HostPages, Int32, copy_pages, read_pages, write_pages
+from engine.kv.page_copy import PAGE_BUCKETS, Int32, PageData, copy_pages, read_pages, write_pages
 from engine.kv.pool import TokenToKVPool
 from engine.models.fingerprint import settings_of
 from engine.models.llama import Llama
@@ -152,11 +151,11 @@ class ModelRunner:
             compiled()
         self._warm_up_copies(compiled)
 
-    def read(self, pages: Int32, *, replica: int = 0) -> HostPages:
+    def read(self, pages: Int32, *, replica: int = 0) -> PageData:
         """Copies pages of a replica's pool to the host, as PageMover."""
         return read_pages(self.pool, pages, replica=replica)
 
-    def write(self, pages: Int32, data: HostPages, *, replica: int = 0) -> None:
+    def write(self, pages: Int32, data: PageData, *, replica: int = 0) -> None:
         """Copies pages from the host into a replica's pool, in place, as PageMover."""
         write_pages(self.pool, pages, data, replica=replica)
 
@@ -242,11 +241,11 @@ class ReplicaMover:
     runner: ModelRunner
     replica: int
 
-    def read(self, pages: Int32) -> HostPages:
+    def read(self, pages: Int32) -> PageData:
         """As ``ModelRunner.read``."""
         return self.runner.read(pages, replica=self.replica)
 
-    def write(self, pages: Int32, data: HostPages) -> None:
+    def write(self, pages: Int32, data: PageData) -> None:
         """As ``ModelRunner.write``."""
         self.runner.write(pages, data, replica=self.replica)
 
