@@ -1,4 +1,4 @@
-"""The object a model calls: a layer's attention options, bound once."""
+"""The object that a model calls: attention with a layer's options, bound once."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import jax
 
 from engine.attention.call import attend
 from engine.attention.checks import check_options
+from engine.attention.impl.implementation import AttentionResult
 from engine.attention.metadata import AttentionMetadata
-from engine.attention.options import AttentionOptions, HeadArrays
+from engine.attention.options import AttentionOptions, HeadArrays, scale_or_default
 from engine.errors import ConfigError, ShapeError
-
-__all__ = ["AttentionMetadata", "FlashAttentionBackend"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +21,12 @@ class FlashAttentionBackend:
     A layer with another window takes ``dataclasses.replace(backend, sliding_window=w)``.
 
     Attributes:
-        page_size: tokens a page.
+        page_size: tokens per page.
         num_q_heads: Hq, a multiple of ``num_kv_heads``.
         num_kv_heads: H.
         head_dim: D.
         sm_scale: factor on the logits; None is ``head_dim ** -0.5``.
-        sliding_window: tokens a query sees, itself included; None sees all before it.
+        sliding_window: tokens that a query sees, itself included; None sees all before it.
         soft_cap: logits ``s`` become ``soft_cap * tanh(s / soft_cap)``; None leaves them.
         impl: "auto", "reference", "xla", "cpu", "tpu" or "gpu".
     """
@@ -76,10 +75,10 @@ class FlashAttentionBackend:
             k: ``[T, H, D]`` new keys, in q's dtype.
             v: ``[T, H, D]`` new values.
             fused_kv: ``[S, 2H, D]`` the layer's buffer, or its padded storage.
-            metadata: the step's.
+            metadata: the sequences of the step.
             sinks: ``[Hq]`` an extra logit per query head that joins the softmax denominator only.
             k_scale: ``[H]`` float32, above 0: the cache holds keys divided by it; None is 1.
-            v_scale: as ``k_scale``, of the values.
+            v_scale: as ``k_scale``, for the values.
             return_lse: whether to return the log-sum-exp of each row too.
 
         Returns:
@@ -89,14 +88,28 @@ class FlashAttentionBackend:
 
         Raises:
             ShapeError: an array has the wrong shape, dtype or (where concrete) contents.
-            BackendUnsupported: the chosen backend cannot.
+            BackendUnsupported: the implementation that ``impl`` names, or with "auto" each of them, cannot do this.
         """
+        heads = HeadArrays(sinks, k_scale, v_scale)
+        return self.attend(q, k, v, fused_kv, metadata, heads, return_lse=return_lse).plain()
+
+    def attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        fused_kv: jax.Array,
+        metadata: AttentionMetadata,
+        heads: HeadArrays,
+        *,
+        return_lse: bool = False,
+    ) -> AttentionResult:
+        """As a call, with the arrays per head in one and a named result: for the rest of this room."""
         if q.shape[1:] != (self.num_q_heads, self.head_dim) or k.shape[1:] != (self.num_kv_heads, self.head_dim):
             raise ShapeError(
                 f"q has shape {q.shape} and k {k.shape}; this backend was made for {self.num_q_heads} query heads and "
                 f"{self.num_kv_heads} KV heads of {self.head_dim}"
             )
-        scale = self.head_dim**-0.5 if self.sm_scale is None else self.sm_scale
+        scale = scale_or_default(self.sm_scale, self.head_dim)
         options = AttentionOptions(self.page_size, scale, self.sliding_window, self.soft_cap, return_lse)
-        heads = HeadArrays(sinks, k_scale, v_scale)
         return attend(q, k, v, fused_kv, metadata, heads=heads, options=options, impl=self.impl)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
-from engine.attention import AttentionMetadata, FlashAttentionBackend
 from engine.attention.context_parallel import ContextRows, attend_part, rows_of_device
+from engine.attention.layer import FlashAttentionBackend
+from engine.attention.metadata import AttentionMetadata
 from engine.attention.options import HeadArrays
 from engine.config import require_split
 from engine.distributed.mesh import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, axis_size, shard_over, spec_over
@@ -23,7 +25,7 @@ class MeshAttention:
     Heads are split over the axis "tensor", the tokens of every page over "context", and sequences over "data".
 
     Attributes:
-        local: the backend of one device: its share of the heads, of a page, and of the window.
+        local: the backend of one device: its part of the heads, of a page, and of the window.
         mesh: the mesh.
     """
 
@@ -49,10 +51,10 @@ class MeshAttention:
         return cls(local, mesh)
 
     def prepare(self, metadata: AttentionMetadata) -> AttentionMetadata | ContextRows:
-        """What each device needs of a step's metadata; once a step, for all layers.
+        """What each device needs of a step's metadata; called once per step, for all layers.
 
         With R replicas every axis of tokens and sequences is R times as long, one replica after the other; lengths,
-        page ids and slots are each replica's own, from 0.
+        page ids and slots count from 0 in each replica.
         """
         parts = axis_size(self.mesh, CONTEXT_AXIS)
         if parts == 1:
@@ -80,32 +82,16 @@ class MeshAttention:
         v_scale: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """As ``FlashAttentionBackend``, over arrays that are split as the pool is, and metadata from ``prepare``."""
+        by_device = isinstance(metadata, ContextRows)
+        attend = partial(attend_part, self.local) if by_device else self.local.attend
         new, buffer = new_tokens_spec(self.mesh), buffer_spec(self.mesh)
+        described = spec_over(self.mesh, (DATA_AXIS, CONTEXT_AXIS) if by_device else DATA_AXIS)
         split = shard_over(
-            self._attend,
+            lambda *operands: attend(*operands).plain(),
             self.mesh,
-            in_specs=(new, new, new, buffer, self._metadata_spec(metadata), spec_over(self.mesh, TENSOR_AXIS)),
+            in_specs=(new, new, new, buffer, described, spec_over(self.mesh, TENSOR_AXIS)),
             out_specs=(new, buffer),
             check_vma=False,  # kernels do not say over which axes their results vary
         )
         result: tuple[jax.Array, jax.Array] = split(q, k, v, fused_kv, metadata, HeadArrays(sinks, k_scale, v_scale))
         return result
-
-    def _metadata_spec(self, metadata: AttentionMetadata | ContextRows) -> PartitionSpec:
-        by_device = isinstance(metadata, ContextRows)
-        return spec_over(self.mesh, (DATA_AXIS, CONTEXT_AXIS) if by_device else DATA_AXIS)
-
-    def _attend(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        fused_kv: jax.Array,
-        metadata: AttentionMetadata | ContextRows,
-        heads: HeadArrays,
-    ) -> tuple[jax.Array, jax.Array]:
-        if isinstance(metadata, ContextRows):
-            return attend_part(self.local, q, k, v, fused_kv, metadata, heads)
-        sinks, k_scale, v_scale, _ = heads  # a factor on the logits is not for layers of a model
-        out, written = self.local(q, k, v, fused_kv, metadata, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
-        return out, written

@@ -11,8 +11,7 @@ from attention_oracle import Case, Geometry, make_case, same_bits
 from attention_strategies import GEOMETRIES, cases
 from hypothesis import given, settings
 
-from engine.attention.call import ragged_paged_attention
-from engine.attention import AttentionMetadata, FlashAttentionBackend
+from engine.attention import AttentionMetadata, FlashAttentionBackend, ragged_paged_attention
 from engine.attention.metadata import locate_new_tokens
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from attention_oracle import Case, Geometry, make_case, relative_error, same_bits
 
-from engine.attention.metadata import AttentionMetadata
+from engine.attention import AttentionMetadata
 from engine.attention.options import AttentionOptions, HeadArrays
 from engine.kv.gpu_target import OLDEST_JAX
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from engine.attention.impl.gpu.kernel.prefill import prefill_tiles
+from engine.attention.impl.gpu.kernel.prefill_tiles import prefill_tiles
 from engine.attention.impl.gpu.kernel.sizes import Sizes
 from engine.attention.impl.gpu.work import Tiles
 from engine.bench.gpu.figures import footprint

@@ -25,7 +25,12 @@ def like(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
 
 
 def check(**changes: Any) -> None:
-    sizes = {"q": like(9, 8, 128), "k": like(9, 2, 128), "fused_kv": like(64, 4, 128), "options": AttentionOptions(16, 0.1)}
+    sizes = {
+        "q": like(9, 8, 128),
+        "k": like(9, 2, 128),
+        "fused_kv": like(64, 4, 128),
+        "options": AttentionOptions(16, 0.1),
+    }
     check_supported(**sizes | changes)
 
 

@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 from tpu_cases import SMALL
 
-from engine.attention.metadata import AttentionMetadata
-from engine.attention.options import AttentionOptions, HeadArrays
+from engine.attention import AttentionMetadata
 from engine.attention.impl.tpu import block_sizes
-from engine.attention.impl.tpu.tpu_step import make_geometry, ragged_paged_attention_tpu, scratch_bytes
 from engine.attention.impl.tpu.block_sizes import (
     OVERRIDE_KEYS,
     VMEM_BYTES,
@@ -27,6 +25,8 @@ from engine.attention.impl.tpu.block_sizes import (
 )
 from engine.attention.impl.tpu.kernel.geometry import Geometry
 from engine.attention.impl.tpu.schedule import make_schedule
+from engine.attention.impl.tpu.tpu_step import make_geometry, ragged_paged_attention_tpu, scratch_bytes
+from engine.attention.options import AttentionOptions, HeadArrays
 from engine.errors import BackendUnsupported, ConfigError
 
 

@@ -14,10 +14,11 @@ import numpy as np
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as mosaic_interpret
 from jax.experimental.pallas import tpu as pltpu
 
-from engine.attention.metadata import AttentionMetadata, locate_new_tokens
-from engine.attention.options import AttentionOptions, HeadArrays
-from engine.attention.impl.tpu.tpu_step import ragged_paged_attention_tpu
+from engine.attention import AttentionMetadata
 from engine.attention.impl.tpu.block_sizes import BlockSizes
+from engine.attention.impl.tpu.tpu_step import ragged_paged_attention_tpu
+from engine.attention.metadata import locate_new_tokens
+from engine.attention.options import AttentionOptions, HeadArrays
 from engine.kv.layout import KVLayout
 
 # Small blocks, so that short sequences cross chunks, blocks, items and buffers.

@@ -1,6 +1,6 @@
 """``impl="cpu"``: ragged paged attention in native code, where the library can be built (docs/cpu-attention.md).
 
-The kernel reads the fused buffer where it lies. It computes in float32 whatever the storage; float8 storage it leaves
+The kernel reads the fused buffer without a copy. It computes in float32 whatever the storage, and leaves float8 storage
 to XLA. A sequence's result has the same bits in any batch and on any number of threads.
 """
 
@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from engine.attention.impl.implementation import AttentionResult
+from engine.attention.impl.xla import attend_xla
 from engine.attention.metadata import AttentionMetadata
 from engine.attention.options import AttentionOptions, HeadArrays
-from engine.attention.impl.xla import attend_xla
 from engine.distributed.mesh import varying_axes
 from engine.errors import BackendUnsupported
-from engine.kv.scatter import set_kv_buffer
 from engine.native import library
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -33,16 +33,16 @@ def attend_cpu(
     metadata: AttentionMetadata,
     heads: HeadArrays,
     options: AttentionOptions,
-) -> tuple[jax.Array, ...]:
-    """Writes k and v, then attends; arguments and results as in ``ragged_paged_attention``.
+) -> AttentionResult:
+    """Attends over a cache that holds the new tokens; see ``Implementation``.
 
     Raises:
-        BackendUnsupported: this process does not run on a CPU, the native library cannot be built, or a dtype is
-            none of ``DTYPES``.
+        BackendUnsupported: this process does not run on a CPU, the native library cannot be built, or a dtype is not
+            one of ``DTYPES``.
     """
     _check_supported(q, fused_kv)
-    # Which program runs is settled when the call is lowered, so one traced here for another platform gets XLA's.
-    result: tuple[jax.Array, ...] = lax.platform_dependent(
+    # The program is chosen when the call is lowered, so a call that is traced here for another platform gets XLA's.
+    result: AttentionResult = lax.platform_dependent(
         q,
         k,
         v,
@@ -76,10 +76,7 @@ def _attend_native(
     heads: HeadArrays,
     *,
     options: AttentionOptions,
-) -> tuple[jax.Array, ...]:
-    dtype = q.dtype
-    q, k, v = heads.scale(q, k, v)
-    fused_kv = set_kv_buffer(fused_kv, jnp.asarray(metadata.out_cache_loc), k, v)
+) -> AttentionResult:
     operands = (
         q,
         fused_kv,
@@ -99,5 +96,4 @@ def _attend_native(
         soft_cap=np.float32(options.soft_cap or 0.0),
     )
     out, lse = (lax.pcast(result, tuple(axes), to="varying") if axes else result for result in results)
-    out = heads.unscale(out).astype(dtype)
-    return (out, fused_kv, lse) if options.return_lse else (out, fused_kv)
+    return AttentionResult(out.astype(jnp.float32), fused_kv, lse if options.return_lse else None)

@@ -1,4 +1,4 @@
-"""``impl="reference"``: attention over the fused, paged cache as its definition reads. Slow, and the truth.
+"""``impl="reference"``: attention over the fused, paged cache, written as its definition reads. Slow.
 
 One query token at a time gathers its sequence's whole context; softmax is plain, in float32.
 """
@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from engine.attention.impl.implementation import AttentionResult
 from engine.attention.metadata import AttentionMetadata, is_live, sequence_of_tokens
 from engine.attention.options import AttentionOptions, HeadArrays
 from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv, unpad_fused
-from engine.kv.scatter import set_kv_buffer
 
 
 def attend_reference(
@@ -23,11 +23,8 @@ def attend_reference(
     metadata: AttentionMetadata,
     heads: HeadArrays,
     options: AttentionOptions,
-) -> tuple[jax.Array, ...]:
-    """Writes k and v, then attends; arguments and results as in ``ragged_paged_attention``."""
-    dtype = q.dtype
-    q, k, v = heads.scale(q, k, v)
-    fused_kv = set_kv_buffer(fused_kv, jnp.asarray(metadata.out_cache_loc), k, v)
+) -> AttentionResult:
+    """Attends over a cache that holds the new tokens; see ``Implementation``."""
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     page_table, cu_q_lens = jnp.asarray(metadata.page_table), jnp.asarray(metadata.cu_q_lens)
@@ -58,5 +55,5 @@ def attend_reference(
 
     out, lse = lax.map(lambda args: attend_token(*args), (q, rows, jnp.asarray(metadata.positions)))
     live = is_live(cu_q_lens, num_tokens=num_tokens, xp=jnp)
-    out = jnp.where(live[:, None, None], heads.unscale(out), 0.0).astype(dtype)
-    return (out, fused_kv, jnp.where(live[:, None], lse, -jnp.inf)) if options.return_lse else (out, fused_kv)
+    out, lse = jnp.where(live[:, None, None], out, 0.0), jnp.where(live[:, None], lse, -jnp.inf)
+    return AttentionResult(out, fused_kv, lse if options.return_lse else None)

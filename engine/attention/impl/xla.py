@@ -1,9 +1,9 @@
 """``impl="xla"``: block-wise attention over pages with online softmax, in plain XLA.
 
 The algorithm is FlashAttention-2's (arXiv 2307.08691) over a paged cache: sequences are taken one after the other, a
-sequence's queries in tiles, and a tile walks the context in blocks of whole pages, from the first block its window
+sequence's queries in tiles, and a tile walks the context in blocks of whole pages, from the first block that its window
 reaches to the last that causality allows. Loop bounds are data, shapes are not: one program serves every length, and
-its temporary memory is a block's. A sequence that stands alone in the loop gets the same bits in any batch.
+its temporary memory is that of a block. Sequences are computed apart, so each gets the same bits in any batch.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from engine.attention.impl.implementation import AttentionResult
 from engine.attention.metadata import AttentionMetadata
 from engine.attention.options import AttentionOptions, HeadArrays
 from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv, unpad_fused
-from engine.kv.scatter import set_kv_buffer
 
 BLOCK_TOKENS = 256  # of context: K and V of 8 heads of 128 in float32 are 2 MiB, a core's L2 cache
 TILE_TOKENS = 64  # queries of one sequence that walk the context together
 
 
 class Softmax(NamedTuple):
-    """Online softmax of ``R`` query rows a KV head, float32.
+    """Online softmax of ``R`` query rows per KV head, float32.
 
     Attributes:
         peak: ``[H, R]`` largest logit so far.
@@ -39,7 +39,7 @@ class Softmax(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What query rows get, float32.
+    """The results of query rows, float32.
 
     Attributes:
         out: ``[N, Hq, D]``.
@@ -55,7 +55,7 @@ class Tile(NamedTuple):
 
     Attributes:
         q: ``[H, R, D]`` float32, scaled.
-        position: ``[R]`` where each row stands in its sequence.
+        position: ``[R]`` position of each row in its sequence.
         first_seen: first context position that any row sees.
         end: one past the last context position that any row sees.
     """
@@ -74,11 +74,8 @@ def attend_xla(
     metadata: AttentionMetadata,
     heads: HeadArrays,
     options: AttentionOptions,
-) -> tuple[jax.Array, ...]:
-    """Writes k and v, then attends; arguments and results as in ``ragged_paged_attention``."""
-    dtype = q.dtype
-    q, k, v = heads.scale(q, k, v)
-    fused_kv = set_kv_buffer(fused_kv, jnp.asarray(metadata.out_cache_loc), k, v)
+) -> AttentionResult:
+    """Attends over a cache that holds the new tokens; see ``Implementation``."""
     num_tokens, num_q_heads, head_dim = q.shape
     walk = _ContextWalk.over(fused_kv, metadata, k.shape[1], head_dim, heads.sinks, options)
     tile_tokens = min(TILE_TOKENS, num_tokens)
@@ -113,8 +110,7 @@ def attend_xla(
     # Float32 until the end: XLA's CPU compiler may convert all of a 16-bit carry to write a part of it.
     none = Rows(jnp.zeros(queries.shape, jnp.float32), jnp.full(queries.shape[:2], -jnp.inf, jnp.float32))
     out, lse = lax.fori_loop(jnp.int32(0), jnp.int32(kv_lens.shape[0]), attend_sequence, none)
-    out = heads.unscale(out[:num_tokens]).astype(dtype)
-    return (out, fused_kv, lse[:num_tokens]) if options.return_lse else (out, fused_kv)
+    return AttentionResult(out[:num_tokens], fused_kv, lse[:num_tokens] if options.return_lse else None)
 
 
 @dataclass(frozen=True)
@@ -190,7 +186,7 @@ class _ContextWalk:
         acc = jnp.zeros(tile.q.shape, jnp.float32)
         if self.sink is None:
             return Softmax(jnp.full((heads, rows), -jnp.inf, jnp.float32), jnp.zeros((heads, rows), jnp.float32), acc)
-        # A sink is a logit that brings no value: as if it had been the first one met.
+        # A sink is a logit without a value: it counts as if it had come first.
         return Softmax(jnp.tile(self.sink, (1, rows // self.sink.shape[1])), jnp.ones((heads, rows), jnp.float32), acc)
 
     def _attend_block(self, tile: Tile, row: jax.Array, block: jax.Array, state: Softmax) -> Softmax:

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from engine.attention.call import ragged_paged_attention
-from engine.attention.options import AttentionOptions
+from engine.attention import ragged_paged_attention
 from engine.attention.impl.tpu.tpu_step import make_geometry
+from engine.attention.options import AttentionOptions
 from engine.bench.tpu.aot import TOPOLOGIES, fresh_dumps
 from engine.bench.tpu.bundles import read_program
 from engine.bench.tpu.figures import our_figures

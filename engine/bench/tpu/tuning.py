@@ -14,7 +14,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from engine.attention.options import AttentionOptions
 from engine.attention.impl.tpu.block_sizes import (
     OVERRIDE_KEYS,
     VMEM_BYTES,
@@ -23,6 +22,7 @@ from engine.attention.impl.tpu.block_sizes import (
     choose_blocks,
     load_overrides,
 )
+from engine.attention.options import AttentionOptions
 from engine.errors import BackendUnsupported
 from engine.kv.layout import KVLayout
 

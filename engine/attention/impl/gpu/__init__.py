@@ -1,1 +1,1 @@
-"""The GPU backend: Pallas kernels for Hopper (docs/gpu-attention.md)."""
+"""Ragged paged attention on a Hopper GPU: the ``kernel``, and what prepares its calls (docs/gpu-attention.md)."""

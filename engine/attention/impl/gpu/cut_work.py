@@ -1,7 +1,7 @@
 """The work of one step as flat integer arrays of fixed size, made in XLA from the page table and the lengths.
 
-A row of one new token is a decode row, cut into chunks; a longer one is cut into tiles. The arrays depend on the step
-alone, so that XLA computes them once for all layers.
+A row of one new token is a decode row and is cut into chunks; a longer row is cut into tiles. The arrays depend on the
+step alone, so that XLA computes them once for all layers.
 """
 
 from __future__ import annotations
@@ -10,34 +10,34 @@ import jax
 import jax.numpy as jnp
 
 from engine.attention.impl.gpu.kernel.sizes import Sizes
-from engine.attention.impl.gpu.work import Chunks, StepWork, Rows, Tiles
-from engine.attention.metadata import AttentionMetadata
+from engine.attention.impl.gpu.work import Chunks, Rows, StepWork, Tiles
+from engine.attention.metadata import AttentionMetadata, running_sum
 
-ROUNDS = 8  # chunks a block, about, where there are few decode rows: so many that none is much longer than another
-WHOLE_LOAD = 8  # columns of the page table, so that a step's page ids come in loads of 16 bytes
-STEP_COST = 2  # what starting a chunk costs, in steps of its loop
+ROUNDS = 8  # about so many chunks per block where decode rows are few, so that the blocks end nearly together
+WHOLE_LOAD = 8  # the page table's columns are a multiple, so that a loop step's page ids come in loads of 16 bytes
+STEP_COST = 2  # cost of starting a chunk, in steps of its loop
 
 
 def cut_work(sizes: Sizes, metadata: AttentionMetadata, *, num_tokens: int, cache_pages: int) -> StepWork:
     """Cuts one step into work of nearly equal parts.
 
-    What the metadata cannot mean is cut off here, once a step, so that no copy leaves the arrays whatever a traced step
+    Values outside their range are cut off here, once per step, so that no copy leaves the arrays whatever a traced step
     holds.
 
     Args:
-        sizes: of the kernels.
-        metadata: the step's.
-        num_tokens: T.
+        sizes: the static sizes of the call.
+        metadata: the sequences of the step.
+        num_tokens: T, padding included.
         cache_pages: pages of the cache, the null page included.
 
     Returns:
-        The work: C is the most chunks that B rows are cut into, N the most tiles that T tokens make.
+        The work; C is the most chunks that B rows are cut into, N the most tiles that T tokens make.
     """
     page_table, cu_q_lens, kv_lens = (
         jnp.asarray(array, jnp.int32) for array in (metadata.page_table, metadata.cu_q_lens, metadata.kv_lens)
     )
     columns = page_table.shape[1]
-    cu_q_lens = jax.lax.cummax(jnp.clip(cu_q_lens, 0, num_tokens))
+    cu_q_lens = running_sum(jnp.clip(cu_q_lens, 0, num_tokens))
     q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
     kv_lens = jnp.clip(kv_lens, q_lens, columns * sizes.page_size)
     widest = max(sizes.decode_tokens, sizes.prefill_tokens)
@@ -52,7 +52,7 @@ def cut_work(sizes: Sizes, metadata: AttentionMetadata, *, num_tokens: int, cach
 def _cut_decode(
     sizes: Sizes, cu_q_lens: jax.Array, q_lens: jax.Array, kv_lens: jax.Array, *, longest: int
 ) -> tuple[Chunks, Rows]:
-    """Cuts each decode row into chunks of about the length at which the blocks end together."""
+    """Cuts each decode row into chunks of the length at which the blocks are done soonest."""
     batch, width = q_lens.shape[0], sizes.decode_tokens
     capacity = batch + -(-ROUNDS * sizes.blocks // sizes.heads)
     low = jnp.zeros_like(kv_lens) if sizes.window is None else jnp.maximum(0, kv_lens - sizes.window)
@@ -66,7 +66,7 @@ def _cut_decode(
     cost = jnp.where(counts <= capacity, rounds * (candidates + STEP_COST), jnp.iinfo(jnp.int32).max)
     wanted = candidates[jnp.argmin(cost)]
     parts = -(-steps // wanted)
-    length = -(-steps // jnp.maximum(parts, 1))  # of a row's chunks, nearly equal
+    length = -(-steps // jnp.maximum(parts, 1))  # the chunks of a row are nearly equal
     parts = -(-steps // jnp.maximum(length, 1))
     ends = jnp.cumsum(parts, dtype=jnp.int32)
     index = jnp.arange(capacity, dtype=jnp.int32)
@@ -86,7 +86,7 @@ def _cut_decode(
 def _cut_prefill(
     sizes: Sizes, cu_q_lens: jax.Array, q_lens: jax.Array, kv_lens: jax.Array, *, num_tokens: int
 ) -> Tiles:
-    """Cuts longer rows into tiles; a sequence's last tile, the one that sees most, comes first."""
+    """Cuts longer rows into tiles; a sequence's last tile, which sees most, comes first."""
     batch, width = q_lens.shape[0], sizes.tile_tokens
     capacity = max(1, num_tokens // width + min(batch, num_tokens // 2))
     counts = jnp.where(q_lens > 1, -(-q_lens // width), 0)

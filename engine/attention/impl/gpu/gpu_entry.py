@@ -1,4 +1,4 @@
-"""``impl="gpu"``: the kernels behind the attention call, where the call is lowered for a Hopper GPU."""
+"""``impl="gpu"``: whether a call is lowered for a Hopper GPU and the kernels take it; imports Pallas only then."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 
 import jax
 
+from engine.attention.impl.implementation import AttentionResult
 from engine.attention.metadata import AttentionMetadata
 from engine.attention.options import AttentionOptions, HeadArrays
 from engine.distributed.mesh import varying_axes
@@ -26,12 +27,12 @@ def attend_gpu(
     metadata: AttentionMetadata,
     heads: HeadArrays,
     options: AttentionOptions,
-) -> tuple[jax.Array, ...]:
-    """Writes k and v, then attends; arguments and results as in ``ragged_paged_attention``.
+) -> AttentionResult:
+    """Writes k and v, then attends; see ``Implementation``.
 
     Raises:
-        BackendUnsupported: the call is not lowered for a Hopper GPU, or a dtype, a size or the scale is none that the
-            kernels take.
+        BackendUnsupported: the call is not lowered for a Hopper GPU, or the kernels do not take a dtype, a size or the
+            scale.
     """
     missing = not_hopper()
     if missing is not None:
@@ -49,12 +50,12 @@ def attend_gpu(
     call = jax.custom_batching.sequential_vmap(
         functools.partial(ragged_paged_attention_gpu, options=options, blocks=multiprocessors(BLOCKS))
     )
-    result: tuple[jax.Array, ...] = call(q, k, v, fused_kv, metadata, heads)
+    result: AttentionResult = call(q, k, v, fused_kv, metadata, heads)
     return result
 
 
 def check_supported(q: jax.Array, k: jax.Array, fused_kv: jax.Array, options: AttentionOptions) -> None:
-    """Raises BackendUnsupported for what the kernels cannot take; only shapes and dtypes are read."""
+    """Raises BackendUnsupported for what the kernels do not take; reads only shapes and dtypes."""
     if q.dtype.name not in DTYPES or fused_kv.dtype != q.dtype:
         raise BackendUnsupported(
             f"attention impl='gpu' takes q and a cache of one dtype, {' or '.join(DTYPES)}, not {q.dtype} over "

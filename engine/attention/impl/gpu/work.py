@@ -1,4 +1,4 @@
-"""The work of a step as the kernels read it: integer arrays of fixed size."""
+"""The work of a step as the kernels read it: int32 arrays of fixed size."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 
 class Chunks(NamedTuple):
-    """The decode rows of a step, cut up; int32.
+    """The decode rows of a step, cut into chunks; int32.
 
     Attributes:
-        row: ``[C]`` of the page table.
+        row: ``[C]`` each chunk's row of the page table.
         low: ``[C]`` first position of the chunk that the query sees.
-        high: ``[C]`` one past the last.
-        count: ``[1]`` chunks that there are.
+        high: ``[C]`` one past the last such position.
+        count: ``[1]`` number of chunks.
     """
 
     row: Any
@@ -22,13 +22,13 @@ class Chunks(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Where the decode rows of a step are; int32.
+    """Where the chunks and tokens of a step's decode rows are; int32.
 
     Attributes:
-        first: ``[B]`` of each row's chunks.
-        count: ``[B]`` of its chunks; 0 where it is no decode row.
-        token: ``[B]`` its token in the step.
-        live: ``[2]`` the first token of the step that some sequence claims, and one past the last.
+        first: ``[B]`` index of each row's first chunk.
+        count: ``[B]`` number of its chunks; 0 where it is not a decode row.
+        token: ``[B]`` index of its token in the step.
+        live: ``[2]`` index of the first token that belongs to a sequence, and one past the last.
     """
 
     first: Any
@@ -41,12 +41,12 @@ class Tiles(NamedTuple):
     """The new tokens of a step's longer rows, cut into tiles; int32.
 
     Attributes:
-        row: ``[N]`` of the page table.
-        token: ``[N]`` the tile's first token, of the step's.
-        valid: ``[N]`` tokens of the tile that are its sequence's.
-        position: ``[N]`` where its first token stands in its sequence.
-        kv_len: ``[N]`` the sequence's length.
-        count: ``[1]`` tiles that there are.
+        row: ``[N]`` each tile's row of the page table.
+        token: ``[N]`` index of its first token in the step.
+        valid: ``[N]`` number of its tokens that belong to its sequence.
+        position: ``[N]`` position of its first token in its sequence.
+        kv_len: ``[N]`` length of its sequence in tokens.
+        count: ``[1]`` number of tiles.
     """
 
     row: Any
@@ -58,13 +58,13 @@ class Tiles(NamedTuple):
 
 
 class StepWork(NamedTuple):
-    """One step's work.
+    """The work of one step.
 
     Attributes:
-        table: ``[B, P']`` page ids of what each row holds, else the null page; wide enough for whole steps.
-        chunks: of the decode rows.
+        table: ``[B, P']`` ids of the pages that each row holds, else the null page; wide enough for whole loop steps.
+        chunks: the chunks of the decode rows.
         rows: where those chunks and their tokens are.
-        tiles: of the longer rows.
+        tiles: the tiles of the longer rows.
     """
 
     table: Any

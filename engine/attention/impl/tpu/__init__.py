@@ -1,1 +1,1 @@
-"""Ragged paged flash attention on TPU: ``kernel``, and all that is around it; see ``docs/tpu-kernel.md``."""
+"""Ragged paged flash attention on TPU: the ``kernel``, and what prepares its calls (docs/tpu-kernel.md)."""

@@ -1,4 +1,4 @@
-"""Block sizes: a table of overrides that a tuner wrote, else a formula over the target's VMEM."""
+"""Block sizes: from a table of overrides that a tuner wrote, else by a formula over the target's VMEM."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from engine.kv.layout import LANES, SUBLANES, packing, padded_rows
 VMEM_BYTES = {"v5e": 128 << 20, "v6e": 128 << 20, "v7x": 64 << 20}
 # Scalar memory for a step's page table and lengths: 1 MiB, less what the kernel itself takes (measured below 5 KiB).
 SMEM_BYTES = (1 << 20) - (8 << 10)
-# The kernel keeps to this share; the rest is the compiler's for spills and for what XLA holds across the call.
+# Of VMEM the kernel's buffers take this share; the compiler needs the rest for spills and for what XLA holds across
+# the call.
 VMEM_SHARE = 0.75
 RUN_TOKENS = 512  # tokens of one coalesced DMA: 2 MiB at 8 heads of 128 in bf16
-LARGE_PAGE = 128  # from here on a DMA a page costs less than looking for runs does
+LARGE_PAGE = 128  # tokens; for pages of this size or more one DMA per page costs less than looking for runs
 DECODE_FETCH_TOKENS = 2048
 DECODE_HEAD_TOKENS = 8192  # tokens times unrolled heads of one decode chunk: code size against start-up latency
-PREFILL_ROWS = 1024  # rows of q a matrix operand: 2 x 4 tiles of the matrix unit, measured best
+PREFILL_ROWS = 1024  # rows of q per matrix operand: 2 x 4 tiles of the matrix unit, measured best
 SHORT_ROWS = 128  # rows of q of a short extend: one tile of the matrix unit
 PREFILL_FETCH_TOKENS = 1024
 PREFILL_CHUNK_TOKENS = 512
@@ -34,14 +35,14 @@ OVERRIDE_KEYS = ("generation", "heads", "group", "lanes", "page_size", "dtype")
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """How much is fetched and computed at once; fetch and compute blocks are apart.
+    """How much is fetched and how much is computed at once.
 
     Attributes:
         decode_fetch_pages: pages of one DMA block for a decode row.
-        decode_chunk_pages: pages of one compute chunk for a decode row; divides the above.
+        decode_chunk_pages: pages of one compute chunk for a decode row; divides ``decode_fetch_pages``.
         prefill_queries: query tokens of one work item.
         prefill_fetch_pages: pages of one DMA block for a prefill item.
-        prefill_chunk_pages: pages of one compute chunk for a prefill item; divides the above.
+        prefill_chunk_pages: pages of one compute chunk for a prefill item; divides ``prefill_fetch_pages``.
     """
 
     decode_fetch_pages: int
@@ -56,7 +57,7 @@ def load_overrides(path: Path = OVERRIDES) -> dict[tuple[str | int, ...], BlockS
     """Reads the table of overrides: the values of ``OVERRIDE_KEYS`` to block sizes.
 
     Raises:
-        ConfigError: an entry lacks a key, has one too many, or its chunks do not divide its fetch blocks.
+        ConfigError: an entry lacks a key or has an unknown one, or its chunks do not divide its fetch blocks.
     """
     table = {}
     for entry in json.loads(path.read_text()):
@@ -76,7 +77,7 @@ def load_overrides(path: Path = OVERRIDES) -> dict[tuple[str | int, ...], BlockS
 
 
 def make_tiles(blocks: BlockSizes, group: int) -> tuple[Tile, ...]:
-    """The kinds of item: decode rows, short extends where a whole block would be far too large, and blocks."""
+    """The kinds of item: decode rows, short extends where a whole block would be far too large, and whole blocks."""
     whole = blocks.prefill_queries
     short = max(SUBLANES, SHORT_ROWS // group // SUBLANES * SUBLANES)
     decode_rows = -(-group // SUBLANES) * SUBLANES
@@ -117,15 +118,15 @@ def choose_blocks(
     Args:
         generation: "v5e", "v6e" or "v7x".
         heads: KV heads on this device.
-        group: query heads a KV head.
+        group: query heads per KV head.
         lanes: stored head_dim.
         dtype: of the cache, by name.
-        page_size: tokens a page.
+        page_size: tokens per page.
         longest: longest context in tokens that the page table can name.
-        mean: context of a usual decode row in tokens; None takes half of the longest.
+        mean: usual context of a decode row in tokens; None takes half of ``longest``.
 
     Returns:
-        Sizes that fit ``VMEM_SHARE`` of the target's VMEM, or the smallest there are, where none do.
+        Sizes that fit ``VMEM_SHARE`` of the target's VMEM; where none do, the smallest.
     """
     found = load_overrides().get((generation, heads, group, lanes, page_size, dtype))
     if found is not None:
@@ -158,7 +159,7 @@ def choose_blocks(
 
 
 def _prefill_bytes(heads: int, rows: int, lanes: int) -> int:
-    """Softmax state in float32, and q and out twice each."""
+    """Bytes of the softmax state in float32, and of q and out twice each."""
     return heads * rows * (4 * (2 * LANES + lanes) + 4 * 4 * lanes)
 
 

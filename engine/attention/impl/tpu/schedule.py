@@ -1,7 +1,7 @@
 """The work of one step as flat integer arrays, made in XLA from the page table and the lengths.
 
-An item is a block of queries of one sequence: its only one in decode. Sequences without new tokens make no item. These
-arrays depend on the step alone, so that XLA computes them once for all layers.
+An item is a block of queries of one sequence; a decode row is one item, and a sequence without new tokens makes none.
+The arrays depend on the step alone, so that XLA computes them once for all layers.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from engine.attention.metadata import AttentionMetadata
 from engine.attention.impl.tpu.kernel.geometry import Geometry
 from engine.attention.impl.tpu.kernel.items import Schedule
+from engine.attention.metadata import AttentionMetadata, running_sum
 
 
 def make_schedule(geo: Geometry, metadata: AttentionMetadata, *, cache_pages: int) -> Schedule:
     """Flattens one step into items.
 
-    What the metadata cannot mean is cut off here, once a step, so that no DMA leaves the arrays whatever a traced step
+    Values outside their range are cut off here, once per step, so that no DMA leaves the arrays whatever a traced step
     holds: pages and slots outside the cache, lengths beyond the page table, tokens past the last.
 
     Args:
         geo: the kernel's sizes.
-        metadata: the step's.
+        metadata: the sequences of the step.
         cache_pages: pages of the cache, the null page included.
 
     Returns:
@@ -34,7 +34,7 @@ def make_schedule(geo: Geometry, metadata: AttentionMetadata, *, cache_pages: in
     )
     batch, pages = page_table.shape
     num_tokens = slots.shape[0]
-    cu_q_lens = jax.lax.cummax(jnp.clip(cu_q_lens, 0, num_tokens))
+    cu_q_lens = running_sum(jnp.clip(cu_q_lens, 0, num_tokens))
     q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
     most_queries = jnp.array([tile.queries for tile in geo.tiles], jnp.int32)
     # Every pair is compared: a binary search is a loop of tiny programs, before the first layer of each step.
@@ -61,7 +61,7 @@ def make_schedule(geo: Geometry, metadata: AttentionMetadata, *, cache_pages: in
 
 
 def _find_runs(page_table: jax.Array, run_pages: int) -> tuple[jax.Array, jax.Array]:
-    """Pads the table to whole groups, and says of each whether its pages are contiguous; both flat."""
+    """Pads the table to whole groups of pages, and tells whether each group is contiguous; both flat."""
     batch, pages = page_table.shape
     if run_pages == 1:
         return page_table.reshape(-1), jnp.ones(1, jnp.int32)

@@ -1,4 +1,4 @@
-"""``impl="tpu"``: the kernel behind the attention call, where the call is lowered for a TPU."""
+"""``impl="tpu"``: whether a call is lowered for a TPU that the kernel knows; imports Pallas only then."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import functools
 
 import jax
 
+from engine.attention.impl.implementation import AttentionResult
 from engine.attention.metadata import AttentionMetadata
 from engine.attention.options import AttentionOptions, HeadArrays
 from engine.errors import BackendUnsupported
 
-# The generation that the block sizes know, by the device kind that JAX reports.
+# The generation, as the block sizes name it, of each device kind that JAX reports.
 GENERATIONS = {
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
@@ -29,12 +30,12 @@ def attend_tpu(
     metadata: AttentionMetadata,
     heads: HeadArrays,
     options: AttentionOptions,
-) -> tuple[jax.Array, ...]:
-    """Writes k and v, then attends; arguments and results as in ``ragged_paged_attention``.
+) -> AttentionResult:
+    """Writes k and v, then attends; see ``Implementation``.
 
     Raises:
-        BackendUnsupported: the call is not lowered for a known TPU, or a dtype or the storage's padding is none that
-            the kernel takes.
+        BackendUnsupported: the call is not lowered for a known TPU, or the kernel does not take a dtype or the
+            storage's padding.
     """
     generation = target_generation()
     if q.dtype.name not in QUERY_DTYPES:
@@ -42,19 +43,19 @@ def attend_tpu(
     # Only here: Pallas takes long to import, and no other platform needs it.
     from engine.attention.impl.tpu.tpu_step import ragged_paged_attention_tpu
 
-    # Under vmap one after the other: a batched kernel would not know its copies apart.
+    # Under vmap one after the other: the copies of a batched kernel would share their semaphores.
     call = jax.custom_batching.sequential_vmap(
         functools.partial(ragged_paged_attention_tpu, options=options, generation=generation)
     )
-    result: tuple[jax.Array, ...] = call(q, k, v, fused_kv, metadata, heads)
+    result: AttentionResult = call(q, k, v, fused_kv, metadata, heads)
     return result
 
 
 def target_generation() -> str:
-    """The TPU generation that is lowered for: the abstract mesh's where one names a device, else the default's.
+    """The TPU generation that a call is lowered for: of the abstract mesh's device if it names one, else the default's.
 
     Raises:
-        BackendUnsupported: it is no TPU, or one whose sizes are not known here.
+        BackendUnsupported: the device is not a TPU, or not one of ``GENERATIONS``.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:

@@ -1,4 +1,4 @@
-"""Ragged paged attention on TPU: lays a step out for the kernel, calls it, and puts its results together."""
+"""Ragged paged attention on TPU: lays a step out for the kernel, calls it, and gathers its results."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from engine.attention.metadata import AttentionMetadata, is_live
-from engine.attention.options import AttentionOptions, HeadArrays
+from engine.attention.impl.implementation import AttentionResult
 from engine.attention.impl.tpu.block_sizes import (
     SHORT_ROWS,
     SMEM_BYTES,
@@ -22,11 +21,13 @@ from engine.attention.impl.tpu.block_sizes import (
     run_pages,
     vmem_limit,
 )
-from engine.attention.impl.tpu.kernel.pallas_call import call_kernel, scratch_shapes
 from engine.attention.impl.tpu.kernel.flash import LOG2_E
 from engine.attention.impl.tpu.kernel.geometry import Geometry
 from engine.attention.impl.tpu.kernel.items import Schedule
+from engine.attention.impl.tpu.kernel.pallas_call import call_kernel, scratch_shapes
 from engine.attention.impl.tpu.schedule import make_schedule
+from engine.attention.metadata import AttentionMetadata, is_live
+from engine.attention.options import AttentionOptions, HeadArrays
 from engine.errors import BackendUnsupported
 from engine.kv.layout import LANES, SUBLANES, merge_kv, packing, pad_fused, to_stored
 from engine.kv.tpu_view import unview_words, view_is_free, view_words
@@ -46,12 +47,12 @@ def ragged_paged_attention_tpu(
     generation: str,
     blocks: BlockSizes | None = None,
     interpret: Any = False,
-) -> tuple[jax.Array, ...]:
+) -> AttentionResult:
     """Writes the new K and V into their pages, then attends causally, in one kernel.
 
-    Arguments and results are those of ``engine.ragged_paged_attention``, already checked; new tokens of one sequence
-    that share a page must go to consecutive slots of ``out_cache_loc``, or none of them anywhere. The algorithm is
-    FlashAttention-2 over the paged, interleaved cache of tpu_commons' kernel v3.
+    Arguments and results are those of an ``Implementation`` that fuses the write. The new tokens of one sequence that
+    share a page must go to consecutive slots by ``out_cache_loc``, or all be -1. The algorithm is FlashAttention-2 over
+    the paged, interleaved cache of tpu_commons' kernel v3.
 
     Args:
         q: ``[T, Hq, D]`` bfloat16 or float32.
@@ -59,15 +60,12 @@ def ragged_paged_attention_tpu(
         v: as ``k``.
         fused_kv: ``[S, 2H', D']``, donated for a write in place; D' a multiple of 128 and 2H' whole words, as a pool
             laid out for a TPU stores them; bfloat16, float32 or an 8-bit float.
-        metadata: the step's.
+        metadata: the sequences of the step.
         heads: sinks and scales.
         options: the layer's options.
         generation: the target, "v5e", "v6e" or "v7x".
         blocks: block sizes; None takes the formula's.
         interpret: False, or ``pltpu.InterpretParams`` to run on a CPU.
-
-    Returns:
-        ``out [T, Hq, D]`` in q's dtype, the buffer, and where the options wants it the log-sum-exp ``[T, Hq]`` float32.
 
     Raises:
         BackendUnsupported: the storage has a dtype or padding that this kernel cannot take, or the step is too large
@@ -79,26 +77,23 @@ def ragged_paged_attention_tpu(
     )  # fmt: skip
     schedule = make_schedule(geo, metadata, cache_pages=fused_kv.shape[0] // geo.page_size)
     _check_scalars(schedule, page_size=geo.page_size, table=metadata.page_table.shape)
-    scaled, k, v = heads.scale(q.astype(jnp.float32), k, v)
-    k, v = (to_stored(half, geo.kv_dtype) for half in (k, v))
-    queries, rows = (
-        _queries_by_head(geo, scaled, options.sm_scale),
-        view_words(pad_fused(merge_kv(k, v), *fused_kv.shape[1:])),
-    )
+    queries = _queries_by_head(geo, heads.scale_queries(q.astype(jnp.float32)), options.sm_scale)
+    k, v = (to_stored(half, geo.kv_dtype) for half in heads.scale_kv(k, v))
+    new = view_words(pad_fused(merge_kv(k, v), *fused_kv.shape[1:]))
     sinks = None if heads.sinks is None else _sink_rows(geo, heads.sinks)
     pages = view_words(fused_kv).reshape(-1, geo.page_size, geo.words, geo.pack, LANES)
-    with jax.enable_x64(False):  # a kernel counts in 32 bits, whatever the program around it does
+    with jax.enable_x64(False):  # the kernel counts in 32 bits, whatever the program around it does
         out, *lse, cache = call_kernel(
-            geo, schedule, queries, rows, sinks, pages, vmem_limit_bytes=vmem_limit(generation), interpret=interpret
+            geo, schedule, queries, new, sinks, pages, vmem_limit_bytes=vmem_limit(generation), interpret=interpret
         )
     live = is_live(schedule.cu_q_lens, num_tokens=q.shape[0], xp=jnp)[:, None, None]
     by_head = out.reshape(geo.heads, -1, geo.group, geo.lanes)[..., : q.shape[2]]
     out = heads.unscale(jnp.where(live, by_head.swapaxes(0, 1).reshape(q.shape), 0)).astype(q.dtype)
     buffer = unview_words(cache.reshape(fused_kv.shape[0], *cache.shape[2:]), *fused_kv.shape[1:])
     if not options.return_lse:
-        return out, buffer
-    rows = lse[0][..., 0, 0].swapaxes(0, 1).reshape(q.shape[:2])
-    return out, buffer, jnp.where(live[:, 0], rows, -jnp.inf)
+        return AttentionResult(out, buffer)
+    by_token = lse[0][..., 0, 0].swapaxes(0, 1).reshape(q.shape[:2])
+    return AttentionResult(out, buffer, jnp.where(live[:, 0], by_token, -jnp.inf))
 
 
 def make_geometry(
@@ -112,7 +107,7 @@ def make_geometry(
     blocks: BlockSizes | None = None,
     interpret: bool = False,
 ) -> Geometry:
-    """The static sizes of a call; arguments as in ``ragged_paged_attention_tpu``, of which only shapes are read.
+    """The static sizes of a call; arguments as in ``ragged_paged_attention_tpu``, only whose shapes are read.
 
     Raises:
         BackendUnsupported: the storage has a dtype or padding that the kernel cannot take, or VMEM cannot hold the
@@ -170,7 +165,7 @@ def _check(heads: int, fused_kv: jax.ShapeDtypeStruct | jax.Array, page_size: in
         )
     if page_size % packing(fused_kv.dtype):
         raise BackendUnsupported(
-            f"page_size={page_size} is no multiple of the packing {packing(fused_kv.dtype)} of {fused_kv.dtype}; "
+            f"page_size={page_size} is not a multiple of the packing {packing(fused_kv.dtype)} of {fused_kv.dtype}; "
             "choose one that is"
         )
 
@@ -182,9 +177,9 @@ def scratch_bytes(geo: Geometry) -> int:
 
 
 def _fit_queries(geo: Geometry, blocks: BlockSizes, generation: str) -> Geometry:
-    """Halves the queries of a block while the buffers leave the compiler too little: who chose does not know them all.
+    """Halves the queries of a block while the buffers leave the compiler too little memory.
 
-    Log-sum-exp, say, takes a third more a row of q.
+    ``choose_blocks`` does not know all buffers: the log-sum-exp, for one, takes a third more per row of q.
     """
     smallest = max(SUBLANES, SHORT_ROWS // geo.group)
     while scratch_bytes(geo) > VMEM_BYTES[generation] * VMEM_SHARE and blocks.prefill_queries >= 2 * smallest:
@@ -195,7 +190,7 @@ def _fit_queries(geo: Geometry, blocks: BlockSizes, generation: str) -> Geometry
 
 
 def _check_vmem(geo: Geometry, generation: str) -> None:
-    """Refuses blocks that the compiler could not place: it would fail where no other backend is tried any more."""
+    """Refuses blocks that the compiler could not place: it would fail after the choice of implementation."""
     needed = scratch_bytes(geo)
     if needed > vmem_limit(generation):
         raise BackendUnsupported(
@@ -217,7 +212,7 @@ def _check_scalars(schedule: Schedule, *, page_size: int, table: tuple[int, ...]
 
 
 def _queries_by_head(geo: Geometry, q: jax.Array, sm_scale: float) -> jax.Array:
-    """``[T, Hq, D]`` float32 to ``[H, T, G / p, p, D']``, every factor of the logits in it: the kernel has none."""
+    """``[T, Hq, D]`` float32 to ``[H, T, G / p, p, D']``, times every factor on the logits: the kernel has none."""
     scale = sm_scale * LOG2_E if geo.soft_cap is None else sm_scale / geo.soft_cap
     padded = jnp.pad(q * scale, [(0, 0), (0, 0), (0, geo.lanes - q.shape[2])]).astype(geo.io_dtype)
     grouped = padded.reshape(q.shape[0], geo.heads, geo.group // geo.io_pack, geo.io_pack, geo.lanes)
@@ -225,7 +220,7 @@ def _queries_by_head(geo: Geometry, q: jax.Array, sm_scale: float) -> jax.Array:
 
 
 def _sink_rows(geo: Geometry, sinks: jax.Array) -> jax.Array:
-    """Sinks in the log2 domain, as many rows of lanes as fill whole groups and sublanes: ``[H, R, 128]`` float32."""
+    """Sinks in the log2 domain, repeated to rows that fill whole groups and sublanes: ``[H, R, 128]`` float32."""
     logits = sinks.astype(jnp.float32).reshape(geo.heads, geo.group) * LOG2_E
     tiled = jnp.tile(logits, (1, math.lcm(geo.group, SUBLANES) // geo.group))
     return jnp.broadcast_to(tiled[..., None], (*tiled.shape, LANES))

@@ -1,1 +1,1 @@
-"""The kernels themselves: what runs on a streaming multiprocessor. Imports nothing around them."""
+"""The kernels: what runs on a streaming multiprocessor; imports only ``work`` from outside this folder."""

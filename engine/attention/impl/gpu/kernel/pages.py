@@ -16,12 +16,12 @@ SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # what
 
 
 class Ring(NamedTuple):
-    """Shared memory for some steps of a context, and the barriers that hand each place back and forth.
+    """Shared memory for some steps of a context, and the barriers that pass each place back and forth.
 
     Attributes:
         places: ``[slots, N, 2D]``: keys, and beside them values.
-        full: ``[slots + 1]``, of ``copies_of(N)`` arrivals; the last is the producer's own.
-        empty: ``[slots]``.
+        full: ``[slots + 1]`` barriers of ``copies_of(N)`` arrivals; the last is for the producer alone.
+        empty: ``[slots]`` barriers at which consumers return a place.
     """
 
     places: Ref
@@ -36,7 +36,7 @@ class Ring(NamedTuple):
 
 
 def ring_types(sizes: Sizes, tokens: int, slots: int, readers: int) -> tuple[Any, ...]:
-    """What a kernel allocates for a ring of steps of ``tokens``, each of which ``readers`` hand back."""
+    """What a kernel allocates for a ring of steps of ``tokens``, each of which ``readers`` return."""
     return (
         plgpu.SMEM((slots, tokens, 2 * sizes.head_dim), sizes.dtype, transforms=SWIZZLED),
         plgpu.Barrier(num_arrivals=copies_of(sizes, tokens), num_barriers=slots + 1),
@@ -48,17 +48,17 @@ def fetch_steps(
     sizes: Sizes, kv_ref: Ref, table_ref: Ref, ring: Ring, done: Any, steps: jax.Array, *, row: jax.Array, head: Any,
     token_of: Callable[[jax.Array], jax.Array], alive: tuple[jax.Array, jax.Array],
 ) -> None:  # fmt: skip
-    """Brings steps of one context into the ring, one after the other.
+    """Copies steps of one context into the ring, one after the other.
 
     Args:
-        sizes: of the call.
+        sizes: the static sizes of the call.
         kv_ref: ``[S, H, 2D]`` the cache: K and V of a head lie side by side in it.
-        table_ref: ``[B, P]`` page ids; its last columns cover whatever a step reaches past the context.
-        ring: where to.
-        done: steps that this block has brought before.
-        steps: how many.
-        row: of the page table.
-        head: KV head.
+        table_ref: ``[B, P]`` page ids; its last columns cover what a step reaches past the context.
+        ring: the target.
+        done: steps that this block has copied before.
+        steps: number of steps to copy.
+        row: row of the page table.
+        head: index of the KV head.
         token_of: position of a step's first token, a multiple of N.
         alive: the first position of the context that may be read, and one past the last.
     """
@@ -68,7 +68,7 @@ def fetch_steps(
     @pl.loop(0, steps)
     def fetch(index: jax.Array) -> None:
         slot, token = (done + index) % slots, token_of(index)
-        # Read before the place is free: such a read takes long.
+        # The ids are read before the place is free, because such a read takes long.
         pages = [table_ref[row, (token + first) // sizes.page_size] for first in range(0, tokens, run)]
         wait_if(done + index >= slots, ring.empty.at[slot])
         low, high = alive[0] - token, alive[1] - token
@@ -80,7 +80,7 @@ def fetch_steps(
             plgpu.copy_gmem_to_smem(kv_ref.at[pl.ds(start, run), head], place, barrier)
 
         @pl.when(edge)
-        def silence() -> None:  # no consumer's yet
+        def silence() -> None:  # before any consumer may read the place
             plgpu.barrier_wait(ring.full.at[slots])
             _zero_outside(sizes, ring.places.at[slot], low, high)
             for _ in range(copies_of(sizes, tokens)):
@@ -88,12 +88,12 @@ def fetch_steps(
 
 
 def wait_if(condition: jax.Array, barrier: Ref) -> None:
-    """Waits where the condition holds."""
+    """Waits at ``barrier`` if the condition holds."""
     pl.when(condition)(lambda: plgpu.barrier_wait(barrier))
 
 
 def drain(empty: Ref, done: jax.Array) -> None:
-    """Waits for what the consumers still hand back: a barrier must be at rest when its block ends."""
+    """Waits for the places that consumers still return: a barrier must be at rest when its block ends."""
     slots = empty.shape[0]
 
     @pl.loop(jnp.maximum(0, done - slots), done)
@@ -114,5 +114,5 @@ def _zero_outside(sizes: Sizes, place: Ref, low: jax.Array, high: jax.Array) -> 
 
 
 def copies_of(sizes: Sizes, tokens: int) -> int:
-    """Copies that bring a step of ``tokens``."""
+    """Number of copies that fill a step of ``tokens``."""
     return tokens // sizes.run_tokens(tokens)

@@ -1,6 +1,6 @@
-"""What one consumer does with a tile in registers: two matrix products and the online softmax between them.
+"""A consumer's work on a tile in registers: two matrix products and the online softmax between them.
 
-The logits are kept as the product gives them; a factor brings them to powers of two (FlashAttention-2, -3).
+Logits stay as the product gives them; a factor makes exponents of 2 of them (FlashAttention-2, -3).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Softmax(NamedTuple):
     """Online softmax of 64 query rows, float32.
 
     Attributes:
-        acc: ``[64, D]`` the sum of weighted values.
-        peak: ``[64]`` the largest logit so far, as a power of two.
-        total: ``[64]`` the sum of weights.
+        acc: ``[64, D]`` sum of weighted values.
+        peak: ``[64]`` largest logit so far, as an exponent of 2.
+        total: ``[64]`` sum of weights.
     """
 
     acc: jax.Array
@@ -47,14 +47,14 @@ def across(rows: jax.Array, columns: int) -> jax.Array:
 
 
 def start(sizes: Sizes, peak: Any = NOTHING, total: Any = 0.0) -> Softmax:
-    """The state before any key; a sink is a logit that brings no value, as if it had been the first one met."""
+    """The state before any key; a sink is a logit without a value, and counts as if it had come first."""
     acc = plgpu.layout_cast(jnp.zeros((ROWS, sizes.head_dim), jnp.float32), plgpu.Layout.WGMMA)
     return Softmax(acc, by_row(peak), by_row(total))
 
 
 def logits_of(sizes: Sizes, q_ref: Ref, k_ref: Ref, then: Callable[[], None] = lambda: None) -> Any:
     """``q[64, D] @ k[N, D].T`` in float32; ``then`` runs once the product is issued."""
-    if sizes.interpret:  # no read of a wgmma is seen by the race detector; that of a plain load is
+    if sizes.interpret:  # the race detector does not see what a wgmma reads; it sees a plain load
         product = jnp.dot(q_ref[...], k_ref[...].T, preferred_element_type=jnp.float32)
         plgpu.commit_smem()
         then()
@@ -78,17 +78,17 @@ def add_values(sizes: Sizes, acc: jax.Array, weights: jax.Array, v_ref: Ref) -> 
 
 
 def capped(sizes: Sizes, logits: jax.Array, factor: jax.Array) -> tuple[jax.Array, Any]:
-    """Logits under the soft cap, and what brings them to powers of two."""
+    """Logits under the soft cap, and the factor that makes exponents of 2 of them."""
     if sizes.soft_cap is None:
         return logits, factor
-    # tanh(x) = 1 - 2 / (e^2x + 1): the hardware's own tanh has 11 bits, and its division takes eight instructions.
+    # tanh(x) = 1 - 2 / (e^2x + 1): the hardware's tanh has 11 bits, and its division takes eight instructions.
     doubled = jnp.exp2(logits * (factor * (2 / sizes.soft_cap)))
     inverse = jnp.exp2(jnp.log(doubled + 1) * -LOG2_E)
     return 1 - 2 * inverse, jnp.float32(sizes.soft_cap * LOG2_E)
 
 
 def weigh(state: Softmax, logits: jax.Array, factor: Any) -> tuple[Softmax, jax.Array]:
-    """Takes a tile's logits into peak and total and scales ``acc`` down; also returns the weights, float32."""
+    """Updates the state by a tile's logits, without their values; also returns the weights, float32."""
     peak = jnp.maximum(state.peak, logits.max(axis=1) * factor)
     decay = jnp.exp2(state.peak - peak)
     weights = jnp.exp2(logits * factor - across(peak, logits.shape[1]))

@@ -17,9 +17,9 @@ from engine.attention.impl.tpu.kernel.packed_rows import Ref, load_kv, load_quer
 from engine.kv.layout import LANES
 
 LOG2_E = 1.4426950408889634
-# A row whose keys so far are all masked has this maximum; what it summed is wiped by exp2(MASKED - m) = 0 later.
+# The maximum of a row whose keys so far are all masked; exp2(MASKED - m) = 0 later wipes what the row has summed.
 MASKED = -1e30
-DECODE_LAG = 4  # heads between the keys of a head and its values
+DECODE_LAG = 4  # heads between the use of a head's keys and that of its values
 
 
 class State(NamedTuple):
@@ -31,12 +31,12 @@ class State(NamedTuple):
 
 
 def reset(state: State, rows: int, sinks: Ref | None) -> None:
-    """Starts anew; a sink is a logit that is there from the start and has no value.
+    """Starts anew; a sink is a logit that counts from the start and has no value.
 
     Args:
         state: the state.
-        rows: how many of its rows an item takes.
-        sinks: ``[H, R, 128]`` float32 in the log2 domain, or None: R rows that repeat, in whole groups and sublanes.
+        rows: rows of the state that an item takes.
+        sinks: ``[H, R, 128]`` float32 in the log2 domain, R rows that repeat, in whole groups and sublanes; or None.
     """
     heads = state.peak.shape[0]
     state.acc[:, :rows] = jnp.zeros((heads, rows, state.acc.shape[2]), jnp.float32)
@@ -72,7 +72,7 @@ def scores(geo: Geometry, q: jax.Array, k: jax.Array, mask: jax.Array | None) ->
 
 
 def update_softmax(geo: Geometry, s: jax.Array, state: State, head: Scalar) -> tuple[jax.Array, jax.Array]:
-    """Moves maximum and sum on by one chunk.
+    """Updates maximum and sum by one chunk.
 
     Returns:
         The factor ``[rows, 128]`` by which the accumulator shrinks, and the probabilities ``[rows, tokens]``.
@@ -107,7 +107,7 @@ def key_positions(start: Scalar, shape: tuple[int, int], axis: int) -> jax.Array
 
 
 def visible(geo: Geometry, item: Item, start: Scalar, shape: tuple[int, int]) -> jax.Array:
-    """Which keys each row sees, ``[rows, tokens]``: none after it, none before its window.
+    """Which keys each row sees, bool ``[rows, tokens]``: none after its query, none before its window.
 
     Args:
         geo: the kernel's sizes.
@@ -122,7 +122,7 @@ def visible(geo: Geometry, item: Item, start: Scalar, shape: tuple[int, int]) ->
 
 
 def fetched(geo: Geometry, item: Item, start: Scalar, tokens: int) -> jax.Array:
-    """Which tokens of a chunk some query sees, ``[tokens, D']``: the rest of VMEM holds anything, NaN too."""
+    """Which tokens of a chunk some query sees, bool ``[tokens, D']``: the rest of VMEM may hold anything, NaN too."""
     keys = key_positions(start, (tokens, geo.lanes), 0)
     inside: jax.Array = (keys >= item.low) & (keys < item.high)
     return inside
@@ -131,20 +131,20 @@ def fetched(geo: Geometry, item: Item, start: Scalar, tokens: int) -> jax.Array:
 def attend(
     geo: Geometry, tile: Tile, pages: Ref, q: Ref, state: State, item: Item, start: Scalar, *, edge: bool
 ) -> None:
-    """One chunk of one item: of a decode row with all heads unrolled, else in a loop over the heads.
+    """Attends one chunk of one item: all heads unrolled for a decode row, else in a loop over the heads.
 
     Unrolled, the values of a head are used some heads after its keys, so that the matrix unit works on one head's
     logits while another's are in the softmax; the compiler loads V again where registers run out rather than spill.
 
     Args:
         geo: the kernel's sizes.
-        tile: of this kind of item.
+        tile: how this kind of item is computed.
         pages: ``[chunk pages, page_size, stride, p, 128]`` in VMEM.
         q: ``[H, queries, G / p, p, D']`` in VMEM.
         state: softmax state.
         item: the queries.
         start: position of the chunk's first key.
-        edge: whether some key of the chunk is not seen by some query.
+        edge: whether some query does not see some key of the chunk.
     """
     tokens = tile.chunk_pages * geo.page_size
 

@@ -1,4 +1,4 @@
-"""What one compiled kernel knows at trace time: heads, dtypes and the sizes of what it works on."""
+"""What a kernel knows when it is compiled: heads, dtypes, and the sizes of its blocks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Tile(NamedTuple):
     """How one kind of item is computed.
 
     Attributes:
-        queries: most query tokens of an item.
-        rows: rows of q a KV head, row ``t * G + g``, in whole sublanes; those past the queries hold anything.
+        queries: the most query tokens of an item.
+        rows: rows of q per KV head, row ``t * G + g``, in whole sublanes; those past the queries hold anything.
         fetch_pages: pages of one DMA block.
-        chunk_pages: pages of one compute chunk; divides the above.
+        chunk_pages: pages of one compute chunk; divides ``fetch_pages``.
     """
 
     queries: int
@@ -34,20 +34,20 @@ class Geometry:
 
     Attributes:
         heads: KV heads H.
-        group: query heads a KV head G.
-        lanes: stored elements a row D', a multiple of 128.
-        words: stored 32-bit words of 128 lanes a token (engine/kv/tpu_view.py).
-        page_size: tokens a page.
+        group: query heads per KV head, G.
+        lanes: stored elements per row, D', a multiple of 128.
+        words: stored 32-bit words of 128 lanes per token (engine/kv/tpu_view.py).
+        page_size: tokens per page.
         run_pages: pages that one DMA moves where they are contiguous.
-        table_pages: page-table entries a sequence, a multiple of ``run_pages``.
-        kv_dtype: of the cache.
-        compute_dtype: of the matrix operands: bfloat16, or float32 where q or the cache is.
-        io_dtype: of q and out in HBM; float32 where an odd group does not fill a word.
+        table_pages: page-table entries per sequence, a multiple of ``run_pages``.
+        kv_dtype: dtype of the cache.
+        compute_dtype: dtype of the matrix operands: bfloat16, or float32 where q or the cache is.
+        io_dtype: dtype of q and out in HBM; float32 where an odd group does not fill a word.
         soft_cap: cap of the logits, or None.
         window: sliding window in tokens, or None.
         has_lse: whether log-sum-exp leaves the kernel.
-        tiles: the kinds of item, the fewest queries first: decode rows, perhaps short extends, and whole blocks.
-        interpret: whether the interpreter runs it (see ``packed_rows``).
+        tiles: the kinds of item, by queries: decode rows, perhaps short extends, and whole blocks.
+        interpret: whether the kernel runs in the interpreter (see ``packed_rows``).
     """
 
     heads: int
@@ -77,7 +77,7 @@ class Geometry:
         return self.lanes // LANES
 
     def word(self, row_word: Any, fold: int) -> Any:
-        """The word that holds the ``row_word``-th p rows of a token, lanes ``128 * fold …``."""
+        """Index of the word that holds the ``row_word``-th p rows of a token, lanes ``128 * fold …``."""
         return word_of(row_word, fold, self.folds, min(self.words // self.folds, TILE_ROWS // self.pack))
 
     @property
@@ -92,5 +92,5 @@ class Geometry:
 
     @property
     def precision(self) -> str:
-        """Matrix precision: what float32 operands promise needs more than one bf16 pass."""
+        """Matrix precision: float32 operands need more than one bf16 pass."""
         return "highest" if self.compute_dtype == jnp.float32 else "default"

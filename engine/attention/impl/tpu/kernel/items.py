@@ -1,4 +1,4 @@
-"""The step as the kernel reads it from scalar memory, and which blocks and pages an item takes."""
+"""The step as the kernel reads it from scalar memory, and the blocks and pages of an item."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Scalar = Any  # an int32 scalar, traced or not
 
 
 class Schedule(NamedTuple):
-    """Scalar-prefetched into SMEM; every leaf is int32.
+    """The items of one step, int32, scalar-prefetched into SMEM.
 
     Attributes:
         table: ``[B * P']`` page ids.
         runs: ``[B * P' / run_pages]``, 1 where the pages of a group are contiguous; ``[1]`` where a group is a page.
-        cu_q_lens: ``[B + 1]``.
-        kv_lens: ``[B]``.
-        slots: ``[T]`` where each new token goes, -1 for nowhere.
+        cu_q_lens: ``[B + 1]`` running sum of new tokens per sequence.
+        kv_lens: ``[B]`` cached plus new tokens.
+        slots: ``[T]`` slot of each new token; -1 writes nothing.
         counts: ``[kinds]`` items of each kind, in the order of ``Geometry.tiles``.
         item_seq: ``[N]`` sequence of each item, one kind after the other.
         item_token: ``[N]`` index of its first query among the step's tokens.
@@ -43,10 +43,10 @@ class Item(NamedTuple):
     Attributes:
         seq: the sequence.
         token: index of the first query among the step's tokens.
-        queries: how many.
-        position: of the first query in the sequence.
-        low: first key that any of them sees: causal, and within the window of the first.
-        high: the key after the last; not past ``low`` where they see none.
+        queries: number of queries.
+        position: position of the first query in its sequence.
+        low: position of the first key that any query sees.
+        high: one past the last such key; not past ``low`` where they see none.
     """
 
     seq: Scalar
@@ -58,7 +58,7 @@ class Item(NamedTuple):
 
 
 def make_item(geo: Geometry, schedule: Schedule, index: Scalar, most_queries: int) -> Item:
-    """The ``index``-th item of the step's, of at most ``most_queries``."""
+    """The ``index``-th item of the step, of at most ``most_queries`` queries."""
     seq, token = schedule.item_seq[index], schedule.item_token[index]
     left = schedule.cu_q_lens[seq + 1] - token
     queries, position = jnp.minimum(left, most_queries), schedule.kv_lens[seq] - left
@@ -67,20 +67,20 @@ def make_item(geo: Geometry, schedule: Schedule, index: Scalar, most_queries: in
 
 
 def page_id(geo: Geometry, schedule: Schedule, seq: Scalar, index: Scalar) -> Scalar:
-    """Page that holds tokens ``index * page_size …`` of a sequence."""
+    """Id of the page that holds tokens ``index * page_size …`` of a sequence."""
     return schedule.table[seq * geo.table_pages + index]
 
 
 def block_range(geo: Geometry, item: Item, fetch_pages: int) -> tuple[Scalar, Scalar]:
-    """First and last-plus-one fetch block of an item."""
+    """First fetch block of an item, and one past the last."""
     tokens = fetch_pages * geo.page_size
     first = item.low // tokens
-    # An item that sees no key has one block, of no page: its turn of the buffers starts the next item's fetch.
+    # An item that sees no key has one block without a page, so that its turn starts the next item's fetch.
     return first, jnp.maximum(pl.cdiv(item.high, tokens), first + 1)
 
 
 def page_range(geo: Geometry, item: Item, block: Scalar, fetch_pages: int) -> tuple[Scalar, Scalar]:
-    """First and last-plus-one page of a block that the item sees: what is fetched, no page more."""
+    """First page of a block that the item sees, and one past the last: only these are fetched."""
     first = jnp.maximum(item.low // geo.page_size, block * fetch_pages)
     last = jnp.minimum(pl.cdiv(item.high, geo.page_size), (block + 1) * fetch_pages)
     return first, last

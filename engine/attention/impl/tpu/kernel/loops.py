@@ -1,7 +1,7 @@
 """The loops of the kernel: items of one kind, blocks of an item, chunks of a block.
 
-Pages stream from HBM through two buffers; the next block, be it of the next item, is fetched while this one is
-computed.
+Pages stream from HBM through two buffers: while one block is computed the next is fetched, even if it belongs to the
+next item.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from engine.attention.impl.tpu.kernel.packed_rows import Ref
 
 
 class Operands(NamedTuple):
-    """HBM refs, but for the sinks in VMEM; all as in ``call_kernel``."""
+    """References to HBM, and for the sinks to VMEM; all as in ``call_kernel``."""
 
     q: Ref
     new: Ref
@@ -30,13 +30,13 @@ class Operands(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """VMEM, two buffers of each but the softmax state; every kind of item takes a part of it.
+    """VMEM: two buffers of each, and one softmax state; each kind of item uses a part of it.
 
     Attributes:
         pages: ``[2, fetch_pages, page_size, stride, p, 128]``.
         q: ``[2, H, queries, G / p, p, D']``.
         out: as ``q``.
-        lse: ``[2, H, queries, G, 1, 128]``, or as good as nothing.
+        lse: ``[2, H, queries, G, 1, 128]``; a placeholder where no log-sum-exp is wanted.
         state: softmax state.
     """
 
@@ -48,7 +48,7 @@ class Scratch(NamedTuple):
 
 
 class Semaphores(NamedTuple):
-    """DMA semaphores: two a stream, one a buffer."""
+    """DMA semaphores: one for each buffer, and one for the new rows."""
 
     pages: Any
     q: Any
@@ -57,7 +57,7 @@ class Semaphores(NamedTuple):
 
 
 class Lane(NamedTuple):
-    """What the walk over the items of one kind works with; ``first`` and ``count`` say which items they are."""
+    """What the walk over the items of one kind works with: the ``count`` items from ``first`` on."""
 
     geo: Geometry
     tile: Tile
@@ -88,7 +88,7 @@ class Lane(NamedTuple):
 
 
 def run_lane(lane: Lane) -> None:
-    """Walks all items of one kind; the buffers' turns run on across blocks and items."""
+    """Walks all items of one kind; the two buffers alternate across blocks and items."""
     sems, scratch, fetch_pages = lane.sems, lane.scratch, lane.tile.fetch_pages
 
     def start_block(item: Item, block: Scalar, slot: Scalar) -> None:
@@ -142,13 +142,13 @@ def run_lane(lane: Lane) -> None:
 
 
 def _attend_block(lane: Lane, item: Item, block: Scalar, slot: Scalar, buffer: Scalar) -> None:
-    """Computes the chunks of a fetched block: those that every query sees whole without a mask, then the edges."""
+    """Computes the chunks of a fetched block: first those that every query sees whole, unmasked, then the edges."""
     geo, tile = lane.geo, lane.tile
     chunk = tile.chunk_pages * geo.page_size
     base = block * tile.fetch_pages * geo.page_size
     end = jnp.minimum(item.high, base + tile.fetch_pages * geo.page_size)
     first, last = jnp.maximum(item.low - base, 0) // chunk, pl.cdiv(end - base, chunk)
-    # Whole for all: not after the first query, and not before the window of the last.
+    # Seen whole by every query: not after the first one, and not before the window of the last.
     whole_low = item.low * 0 if geo.window is None else item.position + item.queries - geo.window
     whole_first = jnp.clip(pl.cdiv(jnp.maximum(whole_low - base, 0), chunk), first, last)
     whole_last = jnp.clip((item.position + 1 - base) // chunk, whole_first, last)
@@ -168,7 +168,7 @@ def _attend_block(lane: Lane, item: Item, block: Scalar, slot: Scalar, buffer: S
 
 
 def _finish(lane: Lane, item: Item, buffer: Scalar) -> None:
-    """Starts the results of an item on their way."""
+    """Starts the copies of an item's results to HBM."""
     scratch = lane.scratch
 
     def one_head(head: Scalar, _: None) -> None:

@@ -1,8 +1,8 @@
-"""The seam between VMEM and registers: the one place where a kernel knows how rows are packed in words.
+"""Between VMEM and registers: the one place where the kernel knows how rows are packed in words.
 
 The layout law is that of ``engine/kv/layout.py``: row 2h is K_h and row 2h + 1 is V_h. On TPU p consecutive rows share
 a 32-bit word (bf16: K_h low, V_h high), so one strided load of every token's word h brings both, and a shift and a
-truncation part them. The interpreter has no ref bitcast or reshape; there the same values are taken by plain indexing.
+truncation separate them. The interpreter has no ref bitcast or reshape; there plain indexing takes the same values.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def load_kv(geo: Geometry, pages: Ref, head: Any, keep: jax.Array | None) -> tup
     Args:
         geo: the kernel's sizes.
         pages: ``[pages, page_size, stride, p, 128]`` of the cache's dtype in VMEM.
-        head: KV head.
-        keep: ``[tokens, D']`` bool, or None to keep all; rows that are not kept become zero, whatever they held.
+        head: index of the KV head.
+        keep: ``[tokens, D']`` bool, or None to keep all; what is not kept becomes zero, even NaN.
 
     Returns:
-        (k, v), each ``[tokens, D']`` of the compute dtype.
+        (k, v), each ``[tokens, D']`` in the compute dtype.
     """
     load = _load_kv_by_index if geo.interpret else _load_kv_by_word
     k, v = load(geo, pages, head, keep)
@@ -43,7 +43,7 @@ def _load_kv_by_index(geo: Geometry, pages: Ref, head: Any, keep: jax.Array | No
     tokens = pages.shape[0] * geo.page_size
 
     def row(index: Any) -> jax.Array:
-        """Row ``index`` of every token; the index may be traced, so the place within a word is picked by value."""
+        """Row ``index`` of every token; the index may be traced, so the place within a word is chosen by a mask."""
         words = [pages[:, :, geo.word(index // geo.pack, fold)] for fold in range(geo.folds)]
         wide = jnp.concatenate(words, axis=-1).reshape(tokens, geo.pack, geo.lanes).astype(jnp.float32)
         place = jax.lax.broadcasted_iota(jnp.int32, wide.shape, 1)

@@ -1,4 +1,4 @@
-"""The Pallas call: a step of one layer in one launch.
+"""The Pallas call: one step of one layer in one launch.
 
 It writes the new rows into their pages, then walks the items, one kind after the other. The online softmax is that of
 FlashAttention-2, the cache layout that of tpu_commons' kernel v3.
@@ -21,7 +21,7 @@ from engine.kv.layout import LANES, SUBLANES
 
 
 def scratch_shapes(geo: Geometry) -> Scratch:
-    """VMEM scratch of the kernel."""
+    """Shapes and dtypes of the kernel's VMEM scratch."""
     rows, fetch_pages = (max(tile[at] for tile in geo.tiles) for at in (1, 2))
     queries = -(-rows // geo.group)
     q = pltpu.VMEM((2, geo.heads, queries, geo.group // geo.io_pack, geo.io_pack, geo.lanes), geo.io_dtype)
@@ -51,15 +51,16 @@ def call_kernel(
     Args:
         geo: static sizes.
         schedule: the step's items.
-        q: ``[H, T, G / p, p, D']`` of the io dtype, scaled into the log2 domain.
-        new: ``[T, words, p, 128]`` of the cache's dtype, the merged new rows.
+        q: ``[H, T, G / p, p, D']`` queries in the io dtype, scaled into the log2 domain.
+        new: ``[T, words, p, 128]`` the merged new rows, in the cache's dtype.
         sinks: ``[H, R, 128]`` float32 in the log2 domain, rows that repeat (``flash.reset``), or None.
         cache: ``[pages, page_size, words, p, 128]``, aliased to the last result.
-        vmem_limit_bytes: VMEM that the compiler may use.
+        vmem_limit_bytes: bytes of VMEM that the compiler may use.
         interpret: False, or ``pltpu.InterpretParams``.
 
     Returns:
-        out shaped as ``q``, with lse ``[H, T, G, 1, 128]`` float32, then the cache; tokens of no item hold anything.
+        out shaped as ``q``; where the sizes ask for it lse ``[H, T, G, 1, 128]`` float32; the cache. In out and lse the
+        tokens of no item hold anything.
     """
     scalars, has_sinks = len(schedule), sinks is not None
     lse_shape = [jax.ShapeDtypeStruct((*q.shape[:2], geo.group, 1, LANES), jnp.float32)] * geo.has_lse

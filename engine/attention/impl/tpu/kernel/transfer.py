@@ -13,7 +13,7 @@ from engine.attention.impl.tpu.kernel.packed_rows import Ref
 
 
 def write_new_rows(geo: Geometry, schedule: Schedule, new: Ref, cache: Ref, sem: Ref) -> None:
-    """Copies the new tokens' K and V into their pages, one DMA a page piece, and waits for all of them.
+    """Copies the new tokens' K and V into their pages, one DMA for the part of each page, and waits for all of them.
 
     Args:
         geo: the kernel's sizes.
@@ -34,7 +34,7 @@ def write_new_rows(geo: Geometry, schedule: Schedule, new: Ref, cache: Ref, sem:
             slot = schedule.slots[token]
             kept, page, offset = slot >= 0, jax.lax.div(slot, geo.page_size), jax.lax.rem(slot, geo.page_size)
             count = jnp.minimum(kv_len, (index + 1) * geo.page_size) - position
-            count = jnp.minimum(count, geo.page_size - offset)  # whatever the slots hold, no row leaves its page
+            count = jnp.minimum(count, geo.page_size - offset)  # no row leaves its page, whatever the slots are
 
             @pl.when(kept)
             def _() -> None:
@@ -61,17 +61,17 @@ def wait_new_rows(new: Ref, count: Scalar, sem: Ref) -> None:
 def start_block(
     geo: Geometry, schedule: Schedule, cache: Ref, buffer: Ref, sem: Ref, item: Item, block: Scalar, fetch_pages: int
 ) -> None:
-    """Starts the DMAs of one block: one for a contiguous run, else one a page.
+    """Starts the DMAs of one block: one for a contiguous run, else one per page.
 
     Args:
         geo: the kernel's sizes.
         schedule: the refs of a ``Schedule``.
         cache: ``[pages, page_size, words, p, 128]`` in HBM.
         buffer: ``[fetch_pages, page_size, stride, p, 128]`` in VMEM.
-        sem: its DMA semaphore.
-        item: what is computed.
-        block: which block of the item.
-        fetch_pages: pages a block.
+        sem: the buffer's DMA semaphore.
+        item: the item that the block is for.
+        block: index of the block in the item's sequence.
+        fetch_pages: pages per block.
     """
     first, last = page_range(geo, item, block, fetch_pages)
     words, size = pl.ds(0, geo.words), geo.run_pages
@@ -91,12 +91,12 @@ def start_block(
             pltpu.make_async_copy(source, target, sem).start()
 
         def copy_each(_: Scalar, __: None) -> None:
-            # All page ids before the first DMA: a load from SMEM does not pass the DMA before it.
+            # All page ids are loaded first: a load from SMEM does not pass a DMA that was issued before it.
             pages = [page_id(geo, schedule, item.seq, index + i) for i in range(size)]
             for i, page in enumerate(pages):
                 pltpu.make_async_copy(cache.at[page], target.at[i], sem).start()
 
-        # A loop of one turn or none: the compiler predicates a conditional, and all would wait for all of its DMAs.
+        # A loop of one turn or none, because the compiler would predicate a conditional: runs would wait for it too.
         jax.lax.fori_loop(run, 1, copy_each, None)
 
     if size == 1:

@@ -1,4 +1,4 @@
-"""Puts the chunks of each decode row together, and clears the tokens that no sequence claims."""
+"""Merges the chunks of each decode row, and clears the tokens that belong to no sequence."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def merge_chunks(
     sizes: Sizes, part: jax.Array, lse: jax.Array, v_scale: Any, sinks: Any, rows: Rows, out: Ref,
     *, interpret: Any,
 ) -> jax.Array:  # fmt: skip
-    """Writes the decode rows of ``out`` and zeroes its dead ones.
+    """Writes the decode rows of ``out`` and zeroes its dead rows.
 
     Args:
-        sizes: of the call.
+        sizes: the static sizes of the call.
         part: ``[C * H * G' + 64, D]`` float32, see ``decode_chunks``.
-        lse: as many, float32 to base 2.
+        lse: ``[C * H * G' + 64]`` float32, to base 2.
         v_scale: ``[R]`` float32, makes true values of stored ones.
-        sinks: ``[R]`` float32, as powers of two; read where the call has sinks.
+        sinks: ``[R]`` float32, as exponents of 2; read where the call has sinks.
         rows: where each row's chunks and token are.
         out: a reference to ``[T, Hq, D]``, written in place.
         interpret: False, or ``plgpu.InterpretGPUParams``.
@@ -69,7 +69,7 @@ def _body(sizes: Sizes, batch: int, refs: tuple[Ref, ...]) -> None:
         count = rows.count[index]
 
         @pl.when(count > 0)
-        def put_together() -> None:
+        def merge_row() -> None:
             span = pl.ds(pl.multiple_of(tile * ROWS, ROWS), ROWS)
             first = rows.first[index]
 
@@ -89,8 +89,8 @@ def _body(sizes: Sizes, batch: int, refs: tuple[Ref, ...]) -> None:
                 state = state._replace(peak=sink, total=registers.by_row(1.0))
             state = lax.fori_loop(first, first + count, add, state)
             scale = plgpu.load(v_scale_ref.at[span], layout=registers.BY_ROW, optimized=False)
-            share = registers.across(scale / state.total, sizes.head_dim)
-            stage[...] = (state.acc * share).astype(sizes.dtype)
+            factor = registers.across(scale / state.total, sizes.head_dim)
+            stage[...] = (state.acc * factor).astype(sizes.dtype)
             lse_stage[...] = state.peak + jnp.log(state.total) * registers.LOG2_E
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(lse_stage, merged_ref.at[index, span])
@@ -99,7 +99,7 @@ def _body(sizes: Sizes, batch: int, refs: tuple[Ref, ...]) -> None:
 
 
 def _write_heads(sizes: Sizes, stage: Ref, out_ref: Ref, tile: jax.Array) -> None:
-    """Writes a tile's groups, ``group_rows`` of it each, to the query heads ``[Hq, D]`` of a token."""
+    """Writes a tile's groups, of ``group_rows`` each, to the query heads ``[Hq, D]`` of a token."""
     for place in range(ROWS // sizes.group_rows):
         head = tile * (ROWS // sizes.group_rows) + place
 
@@ -110,7 +110,7 @@ def _write_heads(sizes: Sizes, stage: Ref, out_ref: Ref, tile: jax.Array) -> Non
 
 
 def _clear(out_ref: Ref, stage: Ref, live: Ref, first: jax.Array, tile: jax.Array) -> None:
-    """Zeroes those of 64 tokens that are dead, ``tile`` by ``tile`` of 64 query heads."""
+    """Zeroes those of 64 tokens that are dead, 64 query heads in a copy; the first ``tile`` does it for all."""
     num_tokens, q_heads, _ = out_ref.shape
     start, end = live[0], live[1]
     last = jnp.minimum(first + ROWS, num_tokens)

@@ -1,8 +1,8 @@
 """Prefill: tiles of a sequence's new tokens over its whole context, chunked prefill's cached part included.
 
 A block is a tile of one KV head: one warpgroup fetches steps of 128 tokens, two consume every step, each for 64 query
-rows, and take turns so that one computes its softmax while the other has the matrix unit (FlashAttention-3's
-ping-pong). Steps that some row sees in part come first, in a loop with a mask; the others follow in one without.
+rows, and take turns so that one computes its softmax while the other uses the matrix unit (FlashAttention-3's
+ping-pong). Steps that some row sees in part come first, in a loop with a mask; the others follow in a loop without.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Inputs(NamedTuple):
     tiles: Tiles
 
 
-class _Shared(NamedTuple):  # shared memory of a block, and the barriers that hand it about
+class _Shared(NamedTuple):  # shared memory of a block, and the barriers that guard it
     ring: Ring
     q: Ref
     stage: Ref
@@ -44,7 +44,7 @@ class _Shared(NamedTuple):  # shared memory of a block, and the barriers that ha
 
 
 class _Walk(NamedTuple):
-    """The steps of a tile: ``[0, masked)`` some row sees in part, ``[masked, steps)`` every row sees whole."""
+    """The steps of a tile: some row sees ``[0, masked)`` in part; every row sees ``[masked, steps)`` whole."""
 
     row: jax.Array
     first: jax.Array
@@ -56,7 +56,7 @@ class _Walk(NamedTuple):
     kv_len: jax.Array
 
     def step(self, index: jax.Array) -> jax.Array:
-        """Which step of the context comes ``index``-th: those before ``whole``, those from ``partial``, the rest."""
+        """The step of the context that comes ``index``-th: those before ``whole``, those from ``partial``, the rest."""
         before = self.whole - self.first
         edge = jnp.where(index < before, self.first + index, self.partial + index - before)
         return jnp.where(index < self.masked, edge, self.whole + index - self.masked)
@@ -69,19 +69,19 @@ def prefill_tiles(
     """Attends every tile of every row that has more than one new token.
 
     Args:
-        sizes: of the call.
-        q: ``[T, Hq, D]``.
+        sizes: the static sizes of the call.
+        q: ``[T, Hq, D]`` queries.
         kv: ``[S, H, 2D]`` the cache, the new tokens in it.
         table: ``[B, P]`` int32, see ``fetch_steps``.
-        factor: ``[H]`` float32, makes powers of two of logits; above 0.
+        factor: ``[H]`` float32, above 0; makes exponents of 2 of logits.
         v_scale: ``[H]`` float32, makes true values of stored ones.
-        sinks: ``[Hq]`` float32, as powers of two; read where the call has sinks.
-        tiles: the work.
+        sinks: ``[Hq]`` float32, as exponents of 2; read where the call has sinks.
+        tiles: the tiles to attend.
         interpret: False, or ``plgpu.InterpretGPUParams``.
 
     Returns:
-        ``out[T, Hq, D]``, of which only the tiles' tokens are written, and the log-sum-exps ``[N, C, Hq, 64]`` to base
-        2 of each tile's rows, C 64 rows each.
+        ``out[T, Hq, D]``, in which only the tiles' tokens are written; and each tile's log-sum-exps to base 2,
+        ``[N, C, Hq, 64]``, C times 64 tokens per tile.
     """
     capacity = tiles.row.shape[0]
     q_heads = q.shape[1]
@@ -161,7 +161,7 @@ def _consume(
     token = inputs.tiles.token[tile] + skipped
     position = inputs.tiles.position[tile] + skipped
     stage, queries = shared.stage.at[me], shared.q.at[me]
-    # Through registers: a tile of queries starts at any token, and a swizzled copy at every eighth only.
+    # Through registers: a tile of queries starts at any token, a swizzled copy only at every eighth.
     plgpu.copy_gmem_to_smem(inputs.q.at[pl.ds(token, ROWS), q_head], stage, shared.q_full.at[me])
     plgpu.barrier_wait(shared.q_full.at[me])
     queries[...] = plgpu.load(stage, layout=plgpu.Layout.WGMMA, optimized=False)
@@ -182,8 +182,8 @@ def _consume(
 
     pl.when(me == 0)(lambda: _take_turn(shared))
     # Rows without a key have a total of 0, and their sums are 0 as well.
-    share = inputs.v_scale[head] / jnp.maximum(state.total, 1e-37)
-    stage[...] = (state.acc * registers.across(share, sizes.head_dim)).astype(sizes.dtype)
+    norm = inputs.v_scale[head] / jnp.maximum(state.total, 1e-37)
+    stage[...] = (state.acc * registers.across(norm, sizes.head_dim)).astype(sizes.dtype)
     shared.lse[me] = state.peak + jnp.log(state.total) * registers.LOG2_E
     plgpu.commit_smem()
     out_ref, lse_ref = results
@@ -208,7 +208,7 @@ def _attend_step(
     raw = registers.logits_of(sizes, queries, keys, lambda: _take_turn(shared))
     logits, factor = registers.capped(sizes, raw, factor)
     if masked:
-        behind = registers.iota(logits.shape, 0) - registers.iota(logits.shape, 1)  # of a row, less that of a column
+        behind = registers.iota(logits.shape, 0) - registers.iota(logits.shape, 1)  # tokens from a key to its query
         behind += position - walk.step(index) * sizes.prefill_tokens
         seen = behind >= 0
         if sizes.window is not None:
@@ -224,7 +224,7 @@ def _attend_step(
 
 
 def _write_rows(stage: Ref, out_ref: Ref, token: jax.Array, q_head: Any, count: jax.Array) -> None:
-    """Writes the first ``count`` of 64 rows: what follows them in the step is another tile's."""
+    """Writes the first ``count`` of 64 rows: the rows after them belong to another tile."""
     size = ROWS
     while size:
         start = count // (2 * size) * (2 * size)

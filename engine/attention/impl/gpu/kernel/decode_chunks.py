@@ -1,8 +1,8 @@
-"""Decode: one query a sequence, its context cut into chunks that fill the device (flash-decoding's split-K).
+"""Decode: one query per sequence, its context cut into chunks that fill the device (flash-decoding's split-K).
 
-As many blocks as there are multiprocessors walk the list of (chunk, KV head). In each one warpgroup fetches and two
-consume: steps of 64 tokens go to them in turn, each has its own softmax, and at the end of a chunk the second hands its
-state to the first, which writes the chunk's partial result. The fetching warpgroup runs ahead across chunks.
+As many blocks as there are multiprocessors walk the list of (chunk, KV head). In each block one warpgroup fetches and
+two consume: steps of 64 tokens go to them in turn, each has its own softmax, and at the end of a chunk the second gives
+its state to the first, which writes the chunk's partial result. The fetching warpgroup runs ahead across chunks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from engine.attention.impl.gpu.work import Chunks
 CONSUMERS = 2
 
 
-class _Shared(NamedTuple):  # shared memory of a block, and the barriers that hand it about
+class _Shared(NamedTuple):  # shared memory of a block, and the barriers that guard it
     ring: Ring
     q: Ref
     part: Ref
@@ -52,12 +52,12 @@ def decode_chunks(
     """Attends every chunk of every decode row.
 
     Args:
-        sizes: of the call.
-        q: ``[B, H, G', D]`` the query of each row by KV head, G' rows of which G count.
+        sizes: the static sizes of the call.
+        q: ``[B, H, G', D]`` the query of each row by KV head; of G' rows the first G count.
         kv: ``[S, H, 2D]`` the cache.
         table: ``[B, P]`` int32, see ``fetch_steps``.
-        factor: ``[H]`` float32, makes powers of two of logits; above 0.
-        chunks: the work.
+        factor: ``[H]`` float32, above 0; makes exponents of 2 of logits.
+        chunks: the chunks to attend.
         interpret: False, or ``plgpu.InterpretGPUParams``.
 
     Returns:
@@ -72,7 +72,7 @@ def decode_chunks(
             jax.ShapeDtypeStruct((rows,), jnp.float32),
         ),
         scratch_types=(
-            # Steps of even number go to one consumer: so do places, of which there are as many for each.
+            # Steps of even index go to one consumer, and so do places; each consumer has equally many.
             *ring_types(sizes, sizes.decode_tokens, CONSUMERS * sizes.decode_stages, readers=1),
             plgpu.SMEM((2, ROWS, sizes.head_dim), sizes.dtype, transforms=SWIZZLED),
             plgpu.SMEM((ROWS, sizes.head_dim), jnp.float32),
@@ -120,7 +120,7 @@ def _body(sizes: Sizes, inputs: tuple[Ref, ...], results: tuple[Ref, ...], share
 
 
 def _item(sizes: Sizes, chunks: Chunks, index: jax.Array) -> _Item:
-    # Heads in turn, so that blocks beside each other read neighbouring bytes.
+    # Heads come in turn, so that neighbouring blocks read neighbouring bytes.
     chunk, head = index // sizes.heads, index % sizes.heads
     low, high = chunks.low[chunk], chunks.high[chunk]
     first = low // sizes.decode_tokens
@@ -153,7 +153,7 @@ def _consume(
         item, place = item_of(index), index % 2
         factor = factor_ref[item.head]
         plgpu.barrier_wait(shared.q_full.at[place])
-        mine_first = (me + done) % CONSUMERS  # of the item's steps, the first that comes to this consumer
+        mine_first = (me + done) % CONSUMERS  # the first of the item's steps that this consumer attends
         count = (item.steps - mine_first + CONSUMERS - 1) // CONSUMERS
 
         def attend(turn: jax.Array, state: Softmax) -> Softmax:
@@ -192,7 +192,7 @@ def _attend_step(
 
 
 def _hand_over(shared: _Shared, index: jax.Array, state: Softmax) -> None:
-    """Gives this consumer's state to the other."""
+    """Gives this consumer's state to the other consumer."""
     wait_if(index > 0, shared.taken)
     shared.part[...] = state.acc
     shared.stats[0] = state.peak
@@ -212,10 +212,9 @@ def _finish(sizes: Sizes, results: tuple[Ref, ...], shared: _Shared, item: _Item
     peak = jnp.maximum(state.peak, theirs.peak)
     ours, other = jnp.exp2(state.peak - peak), jnp.exp2(theirs.peak - peak)
     total = state.total * ours + theirs.total * other
-    share = 1 / total
-    width = sizes.head_dim
-    shared.part[...] = state.acc * registers.across(ours * share, width) + theirs.acc * registers.across(
-        other * share, width
+    inverse, width = 1 / total, sizes.head_dim
+    shared.part[...] = state.acc * registers.across(ours * inverse, width) + theirs.acc * registers.across(
+        other * inverse, width
     )
     shared.lse[...] = peak + jnp.log(total) * registers.LOG2_E
     plgpu.commit_smem()
