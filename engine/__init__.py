@@ -10,9 +10,9 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "ragged_paged_attention": "engine.attention.api",
-    "AttentionMetadata": "engine.attention.backend",
-    "FlashAttentionBackend": "engine.attention.backend",
+    "ragged_paged_attention": "engine.attention",
+    "AttentionMetadata": "engine.attention",
+    "FlashAttentionBackend": "engine.attention",
     "EngineConfig": "engine.config",
     "BackendUnsupported": "engine.errors",
     "CheckpointError": "engine.errors",

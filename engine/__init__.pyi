@@ -1,5 +1,4 @@
-from engine.attention.api import ragged_paged_attention
-from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
+from engine.attention import AttentionMetadata, FlashAttentionBackend, ragged_paged_attention
 from engine.config import EngineConfig
 from engine.distributed.mesh import make_mesh
 from engine.errors import (

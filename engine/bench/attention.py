@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
+from engine.attention import AttentionMetadata, FlashAttentionBackend
 from engine.bench.timing import Timings, median_ratio, print_table, time_in_turn
 from engine.errors import ConfigError
 from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv

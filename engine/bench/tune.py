@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from engine.attention.metadata import AttentionMetadata
-from engine.attention.spec import AttentionSpec, HeadArrays
-from engine.attention.tpu.backend import target_generation
-from engine.attention.tpu.block_sizes import OVERRIDES, BlockSizes
+from engine.attention import AttentionMetadata
+from engine.attention.impl.tpu.block_sizes import OVERRIDES, BlockSizes
+from engine.attention.impl.tpu.tpu_entry import target_generation
+from engine.attention.options import AttentionOptions, HeadArrays
 from engine.bench.timing import time_in_turn
 from engine.bench.tpu.tuning import CONTEXT, Journal, Mode, Target, candidates, formula, search, write_overrides
 from engine.errors import BackendUnsupported
@@ -83,7 +83,8 @@ class _Step:
     """A compiled call over random pages, its cache donated to every next one."""
 
     def __init__(self, target: Target, mode: Mode, blocks: BlockSizes) -> None:
-        from engine.attention.tpu.api import ragged_paged_attention_tpu  # only here: Pallas takes long to import
+        # Only here: Pallas takes long to import.
+        from engine.attention.impl.tpu.tpu_step import ragged_paged_attention_tpu
 
         decode = mode == "decode"
         rows, new, kv_len = (BATCH, 1, CONTEXT // 2) if decode else (1, PREFILL_TOKENS, PREFILL_TOKENS)
@@ -102,12 +103,12 @@ class _Step:
             for key, count in zip(keys, counts, strict=True)
         ]
         self._metadata = jax.device_put(metadata)
-        spec = AttentionSpec(page, target.head_dim**-0.5)
+        options = AttentionOptions(page, target.head_dim**-0.5)
 
         def step(cache: Any, qkv: list[Any], metadata: AttentionMetadata) -> Any:
             q, k, v = qkv
             return ragged_paged_attention_tpu(
-                q, k, v, cache, metadata, HeadArrays(), spec, generation=target.generation, blocks=blocks
+                q, k, v, cache, metadata, HeadArrays(), options, generation=target.generation, blocks=blocks
             )
 
         self._run = jax.jit(step, donate_argnums=0).lower(self._cache, self._qkv, self._metadata).compile()

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from engine.attention.backend import FlashAttentionBackend
-from engine.attention.sharded import MeshAttention
+from engine.attention import FlashAttentionBackend, MeshAttention
 from engine.config import MAX_SLOTS, EngineConfig
 from engine.distributed.mesh import make_mesh
 from engine.errors import ConfigError

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from engine.kv.page_copy import HostPages
+from engine.kv.page_copy import PageData
 from engine.memory.integers import Int32
 from engine.serving.device.batcher import Batcher
 from engine.serving.device.page_mover import PageMover
@@ -106,7 +106,7 @@ class Stepper:
         """Lets go the pages on their way to the host tier, when all cached prefixes are forgotten."""
         self._mover.forget()
 
-    def read_pages(self, replica: int, pages: Int32) -> HostPages:
+    def read_pages(self, replica: int, pages: Int32) -> PageData:
         """Copies pages of a replica's pool to the host, once those that were saved before are in the tier."""
         self._mover.land()
         return self._runner.start_reading(pages, replica=replica).wait()

@@ -9,7 +9,7 @@ from attention_oracle import Case, Geometry, make_case, relative_error, same_bit
 from attention_strategies import GEOMETRIES, cases
 from hypothesis import given, settings
 
-from engine.attention.api import ragged_paged_attention
+from engine.attention import ragged_paged_attention
 
 PLAIN = Geometry(page_size=16, columns=20, tokens=150, rows=4)
 

@@ -6,7 +6,7 @@ import pytest
 from attention_impls import ALL
 from attention_oracle import Case, Geometry, make_case, relative_error, same_bits
 
-from engine.attention.api import ragged_paged_attention
+from engine.attention import ragged_paged_attention
 
 IMPLS = pytest.mark.parametrize("impl", ALL)
 

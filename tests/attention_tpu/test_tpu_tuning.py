@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from engine.attention.tpu import block_sizes
-from engine.attention.tpu.block_sizes import VMEM_BYTES, VMEM_SHARE, load_overrides
+from engine.attention.impl.tpu import block_sizes
+from engine.attention.impl.tpu.block_sizes import VMEM_BYTES, VMEM_SHARE, load_overrides
 from engine.bench import tune
 from engine.bench.__main__ import main
 from engine.bench.tpu.tuning import Journal, Target, best, candidates, formula, scratch_bytes, search, write_overrides

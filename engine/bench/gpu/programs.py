@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from engine.attention.api import ragged_paged_attention
+from engine.attention import ragged_paged_attention
 from engine.bench.gpu.aot import hopper_devices
 from engine.bench.gpu.figures import decode_figures, footprint, prefill_figures
 from engine.bench.gpu.sass import Kernel, read_kernel

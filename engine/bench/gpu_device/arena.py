@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import jax
 
-from engine.attention.metadata import AttentionMetadata
+from engine.attention import AttentionMetadata
 from engine.bench.gpu_device.shapes import Shape
 
 

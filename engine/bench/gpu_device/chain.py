@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
+from engine.attention import AttentionMetadata, FlashAttentionBackend
 from engine.bench.gpu_device.arena import arena, metadata_of, new_tokens
 from engine.bench.gpu_device.shapes import Shape
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from engine.attention.api import ragged_paged_attention
+from engine.attention import ragged_paged_attention
 from engine.bench.gpu_device.cases import Case, Inputs, all_cases, expected_attention, make_inputs, small_cases
 from engine.bench.gpu_device.oracle import Attended, Float64
 

@@ -13,7 +13,7 @@ from engine.bench.tpu.bundles import Loop, Program
 from engine.errors import BackendUnsupported
 
 if TYPE_CHECKING:
-    from engine.attention.tpu.kernel.geometry import Geometry
+    from engine.attention.impl.tpu.kernel.geometry import Geometry
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from engine.attention.api import ragged_paged_attention
-from engine.attention.spec import AttentionSpec
-from engine.attention.tpu.api import make_geometry
+from engine.attention import ragged_paged_attention
+from engine.attention.impl.tpu.tpu_step import make_geometry
+from engine.attention.options import AttentionOptions
 from engine.bench.tpu.aot import TOPOLOGIES, fresh_dumps
 from engine.bench.tpu.bundles import read_program
 from engine.bench.tpu.figures import our_figures
@@ -94,8 +94,8 @@ def compile_attention(
     found["VMEM bytes"] = max(kernel_vmem_bytes(compiled.as_text() or "").values())
     if folder:
         (dump,) = fresh_dumps(Path(folder), "ragged_paged_attention", _seen)
-        spec = AttentionSpec(page_size, head_dim**-0.5, window)
-        found |= our_figures(read_program(dump), make_geometry(queries, kv_heads, cache, spec, pages, generation=gen))
+        layer = AttentionOptions(page_size, head_dim**-0.5, window)
+        found |= our_figures(read_program(dump), make_geometry(queries, kv_heads, cache, layer, pages, generation=gen))
     return found
 
 

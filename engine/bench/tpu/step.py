@@ -14,8 +14,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from engine.attention.backend import FlashAttentionBackend
-from engine.attention.sharded import MeshAttention
+from engine.attention import FlashAttentionBackend, MeshAttention
 from engine.bench.tpu.hlo import aliases, collectives, kernel_vmem_bytes, launches, moves_of_at_least
 from engine.distributed.mesh import DATA_AXIS, TENSOR_AXIS, make_mesh, named
 from engine.distributed.placement import Placement

@@ -14,8 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from engine.attention.spec import AttentionSpec
-from engine.attention.tpu.block_sizes import (
+from engine.attention.impl.tpu.block_sizes import (
     OVERRIDE_KEYS,
     VMEM_BYTES,
     VMEM_SHARE,
@@ -23,6 +22,7 @@ from engine.attention.tpu.block_sizes import (
     choose_blocks,
     load_overrides,
 )
+from engine.attention.options import AttentionOptions
 from engine.errors import BackendUnsupported
 from engine.kv.layout import KVLayout
 
@@ -124,21 +124,21 @@ def fits(target: Target, blocks: BlockSizes) -> bool:
 def scratch_bytes(target: Target, blocks: BlockSizes) -> int:
     """VMEM that the kernel's buffers take with these sizes; BackendUnsupported where the core has less."""
     # Only here: Pallas takes long to import, and no other benchmark needs it.
-    from engine.attention.tpu import api
+    from engine.attention.impl.tpu import tpu_step
 
     layout = target.layout
     cache = jax.ShapeDtypeStruct(layout.buffer_shape(2 * target.page_size), layout.dtype)
     q = jax.ShapeDtypeStruct((blocks.prefill_queries, target.heads * target.group, target.head_dim), target.query_dtype)
-    geo = api.make_geometry(
+    geo = tpu_step.make_geometry(
         q,
         target.heads,
         cache,
-        AttentionSpec(target.page_size, 1.0),
+        AttentionOptions(target.page_size, 1.0),
         CONTEXT // target.page_size,
         generation=target.generation,
         blocks=blocks,
     )
-    return api.scratch_bytes(geo)
+    return tpu_step.scratch_bytes(geo)
 
 
 @dataclass(frozen=True)

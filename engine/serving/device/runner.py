@@ -13,15 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from engine.attention.backend import FlashAttentionBackend
-from engine.attention.metadata import AttentionMetadata, locate_new_tokens, sequence_of_tokens
-from engine.attention.sharded import MeshAttention
+from engine.attention import AttentionMetadata, FlashAttentionBackend, MeshAttention
+from engine.attention.metadata import locate_new_tokens, sequence_of_tokens
 from engine.distributed.placement import Placement
 from engine.errors import ConfigError
 from engine.kv.page_copy import (
     PAGE_BUCKETS,
-    HostPages,
     Int32,
+    PageData,
     PageRead,
     copy_pages,
     start_reading,
@@ -165,7 +164,7 @@ class ModelRunner:
         """Starts to copy pages of a replica's pool to the host."""
         return start_reading(self.pool, pages, replica=replica)
 
-    def write(self, pages: Int32, data: HostPages, *, replica: int = 0) -> None:
+    def write(self, pages: Int32, data: PageData, *, replica: int = 0) -> None:
         """Copies pages from the host into a replica's pool, in place."""
         write_pages(self.pool, pages, data, replica=replica)
 

@@ -1,0 +1,1 @@
+"""The implementations of attention; ``implementation`` says what each of them is."""
