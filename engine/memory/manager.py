@@ -234,9 +234,9 @@ class CacheManager:
 
     def has_room_to_grow(self, rows: npt.ArrayLike, counts: npt.ArrayLike) -> bool:
         """Whether ``grow`` would find the pages, by eviction if need be; raises ShapeError where it has to look."""
-        if isinstance(rows, np.ndarray) and isinstance(counts, np.ndarray):
-            most = rows.size + int(counts.sum()) // self.page_size  # each row's last page may be full
-            if most <= self._pool.available:
+        if isinstance(rows, np.ndarray) and rows.dtype.kind == "i" and isinstance(counts, int | np.ndarray):
+            tokens = rows.size * counts if isinstance(counts, int) else int(counts.sum())
+            if rows.size + tokens // self.page_size <= self._pool.available:  # each row's last page may be full
                 return True
         return self.page_table.plan_growth(rows, counts).num_pages <= self.reclaimable_pages
 
@@ -477,9 +477,7 @@ class CacheManager:
 
     def _take_for(self, growth: RowGrowth) -> PageIds:
         """Fresh pages for rows: neighbours for a row that begins several."""
-        if growth.fresh.max() == 1:
-            return self._pool.take_singles(growth.num_pages)
-        return self._pool.take(growth.fresh)
+        return self._pool.take_singles(growth.num_pages) if growth.runs is None else self._pool.take(growth.runs)
 
     def _full_pages(self, row: int, token_ids: Int32) -> tuple[Int32, PageIds]:
         """A row's full pages as far as their tokens are computed and told: these tokens, and the pages."""

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -33,26 +32,31 @@ from engine.memory.one_caller import OneCaller
 from engine.memory.pages import NO_PAGES, PageIds, Slots
 
 NO_ROWS = np.empty(0, np.int64)
+_ONE = np.int32(1)
 
 
-@dataclass(frozen=True, eq=False)
-class RowGrowth:
+class RowGrowth(NamedTuple):
     """What it takes to give rows more tokens, worked out before anything is taken.
 
     Attributes:
         rows: int64 ``[B]``.
         lens, ends: ``[B]`` granted tokens before and afterwards.
-        held: int64 ``[B]`` pages before.
-        fresh: int64 ``[B]`` pages that the new tokens begin.
-        num_pages: fresh pages in all.
+        places: int64 ``[n]`` where fresh pages go, ``row * max_pages + column``, one row after the other.
+        runs: int64 ``[B]`` fresh pages of each row; None where no row begins more than one.
+        change: the table's number of changes when this was worked out.
     """
 
     rows: Int64
     lens: Int32
-    ends: Int64
-    held: Int64
-    fresh: Int64
-    num_pages: int
+    ends: Int32
+    places: Int64
+    runs: Int64 | None
+    change: int
+
+    @property
+    def num_pages(self) -> int:
+        """Fresh pages in all."""
+        return self.places.size
 
 
 class ReqToTokenPool:
@@ -99,7 +103,10 @@ class ReqToTokenPool:
         self._in_use = np.zeros(self.max_requests, np.bool_)
         # First in, first out: a row that was just released is the last to be reused, so a stale index is seen.
         self._free_rows = deque(range(self.max_requests))
-        self._checked, self._checked_at = NO_ROWS, -1  # rows that were in use and distinct at this membership
+        self._changes = 0  # of any row's length or pages
+        # The rows that were last found in use and distinct; at which membership, and what they were passed as.
+        self._checked = NO_ROWS
+        self._checked_at: tuple[int, np.dtype[Any], bytes] | None = None
         self.caller = OneCaller()
 
     # What rows hold.
@@ -262,6 +269,7 @@ class ReqToTokenPool:
         """Takes every row back, whatever state the table is in; each counts as given back once more."""
         self.caller.enter()
         self.membership += 1
+        self._changes += 1
         self._generation += 1
         for column in (self._table, self._granted, self._computed, self._known, self._most, self._told, self._in_use):
             column[:] = 0
@@ -344,51 +352,50 @@ class ReqToTokenPool:
         """
         index = self._checked_rows(rows)
         lens = self._granted[index]
-        if type(counts) is int and counts == 1:  # a step of decoding: nothing to check but the context
-            ends: Int64 = lens + np.int64(1)
-            fresh: Int64 = (lens % self.page_size == 0).astype(np.int64)
-        else:
-            new = np.full(index.size, counts) if is_integer(counts) else integer_vector("counts", counts)
-            equal_lengths(rows=index, counts=new)
-            if new.size and new.min() < 0:
-                raise ShapeError(f"row {index[new.argmin()]} cannot grow by {new.min()} tokens; use truncate to shrink")
-            ends = lens + new.clip(max=INT32_MAX)  # what is far too much must not overflow into little
-            fresh = self._pages_of(ends) - self._pages_of(lens)
-        if ends.size and ends.max() > self.max_context_tokens:
-            self._check_context(index, ends)
-        num_pages = int(fresh.sum())
-        return RowGrowth(index, lens, ends, self._pages_of(lens) if num_pages else fresh, fresh, num_pages)
+        if type(counts) is int and counts == 1:  # a step of decoding
+            if lens.size and lens.max() >= self.max_context_tokens:
+                self._check_context(index, lens + np.int64(1))
+            ends: Int32 = lens + _ONE
+            begins = (lens % self.page_size == 0).nonzero()[0]
+            places = index[begins] * self.max_pages + lens[begins] // self.page_size
+            return RowGrowth(index, lens, ends, places, None, self._changes)
+        new = np.full(index.size, counts) if is_integer(counts) else integer_vector("counts", counts)
+        equal_lengths(rows=index, counts=new)
+        if new.size and new.min() < 0:
+            raise ShapeError(f"row {index[new.argmin()]} cannot grow by {new.min()} tokens; use truncate to shrink")
+        wide = lens + new.clip(max=INT32_MAX)  # what is far too much must not overflow into little
+        self._check_context(index, wide)
+        held = self._pages_of(lens)
+        fresh = (self._pages_of(wide) - held).astype(np.int64)
+        places = np.repeat(index * self.max_pages, fresh) + ranges(held, fresh)
+        runs = fresh if fresh.size and fresh.max() > 1 else None
+        return RowGrowth(index, lens, wide.astype(np.int32), places, runs, self._changes)
 
-    def grow(self, growth: RowGrowth, pages: Int32) -> None:
+    def grow(self, growth: RowGrowth, pages: PageIds) -> None:
         """Grows rows as planned.
 
         Args:
-            growth: from ``plan_growth``; the rows have not changed since.
+            growth: from ``plan_growth``; no row has changed since.
             pages: the fresh pages, int32 ``[growth.num_pages]``, one sequence after the other.
 
         Raises:
-            ShapeError: the rows have changed, or there are not as many distinct pages, other than the null page, as
-                were planned.
+            ShapeError: rows have changed, or there are not as many distinct pages, other than the null page, as were
+                planned.
         """
         self.caller.enter()
-        rows = growth.rows
-        if (self._granted[rows] != growth.lens).any():
+        if growth.change != self._changes:
             raise ShapeError("rows have changed since their growth was planned; plan it again")
-        new = integer_vector("pages", pages)
-        if new.size != growth.num_pages:
-            raise ShapeError(f"there are {new.size} pages for {growth.num_pages} that the new tokens begin")
-        if not new.size:
-            self._granted[rows] = growth.ends
-            return
-        _check_new_pages(new)
-        places = np.repeat(rows * self.max_pages, growth.fresh) + ranges(growth.held, growth.fresh)
-        flat = self._table.reshape(-1)
+        if len(pages) != growth.places.size:
+            raise ShapeError(f"there are {len(pages)} pages for {growth.places.size} that the new tokens begin")
+        _check_new_pages(pages)
         try:
-            flat[places] = new
-            self._granted[rows] = growth.ends
+            self._changes += 1
+            if growth.places.size:
+                self._table.reshape(-1)[growth.places] = pages
+            self._granted[growth.rows] = growth.ends
         except BaseException:
-            flat[places] = 0
-            self._granted[rows] = growth.lens
+            self._table.reshape(-1)[growth.places] = 0
+            self._granted[growth.rows] = growth.lens
             raise
 
     def truncate(self, row: int, tokens: int, last_page: PageIds = NO_PAGES) -> PageIds:
@@ -438,7 +445,7 @@ class ReqToTokenPool:
             return before
 
     def mark_computed(self, rows: npt.ArrayLike, tokens: npt.ArrayLike) -> None:
-        """Notes that the first ``tokens[i]`` tokens of ``rows[i]`` are computed; fewer than before change nothing.
+        """Notes that the first ``tokens[i]`` tokens of ``rows[i]`` have been computed.
 
         Args:
             rows: ``[B]`` distinct rows in use.
@@ -448,13 +455,15 @@ class ReqToTokenPool:
             ShapeError: not rows in use, or a row has been granted fewer tokens.
         """
         self.caller.enter()
-        index, ends = self._checked_rows(rows), integer_vector("tokens", tokens)
-        equal_lengths(rows=index, tokens=ends)
+        index = self._checked_rows(rows)
+        ends = tokens if _is_vector(tokens) else integer_vector("tokens", tokens)
+        if ends.size != index.size:
+            equal_lengths(rows=index, tokens=ends)
         granted = self._granted[index]
-        if (ends > granted).any():
-            at = int((ends > granted).argmax())
+        if (wrong := (ends > granted) | (ends < 0)).any():
+            at = int(wrong.argmax())
             raise ShapeError(f"row {index[at]} cannot have computed {ends[at]} tokens: it was granted {granted[at]}")
-        self._computed[index] = np.maximum(ends, self._computed[index])
+        self._computed[index] = ends
 
     def take_new_pages(self, rows: npt.ArrayLike) -> tuple[Int32, Int32]:
         """The pages of rows that no call has returned before, for the copy of the table on the device.
@@ -470,12 +479,12 @@ class ReqToTokenPool:
         """
         self.caller.enter()
         index = self._checked_rows(rows)
-        told = self._told[index]
-        held = self._pages_of(self._granted[index])
-        fresh = held - told
-        if not fresh.any():
+        told, held = self._told[index], self._pages_of(self._granted[index])
+        grown = (held > told).nonzero()[0]
+        if not grown.size:
             return np.empty(0, np.int32), np.empty(0, np.int32)
-        places = ranges(index * self.max_pages + told, fresh)
+        first, fresh = index[grown] * self.max_pages + told[grown], held[grown] - told[grown]
+        places = first if grown.size == fresh.sum() else ranges(first, fresh)
         new = places.astype(np.int32), self._table.reshape(-1)[places]
         try:
             self._told[index] = held
@@ -530,6 +539,7 @@ class ReqToTokenPool:
         )  # fmt: skip
         before, free = [column[rows].copy() for column in columns], self._free_rows.copy()
         try:
+            self._changes += 1
             yield
         except BaseException:
             for column, values in zip(columns, before, strict=True):
@@ -538,10 +548,9 @@ class ReqToTokenPool:
             self.membership += 1
             raise
 
-    def _pages_of(self, lens: npt.NDArray[Any]) -> Int64:
+    def _pages_of(self, lens: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Pages that hold ``lens`` tokens."""
-        pages: Int64 = (lens + (self.page_size - 1)).astype(np.int64) // self.page_size
-        return pages
+        return -(-lens // self.page_size)
 
     def _slots_at(self, rows: Int64, positions: Int64) -> Slots:
         page, offset = np.divmod(positions, self.page_size)
@@ -554,10 +563,9 @@ class ReqToTokenPool:
 
     def _checked_rows(self, rows: npt.ArrayLike, *, distinct: bool = True) -> Int64:
         """Rows as int64, in use and, if wanted, each once; those of the last check are not looked at again."""
-        if self._checked_at == self.membership and isinstance(rows, np.ndarray) and rows.dtype.kind == "i":
-            last = self._checked
-            if rows.shape == last.shape and (rows == last).all():
-                return last
+        mark = (self.membership, rows.dtype, rows.tobytes()) if _is_vector(rows) else None
+        if mark is not None and mark == self._checked_at:
+            return self._checked
         index = integer_vector("rows", rows)
         if index.size and (index.min() < 0 or index.max() >= self.max_requests):
             raise ShapeError(f"rows go from {index.min()} to {index.max()}; the table has 0 to {self.max_requests - 1}")
@@ -567,10 +575,11 @@ class ReqToTokenPool:
             return index
         if index.size > 1 and np.bincount(index).max() > 1:
             raise ShapeError(f"row {np.bincount(index).argmax()} is listed more than once; list each row once per call")
-        index.flags.writeable = False
-        self._checked_at = -1  # no fault between the two leaves one with the other's number
-        self._checked = index
-        self._checked_at = self.membership
+        if mark is not None:
+            index.flags.writeable = False
+            self._checked_at = None  # no fault between the two leaves the rows of one with the mark of another
+            self._checked = index
+            self._checked_at = mark
         return index
 
     def _check_written(self, rows: Int64, starts: Int64, counts: Int64, slots: Int64) -> None:
@@ -608,9 +617,17 @@ class ReqToTokenPool:
             )
 
 
-def _check_new_pages(pages: Int64) -> None:
+def _check_new_pages(pages: npt.NDArray[Any]) -> None:
     """Checks that pages which enter the table are distinct int32 page ids, none of them the null page."""
-    if pages.size and (pages.min() < 1 or pages.max() > INT32_MAX):
-        raise ShapeError(f"pages go from {pages.min()} to {pages.max()}; page ids are int32 and the null page is 0")
-    if np.unique(pages).size != pages.size:
+    listed = pages.tolist()  # few: a step of decoding begins one or two
+    if not listed:
+        return
+    if min(listed) < 1 or max(listed) > INT32_MAX:
+        raise ShapeError(f"pages go from {min(listed)} to {max(listed)}; page ids are int32 and the null page is 0")
+    if len(set(listed)) != len(listed):
         raise ShapeError("a new page begins twice in one call; each belongs to one place of one row")
+
+
+def _is_vector(values: object) -> TypeGuard[npt.NDArray[Any]]:
+    """Whether values are an array of signed integers with one axis, which needs no conversion."""
+    return isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind == "i"

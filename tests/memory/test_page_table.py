@@ -252,7 +252,7 @@ def test_a_growth_that_does_not_fit_changes_nothing(table):
     ):
         refuses(table, ShapeError, lambda rows=rows, counts=counts: table.plan_growth(rows, counts), message)
     growth = table.plan_growth([a, b], [2, 5])
-    assert growth.fresh.tolist() == [1, 2]
+    assert growth.runs.tolist() == [1, 2]
     for pages, message in (([1, 2], "2 pages for 3"), ([1, 2, 2], "begins twice"), ([0, 1, 2], "null page")):
         refuses(table, ShapeError, lambda pages=pages: table.grow(growth, np.array(pages, np.int32)), message)
     table.grow(table.plan_growth([b], 1), np.array([9], np.int32))

@@ -304,13 +304,13 @@ class TestViews:
     def test_of_rows(self, cache):
         table = cache.page_table
         with pytest.raises(ValueError, match="read-only"):  # the table's own, of which it knows that they are in use
-            table.plan_growth([0, 1], [3, 4]).rows[:] = 1
+            table.plan_growth(np.array([0, 1]), [3, 4]).rows[:] = 1
         copies = table.rows([0]), table.kv_lens([0]), table.row_pages(0), table.full_pages(0, 9), table.held_pages()
         for array in (*copies, *table.take_new_pages([0]), table.slots(0, 0, 9), table.last_loc([0], [9])):
             array[:] = 1
         cache.check_integrity()
         growth = table.plan_growth([0, 1], [5, 5])
-        pages = cache.allocator.pages.take(growth.fresh)
+        pages = cache.allocator.pages.take(growth.runs)
         kept = pages.copy()
         table.grow(growth, pages)
         pages[:] = 1

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from contextlib import suppress
-from dataclasses import replace
 
 import numpy as np
 
@@ -115,7 +114,7 @@ class Replica:
             self._end_waits()
             plan = self._next_rows()
         retractions = self.retractions
-        while not self.cache.has_room_to_grow(plan.rows, plan.counts):
+        while not self.cache.has_room_to_grow(plan.rows, 1 if plan.repeats else plan.counts):
             if not settled:
                 return None
             self._retract(max(self.running, key=lambda request: request.rank))
@@ -201,8 +200,7 @@ class Replica:
         self._repeats -= 1
         self.planned[rows] += 1
         ends = last.ends if self._repeats else self.planned[rows] > table.request_lens(rows)[2]
-        step = replace(last, starts=last.starts + 1, ends=ends, new_pages=table.take_new_pages(rows), repeats=True)
-        self._last = step
+        self._last = step = last.further(ends, table.take_new_pages(rows))
         return step
 
     # What becomes of a step.

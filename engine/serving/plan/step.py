@@ -65,7 +65,7 @@ class SamplingColumns:
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class ReplicaStep:
     """The requests of one replica in a step, and for each, ``[n]``, what it feeds; empty where nothing is to run.
 
@@ -98,6 +98,25 @@ class ReplicaStep:
     num_decode_tokens: int
     membership: int | None
     repeats: bool = False
+
+    def further(self, ends: Bool, new_pages: tuple[Int32, Int32]) -> ReplicaStep:
+        """The same step a token further."""
+        return ReplicaStep(
+            self.requests,
+            self.req_pool_idx,
+            self.starts + 1,
+            self.counts,
+            self.on_device,
+            self.samples,
+            ends,
+            self.generations,
+            self.sampling,
+            new_pages,
+            self.num_tokens,
+            self.num_decode_tokens,
+            self.membership,
+            repeats=True,
+        )
 
     @property
     def rows(self) -> list[ScheduledRow]:
