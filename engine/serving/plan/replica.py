@@ -174,7 +174,7 @@ class Replica:
         samples = starts + counts == self.planned[rows]
         self.planned[rows] += samples
         on_device = starts >= known
-        is_all = plan.is_all and not plan.admitted and self._ordered_at == table.membership
+        is_all = plan.is_all and rows.size == len(self.running) and self._ordered_at == table.membership
         step = ReplicaStep(
             requests=self._in_order if is_all else [self._request_of(row) for row in rows.tolist()],
             req_pool_idx=rows,
