@@ -208,7 +208,7 @@ class CacheManager:
             self.prefix.query_tokens, self.prefix.hit_tokens = counted
             raise
 
-    def share(self, row: int, scope: CacheScope, token_ids: Int32) -> int:
+    def share(self, row: int, scope: CacheScope, token_ids: Int32, *, counts_hit: bool = True) -> int:
         """Takes what has been cached since a row was admitted of the tokens that it has not been granted yet.
 
         For a request that waits for another one to compute what both begin with.
@@ -217,6 +217,7 @@ class CacheManager:
             row: of a request that has been granted nothing but cached tokens.
             scope: as for ``admit``.
             token_ids: as for ``admit``.
+            counts_hit: as for ``admit``.
 
         Returns:
             The tokens that it need not compute now; 0 where it has computed tokens of its own.
@@ -229,7 +230,7 @@ class CacheManager:
         found = self.prefix.match(scope, token_vector(token_ids))
         if found.num_tokens > before == lease.match.num_tokens and not lease.is_forgotten:
             self._extend_lease(row, lease, found)
-            self.prefix.hit_tokens += found.num_tokens - before
+            self.prefix.hit_tokens += (found.num_tokens - before) * counts_hit
         return self.page_table.kv_len(row) - before
 
     def has_room_to_grow(self, rows: npt.ArrayLike, counts: npt.ArrayLike) -> bool:
