@@ -192,7 +192,7 @@ class CacheManager:
             self.prefix.lock(found)
             pages = found.pages
             if not self._has_room(tokens.size, most, pages.size):
-                self._take_back(None, [found], NO_PAGES)
+                self.prefix.unlock(found)
                 return None
             row = self.page_table.alloc_row(known=tokens.size, most=most)
             self._leases[row] = Lease(found, level)

@@ -218,6 +218,15 @@ class TestTruncate:
         cache.check_integrity()
 
 
+def test_to_find_no_room_costs_no_look_at_what_is_cached(monkeypatch):
+    cache, _ = make()
+    row = compute(cache, tokens(40)).row
+    monkeypatch.setattr(cache.prefix, "pages", None)
+    assert cache.admit(SCOPE, tokens(40)[:20].repeat(2)) is None
+    assert cache.admit(SCOPE, np.append(tokens(8), tokens(32, start=90))) is None
+    assert cache.locked_pages(row) == cache.prefix.protected_pages == 10
+
+
 def test_without_a_row_nobody_is_admitted_and_nothing_stays_locked():
     cache, _ = make(size=128, rows=1)
     held = compute(cache, tokens(8))
