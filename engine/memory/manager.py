@@ -270,7 +270,7 @@ class CacheManager:
         """Shrinks a row to its first ``tokens`` tokens, as when speculation is rejected; pages return to the pool.
 
         A shared page is never written: where the row ends within one, it gets a page of its own, and a PageCopy is
-        planned. What the row has locked in the prefix cache beyond its new end stays locked until it ends.
+        planned. Cached pages beyond its new end are no longer locked.
 
         Raises:
             ShapeError: not a row in use, or it has fewer tokens.
@@ -290,6 +290,7 @@ class CacheManager:
             if source.size:
                 self._moves.append(PageCopy(source, target))
             self._pool.release(dropped)
+            self._shorten_lease(row, tokens)
         except BaseException:
             if self.page_table.kv_len(row) == length:
                 self._pool.give_back_since(clock)
@@ -297,6 +298,7 @@ class CacheManager:
                 planned = any(isinstance(move, PageCopy) and move.targets is target for move in self._moves)
                 self._moves += [PageCopy(source, target)] * (source.size > 0 and not planned)
                 self._release_unlisted(before)
+                self._shorten_lease(row, tokens)
             raise
 
     def mark_computed(self, rows: npt.ArrayLike, tokens: npt.ArrayLike) -> None:
@@ -356,6 +358,7 @@ class CacheManager:
             new_row = self.page_table.alloc_row(known=tokens + 1, most=self._most_of(row))
             self.prefix.lock(lease.match)  # once more: a handle may be shared
             self._leases[new_row] = Lease(lease.match, lease.priority, lease.is_forgotten)
+            self._shorten_lease(new_row, tokens)
             self._pool.retain(PageIds(pages[:full]))
             self.page_table.append_pages(new_row, pages[:full])
             if rest:
@@ -547,6 +550,12 @@ class CacheManager:
             self._unlock_unleased([found])
             self._release_unlisted(added)
             raise
+
+    def _shorten_lease(self, row: int, tokens: int) -> None:
+        """Lets a row lock no more than its own full pages: a locked page is one that it holds."""
+        lease = self._leases.get(row)
+        if lease is not None:
+            lease.match = self.prefix.shorten(lease.match, tokens)
 
     def _plan_load(self, row: int, scope: CacheScope, token_ids: Int32) -> int:
         """Plans to bring back from the host what follows the row's tokens there; returns the pages."""
