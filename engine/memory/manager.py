@@ -192,7 +192,7 @@ class CacheManager:
             self.prefix.lock(found)
             pages = found.pages
             if not self._has_room(tokens.size, most, pages.size):
-                self._take_back(None, [found], NO_PAGES)
+                self.prefix.unlock(found)
                 return None
             row = self.page_table.alloc_row(known=tokens.size, most=most)
             self._leases[row] = Lease(found, level)
@@ -208,7 +208,7 @@ class CacheManager:
             self.prefix.query_tokens, self.prefix.hit_tokens = counted
             raise
 
-    def share(self, row: int, scope: CacheScope, token_ids: Int32) -> int:
+    def share(self, row: int, scope: CacheScope, token_ids: Int32, *, counts_hit: bool = True) -> int:
         """Takes what has been cached since a row was admitted of the tokens that it has not been granted yet.
 
         For a request that waits for another one to compute what both begin with.
@@ -217,6 +217,7 @@ class CacheManager:
             row: of a request that has been granted nothing but cached tokens.
             scope: as for ``admit``.
             token_ids: as for ``admit``.
+            counts_hit: as for ``admit``.
 
         Returns:
             The tokens that it need not compute now; 0 where it has computed tokens of its own.
@@ -229,7 +230,7 @@ class CacheManager:
         found = self.prefix.match(scope, token_vector(token_ids))
         if found.num_tokens > before == lease.match.num_tokens and not lease.is_forgotten:
             self._extend_lease(row, lease, found)
-            self.prefix.hit_tokens += found.num_tokens - before
+            self.prefix.hit_tokens += (found.num_tokens - before) * counts_hit
         return self.page_table.kv_len(row) - before
 
     def has_room_to_grow(self, rows: npt.ArrayLike, counts: npt.ArrayLike) -> bool:
@@ -269,7 +270,7 @@ class CacheManager:
         """Shrinks a row to its first ``tokens`` tokens, as when speculation is rejected; pages return to the pool.
 
         A shared page is never written: where the row ends within one, it gets a page of its own, and a PageCopy is
-        planned. What the row has locked in the prefix cache beyond its new end stays locked until it ends.
+        planned. Cached pages beyond its new end are no longer locked.
 
         Raises:
             ShapeError: not a row in use, or it has fewer tokens.
@@ -289,6 +290,7 @@ class CacheManager:
             if source.size:
                 self._moves.append(PageCopy(source, target))
             self._pool.release(dropped)
+            self._shorten_lease(row, tokens)
         except BaseException:
             if self.page_table.kv_len(row) == length:
                 self._pool.give_back_since(clock)
@@ -296,6 +298,7 @@ class CacheManager:
                 planned = any(isinstance(move, PageCopy) and move.targets is target for move in self._moves)
                 self._moves += [PageCopy(source, target)] * (source.size > 0 and not planned)
                 self._release_unlisted(before)
+                self._shorten_lease(row, tokens)
             raise
 
     def mark_computed(self, rows: npt.ArrayLike, tokens: npt.ArrayLike) -> None:
@@ -355,6 +358,7 @@ class CacheManager:
             new_row = self.page_table.alloc_row(known=tokens + 1, most=self._most_of(row))
             self.prefix.lock(lease.match)  # once more: a handle may be shared
             self._leases[new_row] = Lease(lease.match, lease.priority, lease.is_forgotten)
+            self._shorten_lease(new_row, tokens)
             self._pool.retain(PageIds(pages[:full]))
             self.page_table.append_pages(new_row, pages[:full])
             if rest:
@@ -544,6 +548,12 @@ class CacheManager:
             self._unlock_unleased([found])
             self._release_unlisted(added)
             raise
+
+    def _shorten_lease(self, row: int, tokens: int) -> None:
+        """Lets a row lock no more than its own full pages: a locked page is one that it holds."""
+        lease = self._leases.get(row)
+        if lease is not None:
+            lease.match = self.prefix.shorten(lease.match, tokens)
 
     def _plan_load(self, row: int, scope: CacheScope, token_ids: Int32) -> int:
         """Plans to bring back from the host what follows the row's tokens there; returns the pages."""

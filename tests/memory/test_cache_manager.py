@@ -209,6 +209,38 @@ class TestTruncate:
         cache.truncate(row, 5)
         assert cache.page_table.kv_len(row) == 5
 
+    def test_what_it_gives_back_is_not_locked_any_more(self):
+        cache, _ = make()
+        row = compute(cache, tokens(20)).row
+        cache.truncate(row, 10)
+        assert (cache.locked_pages(row), cache.prefix.protected_pages, cache.prefix.evictable_pages) == (2, 2, 3)
+        cache.reset_prefix_cache()
+        cache.truncate(row, 5)  # in a tree that is not found any more
+        assert (cache.locked_pages(row), cache.prefix.protected_pages) == (1, 1)
+        cache.release(row, SCOPE, tokens(20))
+        cache.check_integrity()
+        assert cache.held_tokens == 0
+
+    @pytest.mark.parametrize("how", ["truncate", "fork"])
+    def test_a_page_that_another_row_shares_is_locked_once_it_is_cached(self, how):
+        """Also where the row that has it cached left a cached sequence before."""
+        cache, _ = make(rows=4)
+        row = compute(cache, tokens(16)).row
+        if how == "fork":
+            row, first = cache.fork(row, 7), row
+            cache.release(first, SCOPE, tokens(16))
+        else:
+            cache.truncate(row, 7)
+        cache.grow([row], [9])
+        cache.mark_computed([row], [16])
+        other = np.concatenate([tokens(7), tokens(9, start=500)])
+        child = cache.fork(row, 12)
+        cache.publish(row, SCOPE, other)
+        cache.release(row, SCOPE, other)
+        assert cache.locked_pages(child) == 3
+        cache.grow([child], [cache.reclaimable_pages * PAGE])
+        cache.check_integrity()
+
     def test_without_a_page_for_the_copy_nothing_changes(self):
         cache, _ = make(size=32)
         row = compute(cache, tokens(32)).row
@@ -216,6 +248,15 @@ class TestTruncate:
             cache.truncate(row, 30)
         assert cache.page_table.kv_len(row) == 32
         cache.check_integrity()
+
+
+def test_to_find_no_room_costs_no_look_at_what_is_cached(monkeypatch):
+    cache, _ = make()
+    row = compute(cache, tokens(40)).row
+    monkeypatch.setattr(cache.prefix, "pages", None)
+    assert cache.admit(SCOPE, tokens(40)[:20].repeat(2)) is None
+    assert cache.admit(SCOPE, np.append(tokens(8), tokens(32, start=90))) is None
+    assert cache.locked_pages(row) == cache.prefix.protected_pages == 10
 
 
 def test_without_a_row_nobody_is_admitted_and_nothing_stays_locked():

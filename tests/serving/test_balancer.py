@@ -57,6 +57,23 @@ def test_requests_go_to_the_emptiest_replica():
     assert places(balancer) == {1: 0, 2: 1, 3: 1, 4: 1}  # 20 tokens against 15
 
 
+def test_a_request_that_waits_for_another_is_in_no_step_wherever_the_next_one_goes():
+    balancer = make(size=128)
+    prompt = np.arange(13, dtype=np.int32)
+    leader, follower = request(1, 0, new=4, prompt=prompt), request(2, 0, new=4, prompt=np.arange(15, dtype=np.int32))
+    balancer.add(leader)
+    under_way = balancer.next_step()
+    balancer.add(follower)
+    balancer.add(request(3, 6))  # for which the replicas are compared once the follower has its row
+    step = balancer.next_step(settled=False)
+    assert places(balancer) == {1: 0, 2: 0, 3: 1}
+    assert list(step.parts[0].requests) == [leader]
+    assert step.parts[0].membership is None
+    for each in (under_way, step):
+        commit(balancer, each, np.full(6, 7, np.int32))
+    assert sorted(finish(balancer)) == [1, 2, 3]
+
+
 def test_a_prompt_goes_where_it_is_cached_unless_that_replica_is_much_fuller():
     balancer = make(size=128, slots=4, budget=64)
     shared = np.arange(20, dtype=np.int32)

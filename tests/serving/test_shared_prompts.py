@@ -109,6 +109,20 @@ def test_where_the_request_that_computes_goes_the_others_go_on_themselves(ends):
     assert cache.held_tokens == 0
 
 
+def test_a_request_that_comes_back_counts_no_second_hit():
+    """It waits for another one again, as after a fault that has taken every step back."""
+    cache, scheduler = make_large(16)
+    common = np.arange(64, dtype=np.int32)
+    requests = add(scheduler, [np.append(common, np.int32(1000 + n)) for n in range(2)])
+    run_step(scheduler)
+    scheduler.next_step()
+    assert requests[1].cached_tokens == 64
+    scheduler.restart(requests, keeps_pages=False)
+    prefill(scheduler, requests, overlap=False)
+    assert [each.cached_tokens for each in requests] == [0, 64]
+    assert (cache.prefix.query_tokens, cache.prefix.hit_tokens) == (2 * 65, 64)
+
+
 def test_one_that_shares_less_than_a_page_does_not_wait():
     _, scheduler = make_large(16)
     one, other = np.arange(40, dtype=np.int32), np.arange(40, dtype=np.int32)

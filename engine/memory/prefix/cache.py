@@ -299,6 +299,42 @@ class RadixCache:
             self._undo(before, done)
             raise
 
+    def shorten(self, match: PrefixMatch, num_tokens: int) -> PrefixMatch:
+        """Moves a request's lock from the end of a match back to an earlier place, where its own pages end.
+
+        The same as ``lock`` of the beginning of ``match`` and one ``unlock`` of ``match``, also where the pages cannot
+        be found any more.
+
+        Args:
+            match: the request's locked handle.
+            num_tokens: tokens that it keeps; their whole pages stay locked.
+
+        Returns:
+            The locked handle from now on; ``match`` itself where it is no longer than that.
+
+        Raises:
+            DoubleFreeError: as for ``unlock``.
+        """
+        self._require_locked(match)
+        kept, before = num_tokens // self.page_size, {match: match.locks}
+        node = match.node
+        if kept >= match.pages.size or node is None:
+            return match
+        try:
+            while node.parent is not None and node.start >= kept:
+                node = node.parent
+            node = self._forest.ending_at(node, kept)
+            held = PrefixMatch(PageIds(match.pages[:kept]), kept * self.page_size, num_tokens, self._forest, node)
+            before[held] = 0
+            self._forest.lock(node)
+            self._locked[held] = None
+            held.locks = 1
+            self._unlock(match)
+            return held
+        except BaseException:
+            self._undo(before, [])
+            raise
+
     def finish(
         self,
         match: PrefixMatch,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,6 +26,23 @@ from engine.serving.request import Request
 NO_TOKENS = np.empty(0, np.int32)
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Wait:
+    """A request's wait for another one to compute what both begin with.
+
+    Attributes:
+        leader: the other one's row.
+        generation: of that row.
+        common_tokens: tokens that both begin with, in whole pages.
+        counts_hit: whether what it then shares counts as found in the prefix cache: not for one that comes back.
+    """
+
+    leader: int
+    generation: int
+    common_tokens: int
+    counts_hit: bool
 
 
 class Replica:
@@ -71,8 +89,7 @@ class Replica:
         self._stop_ids: frozenset[int] = frozenset()
         self._last: ReplicaStep | None = None  # of all running requests, each decoding
         self._repeats = 0  # how many steps may follow it, each a token further, until a request reaches its length
-        # Requests that wait for another to compute what both begin with: its row, that row's generation, the tokens.
-        self._follows: dict[int, tuple[int, int, int]] = {}
+        self._follows: dict[int, Wait] = {}  # by the row that waits
         # Rows that compute a prompt, by where they began: page index, scope, and the tokens of that page.
         self._computing: dict[tuple[int, CacheScope, bytes], int] = {}
 
@@ -134,21 +151,22 @@ class Replica:
         It waits with its row, and is in no step yet, where another request is computing what both begin with.
         """
         table, tokens = self.cache.page_table, request.tokens(0, request.num_tokens)
+        is_new = request.cached_tokens is None
         admission = self.cache.admit(
             request.scope,
             tokens,
             most_tokens=request.max_tokens,
             priority=request.params.priority,
-            counts_hit=request.cached_tokens is None,
+            counts_hit=is_new,
         )
         if admission is None:
             return False
         row, granted = admission.row, table.kv_len(admission.row)
-        if request.cached_tokens is None:
+        if is_new:
             request.cached_tokens = granted
         self._queue.waiting.remove(request)
         self._enter(request, row)
-        if not self._follow(request, row, tokens, admission):
+        if not self._follow(request, row, tokens, admission, counts_hit=is_new):
             plan.admitted.append(row)
             plan.chunks.append(min(tokens.size - granted, self._budget(plan)))
         return True
@@ -173,7 +191,7 @@ class Replica:
         samples = starts + counts == self.planned[rows]
         self.planned[rows] += samples
         on_device = starts >= known
-        is_all = plan.is_all and not plan.admitted and self._ordered_at == table.membership
+        is_all = plan.is_all and rows.size == len(self.running) and self._ordered_at == table.membership
         step = ReplicaStep(
             requests=self._in_order if is_all else [self._request_of(row) for row in rows.tolist()],
             req_pool_idx=rows,
@@ -357,12 +375,13 @@ class Replica:
 
     # Requests that begin alike and come together.
 
-    def _follow(self, request: Request, row: int, tokens: Int32, admission: Admission) -> bool:
+    def _follow(self, request: Request, row: int, tokens: Int32, admission: Admission, *, counts_hit: bool) -> bool:
         """Whether a request that was just admitted waits for another one to compute what both begin with."""
         cached, size = admission.cached_tokens, self.cache.page_size
         leader, common = self._leader(request.scope, tokens, cached)
         if leader is not None and not admission.loaded_tokens:
-            self._follows[row] = leader, int(self.cache.page_table.generations(np.array([leader]))[0]), common
+            generation = int(self.cache.page_table.generations(np.array([leader]))[0])
+            self._follows[row] = Wait(leader, generation, common, counts_hit)
         if self.cache.shares_prefixes and tokens.size - cached > size:
             self._computing[self._place(request.scope, tokens, cached // size)] = row
         return row in self._follows
@@ -388,16 +407,17 @@ class Replica:
     def _end_waits(self) -> None:
         """Lets the requests go on whose common pages have been computed, or will not be: they share what is cached."""
         table = self.cache.page_table
-        for row, (leader, generation, common) in list(self._follows.items()):
-            is_there = table.generations(np.array([leader]))[0] == generation
-            if is_there and table.computed_len(leader) < common:
+        for row, wait in list(self._follows.items()):
+            is_there = table.generations(np.array([wait.leader]))[0] == wait.generation
+            if is_there and table.computed_len(wait.leader) < wait.common_tokens:
                 continue
             request = self._request_of(row)
+            tokens = request.tokens(0, request.num_tokens)
             self._queue.acting_for = request
-            shared = self.cache.share(row, request.scope, request.tokens(0, request.num_tokens))
+            shared = self.cache.share(row, request.scope, tokens, counts_hit=wait.counts_hit)
             self._queue.acting_for = None
             del self._follows[row]
-            if not request.retractions:
+            if wait.counts_hit:
                 request.cached_tokens = (request.cached_tokens or 0) + shared
 
     # How requests end.
