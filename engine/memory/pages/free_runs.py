@@ -47,9 +47,7 @@ class FreePages:
 
     def __init__(self, num_pages: int) -> None:
         self._work = num_pages // PAGES_PER_RUN
-        self._is_in_runs: Bool = np.zeros(
-            num_pages + 2, np.bool_
-        )  # by page, with an entry that stays False at either end
+        self._is_in_runs: Bool = np.zeros(num_pages + 2, np.bool_)  # by page; the entries at both ends stay False
         self._is_in_runs[1:-1] = True
         self._singles: Int32 = np.empty(0, np.int32)
         self.restore(FreePagesState((num_pages << _PLACE_BITS | 1,) if num_pages else (), self._singles, ()))
@@ -92,7 +90,7 @@ class FreePages:
             lengths: ``[B]`` pages per sequence, none negative.
 
         Returns:
-            int32 ``[sum(lengths)]``, one sequence's pages after the other's.
+            int32 ``[sum(lengths)]`` page ids, one sequence after the other.
         """
         total, aside = int(lengths.sum()), self._loose_count + self._singles.size
         if not total:

@@ -9,7 +9,6 @@ is unknown.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,23 +18,23 @@ import numpy.typing as npt
 VOID = -1
 
 
-@dataclass(slots=True)
-class Handout:
-    """One array that was handed out.
+class Handout(weakref.ref[npt.NDArray[np.int32]]):
+    """A weak reference to one array that was handed out.
 
     Attributes:
-        reference: to the array.
+        key: identity of the array.
         time: the pool's clock at hand-out.
         serial: how many arrays had been recorded by then.
         are_slots: whether the array holds slots; else it holds page ids.
         is_void: whether a snapshot from before was restored since.
     """
 
-    reference: weakref.ref[npt.NDArray[np.int32]]
+    __slots__ = ("are_slots", "is_void", "key", "serial", "time")
+    key: int
     time: int
     serial: int
     are_slots: bool
-    is_void: bool = False
+    is_void: bool
 
     @property
     def known_since(self) -> int:
@@ -47,24 +46,27 @@ class Handouts:
     """The arrays that were handed out and are still alive somewhere."""
 
     def __init__(self) -> None:
-        self._by_id: dict[int, Handout] = {}
+        by_id: dict[int, Handout] = {}
+
+        def forget(dead: Any) -> None:
+            by_id.pop(dead.key, None)
+
+        self._by_id, self._forget = by_id, forget
         self._recorded = 0
 
     def record(self, array: npt.NDArray[np.int32], time: int, *, are_slots: bool) -> None:
         """Remembers that ``array``, of slots or of page ids, was handed out at ``time``."""
-        key, by_id = id(array), self._by_id
-
-        def forget(_: Any) -> None:
-            by_id.pop(key, None)
-
+        handout = Handout(array, self._forget)
         self._recorded += 1
-        by_id[key] = Handout(weakref.ref(array, forget), time, self._recorded, are_slots)
+        handout.key, handout.time, handout.serial = id(array), time, self._recorded
+        handout.are_slots, handout.is_void = are_slots, False
+        self._by_id[handout.key] = handout
 
     def find(self, array: object) -> Handout | None:
         """The record of ``array``, or of the array that it is a view of; None if it is not known."""
         while isinstance(array, np.ndarray):
             handout = self._by_id.get(id(array))
-            if handout is not None and handout.reference() is array:
+            if handout is not None and handout() is array:
                 return handout
             array = array.base
         return None
