@@ -99,3 +99,13 @@ def listed_in(line):
     """The files that a line of a table lists: names, with two spaces or more before what is said of them."""
     found = re.match(r" *((?:[\w.]+/?, )*[\w.]+/?)  +\S", line)
     return [name.removesuffix(".py").rstrip("/") for name in found.group(1).split(", ")] if found else []
+
+
+def test_the_index_of_the_design_names_what_is_there():
+    rows = re.findall(r"^\| .*? \| `(engine/[\w/]+\.py)` \| (.*) \|$", (DOCS / "design.md").read_text(), re.MULTILINE)
+    assert len(rows) > 15
+    for path, functions in rows:
+        source = (ROOT / path).read_text()
+        first = re.search(r"`([\w.]+)`", functions).group(1)
+        for name in first.split("."):
+            assert re.search(rf"(?:def|class) {name}\b", source), f"{path} has no {first}"
