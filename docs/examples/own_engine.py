@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from flax import nnx
 
 from engine import (
@@ -26,6 +27,7 @@ from engine import (
     FlashAttentionBackend,
     HostTier,
     LayoutKey,
+    PageCopy,
     PageFormat,
     PageLoad,
     PageMove,
@@ -48,12 +50,14 @@ class Request:
     row: int = -1  # of the page table, while it runs
     retractions: int = 0
 
-    def known(self) -> np.ndarray:
+    def known(self) -> npt.NDArray[np.int32]:
         """Its tokens, int32 ``[n]``."""
         return np.array(self.tokens, np.int32)
 
 
-def forward(graph: Any, backend: FlashAttentionBackend, weights: Any, pool: TokenToKVPool, ids: Any, metadata: Any):
+def forward(
+    graph: Any, backend: FlashAttentionBackend, weights: Any, pool: TokenToKVPool, ids: Any, metadata: Any
+) -> tuple[jax.Array, TokenToKVPool]:
     """A step on the device: the most likely next token of each row, and the pool with the new keys and values."""
     model, buffers = nnx.merge(graph, weights), list(pool.buffers)
 
@@ -69,7 +73,16 @@ def forward(graph: Any, backend: FlashAttentionBackend, weights: Any, pool: Toke
 class OwnEngine:
     """Greedy answers over a pool of ``size`` tokens, in steps of at most ``chunk`` new tokens."""
 
-    def __init__(self, model: Llama, size: int, *, page_size=16, max_running=4, chunk=64, host_pages=0) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        size: int,
+        *,
+        page_size: int = 16,
+        max_running: int = 4,
+        chunk: int = 64,
+        host_pages: int = 0,
+    ) -> None:
         config, self.max_running, self.chunk = model.config, max_running, max(chunk, max_running)
         kv_heads, layers = config.num_key_value_heads, config.num_hidden_layers
         self.pool = TokenToKVPool(size, page_size, model.dtype, kv_heads, config.head_dim, layers)
@@ -158,12 +171,12 @@ class OwnEngine:
 
     def make(self, move: PageMove) -> None:
         """Makes a page move: saves evicted pages on the host, loads pages from it, or copies pages."""
-        if isinstance(move, EvictedPages):
-            data = read_pages(self.pool, move.pages)
-            self.cache.host_tier.put(move.scope, move.token_ids, move.first_page, data)
+        tier = self.cache.host_tier
+        if isinstance(move, EvictedPages) and tier:
+            tier.put(move.scope, move.token_ids, move.first_page, read_pages(self.pool, move.pages))
         elif isinstance(move, PageLoad):
             write_pages(self.pool, move.pages, move.data)
-        else:
+        elif isinstance(move, PageCopy):
             copy_pages(self.pool, move.sources, move.targets)
 
     def retract(self, request: Request) -> None:
@@ -180,13 +193,14 @@ class OwnEngine:
         request.row = -1
 
 
-def rows_of(requests: Any) -> np.ndarray:
+def rows_of(requests: Any) -> npt.NDArray[np.int32]:
     """The rows of requests, int32 ``[n]``."""
     return np.array([request.row for request in requests], np.int32)
 
 
 if __name__ == "__main__":
     tokenizer = load_tokenizer(DEFAULT_MODEL_DIR)
+    assert tokenizer  # the Llama that ships has one
     engine = OwnEngine(load_llama(DEFAULT_MODEL_DIR, dtype="float32"), size=256, host_pages=64)
     for answer in engine.generate([tokenizer.encode(prompt) for prompt in sys.argv[1:]], max_new_tokens=48):
         print(tokenizer.decode(answer))
