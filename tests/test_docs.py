@@ -1,14 +1,29 @@
-"""Pages that are made from the code are those that the code makes now."""
+"""What pages and rooms say of the code is so: generated pages, paths, links, names, tables of files."""
 
 import argparse
+import ast
 import dataclasses
+import importlib
 import importlib.util
+import re
 from pathlib import Path
+
+import pytest
 
 from engine.cli import add_engine_options
 from engine.config import EngineConfig
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS, ENGINE = ROOT / "docs", ROOT / "engine"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+# Decisions keep the names of their time; what they say of files today is not held to it.
+LIVING = [page for page in PAGES if page.parent.name != "adr"]
+ROOMS = sorted(path.parent for path in ENGINE.rglob("__init__.py") if "bench" not in path.parts)
+NOT_LISTED = ("__init__", "__main__")
+
+
+def relative(path):
+    return str(path.relative_to(ROOT))
 
 
 def load(name):
@@ -29,3 +44,68 @@ def test_every_option_has_a_flag():
     given = vars(parser.parse_args([]))
     assert {field.name for field in dataclasses.fields(EngineConfig)} == given.keys() - {"config"}
     assert set(given.values()) == {None}  # unset, so that the file's value counts
+
+
+@pytest.mark.parametrize("page", LIVING, ids=relative)
+def test_every_path_that_a_page_names_exists(page):
+    paths = re.findall(r"(?<![\w/-])(?:engine|tests|docs|configs)/[\w./-]*\w/?", page.read_text(encoding="utf-8"))
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_every_link_within_the_project_leads_somewhere(page):
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert not [link for link in links if not (page.parent / link).exists()]
+
+
+@pytest.mark.parametrize("page", LIVING, ids=relative)
+def test_every_dotted_name_that_a_page_mentions_can_be_had(page):
+    for name in set(re.findall(r"`(engine(?:\.\w+)+)[`(]", page.read_text(encoding="utf-8"))):
+        module, *attributes = longest_module(name)
+        for attribute in attributes:
+            assert hasattr(module, attribute), f"{name} is gone"
+            module = getattr(module, attribute)
+
+
+def longest_module(name):
+    """The longest part of a dotted name that is a module, imported, and the names behind it."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            return importlib.import_module(".".join(parts[:end])), *parts[end:]
+        except ModuleNotFoundError:
+            continue
+    raise AssertionError(f"{name} is no module")
+
+
+def test_the_readme_leads_to_every_page():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [page.name for page in sorted(DOCS.glob("*.md")) if f"docs/{page.name}" not in readme]
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=relative)
+def test_a_room_lists_its_files(room):
+    tree = ast.parse((room / "__init__.py").read_text())
+    files = {path.stem for path in room.glob("*.py")} - set(NOT_LISTED)
+    folders = {path.name for path in room.iterdir() if (path / "__init__.py").exists()}
+    if room == ENGINE or "kernel" in room.parts:
+        return
+    names = {entry for line in ast.get_docstring(tree).splitlines() for entry in listed_in(line)}
+    assert names >= files | folders
+    assert not [name for name in names if not any((room / each).exists() for each in (name, f"{name}.py"))]
+
+
+def listed_in(line):
+    """The files that a line of a table lists: names, with two spaces or more before what is said of them."""
+    found = re.match(r" *((?:[\w.]+/?, )*[\w.]+/?)  +\S", line)
+    return [name.removesuffix(".py").rstrip("/") for name in found.group(1).split(", ")] if found else []
+
+
+def test_the_index_of_the_design_names_what_is_there():
+    rows = re.findall(r"^\| .*? \| `(engine/[\w/]+\.py)` \| (.*) \|$", (DOCS / "design.md").read_text(), re.MULTILINE)
+    assert len(rows) > 15
+    for path, functions in rows:
+        source = (ROOT / path).read_text()
+        first = re.search(r"`([\w.]+)`", functions).group(1)
+        for name in first.split("."):
+            assert re.search(rf"(?:def|class) {name}\b", source), f"{path} has no {first}"

@@ -14,3 +14,21 @@ is supported.
     default_model                    the small Llama that ships with the package
     train, training_data             how it was trained
 """
+
+from engine.models.checkpoint import load_config, load_llama
+from engine.models.default_model import DEFAULT_MODEL_DIR
+from engine.models.dense import dense_logits
+from engine.models.llama import Llama
+from engine.models.llama_config import LlamaConfig
+from engine.models.text import Tokenizer, load_tokenizer
+
+__all__ = [
+    "DEFAULT_MODEL_DIR",
+    "Llama",
+    "LlamaConfig",
+    "Tokenizer",
+    "dense_logits",
+    "load_config",
+    "load_llama",
+    "load_tokenizer",
+]

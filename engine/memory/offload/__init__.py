@@ -3,11 +3,10 @@
 It knows scopes, tokens and the bytes of pages; it never knows a page id of the pool or a request, and never moves bytes
 from or to the device.
 
-    page_format.py  what the bytes of a page mean; a segment: consecutive pages of one prefix with their tokens
-    page_trie.py    which prefixes of which scope the host tier knows
-    host_tier.py    HostTier: pages in host memory under a byte budget
-    store.py        PrefixStore: segments in files (import it from there: it needs safetensors)
-    page_mover.py   joins the host tier to what copies pages between host and device
+    page_format  PageFormat: what the bytes of a page mean; PrefixSegment: pages of one prefix with their tokens
+    page_trie    which prefixes of which scope the host tier knows
+    host_tier    HostTier: pages in host memory under a byte budget
+    store        PrefixStore: segments in files (import it from there: it needs safetensors)
 """
 
 from engine.memory.offload.host_tier import HostTier, HostTierCounters

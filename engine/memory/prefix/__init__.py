@@ -2,11 +2,11 @@
 
 It knows scopes, tokens and page ids; it never knows a request or a page-table row, and never reads a page.
 
-    cache.py       RadixCache: match, lock, insert, advance, evict; holds a reference to each page that it keeps
-    null_cache.py  NullPrefixCache: a RadixCache that keeps nothing
-    match.py       what goes in and out: matches, evicted pages, checked arguments
-    tree.py        the nodes, the radix tree of one scope, and the forest that makes every change of a node
-    eviction.py    in which order nodes are evicted
+    cache       RadixCache: match, lock, insert, advance, evict; holds a reference to each page that it keeps
+    null_cache  NullPrefixCache: a RadixCache that keeps nothing
+    match       what goes in and out: matches, evicted pages, checked arguments
+    tree        the nodes, the radix tree of one scope, and the forest that makes every change of a node
+    eviction    in which order nodes are evicted
 """
 
 from engine.memory.prefix.cache import EvictionPolicyName, RadixCache
