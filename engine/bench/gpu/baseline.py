@@ -18,7 +18,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 ALLOWED = 0.05
 GUARDED = (
-    "decode instructions a step", "prefill instructions a step", "prefill instructions a masked step", "launches"
+    "decode instructions per step", "prefill instructions per step", "prefill instructions per masked step", "launches"
 )  # fmt: skip
 
 

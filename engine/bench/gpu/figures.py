@@ -47,11 +47,11 @@ def decode_figures(kernel: Kernel, *, group: int, head_dim: int) -> dict[str, fl
     (fetch,) = _loops(kernel, "UTMALDG")
     tokens = hot.flops / (4 * ROWS * head_dim)  # of context, a turn
     return {
-        "decode instructions a step": hot.instructions,
-        "decode instructions a KV token": hot.instructions / tokens,
-        "decode FLOPs an instruction": hot.flops * group / ROWS / (WARPS * hot.instructions),
-        "decode products a step": hot.counts["HGMMA"],
-        "decode copies a step": fetch.counts["UTMALDG"],
+        "decode instructions per step": hot.instructions,
+        "decode instructions per KV token": hot.instructions / tokens,
+        "decode FLOPs per instruction": hot.flops * group / ROWS / (WARPS * hot.instructions),
+        "decode products per step": hot.counts["HGMMA"],
+        "decode copies per step": fetch.counts["UTMALDG"],
         "decode spills in the loop": _spills(hot),
     }
 
@@ -64,11 +64,11 @@ def prefill_figures(kernel: Kernel) -> dict[str, float]:
     plain, masked = loops
     fetches = _loops(kernel, "UTMALDG")
     return {
-        "prefill instructions a step": plain.instructions,
-        "prefill instructions a masked step": masked.instructions,
-        "prefill FLOPs an instruction": plain.flops / (WARPS * plain.instructions),
-        "prefill products a step": plain.counts["HGMMA"],
-        "prefill copies a step": max(loop.counts["UTMALDG"] for loop in fetches),
+        "prefill instructions per step": plain.instructions,
+        "prefill instructions per masked step": masked.instructions,
+        "prefill FLOPs per instruction": plain.flops / (WARPS * plain.instructions),
+        "prefill products per step": plain.counts["HGMMA"],
+        "prefill copies per step": max(loop.counts["UTMALDG"] for loop in fetches),
         "prefill spills in the loop": _spills(plain) + _spills(masked),
     }
 

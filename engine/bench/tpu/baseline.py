@@ -19,8 +19,8 @@ SLACK_SPILLS = 64  # a register allocator's noise, not a change of the kernel
 SLACK_VMEM_BYTES = 1 << 20
 # Which way each guarded figure is better, and what of it is noise.
 GUARDED = {
-    "decode bundles a token": (-1, 0),
-    "prefill FLOPs a bundle": (+1, 0),
+    "decode bundles per token": (-1, 0),
+    "prefill FLOPs per bundle": (+1, 0),
     "decode hot loop spills": (-1, SLACK_SPILLS),
     "prefill hot loop spills": (-1, SLACK_SPILLS),
     "VMEM bytes": (-1, SLACK_VMEM_BYTES),

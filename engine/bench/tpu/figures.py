@@ -1,4 +1,4 @@
-"""What the loops of an attention kernel cost: bundles a KV token in decode, FLOPs a bundle in prefill.
+"""What the loops of an attention kernel cost: bundles per KV token in decode, FLOPs per bundle in prefill.
 
 Both kernels are counted alike: one turn of the loop over fetched blocks, with the turns that the compute loop inside
 takes, the DMAs that it issues and all other bundles of the block; over the tokens, or the FLOPs, of that block.
@@ -85,10 +85,10 @@ def our_figures(program: Program, geo: Geometry) -> dict[str, float]:
     chunks, groups = tile.fetch_pages // tile.chunk_pages, tile.fetch_pages // geo.run_pages
     tokens = tile.fetch_pages * size
     found = {
-        f"decode bundles a token{name}": decode.bundles(chunks, groups, 1, scattered=scattered) / tokens
+        f"decode bundles per token{name}": decode.bundles(chunks, groups, 1, scattered=scattered) / tokens
         for name, scattered in (("", False), (", scattered pages", True))
     }
-    found["decode bundles a token, compute alone"] = decode.chunk.bundles / (tile.chunk_pages * size)
+    found["decode bundles per token, compute alone"] = decode.chunk.bundles / (tile.chunk_pages * size)
     found |= _hot_loop("decode", program, decode.hot)
     tile = geo.tiles[-1]
     chunks, groups = tile.fetch_pages // tile.chunk_pages, tile.fetch_pages // geo.run_pages
@@ -97,8 +97,8 @@ def our_figures(program: Program, geo: Geometry) -> dict[str, float]:
     block = prefill.bundles(chunks, groups, turns, scattered=False)
     for short in shorter:
         found["short extend over a whole block"] = short.bundles(chunks, groups, turns, scattered=False) / block
-    found["prefill FLOPs a bundle"] = flops * chunks * geo.heads / block
-    found["prefill FLOPs a bundle, compute alone"] = flops * geo.heads / turns / prefill.hot.bundles
+    found["prefill FLOPs per bundle"] = flops * chunks * geo.heads / block
+    found["prefill FLOPs per bundle, compute alone"] = flops * geo.heads / turns / prefill.hot.bundles
     found |= _hot_loop("prefill", program, prefill.hot)
     return found
 
@@ -117,15 +117,15 @@ def rival_figures(
     """
     hot, around = _innermost(decode.root)
     found = {
-        "decode bundles a token": around.bundles / decode_tokens,
-        "decode bundles a token, scattered pages": around.bundles / decode_tokens,
-        "decode bundles a token, compute alone": hot.bundles / decode_tokens,
+        "decode bundles per token": around.bundles / decode_tokens,
+        "decode bundles per token, scattered pages": around.bundles / decode_tokens,
+        "decode bundles per token, compute alone": hot.bundles / decode_tokens,
     } | _hot_loop("decode", decode, hot)
     hot, around = _innermost(prefill.root)
     block = around.bundles + (chunks - 1) * hot.bundles
     found |= {
-        "prefill FLOPs a bundle": prefill_flops * chunks / block,
-        "prefill FLOPs a bundle, compute alone": prefill_flops / hot.bundles,
+        "prefill FLOPs per bundle": prefill_flops * chunks / block,
+        "prefill FLOPs per bundle, compute alone": prefill_flops / hot.bundles,
     }
     return found | _hot_loop("prefill", prefill, hot)
 
