@@ -35,7 +35,7 @@ class PoolSnapshot:
     ``free_pages + private_pages + locked_pages + evictable_pages == total_pages`` always.
 
     Attributes:
-        page_size: tokens a page.
+        page_size: tokens per page.
         total_pages: all but the null page.
         free_pages: nobody's.
         private_pages: held by rows and not cached.

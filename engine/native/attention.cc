@@ -20,7 +20,7 @@ namespace {
 constexpr int kMostWindow = 1 << 30;  // beyond any context, and far from overflow
 constexpr int kSplitTokens = 512;  // of context: what one item reads of a sequence that has few queries
 
-// Which sequences a step has, and in which items they are computed.
+// The sequences of a step, and the items of work that compute them.
 class Plan {
  public:
   Plan(const Problem& problem, int64_t rows, int64_t table_width, int64_t tokens, const int32_t* page_table,

@@ -53,7 +53,7 @@ def test_a_pool_that_cannot_hold_a_page_is_refused_with_the_arithmetic():
 
 
 def test_the_plan_of_llama_3_8b_is_what_the_arithmetic_says():
-    # 8 KV heads of 128 in bf16, K and V: 4 KiB a token and layer, 128 KiB a token.
+    # 8 KV heads of 128 in bf16, K and V: 4 KiB per token and layer, 128 KiB per token.
     plan = PoolPlan(size_tokens=8192 * 4, page_size=16, layers=32, token_bytes=4096, context_length=8192)
     assert plan.pages == 2048
     assert plan.layer_bytes == (8192 * 4 + 16) * 4096
@@ -80,7 +80,7 @@ def plan_of(size_tokens, **changes):
 
 
 def test_a_request_that_the_memory_cannot_hold_is_refused_with_the_longest_context_that_fits():
-    # 64 KiB a token: 2 GiB less 1 GiB hold 16 Ki tokens, the null page's 16 among them.
+    # 64 KiB per token: 2 GiB less 1 GiB hold 16 Ki tokens, the null page's 16 among them.
     options = {"page_size": 16, "layers": 16, "token_bytes": 4096, "wanted_tokens": 10**9, "device_bytes": 4 * GIB}
     options |= {"weight_bytes": GIB, "mem_fraction_static": 0.5}
     assert size_pool(**options, request_tokens=16_368) == 16_368

@@ -1,7 +1,7 @@
 """The host tier: pages that left the device wait in host memory, keyed as the prefix cache keys them.
 
 Pages that the prefix cache evicts are put here and loaded back when their prefix comes again.
-Which tokens a page stands for is compared token by token, and what it contains is checked by CRC-32 on its way back.
+The tokens that a page stands for are compared one by one, and its contents are checked by CRC-32 on the way back.
 """
 
 from __future__ import annotations
@@ -349,5 +349,5 @@ def _begins_run(node: PageNode) -> bool:
 
 
 def _checksum(page: Pages) -> int:
-    # CRC-32 finds every change of up to 32 consecutive bits; zlib's runs at gigabytes a second and frees the GIL.
+    # CRC-32 finds every change of up to 32 consecutive bits; zlib's runs at gigabytes per second and frees the GIL.
     return zlib.crc32(np.ascontiguousarray(page).reshape(-1).view(np.uint8).data)
