@@ -68,9 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this benchmark's options."""
     parser.add_argument("--mode", choices=("decode", "prefill"), default="decode", help="1 new token each, or all new")
     parser.add_argument("--batch", type=count, help="sequences (default: 32; prefill: 1)")
-    parser.add_argument(
-        "--context", type=count, help="tokens of each with the new ones (default: 2048; prefill: 1024)"
-    )
+    parser.add_argument("--context", type=count, help="tokens of each with the new ones (default: 2048; prefill: 1024)")
     parser.add_argument("--q-heads", type=count, default=32)
     parser.add_argument("--kv-heads", type=count, default=8)
     parser.add_argument("--head-dim", type=count, default=128)

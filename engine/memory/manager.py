@@ -2,7 +2,7 @@
 
     admit          prefix found → its pages locked and shared → the rest promised → a row
     grow           cached pages are evicted where pages are short → the pool hands out pages → the row grows
-    mark_computed  a step has run: so many tokens of each row are computed
+    mark_computed  a step has run: notes how many tokens of each row are computed
     publish        full pages of computed tokens enter the prefix cache, for requests that begin alike
     truncate       a row gives back the pages of its last tokens
     release        the row's references go back; what the prefix cache holds stays until it is evicted
@@ -43,7 +43,7 @@ EVICT_AT_ONCE = 64  # pages, at most a 32nd of the pool
 
 @dataclass(eq=False)
 class Lease:
-    """What a row has of the prefix cache.
+    """The part of the prefix cache that a row uses.
 
     Attributes:
         match: the locked handle of its cached pages.
@@ -410,7 +410,7 @@ class CacheManager:
             self._moves = moves
             raise
 
-    # How it starts anew.
+    # Reset.
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached prefix, on the device and on the host.
@@ -425,10 +425,10 @@ class CacheManager:
             raise
 
     def clear(self) -> None:
-        """Takes every row and every page back and forgets every prefix, whatever state the books are in.
+        """Takes every row and every page back and forgets every prefix, in any state of the books.
 
-        For a caller that goes on after a fault. It happens in place, and nothing that counts upwards goes back: rows,
-        slots and matches from before are refused. The host tier keeps its pages where its own books are sound.
+        For a caller that continues after a fault. It happens in place, and no counter is reset: rows, slots and matches
+        from before are refused. The host tier keeps its pages where its own books are sound.
         """
         self.caller.enter()
         self.page_table.clear()

@@ -17,7 +17,7 @@ BATCH_PAGES = 64  # the most that one copy from the device takes
 
 
 def cached_segments(caches: Sequence[CacheManager], read: Callable[[int, Int32], Pages]) -> Iterator[PrefixSegment]:
-    """Reads all cached pages, a batch at a time, and changes nothing; none of the caches may change meanwhile.
+    """Reads all cached pages, one batch at a time, and changes nothing; none of the caches may change in the meantime.
 
     The longest unused come first, and of a sequence its end before its beginning: put into a host tier in this order
     they are all there again, or where it is smaller what was used last, from the beginning of a sequence on.

@@ -94,9 +94,7 @@ def read_kernel(sass: Path) -> Kernel:
     shared = _SHARED.search(resources)
     if not (used and spills and shared):
         # Zeros instead would pass every check.
-        raise BackendUnsupported(
-            f"cannot read the resources of {name}: the report has another form:\n{report}"
-        )
+        raise BackendUnsupported(f"cannot read the resources of {name}: the report has another form:\n{report}")
     barriers = sum(int(number) * int(times) for number, times in _BARRIERS.findall(resources))
     return Kernel(
         name=name,

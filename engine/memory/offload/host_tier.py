@@ -210,7 +210,7 @@ class HostTier:
             raise
 
     def clear(self) -> None:
-        """Drops every page, whatever state the tier is in; counters stay."""
+        """Drops every page, in any state of the tier; counters stay."""
         self.caller.enter()
         self._trie = PageTrie(self.page_format.page_size)
         self._used: OrderedDict[PageNode, None] = OrderedDict()  # held pages, the least recently used first

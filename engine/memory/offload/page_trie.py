@@ -90,7 +90,7 @@ class PageTrie:
             node = node.parent
 
     def keep_only(self, held: Iterable[PageNode]) -> None:
-        """Takes out all but these held nodes and the way to them, whatever state the links are in."""
+        """Removes all nodes except these held ones and the paths to them, in any state of the links."""
         kept = dict.fromkeys(held)
         way: dict[PageNode, None] = {}
         for node in kept:

@@ -42,7 +42,7 @@ Insertion = tuple[RadixNode, Int32, Int32, Int32]
 class RadixCache:
     """Keeps full pages of past sequences for requests that begin alike.
 
-    The cache is a holder of its pages beside the requests: ``insert`` retains, eviction and ``reset`` release, and no
+    The cache is a holder of its pages, like the requests: ``insert`` retains, eviction and ``reset`` release, and no
     call takes a reference of the caller's. Every page is cached at most once, under one prefix of one scope. Tokens are
     always compared, never a hash alone.
 
@@ -136,7 +136,7 @@ class RadixCache:
         return PageIds(np.concatenate([NO_PAGES, *runs]))
 
     def runs(self) -> Iterator[tuple[CacheScope, Int32, Int32]]:
-        """Every page that can be found, as ``PrefixForest.runs``; nothing may change meanwhile."""
+        """Every page that can be found, as ``PrefixForest.runs``; nothing may change in the meantime."""
         return self._forest.runs()
 
     def match(self, scope: CacheScope, token_ids: npt.ArrayLike, *, whole: bool = False) -> PrefixMatch:
@@ -258,7 +258,7 @@ class RadixCache:
         *,
         priority: int = 0,
     ) -> PrefixMatch:
-        """Inserts what a request has computed meanwhile and moves its lock to the end of it.
+        """Inserts what a request has computed since then and moves its lock to the end of it.
 
         The same as ``insert``, ``lock`` of all of it, and one ``unlock`` of ``match``, in one walk from the end of
         ``match``. Where the weights have been replaced since the scope was made, nothing changes.
@@ -416,7 +416,7 @@ class RadixCache:
             raise
 
     def clear(self) -> None:
-        """Forgets everything, whatever state the cache is in; ``allocator.clear`` ends its references.
+        """Forgets everything, in any state of the cache; ``allocator.clear`` ends its references.
 
         Every match from before is refused from now on. Weights epochs and counters stay.
         """

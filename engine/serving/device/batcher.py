@@ -27,7 +27,7 @@ def token_buckets(max_running_requests: int, max_step_tokens: int) -> list[int]:
 
 def parcel_shapes(rows: int, max_step_tokens: int, page_size: int) -> list[ParcelShape]:
     """The static shapes of steps, the smallest first."""
-    # A sequence's tokens begin at most one page more than they fill. Cached prefixes bring pages with them beside.
+    # A sequence's tokens begin at most one page more than they fill. Cached prefixes add pages to these.
     return [
         ParcelShape(tokens, rows, min(tokens, rows + tokens // page_size) + SHARED_PAGES)
         for tokens in token_buckets(rows, max_step_tokens)

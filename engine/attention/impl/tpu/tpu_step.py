@@ -107,7 +107,7 @@ def make_geometry(
     blocks: BlockSizes | None = None,
     interpret: bool = False,
 ) -> Geometry:
-    """The static sizes of a call; arguments as in ``ragged_paged_attention_tpu``, only whose shapes are read.
+    """The static sizes of a call; arguments as in ``ragged_paged_attention_tpu``; only their shapes are read.
 
     Raises:
         BackendUnsupported: the storage has a dtype or padding that the kernel cannot take, or VMEM cannot hold the
