@@ -26,7 +26,7 @@ kernel:
 """
 
 
-def test_loops_are_told_apart(tmp_path: Path) -> None:
+def test_loops_are_distinguished(tmp_path: Path) -> None:
     inner, outer, waiting = read_loops(CODE)
     assert (inner.instructions, outer.instructions) == (4, 7)
     assert outer.holds(inner)

@@ -70,7 +70,7 @@ def test_concurrency_counts_whole_pages():
 @pytest.mark.parametrize(
     ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (2**30 * 3 // 2, "1.50 GiB")]
 )
-def test_bytes_are_told_in_the_largest_unit(count, text):
+def test_bytes_are_printed_in_the_largest_unit(count, text):
     assert format_bytes(count) == text
 
 
