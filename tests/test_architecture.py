@@ -1,4 +1,4 @@
-"""The rooms of the design: which room may import which, folders without jax, and limits for sizes of rooms and functions."""
+"""The rooms of the design: which room may import which, folders without jax, and limits for rooms and functions."""
 
 import ast
 import subprocess

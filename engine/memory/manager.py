@@ -71,13 +71,13 @@ class CacheManager:
         page_size: tokens per page.
         max_requests: rows.
         max_context_tokens: most tokens of one request.
-        policy: of eviction from the prefix cache; None keeps nothing of past requests.
+        policy: eviction policy of the prefix cache; None keeps nothing of past requests.
 
     Attributes:
         page_table: the row table.
         allocator: the slot-level face of the page pool.
         prefix: the prefix cache; one that keeps nothing where ``policy`` is None.
-        host_tier: where evicted pages go; None lets them go.
+        host_tier: takes evicted pages; None: they are dropped.
     """
 
     def __init__(
@@ -161,17 +161,17 @@ class CacheManager:
         priority: int = 0,
         counts_hit: bool = True,
     ) -> Admission | None:
-        """Gives a request a row and the pages that are cached of its tokens, or None while there is no room or no row.
+        """Gives a request a row and the cached pages of its tokens; returns None while there is no room or no row.
 
         None is for now: the request is admitted once others have ended. One that can never be admitted is refused. The
         rule is that of ``engine.memory.admission``.
 
         Args:
-            scope: under which its keys and values may be shared.
+            scope: scope in which its keys and values may be shared.
             token_ids: its known tokens, int32 ``[n]``; at least the last is always computed.
-            most_tokens: most that it can need in all; None is as many as a row or the pool can hold.
-            priority: of its pages in the prefix cache, where the policy of eviction reads it.
-            counts_hit: whether this is a query of the prefix cache to be counted: not for a request that comes back.
+            most_tokens: most tokens that it can need; None is as many as a row or the pool can hold.
+            priority: priority of its pages in the prefix cache, where the eviction policy reads it.
+            counts_hit: whether to count a query of the prefix cache; False for a request that was retracted.
 
         Raises:
             ConfigError: ``scope`` is not a CacheScope.
@@ -214,9 +214,9 @@ class CacheManager:
         For a request that waits for another one to compute what both begin with.
 
         Args:
-            row: of a request that has been granted nothing but cached tokens.
-            scope: as for ``admit``.
-            token_ids: as for ``admit``.
+            row: row of a request that has been granted only cached tokens.
+            scope: see ``admit``.
+            token_ids: see ``admit``.
 
         Returns:
             The tokens that it need not compute now; 0 where it has computed tokens of its own.
@@ -311,12 +311,12 @@ class CacheManager:
     def publish(self, row: int, scope: CacheScope, token_ids: Int32) -> None:
         """Offers the full pages of a running row to the prefix cache.
 
-        Where the cache has pages of these tokens already the row takes those and gives its own back; the device's copy
-        of the table is told by ``ReqToTokenPool.take_new_pages``.
+        Where the cache has pages of these tokens already the row takes those and gives its own back;
+        ``ReqToTokenPool.take_new_pages`` then has their ids for the device's copy of the table.
 
         Args:
-            row: of a running request.
-            scope: under which its keys and values may be shared.
+            row: row of a running request.
+            scope: scope in which its keys and values may be shared.
             token_ids: the tokens that the row's slots hold, int32 ``[n]``; what is not computed yet is ignored.
         """
         self.caller.enter()
@@ -372,9 +372,9 @@ class CacheManager:
         """Gives back a row and its pages, also where it raises; full pages of computed tokens stay in the prefix cache.
 
         Args:
-            row: of a running request.
-            scope: as for ``publish``.
-            token_ids: as for ``publish``.
+            row: row of a running request.
+            scope: see ``publish``.
+            token_ids: see ``publish``.
 
         Raises:
             DoubleFreeError: no request has this row.
@@ -574,9 +574,9 @@ class CacheManager:
         """Ends a row, as far as it was begun or not ended yet: its locks, its pages, what is known of its request.
 
         Args:
-            row: None where there is none yet.
-            matches: of which each row that has one keeps a lock.
-            pages: of which rows and prefix cache keep what they list.
+            row: the row; None where there is none yet.
+            matches: matches to unlock, except for the locks of other rows.
+            pages: pages to release, except for the references of other rows and of the prefix cache.
         """
         if row is not None:
             lease = self._leases.pop(row, None)

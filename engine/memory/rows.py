@@ -363,7 +363,7 @@ class ReqToTokenPool:
         """Grows rows as planned.
 
         Args:
-            growth: from ``plan_growth``; the rows have not changed since.
+            growth: result of ``plan_growth``; the rows have not changed since.
             pages: the fresh pages, int32 ``[growth.num_pages]``, one sequence after the other.
 
         Raises:
@@ -396,8 +396,8 @@ class ReqToTokenPool:
 
         Args:
             row: a row in use.
-            tokens: that it keeps.
-            last_page: int32 ``[1]`` the page to stand in place of the last one that it keeps; empty leaves that one.
+            tokens: number of tokens that it keeps.
+            last_page: int32 ``[1]`` page to put in place of the last one that it keeps; empty: that one stays.
 
         Returns:
             int32 ``[n]`` the pages that it no longer holds, for the page pool to release.

@@ -1,15 +1,15 @@
-"""What becomes of an engine in which a step has failed, whatever raised and wherever.
+"""Recovery of an engine after a step has failed, whatever raised and wherever.
 
 The rule:
 
 1. Every step that was planned and not committed is taken back. All requests wait again with the tokens that they have:
-   the requests themselves are what is true, and all else is made to agree with them. Books that do not balance are
-   begun anew, and so are the pool's buffers where the failed step has taken them with it.
-2. The error comes out of ``LLM.step``, and the next step goes on. ``LLM.generate`` goes on by itself.
+   the requests are the source of truth, and all else is made to agree with them. Books that do not balance are
+   cleared, and the pool's buffers are allocated again where the failed step has consumed them.
+2. ``LLM.step`` raises the error, and the next step continues. ``LLM.generate`` continues by itself.
 3. A request that makes steps fail ``MAX_TRIES`` times without a token in between ends with the reason "error".
-   Where it is not known which of several it is, they are let in one by one after the second failure: the one that
-   fails alone is it.
-4. ``MAX_FRUITLESS`` failures with no step and no ended request between them end everything that is unfinished.
+   Where several requests are suspected, they are admitted one by one after the second failure, so that the one that
+   fails alone is found.
+4. ``MAX_FRUITLESS`` failures with no step and no ended request between them end all unfinished requests.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Recovery:
-    """Brings an engine back to a state in which it can go on.
+    """Brings an engine back to a state in which it can continue.
 
     Args:
         scheduler: its rows are given back.
@@ -75,7 +75,7 @@ class Recovery:
         return tries >= MAX_TRIES
 
     def check_books(self, fault: Exception) -> None:
-        """After the prefix cache has failed for a request: begins anew where that has left the books unbalanced."""
+        """After the prefix cache has failed for a request: clears the books where that has left them unbalanced."""
         try:
             self._scheduler.check_integrity()
         except Exception:

@@ -1,4 +1,4 @@
-"""What a caller asks for, what becomes of it, and what is given back."""
+"""Parameters of a request, its state, and its result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_LOGPROBS = 20
 MAX_ANSWERS = 128  # to one prompt; for more, give the prompt more than once
 SEEDS = 2**31
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
-AGING_SECONDS = 10.0  # a level of priority is overtaken by this much earlier an arrival
+AGING_SECONDS = 10.0  # an arrival earlier by this outweighs one level of priority
 
 Made = TypeVar("Made")
 
@@ -155,7 +155,7 @@ class FinishReason(StrEnum):
 
 
 class RequestState(StrEnum):
-    """Where a request stands.
+    """The state of a request.
 
     NEW: the scheduler does not have it yet. WAITING: in the queue, without pages. RUNNING: it has a row. ENDED: it has
     a finish reason.
@@ -172,8 +172,8 @@ class TokenLogprobs:
     """Natural-log probabilities at one generated position, of the model's own distribution (before temperature).
 
     Attributes:
-        chosen: of the token that was generated.
-        top: the most likely token ids and theirs, best first.
+        chosen: log-probability of the generated token.
+        top: the most likely token ids with their log-probabilities, best first.
     """
 
     chosen: float

@@ -300,9 +300,9 @@ class HostTier:
         return True
 
     def _mend(self) -> None:
-        """Works out all else anew from which nodes are held, in which row and order, after a fault half way.
+        """Derives everything else from the held nodes, their rows and their order, after a fault half way.
 
-        A use that was broken off is a use of what comes before it too.
+        An interrupted use of a page counts as a use of the pages before it too.
         """
         self._trie.keep_only(self._used)
         last_use: dict[PageNode, tuple[int, int]] = {}

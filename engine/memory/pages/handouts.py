@@ -24,9 +24,9 @@ class Handout:
     """One array that was handed out.
 
     Attributes:
-        reference: to the array.
+        reference: weak reference to the array.
         time: the pool's clock at hand-out.
-        serial: how many arrays had been recorded by then.
+        serial: number of arrays recorded before it.
         are_slots: whether the array holds slots; else it holds page ids.
         is_void: whether a snapshot from before was restored since.
     """

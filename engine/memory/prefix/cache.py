@@ -223,7 +223,7 @@ class RadixCache:
         duplicates of cached pages. Where the weights have been replaced since the scope was made, nothing is cached.
 
         Args:
-            scope: under which the pages were computed.
+            scope: scope in which the pages were computed.
             token_ids: int32 ``[n]``.
             pages: int32 ``[n // page_size]``, held by the caller, in the order of the tokens.
             priority: higher stays longer; only the policy "priority" reads it.
@@ -265,10 +265,10 @@ class RadixCache:
 
         Args:
             match: the request's locked handle.
-            scope: as for ``insert``, like all that follow.
-            token_ids: all of the sequence from its start.
+            scope: see ``insert``, also for the next arguments.
+            token_ids: all tokens of the sequence from its start.
             pages: all of its full pages.
-            priority: of the pages that are new to the cache.
+            priority: priority of the pages that are new to the cache.
 
         Returns:
             The locked handle from now on; ``match`` itself where nothing changes. Its ``pages`` are the cached pages

@@ -114,8 +114,8 @@ class RadixTree:
     """The cached sequences of one scope.
 
     Args:
-        scope: of every node.
-        order: holds those of its nodes that may be evicted.
+        scope: scope of every node.
+        order: eviction order; holds the tree's nodes that may be evicted.
         page_size: tokens per page.
     """
 

@@ -47,8 +47,8 @@ class Batcher:
     """Fills parcels.
 
     Args:
-        shapes: of one replica's parcel, as ``parcel_shapes`` makes them.
-        replicas: how many parts a step has.
+        shapes: shapes of one replica's parcel, as ``parcel_shapes`` makes them.
+        replicas: number of parts of a step.
     """
 
     def __init__(self, shapes: list[ParcelShape], replicas: int = 1) -> None:

@@ -113,8 +113,8 @@ class Scheduler:
         """Books a step that has run, as ``Replica.commit``.
 
         Args:
-            step: of all replicas.
-            tokens: as many for each replica, one after the other.
+            step: the step, with a part for each replica.
+            tokens: sampled tokens, equally many for each replica, one replica after the other.
             finished: the requests that finish are added to it.
         """
         by_replica = tokens.reshape(len(self.replicas), -1)
