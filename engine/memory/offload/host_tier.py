@@ -44,9 +44,9 @@ class HostTierCounters:
 
 
 class HostTier:
-    """Pages in host memory under a byte budget; the least recently used give way.
+    """Pages in host memory under a byte budget; the least recently used are evicted first.
 
-    A page is never more recently used than the pages before it in its prefix, so a prefix gives way from its end.
+    A page is never more recently used than the pages before it in its prefix, so a prefix is evicted from its end.
     The page at position ``i`` can be held without those before it, which are then on the device as a rule.
 
     Args:
@@ -202,7 +202,7 @@ class HostTier:
             for each in self._trie.scopes() if wanted is None else [wanted]:
                 for node in _held(self._trie.nodes(each)):
                     self._drop(node)
-        except BaseException:  # it goes on to the end
+        except BaseException:  # completes the change
             for node in list(self._used):
                 if wanted in (None, node.scope):
                     del self._used[node]
@@ -261,7 +261,7 @@ class HostTier:
         return path[:end] if end > start_page else []
 
     def _touch(self, path: list[PageNode]) -> None:
-        for node in reversed(path):  # the last page first, so that a prefix gives way from its end
+        for node in reversed(path):  # the last page first, so that a prefix is evicted from its end
             if node.held:
                 self._used.move_to_end(node)
 

@@ -40,7 +40,7 @@ Insertion = tuple[RadixNode, Int32, Int32, Int32]
 
 
 class RadixCache:
-    """Keeps full pages of past sequences for requests that begin alike.
+    """Keeps full pages of past sequences for requests with the same beginning.
 
     The cache is a holder of its pages, like the requests: ``insert`` retains, eviction and ``reset`` release, and no
     call takes a reference of the caller's. Every page is cached at most once, under one prefix of one scope. Tokens are
@@ -362,7 +362,7 @@ class RadixCache:
                     first, pages = prefix.size // self.page_size - count, PageIds(read_only(runs[-1].copy()))
                     told.append(EvictedPages(leaf.tree.scope, read_only(prefix), first, pages))
                 left -= count
-            is_told = True  # from here on it goes on to the end
+            is_told = True  # from here on the change is completed even where something raises
             if self._on_evict is not None and told:
                 self._on_evict(told)
             self._give_back(runs)
@@ -378,7 +378,7 @@ class RadixCache:
             raise
 
     def reset(self, scope: CacheScope | None = None) -> int:
-        """Empties the cache, of one scope or altogether; ``on_evict`` is not told.
+        """Empties the cache, of one scope or completely; ``on_evict`` is not called.
 
         Protected pages can no longer be found either; they stay protected until they are unlocked, and are then the
         first to be evicted.
@@ -393,7 +393,7 @@ class RadixCache:
         try:
             self._drop(trees)
             return before - self.cached_pages
-        except BaseException:  # it goes on to the end
+        except BaseException:  # completes the change
             self._mend()
             self._drop(trees)
             raise
@@ -444,7 +444,7 @@ class RadixCache:
             )
 
     def _accepts(self, scope: CacheScope) -> bool:
-        """Whether entries of a scope are wanted; raises ConfigError where it is none."""
+        """Whether entries of a scope may be added; raises ConfigError where it is not a scope."""
         return self._forest.accepts(checked_scope(scope))
 
     def _enter(
@@ -559,7 +559,7 @@ class RadixCache:
         self._mend()
 
     def _mend(self) -> None:
-        """Derives the rest anew, and gives back the references of pages that are in no tree."""
+        """Derives the rest again, and releases pages that are in no tree."""
         self._locked = {match: None for match in self._locked if match.locks}
         self._forest.mend((match.node, match.locks) for match in self._locked)
         is_kept = np.zeros_like(self._is_cached)
