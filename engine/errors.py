@@ -75,7 +75,7 @@ class ConcurrentUse(EngineError, RuntimeError):
 
 
 class ProcessLost(EngineError, RuntimeError):
-    """Another process of this engine died or stopped answering; this one cannot go on."""
+    """Another process of this engine died or stopped answering; this one cannot continue."""
 
 
 class BackendUnsupported(EngineError, NotImplementedError):

@@ -56,5 +56,5 @@ def flaw_above(folder: Path) -> str | None:
             return f"lies in {ancestor}, which belongs to another user, {status.st_uid}"
         # In a sticky folder, such as /tmp, only the owner of a file can rename it. A group may be the user's own.
         if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
-            return f"lies in {ancestor}, to which everybody can write"
+            return f"lies in {ancestor}, which every user can write to"
     return None

@@ -1,4 +1,4 @@
-"""The rooms of the design: who may import whom, which folders are free of jax, how large rooms and functions may be."""
+"""The rooms of the design: which room may import which, folders without jax, and limits for rooms and functions."""
 
 import ast
 import subprocess

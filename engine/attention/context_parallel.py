@@ -46,8 +46,8 @@ def rows_of_device(metadata: AttentionMetadata, parts: int) -> ContextRows:
     """Within ``shard_map``: what this device of ``parts`` along the context axis does in a step.
 
     Args:
-        metadata: of the replica's sequences; slots and positions as the control plane counts them.
-        parts: n, devices along the axis.
+        metadata: metadata of the replica's sequences, with slots and positions as the control plane counts them.
+        parts: n, number of devices along the axis.
     """
     table, bounds, lens, loc, positions = (
         jnp.asarray(getattr(metadata, name))
@@ -93,7 +93,7 @@ def attend_part(
         k: ``[T, H, D]`` new keys, likewise.
         v: ``[T, H, D]`` new values, likewise.
         fused_kv: this device's part of the buffer.
-        step: from ``rows_of_device``.
+        step: result of ``rows_of_device``.
         heads: sinks and scales.
 
     Returns:

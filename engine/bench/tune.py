@@ -1,6 +1,6 @@
-"""Tunes the TPU kernel's block sizes on a real TPU and writes the table of overrides that it reads.
+"""Tunes the TPU kernel's block sizes on a real TPU and writes the table of overrides that the kernel reads.
 
-Every trial is noted at once, so that an interrupted run goes on where it was; the table is written at the end.
+Every trial is saved at once, so that an interrupted run continues where it was; the table is written at the end.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Tries all, shows how far it is, and writes the table.
+    """Makes all trials, shows progress, and writes the table.
 
     Raises:
-        BackendUnsupported: this is no TPU that the kernel knows, or not the one that was asked for.
+        BackendUnsupported: this is not a TPU that the kernel supports, or not the generation of ``--gen``.
     """
     generation = target_generation()
     if args.gen not in (None, generation):
         raise BackendUnsupported(
-            f"cannot tune for {args.gen} on a {generation}: times are the machine's own; run it there"
+            f"cannot tune for {args.gen} on a {generation}: times depend on the machine; run it there"
         )
     targets = [
         Target(generation, heads, group, args.head_dim, page_size, dtype)
@@ -73,14 +73,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def time_kernel(target: Target, mode: Mode, blocks: BlockSizes) -> float:
-    """Median seconds of one call: 16 decode rows of half the longest context, or one prompt of 4,096 tokens."""
+    """Median seconds of one call: 16 decode rows with half of the longest context, or one prompt of 4,096 tokens."""
     step = _Step(target, mode, blocks)
     timings = time_in_turn({"ours": step}, rounds=ROUNDS, calls=10)
     return timings["ours"].median
 
 
 class _Step:
-    """A compiled call over random pages, its cache donated to every next one."""
+    """A compiled call over random pages; each call donates its cache to the next."""
 
     def __init__(self, target: Target, mode: Mode, blocks: BlockSizes) -> None:
         # Only here: Pallas takes long to import.

@@ -85,7 +85,7 @@ class Agreement:
         return agreed
 
     def require_same(self, value: str, what: str) -> None:
-        """Refuses to go on where this process has another value than process 0.
+        """Raises where this process has another value than process 0.
 
         Args:
             value: identifies what this process has.

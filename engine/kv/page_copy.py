@@ -59,7 +59,7 @@ class PageRead:
     Attributes:
         staged: their copies, padded to static sizes.
         shape: ``[n, layers, page_size, 2H, D]``.
-        dtype: of the pool.
+        dtype: dtype of the pool.
     """
 
     staged: tuple[jax.Array, ...]

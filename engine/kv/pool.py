@@ -40,7 +40,7 @@ class TokenToKVPool:
         buffers: one array per layer, ``layout.buffer_shape(replicas * (size + page_size))``; page 0 is the null page.
         size: usable token slots of each replica.
         layout: descriptor of the bytes: page size, heads, dtype and padding.
-        mesh: over whose axes the buffers are split (``engine.kv.split``), or None.
+        mesh: mesh over which the buffers are split (``engine.kv.split``), or None.
     """
 
     buffers: tuple[jax.Array, ...]

@@ -15,7 +15,7 @@ from engine.errors import RequestTooLarge, ShapeError
 from engine.memory.integers import Int64, whole_number
 from engine.memory.rows import ReqToTokenPool
 
-# Divides a page's tokens: so many steps ahead each running request finds its pages when another is admitted.
+# A page's tokens divided by this: for so many steps each running request has its pages when another is admitted.
 LOOKAHEAD_DIVISOR = 8
 
 
@@ -26,7 +26,7 @@ class Admission:
     Attributes:
         row: its page-table row, ``req_pool_idx``.
         cached_tokens: tokens whose pages were found on the device.
-        loaded_tokens: tokens after them whose pages come back from the host, by a page move before the next step.
+        loaded_tokens: tokens after them whose pages a page move loads from the host before the next step.
     """
 
     row: int
@@ -41,7 +41,7 @@ def pages_to_admit(rows: ReqToTokenPool, known: int, most: int, shared_pages: in
         rows: the running requests.
         known: tokens that the request knows.
         most: most tokens that it can need.
-        shared_pages: pages that it need not be given.
+        shared_pages: pages that it shares and need not allocate.
     """
     lens, known_lens, most_lens = rows.request_lens()
     size, lookahead = rows.page_size, max(rows.page_size // LOOKAHEAD_DIVISOR, 1)

@@ -2,7 +2,7 @@
 
     admit          prefix found → its pages locked and shared → the rest promised → a row
     grow           cached pages are evicted where pages are short → the pool hands out pages → the row grows
-    mark_computed  a step has run: so many tokens of each row are computed
+    mark_computed  a step has run: notes how many tokens of each row are computed
     publish        full pages of computed tokens enter the prefix cache, for requests that begin alike
     truncate       a row gives back the pages of its last tokens
     release        the row's references go back; what the prefix cache holds stays until it is evicted
@@ -43,7 +43,7 @@ EVICT_AT_ONCE = 64  # pages, at most a 32nd of the pool
 
 @dataclass(eq=False)
 class Lease:
-    """What a row has of the prefix cache.
+    """The part of the prefix cache that a row uses.
 
     Attributes:
         match: the locked handle of its cached pages.
@@ -71,13 +71,13 @@ class CacheManager:
         page_size: tokens per page.
         max_requests: rows.
         max_context_tokens: most tokens of one request.
-        policy: of eviction from the prefix cache; None keeps nothing of past requests.
+        policy: eviction policy of the prefix cache; None keeps nothing of past requests.
 
     Attributes:
         page_table: the row table.
         allocator: the slot-level face of the page pool.
         prefix: the prefix cache; one that keeps nothing where ``policy`` is None.
-        host_tier: where evicted pages go; None lets them go.
+        host_tier: takes evicted pages; None: they are dropped.
     """
 
     def __init__(
@@ -161,17 +161,17 @@ class CacheManager:
         priority: int = 0,
         counts_hit: bool = True,
     ) -> Admission | None:
-        """Gives a request a row and the pages that are cached of its tokens, or None while there is no room or no row.
+        """Gives a request a row and the cached pages of its tokens; returns None while there is no room or no row.
 
         None is for now: the request is admitted once others have ended. One that can never be admitted is refused. The
         rule is that of ``engine.memory.admission``.
 
         Args:
-            scope: under which its keys and values may be shared.
+            scope: scope in which its keys and values may be shared.
             token_ids: its known tokens, int32 ``[n]``; at least the last is always computed.
-            most_tokens: most that it can need in all; None is as many as a row or the pool can hold.
-            priority: of its pages in the prefix cache, where the policy of eviction reads it.
-            counts_hit: whether this is a query of the prefix cache to be counted: not for a request that comes back.
+            most_tokens: most tokens that it can need; None is as many as a row or the pool can hold.
+            priority: priority of its pages in the prefix cache, where the eviction policy reads it.
+            counts_hit: whether to count a query of the prefix cache; False for a request that was retracted.
 
         Raises:
             ConfigError: ``scope`` is not a CacheScope.
@@ -214,7 +214,7 @@ class CacheManager:
         For a request that waits for another one to compute what both begin with.
 
         Args:
-            row: of a request that has been granted nothing but cached tokens.
+            row: row of a request that has been granted only cached tokens.
             scope: as for ``admit``.
             token_ids: as for ``admit``.
             counts_hit: as for ``admit``.
@@ -314,12 +314,12 @@ class CacheManager:
     def publish(self, row: int, scope: CacheScope, token_ids: Int32) -> None:
         """Offers the full pages of a running row to the prefix cache.
 
-        Where the cache has pages of these tokens already the row takes those and gives its own back; the device's copy
-        of the table is told by ``ReqToTokenPool.take_new_pages``.
+        Where the cache has pages of these tokens already the row takes those and gives its own back;
+        ``ReqToTokenPool.take_new_pages`` then has their ids for the device's copy of the table.
 
         Args:
-            row: of a running request.
-            scope: under which its keys and values may be shared.
+            row: row of a running request.
+            scope: scope in which its keys and values may be shared.
             token_ids: the tokens that the row's slots hold, int32 ``[n]``; what is not computed yet is ignored.
         """
         self.caller.enter()
@@ -376,9 +376,9 @@ class CacheManager:
         """Gives back a row and its pages, also where it raises; full pages of computed tokens stay in the prefix cache.
 
         Args:
-            row: of a running request.
-            scope: as for ``publish``.
-            token_ids: as for ``publish``.
+            row: row of a running request.
+            scope: see ``publish``.
+            token_ids: see ``publish``.
 
         Raises:
             DoubleFreeError: no request has this row.
@@ -414,7 +414,7 @@ class CacheManager:
             self._moves = moves
             raise
 
-    # How it starts anew.
+    # Reset.
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached prefix, on the device and on the host.
@@ -429,10 +429,10 @@ class CacheManager:
             raise
 
     def clear(self) -> None:
-        """Takes every row and every page back and forgets every prefix, whatever state the books are in.
+        """Takes every row and every page back and forgets every prefix, in any state of the books.
 
-        For a caller that goes on after a fault. It happens in place, and nothing that counts upwards goes back: rows,
-        slots and matches from before are refused. The host tier keeps its pages where its own books are sound.
+        For a caller that continues after a fault. It happens in place, and no counter is reset: rows, slots and matches
+        from before are refused. The host tier keeps its pages where its own books are sound.
         """
         self.caller.enter()
         self.page_table.clear()
@@ -582,9 +582,9 @@ class CacheManager:
         """Ends a row, as far as it was begun or not ended yet: its locks, its pages, what is known of its request.
 
         Args:
-            row: None where there is none yet.
-            matches: of which each row that has one keeps a lock.
-            pages: of which rows and prefix cache keep what they list.
+            row: the row; None where there is none yet.
+            matches: matches to unlock, except for the locks of other rows.
+            pages: pages to release, except for the references of other rows and of the prefix cache.
         """
         if row is not None:
             lease = self._leases.pop(row, None)

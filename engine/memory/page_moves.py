@@ -1,6 +1,6 @@
-"""Moves of whole pages that the books have decided and the device has still to make.
+"""Moves of whole pages that are booked already and that the device has yet to make.
 
-The manager collects them in order; whoever runs steps makes them in that order, before the next step is dispatched
+The manager collects them in order, and the engine makes them in that order, before it dispatches the next step
 (``CacheManager.take_moves``). Planning itself never waits for a device.
 """
 
@@ -16,11 +16,11 @@ from engine.memory.prefix import EvictedPages
 
 @dataclass(frozen=True, eq=False)
 class PageLoad:
-    """Pages that come back from the host.
+    """Pages that are loaded from the host.
 
     Attributes:
-        pages: int32 ``[n]`` page ids that are written.
-        data: ``[n, layers, page_size, 2H, D]``.
+        pages: int32 ``[n]`` ids of the pages that are written.
+        data: ``[n, layers, page_size, 2H, D]`` their contents.
     """
 
     pages: Int32
@@ -35,5 +35,5 @@ class PageCopy:
     targets: Int32
 
 
-# EvictedPages are to be read, and put into the host tier; their contents are in place until the next step.
+# For EvictedPages the engine reads the pages into the host tier; their contents are valid until the next step.
 PageMove: TypeAlias = EvictedPages | PageLoad | PageCopy

@@ -63,16 +63,16 @@ class ReqToTokenPool:
     """One row per running request, of page ids: int32 ``[max_requests, max_pages]``, 0 where there is no page.
 
     A row grows and shrinks at its end only: token ``p`` lies in page ``row[p // page_size]`` at offset
-    ``p % page_size``. Beside its pages a row has, each in one column that only this table writes:
+    ``p % page_size``. Besides its pages a row has, each in one column that only this table writes:
 
         granted      tokens that have a slot
         computed     tokens whose keys and values a step that has run has written; never more than granted
         known, most  tokens that its request knew when it was admitted, and can need at most
-        told         pages that the device has been told of
+        told         pages whose ids have been sent to the device
         generation   how often the row was given back: tells a request's steps from those of the row's next request
 
     ``membership`` is a number that changes whenever a row is handed out or given back: while it stays, rows that were
-    in use still are, for the same requests. The table says where pages are; the page pool says who holds them.
+    in use still are, for the same requests. The table has each row's pages; the page pool counts the holders of a page.
     Whatever is returned is a copy, because the CPU backend may alias a NumPy buffer that a running step still reads.
 
     Args:
@@ -266,7 +266,7 @@ class ReqToTokenPool:
             return pages
 
     def clear(self) -> None:
-        """Takes every row back, whatever state the table is in; each counts as given back once more."""
+        """Takes every row back, in any state of the table; each counts as given back once more."""
         self.caller.enter()
         self.membership += 1
         self._changes += 1
@@ -375,7 +375,7 @@ class ReqToTokenPool:
         """Grows rows as planned.
 
         Args:
-            growth: from ``plan_growth``; no row has changed since.
+            growth: result of ``plan_growth``; no row has changed since.
             pages: the fresh pages, int32 ``[growth.num_pages]``, one sequence after the other.
 
         Raises:
@@ -403,8 +403,8 @@ class ReqToTokenPool:
 
         Args:
             row: a row in use.
-            tokens: that it keeps.
-            last_page: int32 ``[1]`` the page to stand in place of the last one that it keeps; empty leaves that one.
+            tokens: number of tokens that it keeps.
+            last_page: int32 ``[1]`` page to put in place of the last one that it keeps; empty: that one stays.
 
         Returns:
             int32 ``[n]`` the pages that it no longer holds, for the page pool to release.
@@ -427,7 +427,7 @@ class ReqToTokenPool:
             return pages
 
     def replace_pages(self, row: int, columns: Int64, pages: PageIds) -> PageIds:
-        """Puts other pages with the same contents in place of some of a row's; the device is told again.
+        """Puts other pages with the same contents in place of some of a row's; their ids are sent to the device again.
 
         Args:
             row: a row in use.

@@ -1,4 +1,4 @@
-"""What a save writes: every page that is cached, on the device or on the host, each once; nothing is evicted for it."""
+"""The contents of a save: every page that is cached, on the device or on the host, once; nothing is evicted."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from engine.memory.offload import Pages, PrefixSegment
 from engine.memory.prefix import RadixCache
 from engine.memory.scope import CacheScope
 
-BATCH_BYTES = 64 << 20  # of pages read at once
+BATCH_BYTES = 64 << 20  # bytes of pages read at once
 BATCH_PAGES = 64  # the most that one copy from the device takes
 
 
 def cached_segments(caches: Sequence[CacheManager], read: Callable[[int, Int32], Pages]) -> Iterator[PrefixSegment]:
-    """Reads all cached pages, a batch at a time, and changes nothing; none of the caches may change meanwhile.
+    """Reads all cached pages, one batch at a time, and changes nothing; none of the caches may change in the meantime.
 
-    The longest unused come first, and of a sequence its end before its beginning: put into a host tier in this order
-    they are all there again, or where it is smaller what was used last, from the beginning of a sequence on.
+    The longest unused pages come first, and the end of a sequence before its beginning. A host tier that takes them in
+    this order holds them all, or if it is smaller those used last, from the beginning of a sequence on.
 
     Args:
-        caches: of the replicas, which share one host tier; what several of them hold comes once.
+        caches: the caches of the replicas, which share one host tier; pages that several of them hold come once.
         read: copies pages, int32 ``[n]``, of a replica to the host, ``[n, layers, page_size, 2H, D]``.
     """
     tier = caches[0].host_tier

@@ -121,7 +121,7 @@ def size_pool(
 
 
 def require_room(plan: PoolPlan, device_bytes: int, weight_bytes: int, mem_fraction_static: float) -> None:
-    """Refuses a pool whose size was asked for where the memory cannot hold it; arguments as of ``size_pool``.
+    """Refuses a pool of a requested size that the memory cannot hold; for the arguments see ``size_pool``.
 
     Raises:
         ConfigError: the pool is too large; the message has the arithmetic and the largest size that fits.

@@ -30,7 +30,7 @@ def use_compile_cache() -> None:
         directory = cache_directory() / "xla"
         _make_private(directory)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
-        _logger.warning("programs are compiled anew at every start: %s", error)
+        _logger.warning("programs are compiled again at every start: %s", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)

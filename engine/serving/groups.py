@@ -6,10 +6,10 @@ from engine.serving.request import Request, RequestState
 
 
 class AnswerGroups:
-    """Which requests a caller waits for.
+    """The requests that callers wait for.
 
     Attributes:
-        unfinished: leaders, the first of the answers to each prompt, by request id: all else follows from these.
+        unfinished: leaders, the first of the answers to each prompt, by request id; all else is derived from these.
         ended: requests that have ended and whose group may be complete.
     """
 
@@ -48,7 +48,7 @@ class AnswerGroups:
         return [leader for leader in leaders.values() if all(map(has_ended, group_of(leader)))]
 
     def restart(self) -> None:
-        """Makes all that follows from ``unfinished`` anew, after a fault that may have come between two changes."""
+        """Derives everything else from ``unfinished`` again, after a fault that may have come between two changes."""
         self._leader_of, self._unforked = {}, []
         for leader in self.unfinished.values():
             self._enter(leader)

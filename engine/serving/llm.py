@@ -127,7 +127,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers many prompts at once.
 
-        Requests that another thread or ``on_progress`` adds meanwhile are served beside them; ``step`` reports those. A
+        Requests that another thread or ``on_progress`` adds meanwhile are served with them; ``step`` reports those. A
         step that fails is run again by the rule of ``engine.serving.recovery``.
 
         Args:
@@ -321,7 +321,7 @@ class LLM:
 
         Raises:
             ConfigError: no directory was configured, or another engine has been saving to it for a minute.
-            OSError: the disk refuses; in processes other than 0 an EngineError that says so.
+            OSError: writing failed; processes other than 0 raise EngineError with that message.
         """
         if self._store is None:
             raise ConfigError("there is nowhere to save prefixes; set prefix_cache_dir and host_tier_bytes")
@@ -354,11 +354,11 @@ class LLM:
 
     @property
     def compiles_after_warmup(self) -> int:
-        """Programs that anyone in this process has compiled since this engine was ready."""
+        """Programs compiled in this process since this engine was ready, by any code."""
         return self._compiles.count
 
     def _identity_of(self, model: Llama) -> str:
-        """The name of the weights, process 0's: that of an engine which saves nothing is another in each process."""
+        """The name of the weights, as process 0 has it: an engine that saves nothing has one per process."""
         name: str = self._agreement.plan.agree(weights_identity(self.config, model))
         return name
 

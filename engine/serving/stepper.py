@@ -3,8 +3,8 @@
     plan n+1 │ fill │ dispatch n+1 │ wait for n │ read n │ commit n │ plan n+2 …
     device:   ……… step n ……………………………………┤├…… step n+1 ……………………………………………
 
-Programs run on the device in the order of dispatch. So a page that is freed at the commit of one step and handed out
-for the next but one is written by that later program after whatever a step under way still writes there.
+Programs run on the device in the order of dispatch. So when a page is freed at the commit of one step
+and taken for the next but one, that later program writes it after the step under way has finished its writes there.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class Flight:
     dispatched: float
     logits: jax.Array | None
     keeps_logprobs: bool
-    saves: int  # how many saves of pages had been started by then
+    saves: int  # number of page saves started before this step's dispatch
 
 
 class Stepper:
     """Plans, dispatches and commits steps.
 
     Args:
-        scheduler: decides who runs.
+        scheduler: decides which requests run.
         batcher: makes parcels.
         runner: runs them.
         mover: moves pages before them.
@@ -98,7 +98,7 @@ class Stepper:
         self._mover.land()
 
     def drop(self) -> None:
-        """Forgets the steps under way and the pages on their way to the host, when all start anew."""
+        """Forgets the steps under way and the pages on their way to the host, when all requests start again."""
         self._flights.clear()
         self._mover.forget()
 
@@ -137,7 +137,7 @@ class Stepper:
 
 
 def _keep(request: Request, index: int, logits: npt.NDArray[np.float32] | None, sampled: Sampled | None) -> None:
-    """Keeps what a caller has asked to see beside the token of row ``index``."""
+    """Keeps what a caller has requested in addition to the token of row ``index``."""
     if logits is not None:
         request.logits.append(logits[index])
     wanted = request.params.logprobs

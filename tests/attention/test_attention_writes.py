@@ -23,7 +23,7 @@ def assert_right(case: Case, impl: str) -> None:
 
 
 @IMPLS
-def test_windowed_prefill_writes_the_tokens_that_nobody_will_see(impl: str) -> None:
+def test_windowed_prefill_writes_tokens_that_no_query_sees(impl: str) -> None:
     geometry = Geometry(window=16, page_size=16, columns=6, tokens=96, rows=1)
     assert_right(make_case(geometry, [96], [0], seed=21), impl)
 

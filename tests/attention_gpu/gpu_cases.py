@@ -38,7 +38,7 @@ def geometry(**changes: Any) -> Geometry:
     return Geometry(**{**_GQA, **changes})
 
 
-# Name: the geometry, new tokens a row, cached tokens a row.
+# Name: the geometry, new tokens per row, cached tokens per row.
 HOPPER_CASES: dict[str, tuple[Geometry, list[int], list[int]]] = {
     "decode": (geometry(tokens=4), [1, 1, 1, 1], [0, 30, 130, 300]),
     "decode_at_the_edges_of_steps": (geometry(tokens=6, rows=6), [1] * 6, [62, 63, 64, 126, 127, 128]),

@@ -59,7 +59,7 @@ def test_it_refuses_what_they_were_not(changes: dict[str, Any], message: str) ->
         check(**changes)
 
 
-def test_where_there_is_no_gpu_it_says_so_and_auto_goes_on() -> None:
+def test_without_a_gpu_the_kernel_raises_and_auto_uses_xla() -> None:
     rng = np.random.default_rng()
     q, k = (rng.standard_normal((3, heads, 64)).astype(np.float16) for heads in (4, 2))
     call = {

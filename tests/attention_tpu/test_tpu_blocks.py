@@ -173,7 +173,7 @@ def test_the_shipped_table_loads() -> None:
 
 @pytest.mark.parametrize(("page_size", "fits"), [(16, False), (128, True)])
 def test_a_page_table_that_scalar_memory_cannot_hold_is_refused_with_the_arithmetic(page_size: int, fits: bool) -> None:
-    """256 sequences of 32,768 tokens: 2 MiB of page ids at 16 tokens a page, 256 KiB at 128."""
+    """256 sequences of 32,768 tokens: 2 MiB of page ids at 16 tokens per page, 256 KiB at 128."""
     pages, like = 32_768 // page_size, jax.ShapeDtypeStruct
     metadata = AttentionMetadata(*(like(shape, jnp.int32) for shape in ((256, pages), (257,), (256,), (256,), (256,))))
     kv = like((256, 1, 128), jnp.bfloat16)

@@ -159,7 +159,7 @@ def run(
     """Runs the kernel in the interpreter, all memory NaN at first; a surplus semaphore or a race fails.
 
     A copy runs when it is waited for, which finds a missing wait; with ``eager`` it runs at once, which finds a start
-    that nobody waits for. ``page_table`` and ``slots`` replace the step's.
+    that no code waits for. ``page_table`` and ``slots`` replace the step's.
     """
     mode: Any = "eager" if eager else "on_wait"
     params = pltpu.InterpretParams(detect_races=races, dma_execution_mode=mode)

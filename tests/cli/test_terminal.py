@@ -81,7 +81,7 @@ def test_markup_is_printed_as_it_is(capsys, tmp_path, monkeypatch):
     assert "[red]:key:" in err
 
 
-def test_a_request_that_fails_tells_why_and_is_exit_code_1(capsys, monkeypatch):
+def test_a_failed_request_prints_the_reason_and_gives_exit_code_1(capsys, monkeypatch):
     answers = [
         RequestOutput([1], [2], "right", "stop"),
         RequestOutput([1], [], "", "error", error="[x] a page is lost"),

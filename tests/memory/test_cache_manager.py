@@ -1,4 +1,4 @@
-"""The cache manager at its edges: what fails half way, what is forgotten while it is in use, who may fork."""
+"""The cache manager at its edges: failures half way, resets of pages in use, which rows may be forked."""
 
 import numpy as np
 import pytest
@@ -259,7 +259,7 @@ def test_to_find_no_room_costs_no_look_at_what_is_cached(monkeypatch):
     assert cache.locked_pages(row) == cache.prefix.protected_pages == 10
 
 
-def test_without_a_row_nobody_is_admitted_and_nothing_stays_locked():
+def test_without_a_row_no_request_is_admitted_and_nothing_stays_locked():
     cache, _ = make(size=128, rows=1)
     held = compute(cache, tokens(8))
     protected = cache.prefix.protected_pages
@@ -289,7 +289,7 @@ def test_what_was_computed_before_a_reset_is_not_cached_after_it():
     assert compute(cache, token_ids).cached_tokens == 20
 
 
-def test_who_forks_after_a_reset_shares_pages_that_are_not_cached_any_more():
+def test_a_fork_after_a_reset_shares_pages_that_are_no_longer_cached():
     cache, _ = make(policy="lru")
     row = compute(cache, tokens(10)).row
     cache.reset_prefix_cache()
@@ -354,15 +354,15 @@ def test_a_fork_leaves_alone_what_others_were_promised():
 
 
 @pytest.mark.parametrize(("most", "admitted"), [(16, True), (17, False)])
-def test_who_will_never_need_another_page_is_not_kept_one(most, admitted):
+def test_no_page_is_reserved_for_a_request_that_will_never_need_one(most, admitted):
     cache, _ = make(size=32)
     compute(cache, tokens(16), most_tokens=most)  # four full pages of eight
     # Fifteen tokens and the next one: the other four, or one too many.
     assert (cache.admit(SCOPE, tokens(15, start=100)) is not None) == admitted
 
 
-def test_who_is_let_in_leaves_everyone_the_pages_of_the_next_steps():
-    """With pages of 16, two steps: whoever runs can grow that far before anyone is short."""
+def test_admission_leaves_every_running_request_the_pages_of_its_next_steps():
+    """With pages of 16, two steps: every running request can grow by that before the pool is short."""
     rng = np.random.default_rng()
     for _ in range(200):
         cache = CacheManager(16 * int(rng.integers(4, 12)), 16, 4, 192)
@@ -494,7 +494,7 @@ def test_a_cleared_manager_keeps_a_sound_host_tier_and_empties_a_broken_one():
 
 @pytest.mark.parametrize("ends", ["publish", "release"])
 @pytest.mark.parametrize("shared", [8, 16, 18])
-def test_who_shares_pages_that_become_cached_keeps_them_locked(ends, shared):
+def test_a_row_that_shares_pages_that_become_cached_keeps_them_locked(ends, shared):
     """A row is forked before it is published: room is counted as it is."""
     cache, _ = make(64, rows=4)
     row = cache.admit(SCOPE, tokens(20)).row

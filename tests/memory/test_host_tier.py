@@ -147,7 +147,7 @@ def test_no_two_scopes_share_a_page(rng):
         assert tier.match(other, tokens, 0) == 0
 
 
-def test_a_prefix_gives_way_from_its_end(rng):
+def test_a_prefix_is_evicted_from_its_end(rng):
     tier, tokens, data = make_tier(4), random_tokens(rng, 4), random_pages(rng, FORM, 4)
     tier.put(scope(), tokens, 0, data)
     tier.put(scope(), random_tokens(rng, 3), 0, random_pages(rng, FORM, 3))

@@ -228,7 +228,7 @@ def test_growing_by_pages_is_growing_by_slots(data):
         assert by_pages.take_new_pages(rows)[0].size == 0
 
 
-def test_a_row_that_changes_hands_tells_of_all_its_pages_again(table):
+def test_a_row_of_another_request_sends_all_its_page_ids_again(table):
     row = table.alloc_row()
     table.append_pages(row, [3, 5])
     assert table.take_new_pages([row])[1].tolist() == [3, 5]

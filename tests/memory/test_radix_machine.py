@@ -144,7 +144,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         self.remember(Held(match, entries, scope, tokens[: match.num_tokens]))
 
     def remember(self, held):
-        """Keeps a few handles; the oldest goes, or what nobody gives back would soon fill the pool."""
+        """Keeps a few handles; the oldest is released, or unreleased pages would soon fill the pool."""
         self.matches.append(held)
         if len(self.matches) > 5:
             oldest = self.matches.pop(0)
@@ -244,7 +244,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         assert self.cache.cached_pages == cached
 
     def forget_released(self):
-        """A lost entry has left when its page is free, for nobody else holds pages between two rules."""
+        """A lost entry has left when its page is free, because nothing else holds pages between two rules."""
         gone = [entry for entry in self.lost if self.allocator.pages.ref_count([entry.page])[0] == 0]
         assert all(entry.locks == 0 for entry in gone)
         self.lost = [entry for entry in self.lost if entry not in gone]

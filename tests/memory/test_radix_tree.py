@@ -67,7 +67,7 @@ def test_a_split_keeps_the_lower_half_and_covers_both_with_the_locks():
     tree.check_integrity()
 
 
-def test_tokens_with_a_stride_walk_alike():
+def test_tokens_with_a_stride_match_alike():
     _, tree, _ = tree_of(4, [range(16)])
     assert tree.walk(int32(range(16)).repeat(2)[::2]).num_pages == 4
     assert tree.walk(int32([*range(9), *[0] * 7]).repeat(2)[::2]).num_pages == 2

@@ -172,7 +172,7 @@ def test_a_directory_that_another_user_can_change_is_not_loaded_from(flaw, empty
 
 
 @pytest.mark.parametrize("flaw", ["others write", "link", "pipe", "another owner"])
-def test_a_library_that_another_user_can_change_is_built_anew(flaw, empty_cache, compiled, monkeypatch, caplog):
+def test_a_library_that_another_user_can_change_is_built_again(flaw, empty_cache, compiled, monkeypatch, caplog):
     path = compiler.build_library()
     if flaw == "others write":
         path.chmod(0o777)

@@ -1,4 +1,4 @@
-"""Attention over meshes against the float64 oracle: one line of JSON a case."""
+"""Attention over meshes against the float64 oracle: one line of JSON per case."""
 
 from __future__ import annotations
 

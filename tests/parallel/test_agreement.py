@@ -45,7 +45,7 @@ def test_what_fails_in_the_first_fails_in_all(both):
         other.done_by_first(fail)
 
 
-def test_who_has_something_else_than_the_first_is_refused(both):
+def test_a_process_with_another_value_than_the_first_is_refused(both):
     first, other = both
     first.require_same("a", "weights")
     first.require_same("a", "weights")

@@ -1,4 +1,4 @@
-"""Several schedulers behind one front, on the host alone: who goes where, one queue, and their parcels as one."""
+"""Several replicas under one scheduler, on the host alone: where requests go, one queue, and one parcel."""
 
 import numpy as np
 import pytest
@@ -96,7 +96,7 @@ def test_a_prompt_goes_where_it_is_cached_unless_that_replica_is_much_fuller():
     finish(balancer)
 
 
-def test_a_replica_without_a_slot_sends_nobody_away_from_the_others():
+def test_a_replica_without_a_slot_does_not_keep_requests_from_the_others():
     balancer = make(slots=1)
     shared = np.arange(12, dtype=np.int32)
     balancer.add(request(1, 0, new=20, prompt=shared))
@@ -106,7 +106,7 @@ def test_a_replica_without_a_slot_sends_nobody_away_from_the_others():
     assert (cached_elsewhere.replica, cached_elsewhere.cached_tokens) == (1, 0)
 
 
-def test_one_queue_in_order_of_rank_and_nobody_overtakes():
+def test_one_queue_in_order_of_rank_and_no_request_overtakes():
     balancer = make(size=32, slots=2)
     for number, length in enumerate([20, 20, 20, 2], start=1):
         balancer.add(request(number, length))
@@ -116,7 +116,7 @@ def test_one_queue_in_order_of_rank_and_nobody_overtakes():
     assert finish(balancer) == [1, 2, 4, 3]  # the fourth came with the third and has less to compute
 
 
-def test_who_is_retracted_on_one_replica_may_go_on_on_another():
+def test_a_request_retracted_on_one_replica_may_continue_on_another():
     balancer = make(size=48, policy=None)
     # The first two share a replica until its pool is full; the other one is free by then.
     for number, length, new in ((1, 8, 36), (2, 20, 1), (3, 8, 30)):
@@ -336,7 +336,7 @@ def test_every_request_finishes_and_no_replica_idles_while_others_queue(data):
 
 
 def test_siblings_of_a_leader_that_moved_to_another_replica_in_mid_prompt_wait_their_turn():
-    """The leader is retracted from a full replica in the plan that books its first token, and let in by the other."""
+    """The leader is retracted from a full replica in the plan that books its first token, and admitted by the other."""
     balancer = make(replicas=2, size=96, slots=2, budget=16)
     leader, sibling = request(1, 48, new=12, n=2), request(2, 48, new=12)
     balancer.add(leader)

@@ -81,7 +81,7 @@ def test_a_place_that_is_not_ours_alone_is_not_used_and_said(base, fault, caplog
         directory.parent.write_bytes(b"")
     use_compile_cache()
     assert jax.config.jax_compilation_cache_dir is None
-    assert "compiled anew at every start" in caplog.text
+    assert "compiled again at every start" in caplog.text
 
 
 def test_a_directory_of_another_user_is_not_used(base, caplog, monkeypatch):
@@ -90,7 +90,7 @@ def test_a_directory_of_another_user_is_not_used(base, caplog, monkeypatch):
         os.chown(base, 12346, 12346)
     use_compile_cache()
     assert jax.config.jax_compilation_cache_dir is None
-    assert "compiled anew" in caplog.text
+    assert "compiled again" in caplog.text
 
 
 def test_a_directory_that_cannot_be_written_to_is_a_line_in_the_log(base, caplog, monkeypatch):

@@ -74,7 +74,7 @@ def test_a_fork_whose_copy_failed_computes_its_prompt_itself_and_none_is_forgott
     assert llm.cache.held_tokens == 0
 
 
-def test_who_is_aborted_while_generate_runs_gets_what_there_is(llm):
+def test_a_request_aborted_while_generate_runs_gets_the_tokens_so_far(llm):
     def abort_first(done, total):
         if llm.scheduler.running and llm.scheduler.running[0].output:
             llm.abort(llm.scheduler.running[0].request_id)
@@ -86,7 +86,7 @@ def test_who_is_aborted_while_generate_runs_gets_what_there_is(llm):
     assert llm.cache.held_tokens == 0
 
 
-def test_who_is_aborted_after_it_ended_in_a_failed_step_is_forgotten(llm, monkeypatch):
+def test_a_request_aborted_after_it_ended_in_a_failed_step_is_forgotten(llm, monkeypatch):
     late = llm.add_request([1] * 30, SamplingParams(timeout=1e-6))
     llm.add_request([2], SamplingParams(max_new_tokens=1))
     with monkeypatch.context() as patched:
@@ -305,7 +305,7 @@ def test_a_step_whose_prefixes_cannot_be_cached_is_booked_all_the_same(llm, dens
         except Boom:
             failures += 1
         llm.cache.check_integrity()
-    finished |= llm.step()  # who ended in a step that failed is reported by the next
+    finished |= llm.step()  # a request that ended in a step that failed is reported by the next
     assert failures > 0
     for request_id, prompt, new in zip(ids, prompts, lengths, strict=True):
         assert finished[request_id].token_ids == dense_greedy(prompt, new)
@@ -459,7 +459,7 @@ def test_a_fault_of_the_prefix_cache_that_breaks_the_books_is_put_right(llm, den
     llm.reset_prefix_cache()
 
     def half_way(*_, **__):
-        llm.cache.allocator.alloc(4)  # pages that nobody knows of
+        llm.cache.allocator.alloc(4)  # pages that are in no row and in no cache
         raise Boom
 
     with monkeypatch.context() as patched:

@@ -83,7 +83,7 @@ def shuffle_free_pages(llm, seed):
             allocator.free(part * page_size)
 
 
-def test_a_sequence_does_not_feel_who_shares_its_batch(llm):
+def test_an_answer_does_not_depend_on_other_requests_in_the_batch(llm):
     prompts = random_prompts([5, 40, 17, 80, 1], seed=3)
     params = SamplingParams(max_new_tokens=6, temperature=0.9, top_k=40, top_p=0.95, seed=11)
     together = llm.generate(prompts, params, return_logits=True)
@@ -182,7 +182,7 @@ def test_logprobs_are_those_of_the_dense_model(llm, dense):
         assert got.chosen == pytest.approx(row[token], abs=LOGIT_TOLERANCE)
 
 
-def test_only_who_asks_for_logprobs_gets_them(llm):
+def test_only_requests_that_ask_for_logprobs_get_them(llm):
     params = [SamplingParams(max_new_tokens=2, logprobs=2), SamplingParams(max_new_tokens=2)]
     asked, silent = llm.generate(random_prompts([3, 3], 1), params)
     assert len(asked.logprobs) == 2

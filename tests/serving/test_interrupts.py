@@ -27,7 +27,7 @@ def handler_stays():
 
 
 def interrupted(call):
-    """What does its work, and is interrupted before anyone has the result, once."""
+    """A call that does its work, and once is interrupted before it returns the result."""
     calls = []
 
     def wrapper(*arguments, **named):
@@ -100,7 +100,7 @@ def test_the_first_waits_and_a_second_does_not(times):
     assert len(done) == (1 if times == 1 else 0)
 
 
-def test_who_ignores_them_is_left_alone():
+def test_ignored_interrupts_stay_ignored():
     held, before = HeldInterrupts(), signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with held:

@@ -85,12 +85,12 @@ def held_outside(cache):
 
 def test_a_lost_page_is_an_error_and_no_figure():
     cache, _ = make(size=64)
-    cache.allocator.alloc(PAGE)  # held by nobody that the manager knows
+    cache.allocator.alloc(PAGE)  # held by no row and no cache of the manager
     with pytest.raises(IntegrityError, match="15 free, 0 private, 0 locked and 0 evictable pages are 15"):
         snapshot_pool(cache)
 
 
-def test_who_is_retracted_and_comes_back_queries_the_cache_once():
+def test_a_request_that_is_retracted_and_admitted_again_queries_the_cache_once():
     cache, scheduler = make(size=48)
     for n in (1, 2, 3):
         scheduler.add(request(n, 8, new=30))
@@ -203,7 +203,7 @@ def test_a_busy_engine_makes_a_snapshot_where_one_is_wanted_and_not_for_every_re
 
     with gate.entered():
         pass
-    assert read() == [1, 1]  # nobody drives, so after a while the reader looks for itself, once
+    assert read() == [1, 1]  # no thread drives, so after a while the reader makes one snapshot itself
     with gate.entered():
         pass
     assert read()[-1] == made[-1] == 2
@@ -258,7 +258,7 @@ def test_the_line_for_a_log_has_the_figures(llm):
     assert "tokens hit" in line
 
 
-def test_unless_told_only_this_machine_is_listened_to(llm):
+def test_by_default_the_server_listens_to_this_machine_only(llm):
     with serve_metrics(llm.metrics, 0) as port, socket.socket() as probe:
         probe.bind(("127.0.0.2", port))  # would be refused if every address were taken
         assert scrape(port)

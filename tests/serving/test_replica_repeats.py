@@ -13,8 +13,8 @@ from engine.serving.request import FinishReason
 
 
 @pytest.mark.parametrize("requests", [1, 2, 3, 5])
-def test_while_nobody_comes_or_goes_no_replica_plans_anew(monkeypatch, requests):
-    """Also where one of them has nobody to serve, or a request waits that no replica has a slot for."""
+def test_while_no_request_begins_or_ends_no_replica_plans_anew(monkeypatch, requests):
+    """Also where one of them has no request, or a request waits that no replica has a slot for."""
     balancer = make(slots=2, size=128)
     for number in range(1, requests + 1):
         balancer.add(request(number, 5 + number, new=20))

@@ -88,7 +88,7 @@ def test_a_request_larger_than_the_pool_is_refused_at_the_door():
     assert not run_step(scheduler)[1] or scheduler.has_work
 
 
-def test_a_full_pool_retracts_the_youngest_and_everyone_finishes():
+def test_a_full_pool_retracts_the_youngest_request_and_all_requests_finish():
     cache, scheduler = make(size=48)
     requests = [request(n, 8, new=30) for n in (1, 2, 3)]  # each needs 10 of 12 pages in the end
     for each in requests:
@@ -105,7 +105,7 @@ def test_a_full_pool_retracts_the_youngest_and_everyone_finishes():
     assert all(len(r.output) == 30 for r in requests)
 
 
-def test_who_was_retracted_does_not_come_straight_back():
+def test_a_retracted_request_is_not_admitted_at_once():
     _, scheduler = make(size=48)
     for n in (1, 2, 3):
         scheduler.add(request(n, 8, new=30))
@@ -139,7 +139,7 @@ def test_a_prompt_cached_whole_still_computes_its_last_page():
                 assert (step.rows[0].start, step.rows[0].count) == (12, 4)
 
 
-def test_a_prompt_under_way_is_shared_with_who_comes_next():
+def test_a_prompt_under_way_is_shared_with_the_next_request():
     _, scheduler = make(size=128, budget=8)
     shared = np.arange(40, dtype=np.int32)
     scheduler.add(request(1, 0, prompt=shared))
@@ -339,7 +339,7 @@ def assert_same(step, other):
     assert not other_part.repeats
 
 
-def test_while_nobody_comes_or_goes_a_step_is_not_planned_anew(monkeypatch):
+def test_while_no_request_begins_or_ends_a_step_is_not_planned_anew(monkeypatch):
     cache, scheduler = make(size=128)
     for number in (1, 2, 3):
         scheduler.add(request(number, 5 + number, new=20))
@@ -451,7 +451,7 @@ def test_twins_in_a_tight_pool_share_the_prompt_that_one_of_them_computes():
 
 
 @pytest.mark.parametrize("decoding", [False, True])
-def test_a_request_for_which_no_token_can_be_chosen_ends_and_its_pages_are_nobodys(decoding):
+def test_a_request_for_which_no_token_can_be_chosen_ends_and_its_pages_are_free(decoding):
     cache, scheduler = make(size=128)
     requests = [request(number, 9, new=12) for number in (1, 2, 3)]
     for each in requests:

@@ -147,8 +147,8 @@ class _ContextWalk:
 
         Args:
             chunk: ``[N, Hq, D]`` queries, the first at ``position``.
-            row: of the page table.
-            position: int32.
+            row: its row of the page table.
+            position: int32 position of the first query.
             kv_len: the sequence's length, new tokens included.
 
         Returns:

@@ -4,7 +4,7 @@ It knows scopes, tokens and the bytes of pages; it never knows a page id of the 
 from or to the device.
 
     page_format  PageFormat: what the bytes of a page mean; PrefixSegment: pages of one prefix with their tokens
-    page_trie    which prefixes of which scope the host tier knows
+    page_trie    the prefixes that the host tier has, by scope
     host_tier    HostTier: pages in host memory under a byte budget
     store        PrefixStore: segments in files (import it from there: it needs safetensors)
 """

@@ -1,7 +1,7 @@
 """The host tier: pages that left the device wait in host memory, keyed as the prefix cache keys them.
 
 Pages that the prefix cache evicts are put here and loaded back when their prefix comes again.
-Which tokens a page stands for is compared token by token, and what it contains is checked by CRC-32 on its way back.
+The tokens that a page stands for are compared one by one, and its contents are checked by CRC-32 on the way back.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class HostTierCounters:
 
 
 class HostTier:
-    """Pages in host memory under a byte budget; the least recently used give way.
+    """Pages in host memory under a byte budget; the least recently used are evicted first.
 
-    A page is never more recently used than the pages before it in its prefix, so a prefix gives way from its end.
+    A page is never more recently used than the pages before it in its prefix, so a prefix is evicted from its end.
     The page at position ``i`` can be held without those before it, which are then on the device as a rule.
 
     Args:
@@ -202,7 +202,7 @@ class HostTier:
             for each in self._trie.scopes() if wanted is None else [wanted]:
                 for node in _held(self._trie.nodes(each)):
                     self._drop(node)
-        except BaseException:  # it goes on to the end
+        except BaseException:  # completes the change
             for node in list(self._used):
                 if wanted in (None, node.scope):
                     del self._used[node]
@@ -210,7 +210,7 @@ class HostTier:
             raise
 
     def clear(self) -> None:
-        """Drops every page, whatever state the tier is in; counters stay."""
+        """Drops every page, in any state of the tier; counters stay."""
         self.caller.enter()
         self._trie = PageTrie(self.page_format.page_size)
         self._used: OrderedDict[PageNode, None] = OrderedDict()  # held pages, the least recently used first
@@ -261,7 +261,7 @@ class HostTier:
         return path[:end] if end > start_page else []
 
     def _touch(self, path: list[PageNode]) -> None:
-        for node in reversed(path):  # the last page first, so that a prefix gives way from its end
+        for node in reversed(path):  # the last page first, so that a prefix is evicted from its end
             if node.held:
                 self._used.move_to_end(node)
 
@@ -300,9 +300,9 @@ class HostTier:
         return True
 
     def _mend(self) -> None:
-        """Works out all else anew from which nodes are held, in which row and order, after a fault half way.
+        """Derives everything else from the held nodes, their rows and their order, after a fault half way.
 
-        A use that was broken off is a use of what comes before it too.
+        An interrupted use of a page counts as a use of the pages before it too.
         """
         self._trie.keep_only(self._used)
         last_use: dict[PageNode, tuple[int, int]] = {}
@@ -349,5 +349,5 @@ def _begins_run(node: PageNode) -> bool:
 
 
 def _checksum(page: Pages) -> int:
-    # CRC-32 finds every change of up to 32 consecutive bits; zlib's runs at gigabytes a second and frees the GIL.
+    # CRC-32 finds every change of up to 32 consecutive bits; zlib's runs at gigabytes per second and frees the GIL.
     return zlib.crc32(np.ascontiguousarray(page).reshape(-1).view(np.uint8).data)

@@ -40,7 +40,7 @@ from engine.user_files import flaw_of
 FORMAT = "engine-kv-prefix"
 VERSION = 2  # 1: scopes named by a part of the weights
 _NAME = "prefix-{:08d}.safetensors"
-_PATTERN = "prefix-" + "[0-9]" * 8 + ".safetensors"  # whatever else lies in the directory is not touched
+_PATTERN = "prefix-" + "[0-9]" * 8 + ".safetensors"  # other files in the directory are not touched
 _TEMPORARY = ".tmp"
 _LOCK_SECONDS, _POLL_SECONDS = 60.0, 0.05
 _OLD_SECONDS = 3600.0  # a temporary file that names no writer and is older is no longer written to

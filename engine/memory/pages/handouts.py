@@ -24,7 +24,7 @@ class Handout(weakref.ref[npt.NDArray[np.int32]]):
     Attributes:
         key: identity of the array.
         time: the pool's clock at hand-out.
-        serial: how many arrays had been recorded by then.
+        serial: number of arrays recorded before it.
         are_slots: whether the array holds slots; else it holds page ids.
         is_void: whether a snapshot from before was restored since.
     """

@@ -264,7 +264,7 @@ class PagePool:
         return PoolState(self.num_pages, self.page_size, ref_count, births, self.clock, free, void)
 
     def restore(self, state: PoolState) -> None:
-        """Returns to a snapshot, whole: exactly the free pages and the counts of that moment; the clock goes on.
+        """Returns to a snapshot, whole: exactly the free pages and the counts of that moment; the clock continues.
 
         Pages taken since are free again, and slots returned since are void: a free through them is refused. Pages
         freed since are held again. A state may be restored any number of times.

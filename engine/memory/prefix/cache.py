@@ -40,9 +40,9 @@ Insertion = tuple[RadixNode, Int32, Int32, Int32]
 
 
 class RadixCache:
-    """Keeps full pages of past sequences for requests that begin alike.
+    """Keeps full pages of past sequences for requests with the same beginning.
 
-    The cache is a holder of its pages beside the requests: ``insert`` retains, eviction and ``reset`` release, and no
+    The cache is a holder of its pages, like the requests: ``insert`` retains, eviction and ``reset`` release, and no
     call takes a reference of the caller's. Every page is cached at most once, under one prefix of one scope. Tokens are
     always compared, never a hash alone.
 
@@ -136,7 +136,7 @@ class RadixCache:
         return PageIds(np.concatenate([NO_PAGES, *runs]))
 
     def runs(self) -> Iterator[tuple[CacheScope, Int32, Int32]]:
-        """Every page that can be found, as ``PrefixForest.runs``; nothing may change meanwhile."""
+        """Every page that can be found, as ``PrefixForest.runs``; nothing may change in the meantime."""
         return self._forest.runs()
 
     def match(self, scope: CacheScope, token_ids: npt.ArrayLike, *, whole: bool = False) -> PrefixMatch:
@@ -223,7 +223,7 @@ class RadixCache:
         duplicates of cached pages. Where the weights have been replaced since the scope was made, nothing is cached.
 
         Args:
-            scope: under which the pages were computed.
+            scope: scope in which the pages were computed.
             token_ids: int32 ``[n]``.
             pages: int32 ``[n // page_size]``, held by the caller, in the order of the tokens.
             priority: higher stays longer; only the policy "priority" reads it.
@@ -258,17 +258,17 @@ class RadixCache:
         *,
         priority: int = 0,
     ) -> PrefixMatch:
-        """Inserts what a request has computed meanwhile and moves its lock to the end of it.
+        """Inserts what a request has computed since then and moves its lock to the end of it.
 
         The same as ``insert``, ``lock`` of all of it, and one ``unlock`` of ``match``, in one walk from the end of
         ``match``. Where the weights have been replaced since the scope was made, nothing changes.
 
         Args:
             match: the request's locked handle.
-            scope: as for ``insert``, like all that follow.
-            token_ids: all of the sequence from its start.
+            scope: see ``insert``, also for the next arguments.
+            token_ids: all tokens of the sequence from its start.
             pages: all of its full pages.
-            priority: of the pages that are new to the cache.
+            priority: priority of the pages that are new to the cache.
 
         Returns:
             The locked handle from now on; ``match`` itself where nothing changes. Its ``pages`` are the cached pages
@@ -398,7 +398,7 @@ class RadixCache:
                     first, pages = prefix.size // self.page_size - count, PageIds(read_only(runs[-1].copy()))
                     told.append(EvictedPages(leaf.tree.scope, read_only(prefix), first, pages))
                 left -= count
-            is_told = True  # from here on it goes on to the end
+            is_told = True  # from here on the change is completed even where something raises
             if self._on_evict is not None and told:
                 self._on_evict(told)
             self._give_back(runs)
@@ -414,7 +414,7 @@ class RadixCache:
             raise
 
     def reset(self, scope: CacheScope | None = None) -> int:
-        """Empties the cache, of one scope or altogether; ``on_evict`` is not told.
+        """Empties the cache, of one scope or completely; ``on_evict`` is not called.
 
         Protected pages can no longer be found either; they stay protected until they are unlocked, and are then the
         first to be evicted.
@@ -429,7 +429,7 @@ class RadixCache:
         try:
             self._drop(trees)
             return before - self.cached_pages
-        except BaseException:  # it goes on to the end
+        except BaseException:  # completes the change
             self._mend()
             self._drop(trees)
             raise
@@ -452,7 +452,7 @@ class RadixCache:
             raise
 
     def clear(self) -> None:
-        """Forgets everything, whatever state the cache is in; ``allocator.clear`` ends its references.
+        """Forgets everything, in any state of the cache; ``allocator.clear`` ends its references.
 
         Every match from before is refused from now on. Weights epochs and counters stay.
         """
@@ -480,7 +480,7 @@ class RadixCache:
             )
 
     def _accepts(self, scope: CacheScope) -> bool:
-        """Whether entries of a scope are wanted; raises ConfigError where it is none."""
+        """Whether entries of a scope may be added; raises ConfigError where it is not a scope."""
         return self._forest.accepts(checked_scope(scope))
 
     def _enter(
@@ -596,7 +596,7 @@ class RadixCache:
         self._mend()
 
     def _mend(self) -> None:
-        """Derives the rest anew, and gives back the references of pages that are in no tree."""
+        """Derives the rest again, and releases pages that are in no tree."""
         self._locked = {match: None for match in self._locked if match.locks}
         self._forest.mend((match.node, match.locks) for match in self._locked)
         is_kept = np.zeros_like(self._is_cached)

@@ -124,7 +124,7 @@ class EvictionOrder(Generic[NodeT]):
             del self._levels[bisect_left(self._levels, node.level)]
 
     def retire(self, to: UseList[NodeT]) -> None:
-        """Moves everything to the end of ``to``, in order of eviction, at a constant cost per level, for good."""
+        """Moves everything to the end of ``to``, in order of eviction, at a constant cost per level, permanently."""
         for level in self._levels:
             to.absorb(self._lists[level])
         self._levels.clear()

@@ -1,4 +1,4 @@
-"""What the prefix cache hands out and takes in: matches, evicted pages, checked arguments."""
+"""Results and arguments of the prefix cache: matches, evicted pages, checked arguments."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class PrefixMatch:
     Attributes:
         pages: int32 ``[n]`` page ids of the cached prefix, in the order of the tokens, read-only.
         num_tokens: tokens in those pages.
-        num_queried: tokens that were asked for.
-        owner: what may use it: the forest of a cache; a cleared cache has another. For the cache alone.
-        node: where it ends, or the node around that point; None if nothing of its scope is cached. For the cache alone.
-        locks: how often it is locked. For the cache alone.
+        num_queried: tokens that were looked up.
+        owner: the forest of the cache that may use it; a cleared cache has another one. Internal to the cache.
+        node: the node at which or within which it ends; None if nothing of its scope is cached. Internal to the cache.
+        locks: how often it is locked. Internal to the cache.
     """
 
     pages: PageIds
@@ -40,9 +40,9 @@ class EvictedPages:
     """Pages that are about to be released, their contents still in place.
 
     Attributes:
-        scope: in which they were cached.
+        scope: scope in which they were cached.
         token_ids: int32, the whole prefix up to the end of the last page.
-        first_page: how many pages of the prefix come before them.
+        first_page: number of pages of the prefix before them.
         pages: int32 ``[n]`` page ids.
     """
 

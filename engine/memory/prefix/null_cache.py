@@ -11,10 +11,10 @@ from engine.memory.scope import CacheScope
 class NullPrefixCache(RadixCache):
     """A ``RadixCache`` that accepts no scope: it finds and keeps nothing, and counts no query.
 
-    Arguments are checked and locks are counted as there, so that a mistake is refused whichever cache there is.
+    Arguments are checked and locks are counted as there, so that a mistake is refused with either cache.
 
     Args:
-        allocator: of the pool that the cache would serve.
+        allocator: allocator of the pool that the cache would serve.
     """
 
     def __init__(self, allocator: PagedTokenToKVPoolAllocator) -> None:

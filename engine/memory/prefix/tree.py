@@ -114,8 +114,8 @@ class RadixTree:
     """The cached sequences of one scope.
 
     Args:
-        scope: of every node.
-        order: holds those of its nodes that may be evicted.
+        scope: scope of every node.
+        order: eviction order; holds the tree's nodes that may be evicted.
         page_size: tokens per page.
     """
 
@@ -228,7 +228,7 @@ class PrefixForest:
     evicted, without a visit to any.
 
     All state follows from a few facts: the children and the pages of each node, the weights epochs, and the locked
-    matches that the cache keeps. ``mend`` derives the rest anew after a fault, so the steps of a change need no order.
+    matches that the cache keeps. ``mend`` derives the rest again after a fault, so the steps of a change need no order.
 
     Args:
         page_size: tokens per page.
@@ -260,7 +260,7 @@ class PrefixForest:
         yield from self._dropped
 
     def accepts(self, scope: CacheScope) -> bool:
-        """Whether entries of this scope are wanted: its weights have not been replaced."""
+        """Whether entries of this scope may be added: its weights have not been replaced."""
         return scope.weights_epoch >= self._epochs.get(scope.model, 0)
 
     def find(self, scope: CacheScope) -> RadixTree | None:
@@ -491,7 +491,7 @@ class PrefixForest:
             yield path[0].tree.scope, path[0].tree.prefix_tokens(path[-1]), joined([node.pages for node in path])
 
     def mend(self, locked: Iterable[tuple[RadixNode | None, int]]) -> None:
-        """Derives anew, after a fault half way, what follows from the nodes' pages and children.
+        """Derives again, after a fault half way, what follows from the nodes' pages and children.
 
         That is each node's place, locks and parent, the counters and the eviction orders. A use that was broken off
         counts.
@@ -515,7 +515,7 @@ class PrefixForest:
                 node.locks, node.attached = locks.get(node, 0), True
                 for child in node.children.values():
                     child.parent, child.start = node, node.end
-            for node in reversed(mine[1:]):  # a use that was broken off goes on to the root
+            for node in reversed(mine[1:]):  # completes an interrupted use up to the root
                 if node.parent is not None:
                     node.parent.level = max(node.parent.level, node.level)
                     node.parent.stamp = max(node.parent.stamp, node.stamp)

@@ -27,7 +27,7 @@ def token_buckets(max_running_requests: int, max_step_tokens: int) -> list[int]:
 
 def parcel_shapes(rows: int, max_step_tokens: int, page_size: int) -> list[ParcelShape]:
     """The static shapes of steps, the smallest first."""
-    # A sequence's tokens begin at most one page more than they fill. Cached prefixes bring pages with them beside.
+    # A sequence's tokens begin at most one page more than they fill. Cached prefixes add pages to these.
     return [
         ParcelShape(tokens, rows, min(tokens, rows + tokens // page_size) + SHARED_PAGES)
         for tokens in token_buckets(rows, max_step_tokens)
@@ -47,8 +47,8 @@ class Batcher:
     """Fills parcels.
 
     Args:
-        shapes: of one replica's parcel, as ``parcel_shapes`` makes them.
-        replicas: how many parts a step has.
+        shapes: shapes of one replica's parcel, as ``parcel_shapes`` makes them.
+        replicas: number of parts of a step.
     """
 
     def __init__(self, shapes: list[ParcelShape], replicas: int = 1) -> None:

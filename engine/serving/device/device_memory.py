@@ -68,8 +68,8 @@ def _on_this_host(devices: int) -> tuple[int, int]:
     if jax.process_count() == 1:
         return 1, devices
     host = zlib.crc32(gethostname().encode()) >> 1
-    everyone = _of_all([host, devices])
-    here = everyone[everyone[:, 0] == host]
+    processes = _of_all([host, devices])
+    here = processes[processes[:, 0] == host]
     return len(here), int(here[:, 1].sum())
 
 

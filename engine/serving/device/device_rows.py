@@ -15,7 +15,7 @@ NULL_PAGE = 0
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DeviceRows:
-    """The device's page table and last tokens; it lives beside the pool and is donated with it.
+    """The device's page table and last tokens; it is kept with the pool and donated with it.
 
     Attributes:
         page_table: int32 ``[R, P]``, the host's table as far as it was sent. Behind a request's last page are pages of

@@ -31,7 +31,7 @@ class PageMover:
         self._landed = 0
 
     def make(self, moves: Sequence[tuple[int, PageMove]]) -> None:
-        """Starts all moves, each with the replica whose pages they are; neighbours of one kind in one program."""
+        """Starts all moves, each with the index of its replica; neighbours of one kind in one program."""
         for (replica, _), group in groupby(moves, key=lambda move: (move[0], type(move[1]))):
             self._start(replica, [move for _, move in group])
 
@@ -47,7 +47,7 @@ class PageMover:
             self._landed += 1
 
     def forget(self) -> None:
-        """Lets go what is on its way to the tier."""
+        """Drops the pages that are on their way to the tier."""
         self._landed += len(self._saves)
         self._saves.clear()
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Int32 = npt.NDArray[np.int32]
 
 NOWHERE = int(np.iinfo(np.int32).max)  # a row or place beyond every table: reads the null page, writes nothing
-SHARED_PAGES = 256  # new pages that fit into a parcel beside those that its tokens can begin
+SHARED_PAGES = 256  # new pages that fit into a parcel in addition to those that its tokens can begin
 LAST_SAMPLED = -1  # in place of a token id: the token that the row sampled last, which the device has
 NOT_A_TOKEN = -2  # in place of a chosen token: the row's logits were not numbers
 

@@ -262,12 +262,12 @@ def forward_step(
         graph: the model's ``nnx.split`` graph.
         structure: the tree structure of the weights, as from ``jax.tree.structure``.
         backend: the attention that all layers share.
-        placement: where the step's arrays lie.
+        placement: placement of the step's arrays.
         shape: T tokens, B rows and U new pages of each replica; the arrays below hold all replicas, one after the
             other.
         weights: the leaves of ``structure``.
-        pool: to be donated.
-        rows: page table ``[R, P]`` and last tokens ``[R]``; to be donated.
+        pool: buffers of the pool, donated.
+        rows: page table ``[R, P]`` and last tokens ``[R]``, donated.
         packed: int32 ``[shape.packed_size]``, a packed StepParcel.
 
     Returns:

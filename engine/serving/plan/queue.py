@@ -1,4 +1,4 @@
-"""Which requests wait, in order of rank, and which may run out of time: one queue for all replicas."""
+"""The requests that wait, in order of rank, and those with a timeout: one queue for all replicas."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ class RequestQueue:
     """The requests that hold no pages.
 
     Attributes:
-        waiting: in order of rank; the same list for ever.
-        acting_for: the request on whose account something is done now: to blame if it fails.
-        faults: what the prefix cache has raised for requests whose step was booked all the same.
+        waiting: in order of rank; always the same list object.
+        acting_for: the request that the current operation is for; blamed if the operation fails.
+        faults: what the prefix cache has raised for requests whose step was booked nevertheless.
     """
 
     def __init__(self) -> None:
         self.waiting: list[Request] = []
         self.acting_for: Request | None = None
         self.faults: list[Exception] = []
-        self._timed: list[Request] = []  # those whose time may run out, running ones too
-        self._suspects: list[tuple[Request, int]] = []  # with the tokens that each had
+        self._timed: list[Request] = []  # requests with a timeout, running ones too
+        self._suspects: list[tuple[Request, int]] = []  # suspected requests, with the number of tokens that each had
 
     def arrive(self, request: Request, arrival: float) -> None:
-        """Notes when a request came, from when its time runs."""
+        """Notes the arrival of a request, from which its timeout counts."""
         request.arrival = arrival
         if request.params.timeout is not None:
             self._timed.append(request)
 
     def wait(self, request: Request) -> None:
-        """Queues a request that has arrived, or comes back."""
+        """Queues a request that has arrived or was retracted."""
         request.wait()
         insort(self.waiting, request, key=lambda request: request.rank)
 
     def late(self, clock: Callable[[], float]) -> list[Request]:
-        """The unfinished requests whose time is up by now."""
+        """The unfinished requests whose time is up."""
         if not self._timed:
             return []
         now = clock()
@@ -44,18 +44,18 @@ class RequestQueue:
         return [request for request in self._timed if request.is_late(now)]
 
     def first(self) -> Request | None:
-        """The request to admit next: the first in rank, or of several suspects one, once the one before is cleared."""
+        """The request to admit next: the first in rank; of several suspects one, once the one before it is cleared."""
         suspect = self._suspect()
         if suspect is not None:
             return suspect if suspect.state is RequestState.WAITING else None
         return self.waiting[0] if self.waiting else None
 
     def suspect(self, requests: Iterable[Request]) -> None:
-        """Notes that one of these requests makes steps fail: they are let in one by one, each to get a token first."""
+        """Notes that one of these makes steps fail: each is admitted once the one before it has got a token."""
         self._suspects = [(request, len(request.output)) for request in requests]
 
     def culprit(self, running: list[Request]) -> Request | None:
-        """On whose account a step of ``running`` has failed, where that is certain."""
+        """The request that made a step of ``running`` fail, where that is certain."""
         suspect = self._suspect()
         if self.acting_for is not None:
             return self.acting_for

@@ -52,13 +52,13 @@ class Replica:
         cache: owns pages and rows.
         queue: where requests wait; replicas share one.
         max_running_requests: slots.
-        max_step_tokens: most new tokens in a step; at least ``max_running_requests``, so that every one can decode.
+        max_step_tokens: most new tokens in a step; at least ``max_running_requests``, so that each request can decode.
         index: which of the replicas this is.
-        pool_name: what messages call the pool.
+        pool_name: name of the pool in messages.
 
     Attributes:
         running: the requests that have a row, in order of admission.
-        planned: int64 ``[rows]`` tokens of each row's request, those included that steps under way will sample.
+        planned: int64 ``[rows]`` tokens of each row's request, including those that steps under way will sample.
         retractions: how often a request was retracted.
     """
 
@@ -119,7 +119,7 @@ class Replica:
     # How a step is planned.
 
     def plan_running(self, *, settled: bool) -> StepPlan | None:
-        """What the running requests do in the next step, once those that are in their way have been retracted.
+        """What the running requests do in the next step, after as many retractions as they need.
 
         Returns:
             The plan; None if the pool is short and a step is under way (``settled`` is False): commit that first. No
@@ -136,8 +136,8 @@ class Replica:
                 return None
             self._retract(max(self.running, key=lambda request: request.rank))
             plan = self._next_rows()
-        # A request that was just retracted must not come straight back, or two would take turns without getting on; but
-        # one that runs alone was in its own way, with a copy of pages that are cached, and comes back to share those.
+        # A request that was just retracted must not be admitted at once, or two would take turns without progress. But
+        # one that ran alone held a copy of pages that are cached, and is admitted again to share those.
         plan.may_admit = retractions == self.retractions or not plan.rows.size
         return plan
 
@@ -292,7 +292,7 @@ class Replica:
             self._queue.faults.append(error)
 
     def give_back_rows(self, *, keeps_pages: bool) -> None:
-        """Ends every row, whatever state a fault has left the books in; these are begun anew if they do not balance."""
+        """Ends every row, in any state of the books after a fault; clears the books if they do not balance."""
         for request in self.running if keeps_pages else ():
             if (row := request.req_pool_idx) is not None:
                 with suppress(Exception):  # the check below says whether that was harmless
@@ -326,7 +326,7 @@ class Replica:
         self._follows.pop(row, None)
         if self._computing:
             self._computing = {key: other for key, other in self._computing.items() if other != row}
-        # They would keep alive what has ended, which may hold much.
+        # They would keep requests alive that have ended, which may hold much memory.
         self._last, self._repeats, self._in_order, self._outputs, self._ordered_at = None, 0, (), [], -1
 
     def _request_of(self, row: int) -> Request:
@@ -405,7 +405,7 @@ class Replica:
         return index, scope, tokens[index * size : (index + 1) * size].tobytes()
 
     def _end_waits(self) -> None:
-        """Lets the requests go on whose common pages have been computed, or will not be: they share what is cached."""
+        """Ends the wait of requests whose common pages are computed, or will not be: they share what is cached."""
         table = self.cache.page_table
         for row, wait in list(self._follows.items()):
             is_there = table.generations(np.array([wait.leader]))[0] == wait.generation
@@ -435,7 +435,7 @@ class Replica:
         finished: list[Request],
         sampled: Bool | None = None,
     ) -> None:
-        """Releases the requests that the tokens of a step have ended; ``sampled`` tells whose these are, None all."""
+        """Releases the requests that the tokens of a step have ended; ``sampled`` marks requests, None all."""
         self._rows()
         if not self._stop_ids.isdisjoint(chosen):
             may_end = may_end | np.isin(chosen, list(self._stop_ids))
@@ -468,7 +468,7 @@ class Replica:
             return
         try:
             self.cache.publish(row, request.scope, request.tokens(0, request.num_tokens))
-        except Exception as error:  # the request gets on without
+        except Exception as error:  # the request continues without it
             self._queue.faults.append(error)
         if self._computing and request.output:  # its prompt has been computed
             self._computing = {key: other for key, other in self._computing.items() if other != row}
@@ -477,8 +477,8 @@ class Replica:
         """Whether the books balance with no request running."""
         try:
             self.check_integrity()
-        except Exception as error:  # whatever a fault has made of them
-            _logger.error("the books of the cache do not balance after a fault and are begun anew: %s", error)
+        except Exception as error:  # in any state after a fault
+            _logger.error("the books of the cache do not balance after a fault and are cleared: %s", error)
             return False
         return not self.cache.held_tokens
 

@@ -7,10 +7,10 @@ they know.
 
 When a pool is full, the last in rank of its running requests is retracted: its pages go back (full ones stay cached
 while there is room, or move to the host tier), and it waits again with the tokens it has. The first in rank is never
-retracted while another runs, and no request is admitted that would not fit alone, so some request always gets on.
+retracted while another runs, and no request is admitted that would not fit alone, so there is always progress.
 
 Rank is arrival less priority: a request that does not fit is not overtaken by a later one of its own priority, and a
-higher priority is worth a bounded head start, so that none starves.
+higher priority is worth a bounded head start, so no request starves.
 
 All requests wait in one queue. The first goes to the replica where most of its prompt is cached, or being computed,
 unless that one is much fuller than the emptiest; else, and where it does not fit there, to the emptiest that has room.
@@ -29,7 +29,7 @@ from engine.serving.plan.replica import Replica
 from engine.serving.plan.step import ScheduledStep, StepPlan
 from engine.serving.request import FinishReason, Request, RequestState
 
-# Divides a replica's pool: with so many more tokens of requests than the emptiest has, it is much fuller.
+# A replica's pool divided by this: with so many tokens more than the emptiest replica it counts as much fuller.
 MUCH_FULLER_DIVISOR = 4
 
 
@@ -90,12 +90,12 @@ class Scheduler:
         """Chooses the rows of the next step and gives them their pages.
 
         Args:
-            settled: whether every step before this one has been committed. If not, what they sample is planned for
-                unseen: a request that ends by its length is left out, one that may stop by a token is not.
+            settled: whether every step before this one has been committed. If not, it plans without seeing the tokens
+                that they sample: a request that ends by its length is left out, one that may stop by a token is not.
 
         Returns:
-            The step; None if a pool is short while a step is under way: commit that first, since which request must
-            give up its pages is decided when all is known.
+            The step; None if a pool is short while a step is under way: commit that first, since the choice of the
+            request to retract needs its results.
         """
         plans: list[StepPlan] = []
         for replica in self.replicas:
@@ -113,8 +113,8 @@ class Scheduler:
         """Books a step that has run, as ``Replica.commit``.
 
         Args:
-            step: of all replicas.
-            tokens: as many for each replica, one after the other.
+            step: the step, with a part for each replica.
+            tokens: sampled tokens, equally many for each replica, one replica after the other.
             finished: the requests that finish are added to it.
         """
         by_replica = tokens.reshape(len(self.replicas), -1)
@@ -141,7 +141,7 @@ class Scheduler:
             self.queue.wait(child)
 
     def end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
-        """Ends a request wherever it stands and gives back every page it holds; does nothing if it has ended."""
+        """Ends a request in any state and gives back every page it holds; does nothing if it has ended."""
         state = request.state
         if state is RequestState.ENDED:
             return
@@ -161,11 +161,11 @@ class Scheduler:
     def restart(self, requests: Iterable[Request], *, keeps_pages: bool = True) -> None:
         """Takes back every step that was planned and not committed: all wait again with the tokens that they have.
 
-        For after a fault, which may have come between any two changes: books that do not balance are begun anew.
+        For use after a fault, which may have come between any two changes: books that do not balance are cleared.
 
         Args:
-            requests: every request that there is; those that have arrived and not ended will wait.
-            keeps_pages: whether pages hold what the books say, so that what was computed may stay cached.
+            requests: all requests; those that have arrived and not ended will wait.
+            keeps_pages: whether the pool's contents are valid, so that computed pages may stay cached.
         """
         members = list(requests)
         for replica in self.replicas:
@@ -187,7 +187,7 @@ class Scheduler:
             return False
         self.queue.acting_for = request
         for index in self._by_preference(request, places):
-            request.replica = index  # before it has a row there: nothing may come between the two
+            request.replica = index  # set before it has a row there, so that no fault can come between the two
             if self.replicas[index].admit(request, plans[index]):
                 self.queue.acting_for = None
                 return True

@@ -79,7 +79,7 @@ class ReplicaStep:
         ends: whether that token is the last by the request's length.
         generations: int64, see ``ReqToTokenPool.generations``: tell whether a row is still the request's.
         sampling: how the next tokens are chosen.
-        new_pages: int32 places in the page table and pages that the device has not been told of.
+        new_pages: int32 places in the page table, and page ids there, that have not been sent to the device.
         membership: the row table's number, where these are all running requests in order of admission; else None.
         repeats: whether this is the step before it, a token further.
     """
@@ -132,7 +132,7 @@ class ScheduledStep:
 
     Attributes:
         parts: the replicas' steps.
-        moves: page moves that the device makes before it, in this order, each with the replica whose pages they are.
+        moves: page moves that the device makes before it, in this order, each with the index of its replica.
     """
 
     parts: tuple[ReplicaStep, ...]

@@ -20,13 +20,13 @@ _logger = logging.getLogger(__name__)
 
 
 class SnapshotBoard(Generic[T]):
-    """Makes snapshots of an engine at most as often as it can afford, and hands out the last one.
+    """Makes snapshots of an engine at a bounded cost, and returns the last one.
 
     A reader makes the snapshot itself, once after each change, where no call is in progress and the engine is idle or
     driven by the reader's own thread. Otherwise the reader asks for a snapshot and waits for up to
     ``SNAPSHOT_SECONDS``, which leaves the interpreter to the engine. The engine makes it at the end of a call, at most
     once in ``SNAPSHOT_SECONDS`` and in at most ``1 / SNAPSHOT_TIME_DIVISOR`` of its time. If none came and no call is
-    in progress, the reader makes it after all.
+    in progress, the reader makes the snapshot itself.
 
     Args:
         make: reads the engine.
@@ -66,7 +66,7 @@ class SnapshotBoard(Generic[T]):
         if self._is_wanted and time.monotonic() >= self._due:
             try:
                 self._refresh()
-            except Exception as error:  # a reader meets it when it makes one itself; the call is not at fault
+            except Exception as error:  # a reader gets it when it makes one itself; the call did not cause it
                 _logger.error("no snapshot could be made of the engine: %s", error)
 
     def _refresh(self) -> None:

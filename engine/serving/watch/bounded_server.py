@@ -27,7 +27,7 @@ class BoundedServer(ThreadingMixIn, WSGIServer):
     """Answers one request per connection, each in a thread.
 
     At most ``MOST_CONNECTIONS`` are open: one more takes the place of the one that has been open for longest. Each is
-    cut off after ``CONNECTION_SECONDS``, whatever it has sent or read by then.
+    cut off after ``CONNECTION_SECONDS``, whatever it has sent or read until then.
 
     Args:
         address: address of this machine to listen on.
@@ -53,7 +53,7 @@ class BoundedServer(ThreadingMixIn, WSGIServer):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Serves as long as the context lasts; then the port is freed and every connection cut off."""
+        """Serves while the context lasts; then closes the port and every connection."""
         thread = threading.Thread(target=self.serve_forever, args=(_TICK_SECONDS,), name="metrics", daemon=True)
         thread.start()
         try:

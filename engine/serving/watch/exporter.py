@@ -42,7 +42,7 @@ class EngineCollector:
 
 @contextmanager
 def serve_metrics(read: Callable[[], EngineMetrics], port: int, address: str = "127.0.0.1") -> Iterator[int]:
-    """Runs a thread that answers scrapes, as long as the context lasts; see ``BoundedServer`` for its bounds.
+    """Runs a thread that answers scrapes while the context lasts; see ``BoundedServer`` for its bounds.
 
     Args:
         read: returns a snapshot.

@@ -72,12 +72,12 @@ class RequestMemory:
 
 @dataclass(frozen=True)
 class EngineMetrics:
-    """An engine at one moment. Counts run from when the engine was made and never go down.
+    """An engine at one moment. Counts start when the engine is made and never decrease.
 
     Attributes:
-        pool: where every page is, of all replicas together.
+        pool: the state of every page, for all replicas together.
         running: requests that hold pages.
-        waiting: requests that hold none yet, or none any more.
+        waiting: requests without pages: not admitted yet, or retracted.
         retractions: how often a running request lost its pages and was queued again.
         prefix_cache: None where it is disabled.
         host_tier: None where there is none.

@@ -120,7 +120,7 @@ def choose_blocks(
         heads: KV heads on this device.
         group: query heads per KV head.
         lanes: stored head_dim.
-        dtype: of the cache, by name.
+        dtype: name of the cache's dtype.
         page_size: tokens per page.
         longest: longest context in tokens that the page table can name.
         mean: usual context of a decode row in tokens; None takes half of ``longest``.

@@ -107,7 +107,7 @@ def make_geometry(
     blocks: BlockSizes | None = None,
     interpret: bool = False,
 ) -> Geometry:
-    """The static sizes of a call; arguments as in ``ragged_paged_attention_tpu``, only whose shapes are read.
+    """The static sizes of a call; arguments as in ``ragged_paged_attention_tpu``; only their shapes are read.
 
     Raises:
         BackendUnsupported: the storage has a dtype or padding that the kernel cannot take, or VMEM cannot hold the
@@ -207,7 +207,7 @@ def _check_scalars(schedule: Schedule, *, page_size: int, table: tuple[int, ...]
         raise BackendUnsupported(
             f"the TPU kernel keeps a page table and lengths in scalar memory: {table[0]} sequences of {table[1]} "
             f"pages of {page_size} tokens need {needed:,} bytes of {SMEM_BYTES:,}; use larger pages, a shorter context "
-            "or fewer sequences a step"
+            "or fewer sequences per step"
         )
 
 

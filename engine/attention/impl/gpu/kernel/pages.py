@@ -19,7 +19,7 @@ class Ring(NamedTuple):
     """Shared memory for some steps of a context, and the barriers that pass each place back and forth.
 
     Attributes:
-        places: ``[slots, N, 2D]``: keys, and beside them values.
+        places: ``[slots, N, 2D]``: keys, and next to them values.
         full: ``[slots + 1]`` barriers of ``copies_of(N)`` arrivals; the last is for the producer alone.
         empty: ``[slots]`` barriers at which consumers return a place.
     """

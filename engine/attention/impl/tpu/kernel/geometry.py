@@ -87,7 +87,7 @@ class Geometry:
 
     @property
     def stride(self) -> int:
-        """32-bit rows between two tokens in VMEM: odd, so that a strided load meets no bank twice."""
+        """32-bit rows between two tokens in VMEM: odd, so that a strided load uses no bank twice."""
         return self.words | 1
 
     @property
