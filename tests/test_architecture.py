@@ -56,7 +56,7 @@ MOST_LINES = {
     "bench": 6400,
     "distributed": 750,
     "kv": 1650,
-    "memory": 5300,
+    "memory": 5400,
     "models": 2100,
     "native": 270,
     "planning": 320,

@@ -37,6 +37,11 @@ def boom(*_, **__):
     raise Boom
 
 
+def step_until_it_fails(llm, finished):
+    while True:
+        finished |= llm.step()
+
+
 def finish(llm, finished=()):
     finished = dict(finished)
     while llm.scheduler.has_work:
@@ -64,8 +69,7 @@ def test_a_fork_whose_copy_failed_computes_its_prompt_itself_and_none_is_forgott
         patched.setattr(llm._runner, "copy", boom)
         finished = {}
         with pytest.raises(Boom):
-            while llm.scheduler.has_work:
-                finished |= llm.step()
+            step_until_it_fails(llm, finished)
     llm.cache.check_integrity()
     finished = finish(llm, finished)
     answers = [finished[request_id], *finished[request_id].siblings]
