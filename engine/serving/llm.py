@@ -327,6 +327,7 @@ class LLM:
             raise ConfigError("there is nowhere to save prefixes; set prefix_cache_dir and host_tier_bytes")
         with self._gate.entered():
             # Every process has the same prefixes and its part in reading them; a directory takes one writer.
+            self._stepper.land_saves()
             segments = map(at_first_epoch, cached_segments(self.caches, self._stepper.read_pages))
             return self._agreement.done_by_first(partial(self._store.save, segments), partial(deque, segments, 0))
 

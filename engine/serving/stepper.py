@@ -102,13 +102,16 @@ class Stepper:
         self._flights.clear()
         self._mover.forget()
 
+    def land_saves(self) -> None:
+        """Waits until the pages on their way to the host tier are there."""
+        self._mover.land()
+
     def forget_saves(self) -> None:
-        """Lets go the pages on their way to the host tier, when all cached prefixes are forgotten."""
+        """Drops the pages on their way to the host tier, when all cached prefixes are forgotten."""
         self._mover.forget()
 
     def read_pages(self, replica: int, pages: Int32) -> PageData:
-        """Copies pages of a replica's pool to the host, once those that were saved before are in the tier."""
-        self._mover.land()
+        """Copies pages of a replica's pool to the host."""
         return self._runner.start_reading(pages, replica=replica).wait()
 
     def _dispatch(self, step: ScheduledStep, *, keeps_logits: bool) -> Flight:
