@@ -8,9 +8,9 @@
     release        the row's references go back; what the prefix cache holds stays until it is evicted
     take_moves     the copies of pages that the device must make before the next step
 
-Every page is free, held by rows, cached, or both of the last; a page returns to the pool when its last holder releases
-it. Rows hold pages, the prefix cache holds pages, and a row locks those that both hold. Nothing else holds any; so
-after a fault a row can be ended by what these three list, whatever had been done of a call.
+Every page is free, held by rows, cached, or both held and cached; a page returns to the pool when its last holder
+releases it. Rows hold pages, the prefix cache holds pages, and a row locks those that both hold. Nothing else holds
+any; so after a fault a row can be ended by what rows, leases and prefix cache list, in any state of a call.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ class Lease:
     Attributes:
         match: the locked handle of its cached pages.
         priority: of its pages in the prefix cache, where the policy of eviction reads it.
-        is_forgotten: whether the cache was reset since it was admitted: its pages are not cached any more.
+        was_reset: whether the cache was reset since it was admitted: its pages are not cached any more.
     """
 
     match: PrefixMatch
     priority: int
-    is_forgotten: bool = False
+    was_reset: bool = False
 
 
 class CacheManager:
     """Pages and rows of the running requests, and what is kept of past ones.
 
-    A call that raises has changed nothing, whatever raises in it, but that cached pages may have been evicted to make
-    room and that ``release`` always gives back. One thread at a time: a call that begins while another thread is in one
-    is refused with ConcurrentUse, and so is any call in a fork of the process.
+    A call that raises has changed nothing, whatever raises in it, with two exceptions: cached pages may have been
+    evicted to make room, and ``release`` gives the row back even so. One thread at a time: a call that begins while
+    another thread is in one is refused with ConcurrentUse, and so is any call in a fork of the process.
 
     Pages that a call frees may still be read by steps under way: they are handed out for later steps, whose programs
     the device runs after those, and for page moves, which run in the same order.
@@ -204,12 +204,12 @@ class CacheManager:
             return Admission(row, pages.size * self.page_size, loaded * self.page_size)
         except BaseException:  # an interrupt too: the caller never learns of this row
             self._moves[planned:] = [move for move in self._moves[planned:] if not isinstance(move, PageLoad)]
-            self._take_back(row, [found], pages)
+            self._undo_row(row, [found], pages)
             self.prefix.query_tokens, self.prefix.hit_tokens = counted
             raise
 
     def share(self, row: int, scope: CacheScope, token_ids: Int32, *, counts_hit: bool = True) -> int:
-        """Takes what has been cached since a row was admitted of the tokens that it has not been granted yet.
+        """Extends a row that was admitted by cached pages that follow its tokens.
 
         For a request that waits for another one to compute what both begin with.
 
@@ -228,7 +228,7 @@ class CacheManager:
         self.caller.enter()
         before, lease = self.page_table.kv_len(row), self._lease(row)
         found = self.prefix.match(scope, token_vector(token_ids))
-        if found.num_tokens > before == lease.match.num_tokens and not lease.is_forgotten:
+        if found.num_tokens > before == lease.match.num_tokens and not lease.was_reset:
             self._extend_lease(row, lease, found)
             self.prefix.hit_tokens += (found.num_tokens - before) * counts_hit
         return self.page_table.kv_len(row) - before
@@ -294,10 +294,10 @@ class CacheManager:
         except BaseException:
             if self.page_table.kv_len(row) == length:
                 self._pool.give_back_since(clock)
-            else:  # to the end
+            else:  # finish the change
                 planned = any(isinstance(move, PageCopy) and move.targets is target for move in self._moves)
                 self._moves += [PageCopy(source, target)] * (source.size > 0 and not planned)
-                self._release_unlisted(before)
+                self._release_surplus(before)
                 self._shorten_lease(row, tokens)
             raise
 
@@ -325,7 +325,7 @@ class CacheManager:
         self.caller.enter()
         tokens, pages = self._full_pages(row, token_ids)
         lease = self._lease(row)
-        if not lease.is_forgotten and tokens.size >= lease.match.num_tokens:
+        if not lease.was_reset and tokens.size >= lease.match.num_tokens:
             self._advance([*self._sharing(row, pages), (row, pages.size)], scope, tokens, pages)
 
     def can_fork(self, row: int, tokens: int) -> bool:
@@ -357,7 +357,7 @@ class CacheManager:
         try:
             new_row = self.page_table.alloc_row(known=tokens + 1, most=self._most_of(row))
             self.prefix.lock(lease.match)  # once more: a handle may be shared
-            self._leases[new_row] = Lease(lease.match, lease.priority, lease.is_forgotten)
+            self._leases[new_row] = Lease(lease.match, lease.priority, lease.was_reset)
             self._shorten_lease(new_row, tokens)
             self._pool.retain(PageIds(pages[:full]))
             self.page_table.append_pages(new_row, pages[:full])
@@ -369,7 +369,7 @@ class CacheManager:
             return new_row
         except BaseException:  # an interrupt too: the caller never learns of this row
             self._moves = [move for move in self._moves if move not in copies]
-            self._take_back(new_row, [lease.match], pages[:full])
+            self._undo_row(new_row, [lease.match], pages[:full])
             raise
 
     def release(self, row: int, scope: CacheScope, token_ids: Int32) -> None:
@@ -392,7 +392,7 @@ class CacheManager:
             held, lease = self.page_table.row_pages(row), self._lease(row)
             match = lease.match
             tokens, pages = self._full_pages(row, token_ids)
-            if lease.is_forgotten or tokens.size < match.num_tokens:
+            if lease.was_reset or tokens.size < match.num_tokens:
                 self.prefix.unlock(match)
             else:
                 self._advance(self._sharing(row, pages), scope, tokens, pages)
@@ -400,7 +400,7 @@ class CacheManager:
             self._leases.pop(row, None)
             self._pool.release(self.page_table.release(row))
         except BaseException:
-            self._take_back(row, [match], held)
+            self._undo_row(row, [match], held)
             raise
 
     def take_moves(self) -> list[PageMove]:
@@ -425,7 +425,7 @@ class CacheManager:
         try:
             self._forget()
         except BaseException:
-            self._forget()  # to the end: half of it would cache again what was to be forgotten
+            self._forget()  # finish the change: half of it would cache again what was to be forgotten
             raise
 
     def clear(self) -> None:
@@ -458,7 +458,7 @@ class CacheManager:
         return lease
 
     def _most_of(self, row: int) -> int:
-        return int(self.page_table.request_lens(np.array([row]))[2][0])
+        return int(self.page_table.request_lens(np.array([row])).most[0])
 
     def _has_room(self, known: int, most: int, shared_pages: int) -> bool:
         return pages_to_admit(self.page_table, known, most, shared_pages) <= self.reclaimable_pages
@@ -484,7 +484,7 @@ class CacheManager:
         return self._pool.take_singles(growth.num_pages) if growth.runs is None else self._pool.take(growth.runs)
 
     def _full_pages(self, row: int, token_ids: Int32) -> tuple[Int32, PageIds]:
-        """A row's full pages as far as their tokens are computed and told: these tokens, and the pages."""
+        """The tokens of a row's full pages, as far as they are computed and ``token_ids`` has them; and the pages."""
         tokens = token_vector(token_ids)
         pages = self.page_table.full_pages(row, tokens.size)
         return tokens[: pages.size * self.page_size], pages
@@ -528,7 +528,7 @@ class CacheManager:
             self._pool.retain(taken)
             self._pool.release(self.page_table.replace_pages(row, columns, taken))
         except BaseException:
-            self._release_unlisted(np.concatenate([own, cached]))
+            self._release_surplus(np.concatenate([own, cached]))
             raise
 
     def _extend_lease(self, row: int, lease: Lease, found: PrefixMatch) -> None:
@@ -546,7 +546,7 @@ class CacheManager:
             if self.page_table.kv_len(row) > before.num_tokens:
                 self.page_table.truncate(row, before.num_tokens)
             self._unlock_unleased([found])
-            self._release_unlisted(added)
+            self._release_surplus(added)
             raise
 
     def _shorten_lease(self, row: int, tokens: int) -> None:
@@ -572,13 +572,13 @@ class CacheManager:
 
     def _forget(self) -> None:
         for lease in self._leases.values():
-            lease.is_forgotten = True
+            lease.was_reset = True
         self._moves = [move for move in self._moves if not isinstance(move, EvictedPages)]
         self.prefix.reset()
         if self.host_tier:
             self.host_tier.reset()
 
-    def _take_back(self, row: int | None, matches: list[PrefixMatch | None], pages: Int32) -> None:
+    def _undo_row(self, row: int | None, matches: list[PrefixMatch | None], pages: Int32) -> None:
         """Ends a row, as far as it was begun or not ended yet: its locks, its pages, what is known of its request.
 
         Args:
@@ -592,7 +592,7 @@ class CacheManager:
             if self.page_table.is_in_use(row):
                 pages = np.concatenate([pages, self.page_table.release(row)])
         self._unlock_unleased(matches)
-        self._release_unlisted(pages)
+        self._release_surplus(pages)
 
     def _unlock_unleased(self, matches: list[PrefixMatch | None]) -> None:
         """Takes back the locks of matches that no row has."""
@@ -601,7 +601,7 @@ class CacheManager:
             while match and match.locks > kept.count(match):
                 self.prefix.unlock(match)
 
-    def _release_unlisted(self, pages: Int32) -> None:
+    def _release_surplus(self, pages: Int32) -> None:
         """Gives back the references of pages that neither a row nor the prefix cache lists."""
         listed = np.concatenate([self.page_table.held_pages(), self.prefix.pages()])
         distinct = np.unique(pages)

@@ -1,4 +1,4 @@
-"""The row table: which pages hold the tokens of each running request, and all else that is known of a row.
+"""The row table: the pages of each running request, and how far its row is granted, computed and known to the device.
 
 Rows of page ids, as the block tables of PagedAttention (arXiv 2309.06180); the name ``ReqToTokenPool`` is SGLang's,
 whose table holds one slot per token: here it is one entry per page.
@@ -33,6 +33,20 @@ from engine.memory.pages import NO_PAGES, PageIds, Slots
 
 NO_ROWS = np.empty(0, np.int64)
 _ONE = np.int32(1)
+
+
+class RequestLens(NamedTuple):
+    """Tokens of requests, int64 ``[B]`` each, fresh arrays.
+
+    Attributes:
+        granted: tokens that have a slot.
+        known: tokens that the request knew when it was admitted.
+        most: tokens that it can need at most.
+    """
+
+    granted: Int64
+    known: Int64
+    most: Int64
 
 
 class RowGrowth(NamedTuple):
@@ -99,7 +113,9 @@ class ReqToTokenPool:
         self.membership = 0
         self._granted = np.zeros(self.max_requests, np.int32)
         self._computed = np.zeros(self.max_requests, np.int32)
-        self._known, self._most, self._told, self._generation = (np.zeros(self.max_requests, np.int64) for _ in "kmtg")
+        self._known, self._most, self._told, self._generation = (
+            np.zeros(self.max_requests, np.int64) for _ in range(4)
+        )
         self._in_use = np.zeros(self.max_requests, np.bool_)
         # First in, first out: a row that was just released is the last to be reused, so a stale index is seen.
         self._free_rows = deque(range(self.max_requests))
@@ -149,17 +165,14 @@ class ReqToTokenPool:
         """Computed tokens of one row; raises ShapeError where it is not in use."""
         return self._computed.item(self._checked_row(row))
 
-    def request_lens(self, req_pool_indices: npt.ArrayLike | None = None) -> tuple[Int64, Int64, Int64]:
-        """What is granted to the requests of some rows, what they knew when admitted, and can need at most.
+    def request_lens(self, req_pool_indices: npt.ArrayLike | None = None) -> RequestLens:
+        """The tokens of the requests of some rows.
 
         Args:
             req_pool_indices: ``[B]`` rows in use; None is every row of an admitted request.
-
-        Returns:
-            int64 ``[B]`` tokens each, fresh.
         """
         index = self._known.nonzero()[0] if req_pool_indices is None else self._checked_rows(req_pool_indices)
-        return self._granted[index].astype(np.int64), self._known[index], self._most[index]
+        return RequestLens(self._granted[index].astype(np.int64), self._known[index], self._most[index])
 
     def generations(self, rows: Int32) -> Int64:
         """How often each row was given back; int64 ``[B]``, fresh. Rows need not be in use."""

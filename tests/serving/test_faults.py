@@ -60,7 +60,7 @@ def test_a_request_that_ran_out_of_time_in_a_step_that_failed_is_reported_by_the
     assert (finished[late].finish_reason, finished[other].finish_reason) == ("timeout", "length")
 
 
-def test_a_fork_whose_copy_failed_computes_its_prompt_itself_and_none_is_forgotten(llm, dense_greedy, monkeypatch):
+def test_a_fork_whose_copy_failed_computes_its_prompt_itself_and_none_was_reset(llm, dense_greedy, monkeypatch):
     llm.cache.reset_prefix_cache()
     prompt = random_prompts([30], seed=41)[0]
     ended = llm.add_request([3], SamplingParams(max_new_tokens=1))  # ends in the step before the one whose copy fails
@@ -90,7 +90,7 @@ def test_a_request_aborted_while_generate_runs_gets_the_tokens_so_far(llm):
     assert llm.cache.held_tokens == 0
 
 
-def test_a_request_aborted_after_it_ended_in_a_failed_step_is_forgotten(llm, monkeypatch):
+def test_a_request_aborted_after_it_ended_in_a_failed_step_was_reset(llm, monkeypatch):
     late = llm.add_request([1] * 30, SamplingParams(timeout=1e-6))
     llm.add_request([2], SamplingParams(max_new_tokens=1))
     with monkeypatch.context() as patched:

@@ -152,7 +152,7 @@ def test_an_abort_between_dispatch_and_commit_changes_no_other_answer(llm, dense
         assert finished[request_id].token_ids == dense_greedy(prompt, 8)
 
 
-def test_when_the_last_request_is_aborted_its_step_is_forgotten_and_idle_time_is_not_counted(llm):
+def test_when_the_last_request_is_aborted_its_step_was_reset_and_idle_time_is_not_counted(llm):
     (request_id,) = run_to_flight(llm, [[1, 2, 3]], SamplingParams(max_new_tokens=9))
     llm.abort(request_id)
     assert not flights(llm)

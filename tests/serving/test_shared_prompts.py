@@ -123,6 +123,28 @@ def test_a_request_that_comes_back_counts_no_second_hit():
     assert (cache.prefix.query_tokens, cache.prefix.hit_tokens) == (2 * 65, 64)
 
 
+def test_the_end_of_one_that_waits_ends_no_other_wait():
+    """All wait for the one that computes, not each for the one before it."""
+    _, scheduler = make_large(16, budget=256)
+    prompt = np.arange(200, dtype=np.int32)
+    first, second, third = add(scheduler, [prompt] * 3)
+    step = scheduler.next_step()
+    scheduler.end(second, FinishReason.ABORT)
+    commit(scheduler, step, np.full(8, 7, np.int32))
+    assert prefill(scheduler, [first, third], overlap=False) == 200 - 192
+    assert third.cached_tokens == 192
+
+
+def test_a_request_waits_again_where_another_computes_more_of_its_tokens():
+    """The second and the third share more with each other than with the first."""
+    _, scheduler = make_large(16, budget=1024)
+    trunk, branch = np.arange(64, dtype=np.int32), np.arange(500, 564, dtype=np.int32)
+    tails = [np.array([n], np.int32) for n in (900, 901)]
+    prompts = [np.append(trunk, tails[0]), *(np.concatenate([trunk, branch, tail]) for tail in tails)]
+    requests = add(scheduler, prompts)
+    assert prefill(scheduler, requests, overlap=False) == 65 + (64 + 1) + 1
+
+
 def test_one_that_shares_less_than_a_page_does_not_wait():
     _, scheduler = make_large(16)
     one, other = np.arange(40, dtype=np.int32), np.arange(40, dtype=np.int32)

@@ -10,15 +10,13 @@ from __future__ import annotations
 import logging
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass
 
 import numpy as np
 
 from engine.errors import IntegrityError, RequestTooLarge
-from engine.memory.admission import Admission
 from engine.memory.integers import Bool, Int32, Int64
 from engine.memory.manager import CacheManager
-from engine.memory.scope import CacheScope
+from engine.serving.plan.prefix_waits import PrefixWaits
 from engine.serving.plan.queue import RequestQueue
 from engine.serving.plan.step import ReplicaStep, SamplingColumns, StepPlan
 from engine.serving.request import Request
@@ -26,23 +24,6 @@ from engine.serving.request import Request
 NO_TOKENS = np.empty(0, np.int32)
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Wait:
-    """A request's wait for another one to compute what both begin with.
-
-    Attributes:
-        leader: the other one's row.
-        generation: of that row.
-        common_tokens: tokens that both begin with, in whole pages.
-        counts_hit: whether what it then shares counts as found in the prefix cache: not for one that comes back.
-    """
-
-    leader: int
-    generation: int
-    common_tokens: int
-    counts_hit: bool
 
 
 class Replica:
@@ -89,9 +70,7 @@ class Replica:
         self._stop_ids: frozenset[int] = frozenset()
         self._last: ReplicaStep | None = None  # of all running requests, each decoding
         self._repeats = 0  # how many steps may follow it, each a token further, until a request reaches its length
-        self._follows: dict[int, Wait] = {}  # by the row that waits
-        # Rows that compute a prompt, by where they began: page index, scope, and the tokens of that page.
-        self._computing: dict[tuple[int, CacheScope, bytes], int] = {}
+        self._waits = PrefixWaits(cache, queue)
 
     @property
     def planned_tokens(self) -> int:
@@ -128,7 +107,7 @@ class Replica:
         if self._repeats and self._last is not None and self._last.membership == self.cache.page_table.membership:
             plan = StepPlan(self._last.req_pool_idx, self._last.counts, is_all=True, repeats=True)
         else:
-            self._end_waits()
+            self._waits.end_waits()
             plan = self._next_rows()
         retractions = self.retractions
         while not self.cache.has_room_to_grow(plan.rows, 1 if plan.repeats else plan.counts):
@@ -166,16 +145,19 @@ class Replica:
             request.cached_tokens = granted
         self._queue.waiting.remove(request)
         self._enter(request, row)
-        if not self._follow(request, row, tokens, admission, counts_hit=is_new):
-            plan.admitted.append(row)
-            plan.chunks.append(min(tokens.size - granted, self._budget(plan)))
+        if admission.loaded_tokens:  # whose pages the cache does not have yet
+            self._waits.compute(request.scope, row, tokens, granted)
+        elif self._waits.enter(request, row, granted, counts_hit=is_new):
+            return True
+        plan.admitted.append(row)
+        plan.chunks.append(min(tokens.size - granted, self._budget(plan)))
         return True
 
     def shared_tokens(self, request: Request) -> int:
         """Tokens of a waiting request that need not be computed here: cached ones, or ones that another computes."""
         tokens = request.tokens(0, request.num_tokens)
         cached = self.cache.cached_tokens(request.scope, tokens)
-        return max(cached, self._leader(request.scope, tokens, cached)[1])
+        return max(cached, self._waits.find(request.scope, tokens, cached)[1])
 
     def schedule(self, plan: StepPlan) -> ReplicaStep:
         """Gives the requests of a plan their pages, and notes that their tokens will be computed."""
@@ -217,7 +199,7 @@ class Replica:
         self.cache.grow(rows, 1)
         self._repeats -= 1
         self.planned[rows] += 1
-        ends = last.ends if self._repeats else self.planned[rows] > table.request_lens(rows)[2]
+        ends = last.ends if self._repeats else self.planned[rows] > table.request_lens(rows).most
         self._last = step = last.further(ends, table.take_new_pages(rows))
         return step
 
@@ -300,7 +282,7 @@ class Replica:
         self.running.clear()
         for row in range(len(self._requests)):
             self._forget_row(row)
-        self._follows, self._computing, self._ordered_at = {}, {}, -1
+        self._ordered_at = -1
         if not (keeps_pages and self._has_all_back()):
             self.cache.clear()
         self.cache.take_moves()  # for steps that will not run
@@ -323,9 +305,7 @@ class Replica:
 
     def _forget_row(self, row: int) -> None:
         self._requests[row] = None
-        self._follows.pop(row, None)
-        if self._computing:
-            self._computing = {key: other for key, other in self._computing.items() if other != row}
+        self._waits.forget(row)
         # They would keep requests alive that have ended, which may hold much memory.
         self._last, self._repeats, self._in_order, self._outputs, self._ordered_at = None, 0, (), [], -1
 
@@ -365,60 +345,13 @@ class Replica:
         """Tokens to feed: 1 while decoding, more while prefilling, 0 where only the end, or another row, is awaited."""
         granted, _, most = self.cache.page_table.request_lens(rows)
         pending = np.minimum(self.planned[rows], most) - granted
-        if self._follows:
-            pending[np.isin(rows, list(self._follows))] = 0
+        if waiting := self._waits.rows:
+            pending[np.isin(rows, waiting)] = 0
         return pending
 
     def _budget(self, plan: StepPlan) -> int:
         """Tokens that a step can still feed."""
         return self.max_step_tokens - int(plan.counts.sum()) - sum(plan.chunks)
-
-    # Requests that begin alike and come together.
-
-    def _follow(self, request: Request, row: int, tokens: Int32, admission: Admission, *, counts_hit: bool) -> bool:
-        """Whether a request that was just admitted waits for another one to compute what both begin with."""
-        cached, size = admission.cached_tokens, self.cache.page_size
-        leader, common = self._leader(request.scope, tokens, cached)
-        if leader is not None and not admission.loaded_tokens:
-            generation = int(self.cache.page_table.generations(np.array([leader]))[0])
-            self._follows[row] = Wait(leader, generation, common, counts_hit)
-        if self.cache.shares_prefixes and tokens.size - cached > size:
-            self._computing[self._place(request.scope, tokens, cached // size)] = row
-        return row in self._follows
-
-    def _leader(self, scope: CacheScope, tokens: Int32, cached: int) -> tuple[int | None, int]:
-        """A row that is computing more whole pages of these tokens than are cached, and how many tokens those are."""
-        size = self.cache.page_size
-        best: tuple[int | None, int] = None, 0
-        for index in {index for index, *_ in self._computing}:
-            row = self._computing.get(self._place(scope, tokens, index)) if index * size <= cached else None
-            if row is None:
-                continue
-            leader = self._request_of(row)
-            common = _common(leader.tokens(0, leader.num_tokens), tokens[:-1]) // size * size
-            if common > max(cached, best[1]):
-                best = row, common
-        return best
-
-    def _place(self, scope: CacheScope, tokens: Int32, index: int) -> tuple[int, CacheScope, bytes]:
-        size = self.cache.page_size
-        return index, scope, tokens[index * size : (index + 1) * size].tobytes()
-
-    def _end_waits(self) -> None:
-        """Ends the wait of requests whose common pages are computed, or will not be: they share what is cached."""
-        table = self.cache.page_table
-        for row, wait in list(self._follows.items()):
-            is_there = table.generations(np.array([wait.leader]))[0] == wait.generation
-            if is_there and table.computed_len(wait.leader) < wait.common_tokens:
-                continue
-            request = self._request_of(row)
-            tokens = request.tokens(0, request.num_tokens)
-            self._queue.acting_for = request
-            shared = self.cache.share(row, request.scope, tokens, counts_hit=wait.counts_hit)
-            self._queue.acting_for = None
-            del self._follows[row]
-            if wait.counts_hit:
-                request.cached_tokens = (request.cached_tokens or 0) + shared
 
     # How requests end.
 
@@ -470,8 +403,8 @@ class Replica:
             self.cache.publish(row, request.scope, request.tokens(0, request.num_tokens))
         except Exception as error:  # the request continues without it
             self._queue.faults.append(error)
-        if self._computing and request.output:  # its prompt has been computed
-            self._computing = {key: other for key, other in self._computing.items() if other != row}
+        if request.output:  # its prompt is computed
+            self._waits.has_computed(row)
 
     def _has_all_back(self) -> bool:
         """Whether the books balance with no request running."""
@@ -481,10 +414,3 @@ class Replica:
             _logger.error("the books of the cache do not balance after a fault and are cleared: %s", error)
             return False
         return not self.cache.held_tokens
-
-
-def _common(a: Int32, b: Int32) -> int:
-    """How many tokens two sequences share from the first on."""
-    shorter = min(a.size, b.size)
-    differs = (a[:shorter] != b[:shorter]).nonzero()[0]
-    return int(differs[0]) if differs.size else shorter
