@@ -106,9 +106,12 @@ class Stepper:
         """Lets go the pages on their way to the host tier, when all cached prefixes are forgotten."""
         self._mover.forget()
 
-    def read_pages(self, replica: int, pages: Int32) -> PageData:
-        """Copies pages of a replica's pool to the host, once those that were saved before are in the tier."""
+    def land_saves(self) -> None:
+        """Waits for the pages on their way to the host tier, and puts them there."""
         self._mover.land()
+
+    def read_pages(self, replica: int, pages: Int32) -> PageData:
+        """Copies pages of a replica's pool to the host."""
         return self._runner.start_reading(pages, replica=replica).wait()
 
     def _dispatch(self, step: ScheduledStep, *, keeps_logits: bool) -> Flight:
