@@ -113,9 +113,8 @@ class ReqToTokenPool:
         self.membership = 0
         self._granted = np.zeros(self.max_requests, np.int32)
         self._computed = np.zeros(self.max_requests, np.int32)
-        self._known, self._most, self._told, self._generation = (
-            np.zeros(self.max_requests, np.int64) for _ in range(4)
-        )
+        self._known, self._most = np.zeros((2, self.max_requests), np.int64)
+        self._told, self._generation = np.zeros((2, self.max_requests), np.int64)
         self._in_use = np.zeros(self.max_requests, np.bool_)
         # First in, first out: a row that was just released is the last to be reused, so a stale index is seen.
         self._free_rows = deque(range(self.max_requests))

@@ -326,8 +326,8 @@ class LLM:
         if self._store is None:
             raise ConfigError("there is nowhere to save prefixes; set prefix_cache_dir and host_tier_bytes")
         with self._gate.entered():
+            self._stepper.land_saves()  # first: what is in the tier is listed before what is on the device
             # Every process has the same prefixes and its part in reading them; a directory takes one writer.
-            self._stepper.land_saves()
             segments = map(at_first_epoch, cached_segments(self.caches, self._stepper.read_pages))
             return self._agreement.done_by_first(partial(self._store.save, segments), partial(deque, segments, 0))
 

@@ -430,6 +430,20 @@ def test_a_save_takes_what_the_device_holds_past_the_tier_and_leaves_it_cached(t
     assert (again.cached_tokens, again.token_ids) == (56, expected.token_ids)
 
 
+def test_a_save_takes_what_is_on_its_way_to_the_host(tiered, llama):
+    tiered.reset_prefix_cache()
+    first, second = random_prompts([60, 90], seed=30)
+    tiered.generate([first], SamplingParams(max_new_tokens=5))
+    tiered.add_request(second, SamplingParams(max_new_tokens=5))
+    while not tiered._stepper._mover._saves:  # the second pushes the first out
+        tiered.step()
+    tiered.save_prefix_cache()
+    restored = LLM(llama, **{f.name: getattr(tiered.config, f.name) for f in dataclasses.fields(tiered.config)[1:]})
+    assert restored.generate([first], SamplingParams(max_new_tokens=5))[0].cached_tokens == 56
+    while tiered.scheduler.has_work:
+        tiered.step()
+
+
 def test_several_answers_share_the_pages_of_one_prompt(llm, dense):
     llm.cache.reset_prefix_cache()
     prompt = random_prompts([30], seed=27)[0]
