@@ -45,12 +45,13 @@ def interrupt(llm, where, monkeypatch):
         steps = {shape: interrupted(step) for shape, step in llm._runner._steps.items()}
         monkeypatch.setattr(llm._runner, "_steps", steps)
     else:
-        owner = {"take": llm.cache.allocator.pages, "fill": llm._stepper._batcher}
-        owner = owner.get(where, llm.scheduler)
+        (replica,), pages = llm.scheduler.replicas, llm.cache.allocator.pages
+        owners = {"take": pages, "take_singles": pages, "_still_run": replica, "release": replica}
+        owner = {**owners, "fill": llm._stepper._batcher}.get(where, llm.scheduler)
         monkeypatch.setattr(owner, where, interrupted(getattr(owner, where)))
 
 
-PLACES = ["steps", "take", "fill", "still_run", "commit", "_release", "add"]
+PLACES = ["steps", "take", "take_singles", "fill", "_still_run", "commit", "release", "add"]
 
 
 @pytest.mark.parametrize("where", PLACES)
