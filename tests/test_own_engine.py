@@ -1,6 +1,7 @@
 """The engine of one's own in docs/examples answers as the product's engine and as the dense model do."""
 
 import importlib.util
+import runpy
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from engine import LLM, RequestTooLarge, SamplingParams
+from engine import LLM, RequestTooLarge, SamplingParams, ShapeError
 from engine.models import DEFAULT_MODEL_DIR, dense_logits, load_llama
 
 PAGE, NEW = 16, 40
@@ -23,9 +24,11 @@ PROMPTS = [
 ]
 
 
+EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "own_engine.py"
+
+
 def load_example():
-    path = Path(__file__).parents[1] / "docs" / "examples" / "own_engine.py"
-    spec = importlib.util.spec_from_file_location("own_engine", path)
+    spec = importlib.util.spec_from_file_location("own_engine", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
     sys.modules["own_engine"] = module  # where its dataclass looks for its annotations
     spec.loader.exec_module(module)
@@ -75,5 +78,25 @@ def test_what_can_never_fit_is_refused_before_anything_runs(model):
     engine = load_example().OwnEngine(model, 4 * PAGE, page_size=PAGE)
     with pytest.raises(RequestTooLarge):
         engine.generate(PROMPTS, NEW)
+    with pytest.raises(ShapeError):
+        engine.generate([PROMPTS[1], []], 8)
     assert not engine.waiting
     assert engine.generate([PROMPTS[1]], 8)
+    assert engine.generate([], 8) == []
+
+
+def test_what_exceeds_the_context_is_refused_before_anything_runs(model):
+    context = model.config.context_length
+    engine = load_example().OwnEngine(model, 2 * context, page_size=PAGE)
+    with pytest.raises(RequestTooLarge, match=f"{context} fit"):
+        engine.generate([PROMPTS[1], [65] * context], 2)
+    assert not engine.waiting
+
+
+def test_it_runs_as_a_command_with_and_without_prompts(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE)])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "A" * 10_000])
+    with pytest.raises(SystemExit, match="tokens, and 256 fit"):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")

@@ -1,6 +1,6 @@
 """An engine of one's own: continuous batching, chunked prefill, prefix sharing, retraction, a host tier; greedy.
 
-Of this package it takes ``kv``, ``memory`` and ``attention``, and the Llama that ships:
+Of this package it takes ``kv``, ``memory`` and ``attention``, and the Llama that ships. Without prompts it answers two:
 
     python docs/examples/own_engine.py "Alice was beginning to" "The Queen"
 """
@@ -23,6 +23,7 @@ from engine import (
     AttentionMetadata,
     CacheManager,
     CacheScope,
+    EngineError,
     EvictedPages,
     FlashAttentionBackend,
     HostTier,
@@ -32,6 +33,7 @@ from engine import (
     PageLoad,
     PageMove,
     RequestTooLarge,
+    ShapeError,
     TokenToKVPool,
     copy_pages,
     read_pages,
@@ -107,11 +109,20 @@ class OwnEngine:
         self.retractions = 0
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """The answers in the order of the prompts; raises RequestTooLarge where one can never fit."""
+        """The answers in the order of the prompts.
+
+        Raises:
+            ShapeError: a prompt is empty; no request was started.
+            RequestTooLarge: one can never fit into the pool or the context; likewise.
+        """
         requests = [Request(len(prompt), list(prompt), len(prompt) + max_new_tokens - 1) for prompt in prompts]
-        most, size = max(self.cache.round_up(request.most_tokens) for request in requests), self.cache.size
-        if most > size:
-            raise RequestTooLarge(f"a request may need {most} of {size} tokens", requested=most, available=size)
+        room = min(self.cache.size, self.cache.page_table.max_context_tokens)
+        for request in requests:  # before any of them runs
+            if not request.prompt_len:
+                raise ShapeError("a prompt has no tokens; pass at least one")
+            if (most := request.most_tokens) > room:
+                message = f"a request may need {most} tokens, and {room} fit; shorten its prompt"
+                raise RequestTooLarge(message, requested=most, available=room)
         self.waiting += requests
         while self.waiting or self.running:
             self.step()
@@ -202,5 +213,10 @@ if __name__ == "__main__":
     tokenizer = load_tokenizer(DEFAULT_MODEL_DIR)
     assert tokenizer  # the Llama that ships has one
     engine = OwnEngine(load_llama(DEFAULT_MODEL_DIR, dtype="float32"), size=256, host_pages=64)
-    for answer in engine.generate([tokenizer.encode(prompt) for prompt in sys.argv[1:]], max_new_tokens=48):
+    texts = sys.argv[1:] or ["Alice was beginning to", "The Queen"]
+    try:
+        answers = engine.generate([tokenizer.encode(text) for text in texts], max_new_tokens=48)
+    except EngineError as error:
+        sys.exit(str(error))
+    for answer in answers:
         print(tokenizer.decode(answer))

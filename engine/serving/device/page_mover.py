@@ -31,7 +31,7 @@ class PageMover:
         self._landed = 0
 
     def make(self, moves: Sequence[tuple[int, PageMove]]) -> None:
-        """Starts all moves, each with the index of its replica; neighbours of one kind in one program."""
+        """Starts all moves in order, each with the index of its replica; saves of a replica in a row are one read."""
         for (replica, _), group in groupby(moves, key=lambda move: (move[0], type(move[1]))):
             self._start(replica, [move for _, move in group])
 
