@@ -46,12 +46,12 @@ def interrupt(llm, where, monkeypatch):
         monkeypatch.setattr(llm._runner, "_steps", steps)
     else:
         (replica,), pages = llm.scheduler.replicas, llm.cache.allocator.pages
-        owners = {"take": pages, "take_singles": pages, "_still_run": replica, "release": replica}
+        owners = {"take_singles": pages, "_still_run": replica, "release": replica}
         owner = {**owners, "fill": llm._stepper._batcher}.get(where, llm.scheduler)
         monkeypatch.setattr(owner, where, interrupted(getattr(owner, where)))
 
 
-PLACES = ["steps", "take", "take_singles", "fill", "_still_run", "commit", "release", "add"]
+PLACES = ["steps", "take_singles", "fill", "_still_run", "commit", "release", "add"]
 
 
 @pytest.mark.parametrize("where", PLACES)
