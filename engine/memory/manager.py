@@ -420,6 +420,7 @@ class CacheManager:
         """Forgets every cached prefix, on the device and on the host.
 
         Running requests keep their pages, and none of these is cached later: what was computed before is not found.
+        EvictedPages that ``take_moves`` has returned and that are not in the host tier yet are for the caller to drop.
         """
         self.caller.enter()
         try:
