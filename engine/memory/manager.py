@@ -228,7 +228,8 @@ class CacheManager:
         self.caller.enter()
         before, lease = self.page_table.kv_len(row), self._lease(row)
         found = self.prefix.match(scope, token_vector(token_ids))
-        if found.num_tokens > before == lease.match.num_tokens and not lease.is_forgotten:
+        goes_on = np.array_equal(found.pages[: lease.match.pages.size], lease.match.pages)  # not after a reset
+        if found.num_tokens > before == lease.match.num_tokens and goes_on and not lease.is_forgotten:
             self._extend_lease(row, lease, found)
             self.prefix.hit_tokens += (found.num_tokens - before) * counts_hit
         return self.page_table.kv_len(row) - before
