@@ -58,14 +58,17 @@ def test_a_request_that_ran_out_of_time_in_a_step_that_failed_is_reported_by_the
 def test_a_fork_whose_copy_failed_computes_its_prompt_itself_and_none_is_forgotten(llm, dense_greedy, monkeypatch):
     llm.cache.reset_prefix_cache()
     prompt = random_prompts([30], seed=41)[0]
-    ended = llm.add_request([3], SamplingParams(max_new_tokens=1))  # ends in the step whose copy fails
+    ended = llm.add_request([3], SamplingParams(max_new_tokens=1))  # ends just before the step whose copy fails
     request_id = llm.add_request(prompt, SamplingParams(max_new_tokens=5, n=4))
+    finished = {}
     with monkeypatch.context() as patched:
         patched.setattr(llm._runner, "copy", boom)
+        while ended not in finished:
+            finished |= llm.step()
         with pytest.raises(Boom):
             finish(llm)
     llm.cache.check_integrity()
-    finished = finish(llm)
+    finished |= finish(llm)
     answers = [finished[request_id], *finished[request_id].siblings]
     assert [answer.token_ids for answer in answers] == [dense_greedy(prompt, 5)] * 4
     assert finished[ended].finish_reason == "length"
