@@ -228,7 +228,8 @@ class CacheManager:
         self.caller.enter()
         before, lease = self.page_table.kv_len(row), self._lease(row)
         found = self.prefix.match(scope, token_vector(token_ids))
-        if found.num_tokens > before == lease.match.num_tokens and not lease.was_reset:
+        goes_on = np.array_equal(found.pages[: lease.match.pages.size], lease.match.pages)  # not after a reset
+        if found.num_tokens > before == lease.match.num_tokens and goes_on and not lease.was_reset:
             self._extend_lease(row, lease, found)
             self.prefix.hit_tokens += (found.num_tokens - before) * counts_hit
         return self.page_table.kv_len(row) - before
@@ -420,6 +421,7 @@ class CacheManager:
         """Forgets every cached prefix, on the device and on the host.
 
         Running requests keep their pages, and none of these is cached later: what was computed before is not found.
+        EvictedPages that ``take_moves`` has returned and that are not in the host tier yet are for the caller to drop.
         """
         self.caller.enter()
         try:

@@ -21,6 +21,9 @@ class Boom(Exception):
     """What an injected fault raises."""
 
 
+NO_TOKENS = np.empty(0, np.int32)
+
+
 def make(size=64, rows=3, *, host_pages=0, **options):
     cache = CacheManager(size, PAGE, rows, CONTEXT, **options)
     if host_pages:
@@ -150,6 +153,23 @@ def test_a_row_that_waited_shares_what_another_has_computed():
         cache.release(row, SCOPE, tokens(30))
         cache.check_integrity()
     assert cache.held_tokens == 0
+
+
+def test_a_row_shares_only_what_goes_on_from_its_own_pages():
+    """Not pages of other tokens, nor those that were computed anew once its scope had been reset."""
+    cache, _ = make(size=128, rows=4)
+    cache.release(compute(cache, tokens(8)).row, SCOPE, tokens(8))
+    follower = cache.admit(SCOPE, tokens(30)).row
+    other = compute(cache, tokens(30, start=500)).row
+    assert cache.share(follower, SCOPE, tokens(30, start=500)) == 0
+    cache.prefix.reset(SCOPE)
+    leader = compute(cache, tokens(30)).row
+    assert cache.share(follower, SCOPE, tokens(30)) == 0
+    assert cache.locked_pages(follower) == 2
+    for row in (other, leader):
+        cache.release(row, SCOPE, NO_TOKENS)
+    cache.grow([follower], [min(cache.reclaimable_pages * PAGE, CONTEXT - 8)])
+    cache.check_integrity()
 
 
 class TestTruncate:

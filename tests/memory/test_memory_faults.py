@@ -370,6 +370,7 @@ PARTS = {
     ),
     "advance": (Tree, lambda t: t.cache.advance(t.locked, SCOPE, t.longer(), t.pages_of_longer())),
     "finish": (Tree, lambda t: t.cache.finish(t.locked, SCOPE, t.longer(), t.pages_of_longer())),
+    "shorten": (Tree, lambda t: t.cache.shorten(t.locked, 3 * PAGE)),
     "evict": (Tree, lambda t: t.cache.evict(4)),
     "reset": (Tree, lambda t: t.cache.reset()),
     "reset of a scope": (Tree, lambda t: t.cache.reset(SCOPE)),

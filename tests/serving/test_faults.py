@@ -60,14 +60,14 @@ def test_a_request_that_ran_out_of_time_in_a_step_that_failed_is_reported_by_the
     assert (finished[late].finish_reason, finished[other].finish_reason) == ("timeout", "length")
 
 
-def test_a_fork_whose_copy_failed_computes_its_prompt_itself_and_none_was_reset(llm, dense_greedy, monkeypatch):
+def test_a_fork_whose_copy_failed_computes_its_prompt_itself_and_none_is_forgotten(llm, dense_greedy, monkeypatch):
     llm.cache.reset_prefix_cache()
     prompt = random_prompts([30], seed=41)[0]
     ended = llm.add_request([3], SamplingParams(max_new_tokens=1))  # ends in the step before the one whose copy fails
     request_id = llm.add_request(prompt, SamplingParams(max_new_tokens=5, n=4))
+    finished = {}
     with monkeypatch.context() as patched:
         patched.setattr(llm._runner, "copy", boom)
-        finished = {}
         with pytest.raises(Boom):
             step_until_it_fails(llm, finished)
     llm.cache.check_integrity()
