@@ -292,13 +292,15 @@ class ReqToTokenPool:
     def append_pages(self, row: int, pages: npt.ArrayLike) -> None:
         """Adds full pages of computed tokens to the end of a row, as after a prefix hit.
 
+        Their tokens count as computed where all tokens before them do.
+
         Args:
-            row: a request's row, whose last page is full and all of whose tokens are computed.
+            row: a request's row, whose last page is full.
             pages: page ids, ``[n]``.
 
         Raises:
-            ShapeError: not a row in use, its last page is partial, it has tokens that are not computed, more tokens
-                than ``max_context_tokens``, or not distinct pages other than the null page.
+            ShapeError: not a row in use, its last page is partial, more tokens than ``max_context_tokens``, or not
+                distinct pages other than the null page.
         """
         self.caller.enter()
         added, length = integer_vector("pages", pages), self.kv_len(row)
