@@ -183,7 +183,7 @@ def test_pods_outside_a_source_tree_or_without_libtpu_is_one_line(capsys, monkey
     monkeypatch.setattr(pods, "libtpu_version", lambda: "1")
     code, _, err = run_bench(capsys, monkeypatch, "pods", "--write", str(tmp_path / "absent" / "page.md"))
     assert (code, err.count("\n")) == (2, 1)
-    assert "is no directory" in err
+    assert "is not a directory" in err
     monkeypatch.setattr(pods, "CONFIGS", tmp_path / "configs")
     code, _, err = run_bench(capsys, monkeypatch, "pods")
     assert (code, err.count("\n")) == (2, 1)

@@ -309,7 +309,7 @@ class TestViews:
         for array in (*copies, *table.take_new_pages([0]), table.slots(0, 0, 9), table.last_loc([0], [9])):
             array[:] = 1
         cache.check_integrity()
-        growth = table.plan_growth([0, 1], [5, 5])
+        growth = table.plan_growth([0, 1], [9, 9])
         pages = cache.allocator.pages.take(growth.runs)
         kept = pages.copy()
         table.grow(growth, pages)
