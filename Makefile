@@ -1,9 +1,9 @@
-# From nothing but a Python (3.11 or later, with venv) and a network: `make run` and `make test`.
+# `make run` and `make test` need only a Python (3.11 or later, with venv) and a network.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# What is wrong with $(PYTHON); nothing where it will do. Any Python can run it.
+# What is wrong with $(PYTHON); empty where it is suitable. Any Python can run this check.
 WRONG_PYTHON = $(shell { $(PYTHON) -c 'import sys; v = sys.version_info; \
 	print("found %d.%d at %s" % (v[0], v[1], sys.executable) if v < (3, 11) else "")' && \
 	{ $(PYTHON) -c 'import sys; sys.version_info < (3, 11) or __import__("ensurepip")' || \
@@ -20,7 +20,7 @@ PROMPTS := --prompt "A" \
 having tea at it: a Dormouse was sitting between them, fast asleep, and the other two were using it as a cushion, \
 resting their elbows on it, and talking over its head."
 
-.PHONY: run test test-all test-hf test-gpu test-gpu-here lint train bench clean
+.PHONY: run test test-all test-hf test-gpu test-gpu-here lint docs-options train bench clean
 
 run: $(VENV)/.run
 	$(BIN)/python -m engine generate $(PROMPTS) --max-new-tokens 96 --chunked-prefill-size 128 --check
@@ -31,8 +31,8 @@ test: $(VENV)/.test
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest -m ""
 
-# The GPU's kernels, which no GPU is needed for: interpreted, and compiled ahead of time. They want a jax that Python 3.11
-# does not have, so where $(PYTHON) is that old another is looked for, and gets an environment of its own.
+# Tests of the GPU kernels, which need no GPU: interpreted, and compiled ahead of time. The kernels need a jax that Python
+# 3.11 does not have, so if $(PYTHON) is that old, another Python is searched for and gets a separate environment.
 PYENV_PYTHONS = $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.1[2-9].*/bin/python3)
 NEW_PYTHON = $(firstword $(foreach python,$(PYTHON) python3.12 python3.13 $(PYENV_PYTHONS),$(shell $(python) -c \
 	'import sys; sys.version_info >= (3, 12) and __import__("ensurepip") and print("$(python)")' 2>/dev/null)))
@@ -46,7 +46,7 @@ test-gpu-here: $(VENV)/.made
 	-$(BIN)/python -m engine.bench.gpu.toolchain
 	$(BIN)/python -m pytest tests/attention_gpu
 
-# The Llama against another implementation; torch is large, so `make test` does not bring it.
+# Compares the Llama with another implementation; torch is large, so `make test` does not install it.
 test-hf: $(VENV)/.test
 	$(PIP) -e ".[hf]"
 	$(BIN)/python -m pytest tests/models
@@ -56,14 +56,18 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Makes the small Llama that ships anew from its text; minutes on two cores.
+# Generates the reference of options from the code; a test compares the two.
+docs-options: $(VENV)/.run
+	$(BIN)/python docs/make_options.py
+
+# Trains the small Llama that ships with the package again from its text; takes minutes on two cores.
 train: $(VENV)/.test
 	$(BIN)/python -m engine train
 
 bench: $(VENV)/.run
 	for name in allocator scatter attention; do $(BIN)/python -m engine.bench $$name || exit 1; done
 
-# An environment that is whole, or made anew: a `python` without its pip, or of an old version, would pass for one.
+# Checks the environment and makes it again if it is incomplete: has a `python`, but no pip or an old version.
 $(VENV)/.made:
 	$(if $(HAS_VENV),,$(if $(WRONG_PYTHON),$(error needs Python 3.11 or later, $(WRONG_PYTHON); make PYTHON=python3.12)))
 	$(if $(HAS_VENV),,$(PYTHON) -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) $(VENV))

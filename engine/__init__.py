@@ -1,7 +1,12 @@
 """A KV-cache memory subsystem for LLM serving engines on JAX.
 
-The names below are the public contract. Each is imported when it is first used, so that the control plane
-(allocator, page table) can be used without loading jax.
+It owns the memory of keys and values: one fused buffer per layer on the device (``engine.kv``), attention over its
+pages (``engine.attention``), and on the host the books of which page belongs to whom (``engine.memory``). Another
+engine embeds these three: ``CacheManager`` decides, ``TokenToKVPool`` holds, ``FlashAttentionBackend`` writes and
+attends (docs/embedding.md). ``LLM`` is an engine that does so.
+
+The names below are the public contract. Each is imported when it is first used, so that the control plane runs without
+loading jax.
 """
 
 from __future__ import annotations
@@ -10,41 +15,55 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "ragged_paged_attention": "engine.attention.api",
-    "AttentionMetadata": "engine.attention.backend",
-    "FlashAttentionBackend": "engine.attention.backend",
+    "AttentionMetadata": "engine.attention",
+    "FlashAttentionBackend": "engine.attention",
+    "MeshAttention": "engine.attention",
+    "ragged_paged_attention": "engine.attention",
     "EngineConfig": "engine.config",
+    "make_mesh": "engine.distributed",
     "BackendUnsupported": "engine.errors",
     "CheckpointError": "engine.errors",
+    "ConcurrentUse": "engine.errors",
     "ConfigError": "engine.errors",
     "DoubleFreeError": "engine.errors",
     "EngineError": "engine.errors",
     "IntegrityError": "engine.errors",
+    "Interrupted": "engine.errors",
     "KVPoolExhausted": "engine.errors",
     "ProcessLost": "engine.errors",
     "RequestError": "engine.errors",
     "RequestTooLarge": "engine.errors",
     "ShapeError": "engine.errors",
-    "KVLayout": "engine.kv.layout",
-    "extract_k_from_fused_kv": "engine.kv.layout",
-    "extract_v_from_fused_kv": "engine.kv.layout",
-    "merge_kv": "engine.kv.layout",
-    "copy_pages": "engine.kv.page_copy",
-    "read_pages": "engine.kv.page_copy",
-    "write_pages": "engine.kv.page_copy",
-    "TokenToKVPool": "engine.kv.pool",
-    "set_kv_buffer": "engine.kv.scatter",
-    "CacheManager": "engine.memory.manager",
-    "HostTier": "engine.memory.offload.host_tier",
-    "PagedTokenToKVPoolAllocator": "engine.memory.pages.slot_allocator",
-    "PageFormat": "engine.memory.offload.page_format",
-    "ReqToTokenPool": "engine.memory.rows",
-    "RadixCache": "engine.memory.prefix.cache",
+    "KVLayout": "engine.kv",
+    "PageRead": "engine.kv",
+    "TokenToKVPool": "engine.kv",
+    "copy_pages": "engine.kv",
+    "extract_k_from_fused_kv": "engine.kv",
+    "extract_v_from_fused_kv": "engine.kv",
+    "merge_kv": "engine.kv",
+    "read_pages": "engine.kv",
+    "set_kv_buffer": "engine.kv",
+    "start_reading": "engine.kv",
+    "write_pages": "engine.kv",
+    "Adapter": "engine.memory",
+    "Admission": "engine.memory",
+    "CacheManager": "engine.memory",
+    "CacheScope": "engine.memory",
+    "EvictedPages": "engine.memory",
+    "HostTier": "engine.memory",
+    "LayoutKey": "engine.memory",
+    "PageCopy": "engine.memory",
+    "PagedTokenToKVPoolAllocator": "engine.memory",
+    "PageFormat": "engine.memory",
+    "PageIds": "engine.memory",
+    "PageLoad": "engine.memory",
+    "PageMove": "engine.memory",
+    "PagePool": "engine.memory",
+    "PrefixSegment": "engine.memory",
+    "RadixCache": "engine.memory",
+    "ReqToTokenPool": "engine.memory",
+    "Slots": "engine.memory",
     "PrefixStore": "engine.memory.offload.store",
-    "Adapter": "engine.memory.scope",
-    "CacheScope": "engine.memory.scope",
-    "LayoutKey": "engine.memory.scope",
-    "make_mesh": "engine.distributed.mesh",
     "LLM": "engine.serving.llm",
     "RequestOutput": "engine.serving.request",
     "SamplingParams": "engine.serving.request",

@@ -1,55 +1,90 @@
-from engine.attention.api import ragged_paged_attention
-from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
+from engine.attention import AttentionMetadata, FlashAttentionBackend, MeshAttention, ragged_paged_attention
 from engine.config import EngineConfig
-from engine.distributed.mesh import make_mesh
+from engine.distributed import make_mesh
 from engine.errors import (
     BackendUnsupported,
     CheckpointError,
+    ConcurrentUse,
     ConfigError,
     DoubleFreeError,
     EngineError,
     IntegrityError,
+    Interrupted,
     KVPoolExhausted,
     ProcessLost,
     RequestError,
     RequestTooLarge,
     ShapeError,
 )
-from engine.kv.layout import KVLayout, extract_k_from_fused_kv, extract_v_from_fused_kv, merge_kv
-from engine.kv.page_copy import copy_pages, read_pages, write_pages
-from engine.kv.pool import TokenToKVPool
-from engine.kv.scatter import set_kv_buffer
-from engine.memory.manager import CacheManager
-from engine.memory.offload.host_tier import HostTier
-from engine.memory.offload.page_format import PageFormat
+from engine.kv import (
+    KVLayout,
+    PageRead,
+    TokenToKVPool,
+    copy_pages,
+    extract_k_from_fused_kv,
+    extract_v_from_fused_kv,
+    merge_kv,
+    read_pages,
+    set_kv_buffer,
+    start_reading,
+    write_pages,
+)
+from engine.memory import (
+    Adapter,
+    Admission,
+    CacheManager,
+    CacheScope,
+    EvictedPages,
+    HostTier,
+    LayoutKey,
+    PageCopy,
+    PagedTokenToKVPoolAllocator,
+    PageFormat,
+    PageIds,
+    PageLoad,
+    PageMove,
+    PagePool,
+    PrefixSegment,
+    RadixCache,
+    ReqToTokenPool,
+    Slots,
+)
 from engine.memory.offload.store import PrefixStore
-from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
-from engine.memory.prefix.cache import RadixCache
-from engine.memory.rows import ReqToTokenPool
-from engine.memory.scope import Adapter, CacheScope, LayoutKey
 from engine.serving.llm import LLM
 from engine.serving.request import RequestOutput, SamplingParams
 
 __all__ = [
     "LLM",
     "Adapter",
+    "Admission",
     "AttentionMetadata",
     "BackendUnsupported",
     "CacheManager",
     "CacheScope",
     "CheckpointError",
+    "ConcurrentUse",
     "ConfigError",
     "DoubleFreeError",
     "EngineConfig",
     "EngineError",
+    "EvictedPages",
     "FlashAttentionBackend",
     "HostTier",
     "IntegrityError",
+    "Interrupted",
     "KVLayout",
     "KVPoolExhausted",
     "LayoutKey",
+    "MeshAttention",
+    "PageCopy",
     "PageFormat",
+    "PageIds",
+    "PageLoad",
+    "PageMove",
+    "PagePool",
+    "PageRead",
     "PagedTokenToKVPoolAllocator",
+    "PrefixSegment",
     "PrefixStore",
     "ProcessLost",
     "RadixCache",
@@ -59,6 +94,7 @@ __all__ = [
     "RequestTooLarge",
     "SamplingParams",
     "ShapeError",
+    "Slots",
     "TokenToKVPool",
     "copy_pages",
     "extract_k_from_fused_kv",
@@ -68,6 +104,7 @@ __all__ = [
     "ragged_paged_attention",
     "read_pages",
     "set_kv_buffer",
+    "start_reading",
     "write_pages",
 ]
 

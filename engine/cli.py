@@ -36,7 +36,7 @@ from engine.terminal import FAILED, INTERRUPTED, keep_stdout_for_answers, plain_
 from engine.version import NAME, package_version
 
 DEFAULT_PROMPT = "Alice was beginning to"
-FAULTS = ("error", "non_finite")  # reasons of an answer that the engine could not finish
+FAULTS = ("error", "non_finite")  # finish reasons of an answer that the engine could not complete
 MAX_PORT = 2**16 - 1
 
 
@@ -67,16 +67,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=versions)
     commands = parser.add_subparsers(dest="command", required=True)
     generate = commands.add_parser("generate", help="answer prompts")
-    _add_engine_options(generate)
+    add_engine_options(generate)
     _add_sampling_options(generate)
     generate.add_argument("--metrics-port", type=int, metavar="N", help="serve Prometheus metrics here while it runs")
-    generate.add_argument("--metrics-address", default="127.0.0.1", metavar="IP", help="of this machine to listen on")
+    generate.add_argument("--metrics-address", default="127.0.0.1", metavar="IP", help="address to listen on")
     generate.set_defaults(run=run_generate)
-    plan = commands.add_parser("plan", help="say what a configuration's pool takes and holds, without loading weights")
+    plan = commands.add_parser("plan", help="print the size of a configuration's pool, without loading weights")
     plan.add_argument(
         "config", type=Path, nargs="+", help="TOML files with [model] and [engine] tables, or checkpoint directories"
     )
-    plan.add_argument("--platform", choices=("cpu", "gpu", "tpu"), default="tpu", help="whose padding to count")
+    plan.add_argument("--platform", choices=("cpu", "gpu", "tpu"), default="tpu", help="whose padding the pool has")
     plan.set_defaults(run=run_plan)
     several = commands.add_parser("launch", help="run a command in several processes on this machine")
     launch.add_arguments(several)
@@ -87,39 +87,40 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Declares a flag for each field of EngineConfig, whose default is that of the file of ``--config``, or none."""
     group = parser.add_argument_group("engine", "defaults come from --config, else from the engine")
     group.add_argument("--config", type=Path, help="TOML file whose [engine] table gives the defaults")
     group.add_argument("--model", help="checkpoint directory in the Hugging Face layout; default: the Llama that ships")
-    group.add_argument("--dtype", choices=("auto", *DTYPES), help="of weights and activations")
+    group.add_argument("--dtype", choices=("auto", *DTYPES), help="dtype of weights and activations")
     group.add_argument(
         "--no-parse-special-tokens",
         dest="parse_special_tokens",
         action="store_false",
         default=None,
-        help="a special token's name in a prompt is text like any other",
+        help="treat a special token's name in a prompt as plain text",
     )
-    group.add_argument("--kv-cache-dtype", choices=("auto", *DTYPES), help="of the pool")
-    group.add_argument("--page-size", type=int, metavar="N", help="tokens a page, 1 to 256")
+    group.add_argument("--kv-cache-dtype", choices=("auto", *DTYPES), help="dtype of the pool")
+    group.add_argument("--page-size", type=int, metavar="N", help="tokens per page, 1 to 256")
     group.add_argument("--max-total-tokens", type=int, metavar="N", help="token slots in the pool")
     group.add_argument("--mem-fraction-static", type=float, metavar="F", help="device memory for weights and pool")
     group.add_argument("--max-running-requests", type=int, metavar="N", help="slots of the batch")
-    group.add_argument("--chunked-prefill-size", type=int, metavar="N", help="most new tokens a step")
+    group.add_argument("--chunked-prefill-size", type=int, metavar="N", help="most new tokens in a step")
     group.add_argument(
         "--no-overlap-steps",
         dest="overlap_steps",
         action="store_false",
         default=None,
-        help="commit each step before the next is planned",
+        help="commit each step before the next one is planned",
     )
     group.add_argument("--context-length", type=int, metavar="N", help="most tokens of prompt and answer")
     group.add_argument("--attention-impl", choices=IMPLS)
-    group.add_argument("--tp", type=int, metavar="N", help="devices that share the heads and the weights")
+    group.add_argument("--tp", type=int, metavar="N", help="devices that divide heads and weights among them")
     group.add_argument("--dp", type=int, metavar="N", help="replicas of attention")
-    group.add_argument("--cp", type=int, metavar="N", help="devices that share the tokens of each page")
+    group.add_argument("--cp", type=int, metavar="N", help="devices that divide the tokens of each page")
     group.add_argument("--disable-radix-cache", action="store_true", default=None, help="keep nothing of past requests")
-    group.add_argument("--eviction-policy", choices=EVICTION_POLICIES, help="what the prefix cache gives up first")
-    group.add_argument("--host-tier-bytes", type=int, metavar="N", help="host memory for pages that are given up")
+    group.add_argument("--eviction-policy", choices=EVICTION_POLICIES, help="which cached prefixes are evicted first")
+    group.add_argument("--host-tier-bytes", type=int, metavar="N", help="host memory for evicted pages")
     group.add_argument("--prefix-cache-dir", metavar="DIR", help="load cached prefixes from here, save them at the end")
 
 
@@ -130,7 +131,7 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="may be given many times; token ids separated by blanks where the model has no tokenizer",
+        help="may be given several times; token ids separated by blanks where the model has no tokenizer",
     )
     group.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N")
     group.add_argument("--temperature", type=float, default=defaults.temperature, help="0 is greedy")
@@ -146,7 +147,7 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    """``generate``: prints the answers; on stderr what the pool holds, how far it is, and what the run cost."""
+    """``generate``: prints the answers, and on stderr the pool's size, the progress and the statistics of the run."""
     join_from(os.environ)
     params = SamplingParams(
         **{f.name: getattr(args, f.name) for f in fields(SamplingParams) if hasattr(args, f.name)},
@@ -182,17 +183,17 @@ def run_generate(args: argparse.Namespace) -> int:
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    """``plan``: what each configuration's pool takes, from the formula that the pool itself uses."""
+    """``plan``: prints the size of each configuration's pool, by the formula that the pool itself uses."""
     for path in args.config:
         engine, model = _planned(path)
         dtype = next((name for name in (engine.kv_cache_dtype, engine.dtype) if name != "auto"), "bfloat16")
         plan = plan_pool(engine, model, dtype, platform=args.platform)
-        print(f"{path}: {format_bytes(plan.token_bytes * plan.layers)} a token ({dtype}). {plan.describe()}")
+        print(f"{path}: {format_bytes(plan.token_bytes * plan.layers)} per token ({dtype}). {plan.describe()}")
     return 0
 
 
 def _planned(path: Path) -> tuple[EngineConfig, LlamaConfig]:
-    """What a configuration file describes, or a checkpoint directory with the engine's defaults."""
+    """The engine and model of a configuration file, or of a checkpoint directory with the engine's defaults."""
     if path.is_dir() or path.name == CONFIG_FILE:
         return EngineConfig(), load_config(path if path.is_dir() else path.parent)
     tables = read_toml(path)
@@ -217,20 +218,20 @@ def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _require_same_model(described: LlamaConfig, config: EngineConfig, path: Path) -> None:
-    """Refuses a ``[model]`` table that is not of the model whose weights will answer: it would be passed over."""
+    """Refuses a ``[model]`` table that does not describe the model to be loaded, since it would be ignored."""
     directory = Path(DEFAULT_MODEL_DIR if config.model is None else config.model)
     loaded = load_config(directory)
     names = [field.name for field in fields(LlamaConfig) if not field.name.endswith("_token_id")]
     if wrong := [name for name in names if getattr(described, name) != getattr(loaded, name)]:
         which = f"the one in {directory}" if config.model is not None else "the small Llama that ships (no --model)"
         raise ConfigError(
-            f"the [model] table of {path} does not describe the model that would answer, {which}: {', '.join(wrong)} "
+            f"the [model] table of {path} does not describe the model to be loaded, {which}: {', '.join(wrong)} "
             "differ; give the checkpoint that it describes by --model, or leave the table out"
         )
 
 
 def _check_metrics(args: argparse.Namespace) -> None:
-    """What can be known to be wrong before anything is compiled."""
+    """Raises ConfigError for wrong metrics options before anything is compiled."""
     if args.metrics_port is None:
         return
     if not 0 <= args.metrics_port <= MAX_PORT:
@@ -250,7 +251,7 @@ def _metrics(args: argparse.Namespace, llm: LLM) -> Iterator[None]:
 
 
 def _tell(line: str) -> None:
-    """What is no answer goes to stderr, of several processes by the first."""
+    """Prints on stderr, in process 0, a line that is not an answer."""
     if is_first():
         print(line, file=sys.stderr, flush=True)
 
@@ -266,7 +267,7 @@ def _prompts(texts: list[str], llm: LLM) -> list[str] | list[list[int]]:
 
 @contextmanager
 def _progress(before: str, what: str) -> Iterator[Any]:
-    """A bar on stderr: ``before``, without a count, until the first call of what it yields."""
+    """A progress bar on stderr: shows ``before``, without a count, until the yielded function is first called."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"), TimeElapsedColumn())
     with Progress(*columns, console=plain_console(stderr=True), disable=not is_first()) as bar:
         task = bar.add_task(before, total=None, done="")
@@ -275,7 +276,7 @@ def _progress(before: str, what: str) -> Iterator[Any]:
                 task, description=what, completed=done, total=total, done=f"{done}/{total}"
             )
         except BaseException:
-            bar.live.transient = True  # what is told then is why
+            bar.live.transient = True  # the line printed next says why
             bar.console.quiet = not bar.console.is_terminal
             raise
 

@@ -21,46 +21,67 @@ IMPLS = ("auto", "reference", "xla", "cpu", "tpu", "gpu")
 MAX_PAGE_SIZE = 256
 MAX_SLOTS = 2**31 - 1  # of one pool, its null page included: slots are int32
 MAX_TOKENS = MAX_SLOTS - MAX_PAGE_SIZE
-MAX_RUNNING_REQUESTS = 2**16
-MAX_STEP_TOKENS = 2**20
-MAX_HOST_TIER_BYTES = 2**46
 MAX_DEVICES = 2**16
-NAMED_SPLITS = 8  # of the values that would do, the message names at most these
+# The values that each option of EngineConfig may have, besides None where that is its default.
+CHOICES = {
+    "dtype": ("auto", *DTYPES),
+    "kv_cache_dtype": ("auto", *DTYPES),
+    "attention_impl": IMPLS,
+    "eviction_policy": EVICTION_POLICIES,
+}
+FLAGS = ("parse_special_tokens", "overlap_steps", "disable_radix_cache")
+COUNTS = {  # least and most
+    "page_size": (1, MAX_PAGE_SIZE),
+    "max_total_tokens": (1, MAX_TOKENS),
+    "max_running_requests": (1, 2**16),
+    "chunked_prefill_size": (1, 2**20),
+    "context_length": (1, MAX_TOKENS),
+    "host_tier_bytes": (0, 2**46),
+    "tp": (1, MAX_DEVICES),
+    "dp": (1, MAX_DEVICES),
+    "cp": (1, MAX_DEVICES),
+}
+NAMED_SPLITS = 8  # a message names at most so many values that would divide
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What an engine is told to hold and how.
+    """The options of an engine; ``docs/options.md`` is made from this list.
 
     Attributes:
         model: checkpoint directory in the Hugging Face layout; None is the small Llama that ships with the package.
-        dtype: of weights and activations; "auto" is what decodes fast: float32 on CPU, bfloat16 on accelerators.
-        kv_cache_dtype: of the pool; "auto" is ``dtype``.
+        dtype: dtype of weights and activations; "auto" is the one that decodes fast: float32 on a CPU, bfloat16 on
+            accelerators.
+        kv_cache_dtype: dtype of the pool; "auto" is ``dtype``.
         parse_special_tokens: whether the name of a special token in a prompt's text becomes that token, as chat
-            templates need; without, it is text like any other, so that a user's words cannot end or begin a turn.
-        page_size: tokens a page, 1 to 256.
-        max_total_tokens: usable token slots in the pool, 1 to 2**31 - 257, a multiple of ``page_size``; None sizes it
-            by ``mem_fraction_static``, and never larger than ``max_running_requests * context_length``. What the
-            memory cannot hold is refused.
-        mem_fraction_static: share of the device's memory for weights and pool together, in (0, 1); on a CPU of what
-            the machine had available before the weights were loaded, less ``host_tier_bytes``.
-        max_running_requests: slots of the continuous batch, 1 to 2**16; times the pages of ``context_length`` they are
-            the page table, of at most 1 GiB.
-        chunked_prefill_size: most new tokens in a step, 1 to 2**20; longer prompts are prefilled in chunks.
-        overlap_steps: whether a step is prepared and dispatched while the one before it runs; without, a step's tokens
-            are there when ``LLM.step`` returns. Answers are the same.
-        context_length: most tokens of prompt and answer together, at most the model's own limit, which None is. One
-            that is given must fit into the pool that the memory allows.
-        attention_impl: one of ``IMPLS``.
-        disable_radix_cache: keep nothing of past requests.
-        eviction_policy: what the prefix cache gives up first, "lru", "lfu" or "priority".
-        host_tier_bytes: host memory for pages that the prefix cache gives up, at most 2**46 and what is available; 0
-            lets them go.
+            templates need; otherwise it is plain text, so that a user's words cannot end or begin a turn.
+        page_size: tokens per page.
+        max_total_tokens: usable token slots in the pool, a multiple of ``page_size``; None sizes the pool by
+            ``mem_fraction_static``, at most ``max_running_requests * context_length``. A pool that the memory cannot
+            hold is refused.
+        mem_fraction_static: fraction of the device's memory for weights and pool together, above 0 and below 1; on a
+            CPU, of the memory that the machine had available before the weights were loaded, less ``host_tier_bytes``.
+        max_running_requests: slots of the continuous batch, over all replicas; the page table, of one row per slot and
+            one column per page of ``context_length``, may take 1 GiB.
+        chunked_prefill_size: most new tokens in a step, though every running request may always decode; longer prompts
+            are prefilled in chunks.
+        overlap_steps: whether a step is prepared and dispatched while the step before it runs; otherwise a step's
+            tokens are there when ``LLM.step`` returns. Answers are the same.
+        context_length: most tokens of prompt and answer together; None is the model's own limit, which also bounds it.
+            A context length that is set must fit into the pool that the memory allows.
+        attention_impl: implementation of attention; "auto" takes the fastest that supports the device and the call.
+        disable_radix_cache: whether the prefix cache is off, so that no page of a past request is kept.
+        eviction_policy: which cached prefixes are evicted first: the least recently used, the least frequently used, or
+            those of the lowest priority.
+        host_tier_bytes: bytes of host memory for pages that the prefix cache evicts, at most what is available; 0
+            discards them. Needs the prefix cache.
         prefix_cache_dir: directory that cached prefixes are loaded from, and saved to by ``LLM.save_prefix_cache``;
-            needs a host tier to load into. Several engines may share one; see docs/serving-memory.md.
-        tp: devices that share the heads and the weights, 1 to 2**16.
-        dp: replicas of attention, 1 to 2**16; each has its share of the pool, the slots and the tokens of a step.
-        cp: devices that share the tokens of each page, 1 to 2**16, for contexts that one device cannot hold.
+            needs ``host_tier_bytes``. Several engines may share one; see docs/serving-memory.md.
+        tp: devices that divide the heads and the weights among them (tensor parallel).
+        dp: replicas of attention (data parallel), each with an equal part of the pool, the slots and a step's tokens; a
+            divisor of all three.
+        cp: devices that divide the tokens of each page among them (context parallel), for contexts that one device
+            cannot hold; a divisor of ``page_size``.
     """
 
     model: str | None = None
@@ -87,26 +108,21 @@ class EngineConfig:
         """Checks every value; raises ConfigError."""
         if self.model is not None and not isinstance(self.model, str):
             raise ConfigError(f"model={shown(self.model)} must be the path of a checkpoint directory")
-        _check_choice("dtype", self.dtype, ("auto", *DTYPES))
-        _check_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", *DTYPES))
-        _check_choice("attention_impl", self.attention_impl, IMPLS)
-        _check_choice("eviction_policy", self.eviction_policy, EVICTION_POLICIES)
-        for name in ("disable_radix_cache", "overlap_steps", "parse_special_tokens"):
+        for name, choices in CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
+        for name in FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={shown(getattr(self, name))} must be true or false")
-        _check_count("host_tier_bytes", self.host_tier_bytes, least=0, most=MAX_HOST_TIER_BYTES)
+        for name, (least, most) in COUNTS.items():
+            value = getattr(self, name)
+            if value is not None or getattr(EngineConfig, name) is not None:  # the default may be None
+                _check_count(name, value, least, most)
         if self.host_tier_bytes and self.disable_radix_cache:
             raise ConfigError("host_tier_bytes needs the prefix cache: what it keeps is found through it; enable it")
         if not isinstance(self.prefix_cache_dir, str | os.PathLike | None):
             raise ConfigError(f"prefix_cache_dir={shown(self.prefix_cache_dir)} must be the path of a directory")
         if self.prefix_cache_dir is not None and not self.host_tier_bytes:
             raise ConfigError("prefix_cache_dir needs a host tier to load into; set host_tier_bytes")
-        _check_count("page_size", self.page_size, most=MAX_PAGE_SIZE, rule="from {} to {}")
-        _check_count("max_running_requests", self.max_running_requests, most=MAX_RUNNING_REQUESTS)
-        _check_count("chunked_prefill_size", self.chunked_prefill_size, most=MAX_STEP_TOKENS)
-        for name in ("max_total_tokens", "context_length"):
-            if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name), most=MAX_TOKENS)
         if self.max_total_tokens is not None and self.max_total_tokens % self.page_size:
             below = self.max_total_tokens // self.page_size * self.page_size
             raise ConfigError(
@@ -120,8 +136,6 @@ class EngineConfig:
             )
 
     def _check_split(self) -> None:
-        for name in ("tp", "dp", "cp"):
-            _check_count(name, getattr(self, name), most=MAX_DEVICES)
         require_split("cp", self.cp, {"page_size": self.page_size})
         shared = {name: getattr(self, name) for name in ("max_running_requests", "chunked_prefill_size")}
         if self.max_total_tokens is not None:
@@ -130,13 +144,13 @@ class EngineConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> EngineConfig:
-        """Makes a configuration from a mapping; an unknown key raises ConfigError naming the nearest known one."""
+        """Makes a configuration from a mapping; an unknown key raises ConfigError with the nearest known key."""
         refuse_unknown_keys(values, (field.name for field in dataclasses.fields(cls)), "engine configuration")
         return cls(**values)
 
 
 def refuse_unknown_keys(given: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Raises ConfigError where ``given`` holds a key that is not ``known``, with the nearest known one."""
+    """Raises ConfigError where ``given`` has a key that is not ``known``; the message has the nearest known key."""
     names = sorted(known)
     for key in given:
         if key not in names:
@@ -146,15 +160,15 @@ def refuse_unknown_keys(given: Iterable[str], known: Iterable[str], what: str) -
 
 
 def require_split(option: str, parts: int, sizes: Mapping[str, int]) -> None:
-    """Refuses a number of parts that does not divide what it splits.
+    """Refuses an option that does not divide every size that it splits.
 
     Args:
-        option: its name, e.g. "tp".
-        parts: its value.
-        sizes: names and values of what must be a multiple of it.
+        option: name of the option, e.g. "tp".
+        parts: value of the option.
+        sizes: names and values of the sizes that must be multiples of ``parts``.
 
     Raises:
-        ConfigError: it does not divide; the message lists the values that do, of many the nearest.
+        ConfigError: a size is not a multiple; the message lists the values that divide all, the nearest of many.
     """
     wrong = [f"{name}={size}" for name, size in sizes.items() if size % parts]
     if wrong:
@@ -174,7 +188,7 @@ def read_toml(path: str | Path) -> dict[str, dict[str, Any]]:
     """Reads a configuration file with the tables ``[model]`` (geometry, optional) and ``[engine]``.
 
     Raises:
-        ConfigError: the file is absent, is not TOML, or has another table.
+        ConfigError: the file is absent, is not TOML, or has an unknown table.
     """
     try:
         content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -194,8 +208,6 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}={shown(value)} is not known; choose one of {', '.join(choices)}")
 
 
-def _check_count(
-    name: str, value: object, *, least: int = 1, most: int, rule: str = "at least {} and at most {}"
-) -> None:
+def _check_count(name: str, value: object, least: int, most: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ConfigError(f"{name}={shown(value)} must be a whole number {rule.format(least, most)}")
+        raise ConfigError(f"{name}={shown(value)} must be a whole number from {least} to {most}")

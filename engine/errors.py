@@ -8,15 +8,15 @@
     │   └── RequestTooLarge                           … because the whole pool is too small for it
     ├── KVPoolExhausted        (RuntimeError)         the pool has too few free tokens; retry after a free
     │   └── RequestTooLarge                           … and no free will ever help
-    ├── DoubleFreeError        (RuntimeError)         what is being freed is not held
+    ├── DoubleFreeError        (RuntimeError)         slots or pages are freed that are not held
     ├── ConcurrentUse          (RuntimeError)         another thread is in a call, or this process is a fork
     ├── ProcessLost            (RuntimeError)         another process of this engine died or stopped answering
     ├── IntegrityError         (RuntimeError)         the books do not balance: a bug, never the caller's fault
     └── BackendUnsupported     (NotImplementedError)  this backend cannot, another might
 
 A ``ValueError`` says that the caller is wrong; only ``BackendUnsupported`` makes ``impl="auto"`` fall back.
-A message states what failed, the names, values and units, the rule, and the remedy. Whatever raises one of
-these (but ``IntegrityError``) has changed nothing.
+A message states what failed, the names, values and units, the rule, and the remedy. A call that raises one of
+these, other than ``IntegrityError``, has changed nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class KVPoolExhausted(EngineError, RuntimeError):
 
     Attributes:
         requested: tokens asked for, rounded up to whole pages.
-        available: tokens that could have been had.
+        available: tokens that could have been allocated.
     """
 
     def __init__(self, message: str, *, requested: int, available: int) -> None:
@@ -59,11 +59,11 @@ class KVPoolExhausted(EngineError, RuntimeError):
 
 
 class RequestTooLarge(RequestError, KVPoolExhausted):
-    """A request needs more tokens than the whole pool has: refused at the door."""
+    """A request needs more tokens than the whole pool has; it is refused before it is queued."""
 
 
 class DoubleFreeError(EngineError, RuntimeError):
-    """Slots were freed that their caller does not hold."""
+    """Slots or pages were freed that the caller does not hold."""
 
 
 class IntegrityError(EngineError, RuntimeError):
@@ -71,11 +71,11 @@ class IntegrityError(EngineError, RuntimeError):
 
 
 class ConcurrentUse(EngineError, RuntimeError):
-    """Books were used by two threads at once, or in a fork of the process that made them."""
+    """An object was used by two threads at once, or in a fork of the process that made it."""
 
 
 class ProcessLost(EngineError, RuntimeError):
-    """Another process of this engine died or stopped answering; this one cannot go on."""
+    """Another process of this engine died or stopped answering; this one cannot continue."""
 
 
 class BackendUnsupported(EngineError, NotImplementedError):
@@ -86,7 +86,7 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C ended a call that had answers already.
 
     Attributes:
-        outputs: the answers so far, in the order of the prompts; what was not finished has the reason "abort".
+        outputs: the answers so far, in the order of the prompts; an unfinished answer has the reason "abort".
     """
 
     def __init__(self, outputs: list[Any]) -> None:
@@ -95,7 +95,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def shown(value: object, most: int = 80) -> str:
-    """A caller's value, or a file's, as a message shows it: one line of ``most`` characters or so, whatever it is."""
+    """A value from a caller or a file as text for a message: one line of about ``most`` characters, whatever it is."""
     if isinstance(value, int) and value.bit_length() > 4 * most:
         return f"<a number of {value.bit_length()} bits>"
     try:

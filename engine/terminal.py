@@ -1,7 +1,7 @@
-"""How every command behaves at a terminal: answers go to stdout, all else to stderr, and what ends it is one line.
+"""How every command behaves at a terminal: answers go to stdout, all else to stderr, and an error is one line.
 
-Exit codes: 0 done; 1 a check or a request failed, or the machine refused; 2 the caller's mistake; 130 Ctrl-C; 141
-whoever read the output has gone.
+Exit codes: 0 done; 1 a check or a request failed, or the machine refused; 2 the caller's mistake; 130 Ctrl-C; 141 the
+reader of the output has closed the pipe.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ FAILED, MISTAKE, INTERRUPTED, UNREAD = 1, 2, 130, 141
 
 
 def run_command(command: Callable[[], int | None]) -> int:
-    """Runs a command and returns the process's exit code; what ends it early is told in one line on stderr.
+    """Runs a command and returns the process's exit code; what ends it early is printed in one line on stderr.
 
     ``command`` returns its exit code, or None for 0. A bug still shows its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a model may say what the terminal cannot write
+            stream.reconfigure(errors="backslashreplace")  # a model may generate what the terminal cannot write
     try:
         with _no_interrupt_lost():
             code = command() or 0
@@ -52,7 +52,7 @@ def run_command(command: Callable[[], int | None]) -> int:
     except (OSError, MemoryError) as error:
         _forget_output()
         return tell_end(f"{type(error).__name__}: {error}", FAILED)
-    except (RuntimeError, AssertionError) as error:  # jax says so where it has no device, or the device no memory
+    except (RuntimeError, AssertionError) as error:  # raised by jax without a device, or without memory on it
         if "jax" in sys.modules and (reason := why_no_device()):
             return tell_end(f"ConfigError: {reason}", MISTAKE)
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -64,12 +64,12 @@ def run_command(command: Callable[[], int | None]) -> int:
 
 @contextmanager
 def _no_interrupt_lost() -> Iterator[None]:
-    """Raises Ctrl-C once more where it came up in what cannot raise: a finalizer, a callback of the collector."""
+    """Raises Ctrl-C again where Python raised it in code that cannot raise: a finalizer or a garbage-collector hook."""
     report = sys.unraisablehook
 
     def again(unraisable: sys.UnraisableHookArgs) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            # Later: now it would come up in here, and be lost again.
+            # Later, since here it would be lost again.
             Timer(AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGINT)).start()
         else:
             report(unraisable)
@@ -83,12 +83,12 @@ def _no_interrupt_lost() -> Iterator[None]:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Around the imports of a command: Ctrl-C ends the process at once, since there is nothing yet to put in order.
+    """Encloses the imports of a command: Ctrl-C ends the process at once, since nothing needs cleaning up yet.
 
-    Raised as an exception it would come out of the middle of a library's import, which may swallow it.
+    As an exception it would be raised in the middle of a library's import, which may swallow it.
     """
     handler = signal.getsignal(signal.SIGINT)
-    if handler is not signal.default_int_handler:  # such as ignored, of a background process
+    if handler is not signal.default_int_handler:  # e.g. ignored, in a background process
         yield
         return
     signal.signal(signal.SIGINT, _leave)
@@ -99,17 +99,17 @@ def loading() -> Iterator[None]:
 
 
 def leave(code: int) -> None:
-    """Ends the process with an exit code; after Ctrl-C at once, since a compile that was cut off may still run."""
+    """Ends the process with an exit code; after Ctrl-C at once, since an interrupted compile may still run."""
     if code == INTERRUPTED:
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError, AttributeError):  # unread, or closed by the caller
+            with suppress(OSError, ValueError, AttributeError):  # the pipe or the stream is closed
                 stream.flush()
         os._exit(code)
     raise SystemExit(code)
 
 
 def keep_stdout_for_answers() -> None:
-    """Leaves stdout to what Python prints: what libraries below it print there goes to stderr."""
+    """Keeps stdout for what Python prints: what native libraries print to stdout goes to stderr."""
     if sys.stdout is not None:
         sys.stdout.flush()
         answers = os.dup(1)
@@ -118,20 +118,20 @@ def keep_stdout_for_answers() -> None:
 
 
 def tell_end(line: str, code: int) -> int:
-    """Says on stderr, in a line, what ended the command, and returns its exit code."""
+    """Prints on stderr, in one line, what ended the command, and returns its exit code."""
     print(line, file=sys.stderr, flush=True)
     return code
 
 
 def plain_console(*, stderr: bool = False, width: int | None = None) -> Console:
-    """A console that prints text as it is: ``[red]`` and ``:key:`` are no markup."""
-    from rich.console import Console  # here, because Ctrl-C comes before it is loaded, too
+    """A console that prints text as it is: ``[red]`` and ``:key:`` are not markup."""
+    from rich.console import Console  # here, because Ctrl-C must work before it is loaded
 
     return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False, soft_wrap=width is None)
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """An option's value, as argparse's ``type``: a whole number not below ``least``."""
+    """A ``type`` for argparse: a whole number of at least ``least``."""
 
     def whole_number(text: str) -> int:
         with suppress(ValueError):
@@ -143,7 +143,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def positive(text: str) -> float:
-    """An option's value, as argparse's ``type``: a finite number above 0."""
+    """A ``type`` for argparse: a finite number above 0."""
     with suppress(ValueError):
         if 0 < float(text) < float("inf"):
             return float(text)
@@ -154,7 +154,7 @@ count = at_least(1)
 
 
 def _is_unread() -> bool:
-    """Whether it was our own output that met a closed pipe; what is left of it then goes nowhere."""
+    """Whether this process's own output has met a closed pipe; if so, the rest of the output is discarded."""
     poll = select.poll()
     for descriptor in OUTPUTS:
         poll.register(descriptor, 0)
@@ -165,7 +165,7 @@ def _is_unread() -> bool:
 
 
 def _forget_output() -> None:
-    """Sends what stdout cannot write nowhere, or Python would complain again at its end."""
+    """Discards output that stdout cannot write, or Python would complain again at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         sys.stdout.flush()

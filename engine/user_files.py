@@ -1,4 +1,7 @@
-"""Which files and folders nobody but their user can have changed: asked of what is loaded as code, or taken as true."""
+"""Where a user's cached files lie, and which files and folders no other user can have changed.
+
+Asked before a file is loaded as code or its contents are believed.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,26 @@ from pathlib import Path
 _SHARED_BITS = stat.S_IWGRP | stat.S_IWOTH
 
 
-def flaw_of(path: Path, *, folder: bool = False) -> str | None:
-    """Why what lies at ``path`` may be another user's work; None where it is this user's, or root's, alone.
-
-    Args:
-        path: itself, not what a link leads to: a link is a flaw.
-        folder: whether it is to be a folder, else a regular file.
+def cache_directory() -> Path:
+    """This package's folder in the user's cache directory, ``$XDG_CACHE_HOME`` or ``~/.cache``; it need not exist.
 
     Raises:
-        OSError: there is nothing, or it cannot be looked at.
+        RuntimeError: there is no home directory.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # A relative base would depend on where the process runs; the XDG specification says to ignore it.
+    return (base if base.is_absolute() else Path.home() / ".cache") / "fused-kv-engine"
+
+
+def flaw_of(path: Path, *, folder: bool = False) -> str | None:
+    """Why the file at ``path`` may be another user's work; None where only this user, or root, can have written it.
+
+    Args:
+        path: the file itself, not what a link leads to: a link is a flaw.
+        folder: whether it must be a folder; else it must be a regular file.
+
+    Raises:
+        OSError: there is nothing at ``path``, or its status cannot be read.
     """
     status = path.lstat()
     if not (stat.S_ISDIR if folder else stat.S_ISREG)(status.st_mode):
@@ -30,17 +44,17 @@ def flaw_of(path: Path, *, folder: bool = False) -> str | None:
 
 
 def flaw_above(folder: Path) -> str | None:
-    """Why another user could put another folder in the place of ``folder``, with the ancestor that lets them.
+    """Why another user could replace ``folder``, with the ancestor that permits it; None where none can.
 
     Raises:
-        OSError: an ancestor cannot be looked at.
+        OSError: the status of an ancestor cannot be read.
     """
     absolute = Path(os.path.abspath(folder))
     for ancestor in dict.fromkeys([*absolute.parents, *absolute.resolve().parents]):
         status = ancestor.stat()
         if status.st_uid not in (0, os.geteuid()):
             return f"lies in {ancestor}, which belongs to another user, {status.st_uid}"
-        # A sticky folder, such as /tmp, lets nobody rename what is not theirs. A group may be the user's own.
+        # In a sticky folder, such as /tmp, only the owner of a file can rename it. A group may be the user's own.
         if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
-            return f"lies in {ancestor}, to which everybody can write"
+            return f"lies in {ancestor}, which every user can write to"
     return None

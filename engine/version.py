@@ -1,4 +1,4 @@
-"""The version of this package: what ``pyproject.toml`` says, beside the package or as it was installed."""
+"""The version of this package: that of ``pyproject.toml`` beside the package, else the installed one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NAME = "fused-kv-engine"
 def package_version() -> str:
     """The version, e.g. "0.1.0".
 
-    A source tree need not be installed, and what is installed need not be this tree: its own file counts first.
+    The source tree's own file comes first: the tree need not be installed, and another version may be.
     """
     path = Path(__file__).parents[1] / "pyproject.toml"
     if path.is_file():

@@ -139,7 +139,7 @@ def test_make_without_any_python_says_so(tmp_path):
 
 
 @needs_make
-def test_a_half_made_environment_is_made_anew_and_a_whole_one_is_kept(tmp_path):
+def test_a_half_made_environment_is_made_again_and_a_whole_one_is_kept(tmp_path):
     half = tmp_path / ".venv"
     (half / "bin").mkdir(parents=True)
     (half / "pyvenv.cfg").write_text("home = /nowhere\n")

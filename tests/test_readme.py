@@ -1,16 +1,38 @@
+"""What the pages teach runs as printed: every block of Python of a page, one after the other."""
+
 import re
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
 
 
-def test_the_embedding_example_runs_as_printed():
-    (example,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "ReqToTokenPool" in code]
+def run_blocks(page):
+    """Runs the blocks of a page in one namespace; returns it."""
     names = {}
-    exec(compile(example, "README.md", "exec"), names)
-    assert names["out"].shape == (100, 8, 64)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{page}, block {number + 1}", "exec"), names)
+    return names
+
+
+def test_the_readme_runs_as_printed(capsys):
+    names = run_blocks("README.md")
+    printed = capsys.readouterr().out
+    assert printed.count("length") + printed.count("stop") == 2
+    assert names["out"].shape == (128, 8, 64)
     assert np.isfinite(jax.device_get(names["out"])).all()
-    assert names["allocator"].available_size() == 4096
+    cache = names["cache"]
+    cache.check_integrity()
+    assert (cache.held_tokens, cache.prefix.cached_pages) == (0, 6)
+
+
+@pytest.mark.parametrize("page", ["docs/embedding.md"])
+def test_a_page_runs_as_printed(page):
+    cache = run_blocks(page)["cache"]
+    cache.check_integrity()
+    assert cache.held_tokens == 0

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from engine.errors import ConfigError, ShapeError
 from engine.kv.layout import check_storage, refuse_donated
 
-Array = Any  # of NumPy or JAX, traced or not
+Array = Any  # a NumPy or JAX array, traced or not
 IntArray = npt.NDArray[np.integer[Any]]
 
 
@@ -65,7 +65,7 @@ def check_tensors(q: Array, k: Array, v: Array, fused_kv: Array, sinks: Array | 
         v: ``[T, H, D]``.
         fused_kv: ``[S, 2H', D']``.
         sinks: ``[Hq]`` or None.
-        page_size: tokens a page.
+        page_size: tokens per page.
 
     Raises:
         ShapeError: shapes or dtypes disagree.
@@ -87,7 +87,7 @@ def check_tensors(q: Array, k: Array, v: Array, fused_kv: Array, sinks: Array | 
     if fused_kv.shape[0] % page_size:
         raise ShapeError(f"fused_kv has {fused_kv.shape[0]} slots, which page_size={page_size} does not divide")
     if sinks is not None and (sinks.shape != (q.shape[1],) or not _is_float(sinks)):
-        raise ShapeError(f"sinks is {sinks.dtype}{sinks.shape}; it must be floating-point ({q.shape[1]},), one a head")
+        raise ShapeError(f"sinks is {sinks.dtype}{sinks.shape}; it must be floating-point, ({q.shape[1]},)")
 
 
 def check_scales(num_kv_heads: int, **scales: Array | None) -> None:
@@ -101,7 +101,7 @@ def check_scales(num_kv_heads: int, **scales: Array | None) -> None:
             continue
         if scale.shape != (num_kv_heads,) or scale.dtype != np.float32:
             raise ShapeError(
-                f"{name} is {scale.dtype}{scale.shape}; it must be float32({num_kv_heads},), a KV head each"
+                f"{name} is {scale.dtype}{scale.shape}; it must be float32({num_kv_heads},), one per KV head"
             )
         if isinstance(scale, jax.core.Tracer):
             continue
@@ -113,7 +113,7 @@ def check_scales(num_kv_heads: int, **scales: Array | None) -> None:
 
 
 def check_metadata_shapes(page_table: Array, cu_q_lens: Array, kv_lens: Array) -> None:
-    """Checks shapes and dtypes of the step's description.
+    """Checks shapes and dtypes of what describes the step.
 
     Args:
         page_table: ``[B, P]`` int32.
@@ -189,18 +189,18 @@ def check_pages(
     num_pages: int,
     sliding_window: int | None,
 ) -> None:
-    """Checks the page ids that a step reads or writes; the lengths have been checked.
+    """Checks the page ids that a step reads or writes, once its lengths have been checked.
 
     Args:
         page_table: ``[B, P]`` page ids.
         cu_q_lens: ``[B + 1]`` running sum of new tokens.
         kv_lens: ``[B]`` cached plus new tokens.
-        page_size: tokens a page.
+        page_size: tokens per page.
         num_pages: pages of the pool, the null page included.
-        sliding_window: tokens a query sees; pages that lie wholly before it are not needed. None sees all.
+        sliding_window: tokens that a query sees; pages that lie wholly before them are not needed. None sees all.
 
     Raises:
-        ShapeError: a needed page is the null page or out of range, or a page that one sequence writes is used again.
+        ShapeError: a needed page is the null page or out of range, or a page that a sequence writes is used twice.
     """
     q_lens = np.diff(cu_q_lens)
     first_new = kv_lens - q_lens

@@ -1,4 +1,4 @@
-"""What one step tells attention: built on the host once a step, shared by every layer."""
+"""What one step tells attention: built on the host once per step, shared by every layer."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class AttentionMetadata:
     """The sequences of one step, as int32 arrays of NumPy or JAX. A pytree.
 
     Attributes:
-        page_table: ``[B, P]`` page ids, one row a sequence; unused entries are the null page.
+        page_table: ``[B, P]`` page ids, one row per sequence; unused entries are the null page.
         cu_q_lens: ``[B + 1]`` running sum of new tokens per sequence, from 0.
         kv_lens: ``[B]`` cached plus new tokens.
-        out_cache_loc: ``[T]`` slot each new token's K and V go to; -1 writes nothing.
+        out_cache_loc: ``[T]`` slot to which each new token's K and V go; -1 writes nothing.
         positions: ``[T]`` position of each new token in its sequence; 0 in padding.
     """
 
@@ -58,14 +58,14 @@ class AttentionMetadata:
             cu_q_lens: ``[B + 1]`` running sum of new tokens per sequence, from 0.
             kv_lens: ``[B]`` cached plus new tokens; 0 in padding rows.
             num_tokens: T, the step's static token count, padding included.
-            page_size: tokens a page.
+            page_size: tokens per page.
             rows: static number of rows to pad to, so that one compiled program serves steps of fewer sequences; None
                 leaves them.
             columns: static number of columns of the page table to pad to, likewise.
 
         Raises:
             ShapeError: shapes disagree, the lengths contradict each other (see ``check_lengths``), or there are more
-                rows or columns than are to be padded to.
+                rows or columns than ``rows`` and ``columns``.
         """
         named = {"page_table": page_table, "cu_q_lens": cu_q_lens, "kv_lens": kv_lens}
         table, bounds, lens = (_int32_copy(name, array) for name, array in named.items())
@@ -87,7 +87,7 @@ class AttentionMetadata:
 def _padded_to(
     table: npt.NDArray[np.int32], bounds: npt.NDArray[np.int32], lens: npt.NDArray[np.int32], rows: int, columns: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """A step with rows that have no tokens, and columns of null pages, at its ends."""
+    """Appends rows without tokens, and columns of null pages."""
     more, wider = rows - table.shape[0], columns - table.shape[1]
     if more < 0 or wider < 0:
         raise ShapeError(
@@ -107,14 +107,14 @@ def _int32_copy(name: str, values: npt.ArrayLike) -> npt.NDArray[np.int32]:
 def locate_new_tokens(
     page_table: Any, cu_q_lens: Any, kv_lens: Any, *, num_tokens: int, page_size: int, xp: ModuleType = np
 ) -> tuple[Any, Any]:
-    """Finds where each new token stands in its sequence and in the pool.
+    """Finds the position of each new token in its sequence and its slot in the pool.
 
     Args:
         page_table: ``[B, P]`` int32 page ids.
         cu_q_lens: ``[B + 1]`` int32 running sum of new tokens per sequence, from 0.
         kv_lens: ``[B]`` int32 cached plus new tokens.
         num_tokens: T, padding included.
-        page_size: tokens a page.
+        page_size: tokens per page.
         xp: the array module, ``numpy`` or ``jax.numpy``.
 
     Returns:
@@ -125,17 +125,17 @@ def locate_new_tokens(
     rows = sequence_of_tokens(cu_q_lens, num_tokens=num_tokens, xp=xp)
     positions = xp.where(live, kv_lens[rows] - cu_q_lens[rows + 1] + tokens, 0)
     columns = positions // page_size
-    # As an index a position outside of the row would name its last column, which may be another's page as well.
+    # As an index a position outside the row would name its last column, whose page may belong to another sequence.
     inside = live & (positions >= 0) & (columns < page_table.shape[1])
     pages = page_table[rows, xp.where(inside, columns, 0)]
-    inside &= (pages >= 0) & (pages < (2**31 - 1) // page_size)  # else the slot would wrap round to another's
+    inside &= (pages >= 0) & (pages < (2**31 - 1) // page_size)  # else the slot would wrap round
     return positions.astype(xp.int32), xp.where(inside, pages * page_size + positions % page_size, -1).astype(xp.int32)
 
 
 def sequence_of_tokens(cu_q_lens: Any, *, num_tokens: int, xp: ModuleType = np) -> Any:
     """Which sequence of the step each new token belongs to; int32 ``[num_tokens]``, 0 in padding."""
     tokens = xp.arange(num_tokens, dtype=xp.int32)
-    # jax's own choice is a loop of tiny programs, one after the other, before the first layer of each step.
+    # jax's default is a loop of tiny programs, one after the other, before the first layer of each step.
     options: dict[str, Any] = {} if xp is np else {"method": "scan_unrolled"}
     # side="right" steps over sequences without new tokens, wherever they stand.
     rows = xp.searchsorted(cu_q_lens, tokens, side="right", **options) - 1
@@ -149,9 +149,10 @@ def is_live(cu_q_lens: Any, *, num_tokens: int, xp: ModuleType = np) -> Any:
 
 
 def running_sum(cu_q_lens: Any) -> Any:
-    """``cu_q_lens`` with its padding made its last value: others pad it with zeros; NumPy or JAX, int32 ``[B + 1]``.
+    """``cu_q_lens`` padded with its last value, where it may be padded with zeros; int32 ``[B + 1]``.
 
-    Where it is traced, what falls otherwise counts as no new tokens.
+    In a NumPy array only trailing zeros change, so that ``check_lengths`` can refuse other falls. In a JAX array, whose
+    values may be unknown, a sequence at which the sum falls counts as one without new tokens.
     """
     if isinstance(cu_q_lens, jax.Array):
         return lax.cummax(cu_q_lens)

@@ -22,7 +22,7 @@ NAMES = (
     "tpu-static",
     "tune",
 )
-MODULES = {"gpu": "gpu_device.command"}  # where it is not the name
+MODULES = {"gpu": "gpu_device.command"}  # where the module's name is not the benchmark's
 
 
 def main() -> None:

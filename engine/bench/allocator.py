@@ -1,7 +1,7 @@
-"""Microseconds a call of the page allocator, beside the usual free list.
+"""Microseconds per call of the page allocator, compared with the usual free list.
 
-The rival keeps its free pages in one array, copies it at each free and walks the sequences of a batch in Python, as
-the paged allocators of known engines do; it checks nothing.
+The rival keeps its free pages in one array, copies the array at each free and loops over the sequences of a batch in
+Python, as the paged allocators of known engines do. It checks nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.bench.timing import median_ratio, print_table, time_in_turn
-from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.pages import PagedTokenToKVPoolAllocator, Slots
 from engine.terminal import count
 
 Int32 = npt.NDArray[np.int32]
@@ -32,7 +32,7 @@ class ConcatenatedFreeList:
 
     Args:
         size: usable token slots.
-        page_size: tokens a page.
+        page_size: tokens per page.
     """
 
     size: int
@@ -49,7 +49,7 @@ class ConcatenatedFreeList:
         return slots.reshape(-1)
 
     def alloc_extend(self, prefix_lens: Int32, seq_lens: Int32, last_loc: Int32) -> Int32:
-        """Tail of the last page, then fresh pages, sequence by sequence."""
+        """The rest of the last page, then fresh pages, sequence by sequence."""
         parts = []
         for prefix, end, last in zip(prefix_lens.tolist(), seq_lens.tolist(), last_loc.tolist(), strict=True):
             tail = min(-prefix % self.page_size, end - prefix)
@@ -81,7 +81,7 @@ Workload = Callable[[Callable[[int, int], Allocator], int], Callable[[], object]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this benchmark."""
-    parser.add_argument("--page-size", type=count, default=16, help="tokens a page (default: %(default)s)")
+    parser.add_argument("--page-size", type=count, default=16, help="tokens per page (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -131,7 +131,7 @@ def _extend(make: Callable[[int, int], Allocator], page_size: int) -> Callable[[
 def _free(make: Callable[[int, int], Allocator], page_size: int) -> Callable[[], object]:
     tokens = -(-FREED_TOKENS // page_size) * page_size
     allocator = make(IDLE_PAGES * page_size + _calls() * tokens, page_size)
-    held: Iterator[Int32] = iter([allocator.alloc(tokens)[:FREED_TOKENS] for _ in range(_calls())])
+    held: Iterator[Slots] = iter([Slots(allocator.alloc(tokens)[:FREED_TOKENS]) for _ in range(_calls())])
     return lambda: allocator.free(next(held))
 
 

@@ -1,7 +1,7 @@
-"""Attention over the paged cache, against gathering every page and then taking the softmax, and against torch.
+"""Attention over the paged cache, compared with gathering every page before the softmax, and with torch.
 
-Share of bandwidth is the bytes of context that the algorithm must read, over the time taken, over what a plain
-reduction of a large buffer reads a second on the same machine, measured in the same rounds. Torch, where it is
+The share of bandwidth is the bytes of context that the algorithm must read per second of its time, divided by the bytes
+per second that a plain reduction of a large buffer reads on the same machine in the same rounds. Torch, where it is
 installed (the extra ``hf``), runs its ``scaled_dot_product_attention`` on a contiguous cache, on the CPU.
 """
 
@@ -18,20 +18,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
+from engine.attention import AttentionMetadata, FlashAttentionBackend
 from engine.bench.timing import Timings, median_ratio, print_table, time_in_turn
 from engine.errors import ConfigError
 from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv
 from engine.kv.scatter import set_kv_buffer
 from engine.terminal import count
 
-BANDWIDTH_BUFFER_BYTES = 256 << 20  # far beyond any cache
-DEFAULT_SIZES = {"decode": (32, 2048), "prefill": (1, 1024)}  # batch, context; gathering makes every score at once
+BANDWIDTH_BUFFER_BYTES = 256 << 20  # much larger than any cache of a CPU
+DEFAULT_SIZES = {"decode": (32, 2048), "prefill": (1, 1024)}  # sequences, tokens of each
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A step to be timed; every sequence has ``context`` tokens, of which ``q_len`` are new."""
+    """A step to be timed; every sequence has ``context`` tokens, of which the last ``q_len`` are new."""
 
     batch: int
     context: int
@@ -44,7 +44,7 @@ class Problem:
 
     @property
     def columns(self) -> int:
-        """Page-table entries a row."""
+        """Page-table entries per row."""
         return -(-self.context // self.page_size)
 
     @property
@@ -55,7 +55,7 @@ class Problem:
 
 @dataclass
 class Step:
-    """Arrays of a problem on the device."""
+    """The arrays of a problem, on the device."""
 
     q: jax.Array
     k: jax.Array
@@ -66,15 +66,15 @@ class Step:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this benchmark's options."""
-    parser.add_argument("--mode", choices=("decode", "prefill"), default="decode", help="1 new token, or all of them")
-    parser.add_argument("--batch", type=count, help="sequences; by default 32, in prefill 1")
-    parser.add_argument("--context", type=count, help="tokens of each, the new ones included; 2048, in prefill 1024")
+    parser.add_argument("--mode", choices=("decode", "prefill"), default="decode", help="1 new token each, or all new")
+    parser.add_argument("--batch", type=count, help="sequences (default: 32; prefill: 1)")
+    parser.add_argument("--context", type=count, help="tokens of each with the new ones (default: 2048; prefill: 1024)")
     parser.add_argument("--q-heads", type=count, default=32)
     parser.add_argument("--kv-heads", type=count, default=8)
     parser.add_argument("--head-dim", type=count, default=128)
     parser.add_argument("--page-size", type=count, default=16, help="tokens")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--impl", default="auto", help="ours: auto, xla, cpu, tpu or gpu")
+    parser.add_argument("--impl", default="auto", help="this package's: auto, xla, cpu, tpu or gpu")
     parser.add_argument("--rounds", type=count, default=9)
     parser.add_argument(
         "--plot",
@@ -82,15 +82,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=Path("docs/img"),
         metavar="DIR",
-        help="also sweep context and batch of decode and draw bandwidths (the extra plot), into docs/img by default",
+        help="also measure decode by context and by batch size and plot bandwidths (the extra plot); default: docs/img",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints ours against gather-then-softmax, side by side.
+    """Prints a table of this package's attention, gather-then-softmax and torch.
 
     Raises:
-        ConfigError: a plot is wanted and matplotlib is not installed.
+        ConfigError: ``--plot`` is given and matplotlib is not installed.
     """
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib; install it, or this package with [plot]")
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
         f"{problem.head_dim}, {problem.dtype}, page_size {problem.page_size}; jax {jax.__version__} on "
         f"{jax.default_backend()}; memory reads at {bandwidth / 1e9:.1f} GB/s"
     )
-    print_table(["", "ms a call", "speed", "of bandwidth"], rows)
+    print_table(["", "ms per call", "speed", "of bandwidth"], rows)
     if args.plot:
         from engine.bench import attention_plot  # here, because it needs matplotlib
 
@@ -117,15 +117,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def measure(problem: Problem, ours: Mapping[str, str], rounds: int) -> tuple[dict[str, Timings], float]:
-    """Times a problem side by side.
+    """Times all contenders on one problem, in the same rounds.
 
     Args:
         problem: the step.
-        ours: names of contenders to their impl.
+        ours: impl of each contender of this package, by name.
         rounds: measured rounds.
 
     Returns:
-        The timings of ours, of gather-then-softmax and of torch where it is there; and bytes a second of a plain read.
+        The timings by name, of ours, of gather-then-softmax and of torch where it is installed; and the bytes per
+        second of a plain read.
     """
     step = make_step(problem)
     contenders: dict[str, Callable[[], object]] = {}
@@ -145,7 +146,7 @@ def measure(problem: Problem, ours: Mapping[str, str], rounds: int) -> tuple[dic
 
 
 def make_step(problem: Problem) -> Step:
-    """Random tensors; pages dealt out in random order."""
+    """Random tensors, and page ids in random order."""
     pages = 1 + problem.batch * problem.columns
     keys = jax.random.split(jax.random.key(0), 4)
     tokens = problem.batch * problem.q_len
@@ -170,7 +171,7 @@ def make_step(problem: Problem) -> Step:
 def gather_then_softmax(
     problem: Problem, q: jax.Array, k: jax.Array, v: jax.Array, fused_kv: jax.Array, metadata: AttentionMetadata
 ) -> tuple[jax.Array, ...]:
-    """The plain way: gather every page of every sequence, then one softmax over all of it."""
+    """The plain algorithm: gathers every page of every sequence, then computes one softmax over all of it."""
     fused_kv = set_kv_buffer(fused_kv, jnp.asarray(metadata.out_cache_loc), k, v)
     pages = fused_kv.reshape(-1, problem.page_size, *fused_kv.shape[1:])
     context = pages[metadata.page_table].reshape(problem.batch, -1, *fused_kv.shape[1:])
@@ -186,7 +187,7 @@ def gather_then_softmax(
 
 
 def _in_place(attend: Callable[..., tuple[jax.Array, ...]], step: Step) -> Callable[[], object]:
-    """A call of ``attend`` that donates the cache and keeps the one it gets back, as an engine does."""
+    """A call of ``attend`` that donates the cache and keeps the returned one, as an engine does."""
     compiled = jax.jit(attend, donate_argnums=3)
     cache = step.fused_kv.copy()
 
@@ -199,10 +200,10 @@ def _in_place(attend: Callable[..., tuple[jax.Array, ...]], step: Step) -> Calla
 
 
 def _torch(problem: Problem) -> dict[str, Callable[[], object]]:
-    """Torch's attention over the same sizes with a contiguous cache, where torch is there and we run on a CPU."""
+    """Torch's attention for the same sizes with a contiguous cache, where torch is installed and jax runs on a CPU."""
     if importlib.util.find_spec("torch") is None or jax.default_backend() != "cpu":
         return {}
-    import torch  # here, because it takes seconds and is not always wanted
+    import torch  # here, because the import takes seconds and is not always needed
 
     dtype = getattr(torch, problem.dtype)
     shapes = (
@@ -211,7 +212,7 @@ def _torch(problem: Problem) -> dict[str, Callable[[], object]]:
         (problem.batch, problem.kv_heads, problem.context, problem.head_dim),
     )
     q, k, v = (torch.randn(shape).to(dtype) for shape in shapes)
-    causal = problem.q_len > 1  # its mask starts from the first token, so queries must be one or all
+    causal = problem.q_len > 1  # its mask counts from the first token, so q_len must be 1 or all
 
     def call() -> None:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Draws how fast decode reads the cache, against context and against batch, beside the rivals of the run."""
+"""Plots the rate at which decode reads the cache, by context and by batch size, with the rivals of the same run."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ BATCH, CONTEXT = 8, 1024
 
 
 def draw(problem: Problem, impl: str, rounds: int, directory: Path) -> None:
-    """Sweeps decode and writes ``attention-bandwidth.png``.
+    """Measures decode over contexts and batch sizes and writes ``attention-bandwidth.png``.
 
     Args:
         problem: heads, page size and dtype.
-        impl: ours.
-        rounds: measured rounds a point.
-        directory: made if it is not there.
+        impl: this package's implementation.
+        rounds: measured rounds per point.
+        directory: where the file goes; made if it does not exist.
     """
     figure = Figure(figsize=(9, 3.8), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -46,7 +46,7 @@ def draw(problem: Problem, impl: str, rounds: int, directory: Path) -> None:
 
 
 def _curves(axes: Any, label: str, sizes: tuple[int, ...], problems: list[Problem], impl: str, rounds: int) -> None:
-    """One panel: a curve a contender, and what a plain read of a buffer reached at each point."""
+    """One panel: one curve per contender, and the rate of a plain read of a buffer at each point."""
     curves: dict[str, list[float]] = {}
     for problem in problems:
         timings, bandwidth = measure(problem, {f"ours ({impl})": impl, "xla": "xla"}, rounds)

@@ -1,7 +1,7 @@
-"""Runs compiles ahead of time in a process of their own, whose environment is the target's.
+"""Compiles ahead of time in a separate process, whose environment is the one that the target needs.
 
 ``python -m engine.bench.compiling MODULE:FUNCTION`` is that process: it reads a JSON list of keyword arguments, calls
-the function with each, and prints a JSON line after each.
+the function with each of them, and prints one line of JSON after each call.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ MARK = "aot-result "
 def compile_cases(
     target: str, cases: Sequence[dict[str, Any]], *, site: Path, environment: Mapping[str, str]
 ) -> Iterator[dict[str, Any]]:
-    """Calls ``target`` once a case in one process of its own, and yields what it returns as it comes.
+    """Calls ``target`` once per case, all in one separate process, and yields each result when it arrives.
 
     Args:
         target: "module:function"; takes keyword arguments and returns a dict, both of JSON's types.
-        cases: the keyword arguments.
-        site: where the compiler's packages are, before all others.
+        cases: the keyword arguments of each call.
+        site: directory with the compiler's packages, searched before all others.
         environment: variables that must be set before jax is imported.
 
     Yields:
@@ -63,20 +63,20 @@ def _converse(process: subprocess.Popen[str], cases: Sequence[dict[str, Any]]) -
 
 
 def pipes_of(process: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
-    """What a process reads and what it writes; raises BackendUnsupported where it has no pipes."""
+    """The pipes to a process and from it; raises BackendUnsupported where it has none."""
     if process.stdin is None or process.stdout is None:
         raise BackendUnsupported("a process that was started for the benchmark has no pipes")
     return process.stdin, process.stdout
 
 
 def main() -> None:
-    """Does what the module says."""
+    """Runs the process that the module's docstring describes."""
     module, name = sys.argv[1].split(":")
     function = getattr(importlib.import_module(module), name)
     for case in json.load(sys.stdin):
         try:
             result = function(**case)
-        except Exception as error:  # any failure of one compile is that case's answer; the others still run
+        except Exception as error:  # any failure of one compile is that case's result; the others still run
             result = {"failed": f"{type(error).__name__}: {error}"}
         print(MARK + json.dumps(result), flush=True)
 

@@ -1,7 +1,7 @@
-"""Static figures of the GPU kernels, from the machine code that is compiled with no GPU at hand.
+"""Static figures of the GPU kernels, from machine code that is compiled without a GPU.
 
-Every branch of a loop counts as taken and nothing waits: read the figures beside what the memory and the matrix unit
-allow, and beside those of jax's own FlashAttention-3, compiled the same way.
+Every branch of a loop counts as taken, and waiting is not counted. Compare the figures with what the memory and the
+matrix unit allow, and with those of jax's own FlashAttention-3, compiled in the same way.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BASELINE = Path("tests/attention_gpu/static_baseline.json")
 
 
 def measure(shapes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Compiles our kernels for each shape and returns what they take and cost; ``DEFAULTS`` fill in what is not said.
+    """Compiles our kernels for each shape and returns their sizes and costs; ``DEFAULTS`` has unset values.
 
     Raises:
         BackendUnsupported: there is no compiler, or a shape does not compile.
@@ -46,7 +46,7 @@ def measure(shapes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def measure_yardstick(shape: dict[str, Any]) -> dict[str, Any]:
-    """The same of jax's own FlashAttention-3, which is prefill of one dense sequence."""
+    """The same figures of jax's own FlashAttention-3, which computes prefill of one dense sequence."""
     known = {name: (DEFAULTS | shape)[name] for name in ("target", "q_heads", "kv_heads", "head_dim")}
     return _compiled(YARDSTICK, [known | {"tokens": DEFAULTS["context"]}])[0]
 
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints one figure a line, or writes the baseline."""
+    """Prints one figure per line, or writes the baseline."""
     if args.write_baseline:
         found = measure(list(baseline.SHAPES.values()))
         figures = dict(zip(baseline.SHAPES, found, strict=True))
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def print_tables(args: argparse.Namespace, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Prints what the loops cost, ours beside jax's, and what each kernel takes."""
+    """Prints the cost of the loops, ours and jax's, and the resources of each kernel."""
     title = (
         f"{args.target}, page {args.page}, {args.q_heads} query and {args.kv_heads} KV heads of {args.head_dim}, "
         f"{args.dtype}; jax {jax.__version__}, {datetime.date.today()}"

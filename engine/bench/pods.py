@@ -1,7 +1,7 @@
-"""What Llama 3 steps take on pods: compiled for each with no TPU at hand, bytes as planned, and the bandwidth floor.
+"""Llama 3 decode steps on pods, compiled without a TPU: bytes as planned, and the bandwidth floor.
 
-A decode step of every replica is compiled with the TPU kernel and two layers; what is said of the whole model is those
-two layers' figures times the number of layers, and the plan's own arithmetic for all of them.
+A decode step of every replica is compiled with the TPU kernel and two layers. Figures of the whole model are those of
+the two layers times the number of layers, and the plan's own arithmetic for all layers.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ TARGET = "engine.bench.tpu.pod:compile_pod"
 MODELS = {"Llama 3 8B": "llama-3-8b", "Llama 3 70B": "llama-3-70b"}
 BEGIN, END = "<!-- written by python -m engine.bench pods --write -->", "<!-- end -->"
 HEADER = (
-    "pod", "model", "mesh", "weights a device", "KV a device", "tokens of KV a pod", "HBM bytes a step and device",
-    "floor", "sent a step and device", "compiled as planned",
+    "pod", "model", "mesh", "weights per device", "KV per device", "tokens of KV per pod",
+    "HBM bytes per step and device", "floor", "sent per step and device", "compiled as planned",
 )  # fmt: skip
 
 
@@ -37,10 +37,10 @@ class Pod:
     """A TPU slice.
 
     Attributes:
-        name: what people call it.
-        topology: what libtpu calls it.
-        device_bytes: memory of what JAX calls a device; of a v7x chip there are two.
-        bandwidth: bytes a second of that memory.
+        name: the usual name.
+        topology: the name in libtpu.
+        device_bytes: memory of one JAX device; a v7x chip is two devices.
+        bandwidth: bytes per second of that memory.
     """
 
     name: str
@@ -60,7 +60,7 @@ PODS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
     parser.add_argument("--rows", type=count, default=32, help="sequences that each replica decodes")
-    parser.add_argument("--context", type=count, default=4096, help="tokens of each")
+    parser.add_argument("--context", type=count, default=4096, help="tokens per sequence")
     parser.add_argument(
         "--write", type=Path, nargs="?", const=SOURCES / "docs/scaling.md", metavar="FILE",
         help="put the tables into this page (default: %(const)s)",
@@ -68,17 +68,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Compiles every pod and model, and prints or writes the tables.
+    """Compiles for every pod and model, and prints or writes the tables.
 
     Raises:
         BackendUnsupported: there is no libtpu.
         ConfigError: this is no source tree, or the page cannot be written.
     """
-    version = libtpu_version()  # refuses here, before minutes of work
+    version = libtpu_version()  # raises now and not after minutes of work
     if not CONFIGS.is_dir():
         raise ConfigError(f"pods reads the geometries in {CONFIGS}, which only a source tree has; run it in one")
     if args.write and not args.write.parent.is_dir():
-        raise ConfigError(f"cannot write {args.write}: {args.write.parent} is no directory; make it, or name another")
+        raise ConfigError(f"cannot write {args.write}: {args.write.parent} is not a directory; make it or name another")
     models = {name: read_toml(CONFIGS / f"{file}.toml")["model"] for name, file in MODELS.items()}
     pairs = [(pod, name) for pod in PODS for name in models]
     cases = [
@@ -120,7 +120,7 @@ def describe(pod: Pod, name: str, model: dict[str, Any], rows: int, found: dict[
     if not found["tokens"]:
         return (*head, f"none: a device has {format_bytes(pod.device_bytes)}", *[""] * 4, compiled)
     read = weights - found["unread bytes"] + found["context bytes"]
-    # A ring moves each byte of an all-reduce 2 (tp - 1) / tp times; after embedding, attention and MLP.
+    # A ring moves each byte of an all-reduce 2 (tp - 1) / tp times; one follows each embedding, attention and MLP.
     reduces = 1 + 2 * model["num_hidden_layers"]
     sent = reduces * rows * model["hidden_size"] * 2 * 2 * (tp - 1) // tp
     return (
@@ -130,7 +130,7 @@ def describe(pod: Pod, name: str, model: dict[str, Any], rows: int, found: dict[
 
 
 def faults(found: dict[str, Any]) -> str:
-    """Where the compiled program is not as planned; empty where it is."""
+    """How the compiled program differs from the plan; empty where it does not."""
     integers = found["argument bytes"] - found["weight bytes"] - found["pool bytes"]
     wrong = []
     if not 0 <= integers < 1 << 20:
@@ -143,14 +143,14 @@ def faults(found: dict[str, Any]) -> str:
 
 
 def collectives(found: dict[str, Any]) -> str:
-    """What devices exchange, in words."""
+    """The collectives of the program, as text."""
     if "failed" in found:
         return "not compiled"
     return ", ".join(f"{count} {name}" for name, count in found["collectives"].items()) or "none"
 
 
 def replace_tables(path: Path, page: str) -> None:
-    """Puts ``page`` between the two marks of a document, or at its end."""
+    """Puts ``page`` between the two markers of a document, or at its end."""
     text = path.read_text() if path.exists() else "# Scaling\n"
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]

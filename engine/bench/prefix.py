@@ -1,7 +1,7 @@
-"""The prefix cache: its calls beside a plain tree that is walked a page at a time, and what it does for an engine.
+"""The prefix cache: its calls compared with a plain tree of single pages, and its effect in a serving engine.
 
-The rival is the usual design in small: a node per page keyed by a tuple of tokens, and eviction that collects the
-leaves of the whole tree into a heap.
+The rival is a small form of the usual design: one node per page, keyed by a tuple of tokens, and an eviction that
+collects the leaves of the whole tree into a heap.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from engine.bench.prefix_serving import Pair as EnginePair
 from engine.bench.prefix_serving import overhead_rows, shared_rows
 from engine.bench.timing import median_ratio, print_table, time_in_turn
 from engine.memory.integers import Int32
-from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
+from engine.memory.pages import PagedTokenToKVPoolAllocator, PageIds
 from engine.memory.prefix.cache import RadixCache
 from engine.memory.scope import CacheScope, LayoutKey
 from engine.terminal import count
@@ -61,7 +61,7 @@ class WalkedTree:
         """Adds a node for each page that is not cached."""
         self.clock += 1
         node, known = self.match(tokens)
-        self.allocator.retain(pages[len(known) :])
+        self.allocator.pages.retain(PageIds(pages[len(known) :]))
         for key, page in list(zip(self._keys(tokens), pages.tolist(), strict=True))[len(known) :]:
             node.children[key] = WalkedNode(node, key, page, self.clock)
             node = node.children[key]
@@ -80,7 +80,7 @@ class WalkedTree:
                 del parent.children[leaf.key]
                 if not parent.children and parent is not self.root:
                     heapq.heappush(heap, (parent.used, next(order), parent))
-        self.allocator.release(np.array(released, np.int32))
+        self.allocator.pages.release(released)
 
     def _keys(self, tokens: Int32) -> list[tuple[int, ...]]:
         ids, size = tokens.tolist(), self.page_size
@@ -97,7 +97,7 @@ class WalkedTree:
 
 
 class Pair:
-    """Our cache and the rival, each with a pool of its own, filled alike."""
+    """Our cache and the rival, each with a pool of its own, with the same contents."""
 
     def __init__(self, pages: int, page_size: int) -> None:
         self.page_size = page_size
@@ -105,28 +105,27 @@ class Pair:
         self.cache = RadixCache(PagedTokenToKVPoolAllocator(pages * page_size, page_size), page_size)
         self.rival = WalkedTree(PagedTokenToKVPoolAllocator(pages * page_size, page_size))
 
-    def pages_for(self, allocator: PagedTokenToKVPoolAllocator, tokens: Int32) -> Int32:
+    def pages_for(self, allocator: PagedTokenToKVPoolAllocator, tokens: Int32) -> PageIds:
         """Fresh pages for the full pages of a sequence; the request that holds them never ends."""
         size = self.page_size
-        pages: Int32 = allocator.alloc(tokens.size // size * size)[::size] // np.int32(size)
-        return pages
+        return PageIds(allocator.alloc(tokens.size // size * size)[::size] // np.int32(size))
 
     def fill(self, sequences: Int32) -> None:
-        """Caches the sequences in both and gives up every other reference."""
+        """Caches the sequences in both and drops every other reference."""
         for tokens in sequences:
             ours, theirs = (self.pages_for(each.allocator, tokens) for each in (self.cache, self.rival))
             self.cache.insert(self.scope, tokens, ours)
             self.rival.insert(tokens, theirs)
-            self.cache.allocator.release(ours)
-            self.rival.allocator.release(theirs)
+            self.cache.allocator.pages.release(ours)
+            self.rival.allocator.pages.release(theirs)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this benchmark's options."""
-    parser.add_argument("--page-size", type=count, default=16, help="tokens a page (default 16)")
+    parser.add_argument("--page-size", type=count, default=16, help="tokens per page (default 16)")
     parser.add_argument("--sequences", type=count, default=10_000, help="cached sequences (default 10,000)")
-    parser.add_argument("--tokens", type=count, default=1_000, help="tokens a prompt (default 1,000)")
-    parser.add_argument("--leaves", type=count, default=20_000, help="leaves while evicting (default 20,000)")
+    parser.add_argument("--tokens", type=count, default=1_000, help="tokens per prompt (default 1,000)")
+    parser.add_argument("--leaves", type=count, default=20_000, help="leaves during eviction (default 20,000)")
     parser.add_argument("--long", type=count, default=32_768, help="tokens of the long prompt (default 32,768)")
     parser.add_argument("--rounds", type=count, default=200, help="measured calls of each (default 200)")
     parser.add_argument("--serving-rounds", type=count, default=40, help="measured runs of the engines (default 40)")
@@ -134,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures and prints microseconds a call and what serving gains, medians, side by side."""
+    """Prints median microseconds per call of both, and what the cache gains in serving."""
     if args.only != "serving":
         rng = np.random.default_rng(0)
         rows = [*_match_and_insert(args, rng), _evict(args, rng), *_long_match(args, rng)]
@@ -142,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
     if args.only != "calls":
         pair = EnginePair(args.page_size)
         rows = [*shared_rows(pair, max(args.serving_rounds // 10, 1)), *overhead_rows(pair, args.serving_rounds)]
-        # A step of the small model is short, and nobody serves it: what the cache costs beside one of more work.
+        # A step of the small model is short, which is not realistic: the larger model shows the cost beside more work.
         rows += overhead_rows(EnginePair(args.page_size, hidden_size=512), args.serving_rounds)
         print_table(("serving", "measured", "bar"), rows)
 
@@ -182,7 +181,7 @@ def _evict(args: argparse.Namespace, rng: np.random.Generator) -> list[str]:
         f"evict 1 page, {args.leaves:,} leaves",
         lambda: pair.cache.evict(1),
         lambda: pair.rival.evict(1),
-        5,  # the rival takes milliseconds
+        5,  # because the rival takes milliseconds
         bar=10,
         calls=60,
     )
@@ -192,7 +191,7 @@ def _long_match(args: argparse.Namespace, rng: np.random.Generator) -> list[list
     whole, stepwise = _prompts(rng, 2, args.long)
     pair = Pair(2 * (args.long // args.page_size + 1), args.page_size)
     pair.fill(whole[None])
-    # The worst shape for us: a sequence that grew by a page at a time, so that every page is a node.
+    # The worst shape for our tree: a sequence that grew by one page at a time, so that every page is a node.
     for end in range(args.page_size, args.long + 1, args.page_size):
         known = pair.cache.match(pair.scope, np.append(stepwise[: end - args.page_size], 0)).pages
         page = pair.cache.allocator.alloc(args.page_size)[:1] // args.page_size
@@ -205,7 +204,7 @@ def _long_match(args: argparse.Namespace, rng: np.random.Generator) -> list[list
             min(args.rounds, 50),
             bar=1000,
         )
-        for shape, tokens in (("one node", whole), ("a node a page", stepwise))
+        for shape, tokens in (("one node", whole), ("one node per page", stepwise))
     ]
 
 

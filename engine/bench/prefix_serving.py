@@ -1,7 +1,7 @@
-"""The prefix cache in a serving engine: what it costs where nothing is shared, and what a shared beginning saves.
+"""The prefix cache in a serving engine: its cost where nothing is shared, and what a shared beginning saves.
 
-Both engines are made from the same weights, of random numbers: speed does not depend on their values, and whether the
-cached answers are right shows in their tokens, which must be the uncached ones.
+Both engines have the same random weights: speed does not depend on their values. The cached answers are right if their
+tokens equal those without the cache.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SYSTEM_TOKENS, OWN_TOKENS, REQUESTS = 1_024, 32, 64
 SLOTS = 16
 SHARED_ANSWER = 4
 COLD_PROMPT, COLD_ANSWER, COLD_REQUESTS = 250, 32, 16
-WARM_UP = 9  # rounds: then the cache has filled the pool, and evicts
+WARM_UP = 9  # rounds; after these the cache has filled the pool and evicts
 
 Prompts = list[list[int]]
 
@@ -35,8 +35,8 @@ class Pair:
     """An engine with the prefix cache and one without.
 
     Args:
-        page_size: tokens a page.
-        hidden_size: the model's; the default model's geometry is widened alike.
+        page_size: tokens per page.
+        hidden_size: of the model; its other sizes are those of the default model, scaled alike.
     """
 
     def __init__(self, page_size: int, hidden_size: int = 128) -> None:
@@ -49,7 +49,7 @@ class Pair:
             num_attention_heads=hidden_size // base.head_dim,
         )
         model = Llama(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
-        # Twice what runs at once: after some rounds the cache has filled it, and what it costs to evict counts too.
+        # Twice what runs at once: after some rounds the cache has filled it, so that the cost of eviction counts too.
         pool = 2 * SLOTS * (SYSTEM_TOKENS + 64) // page_size * page_size
         self.engines = [
             LLM(
@@ -59,7 +59,7 @@ class Pair:
                 chunked_prefill_size=512,
                 max_total_tokens=pool,
                 disable_radix_cache=disabled,
-                overlap_steps=False,  # what the host does is to be seen, and the engines take turns
+                overlap_steps=False,  # so that the host's work is visible; the engines take turns
             )
             for disabled in (False, True)
         ]
@@ -73,7 +73,7 @@ class Pair:
         return drawn
 
     def time(self, llm: LLM, prompts: Prompts, new: int) -> tuple[float, list[list[int]], int]:
-        """Seconds of a run, its answers, and the prompt tokens that were computed."""
+        """Seconds of a run, its answers, and the number of prompt tokens that were computed."""
         computed, start = llm.stats.prefill_tokens, time.perf_counter()
         outputs = llm.generate(prompts, SamplingParams(max_new_tokens=new, ignore_eos=True))
         seconds = time.perf_counter() - start
@@ -81,11 +81,11 @@ class Pair:
 
 
 def overhead_rows(pair: Pair, rounds: int) -> list[list[str]]:
-    """Prompts that share nothing: how much longer the engine with the cache takes, of the time without it.
+    """Prompts that share nothing: extra time of the engine with the cache, as a fraction of the time without it.
 
-    The two take turns step by step, so that whatever else the machine does hits both alike. The device does the same
-    in both, and its time varies by more than the cache costs: what planning and booking take, where all of the
-    cache's work is done, is told apart.
+    The two engines take turns step by step, so that other load of the machine affects both alike. The device does the
+    same work in both, and its time varies by more than the cache costs. So the time of planning and booking, where all
+    of the cache's work is done, has a row of its own.
     """
     for _ in range(WARM_UP):
         _cold_round(pair)
@@ -95,7 +95,7 @@ def overhead_rows(pair: Pair, rounds: int) -> list[list[str]]:
         "whole steps": [(whole[0] - whole[1]) / whole[1] for whole, host in measured],
     }
     each = median(whole[1] for whole, _ in measured) / COLD_REQUESTS * 1e3
-    name = f"overhead, nothing shared, {pair.parameters / 1e6:.1f} M parameters, {each:.0f} ms a request"
+    name = f"overhead, nothing shared, {pair.parameters / 1e6:.1f} M parameters, {each:.0f} ms per request"
     rows = []
     for what, shares in figures.items():
         share, low, high = median_and_interval(shares)
@@ -104,7 +104,7 @@ def overhead_rows(pair: Pair, rounds: int) -> list[list[str]]:
 
 
 def _cold_round(pair: Pair) -> tuple[list[float], list[float]]:
-    """Seconds of all steps, and of planning and booking alone, with the cache and without."""
+    """Seconds of all steps, and seconds of planning and booking, each with the cache and without."""
     params = SamplingParams(max_new_tokens=COLD_ANSWER, ignore_eos=True)
     for prompt in pair.prompts(COLD_REQUESTS, COLD_PROMPT):
         for llm in pair.engines:
@@ -124,7 +124,7 @@ def _cold_round(pair: Pair) -> tuple[list[float], list[float]]:
 
 
 def shared_rows(pair: Pair, rounds: int) -> list[list[str]]:
-    """Requests that begin with the same system prompt: tokens computed and time, without the cache and with it.
+    """Requests that begin with the same system prompt: ratios of computed tokens and of time, without to with.
 
     Raises:
         SystemExit: the cache changed an answer.
@@ -141,5 +141,5 @@ def shared_rows(pair: Pair, rounds: int) -> list[list[str]]:
     what = f"{REQUESTS} requests, {SYSTEM_TOKENS:,} tokens shared"
     return [
         [f"{what}: times fewer tokens prefilled", f"{median(tokens):.1f}", ">= 10"],
-        [f"{what}: times sooner done", f"{median(speed):.1f}", ">= 3"],
+        [f"{what}: times as fast", f"{median(speed):.1f}", ">= 3"],
     ]

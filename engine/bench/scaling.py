@@ -1,7 +1,7 @@
-"""Step time and host time of the engine against devices: decode over meshes of virtual or real ones.
+"""Step time and host time of the engine by number of devices: decode over meshes of virtual or real devices.
 
 Each number of devices runs in a process of its own, because virtual devices are fixed when jax starts. Virtual devices
-share the cores of this machine, so that more of them can only show what splitting costs, never what it gains.
+share the cores of this machine, so more of them can only show what splitting costs, never what it gains.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--devices", type=count, nargs="+", default=[1, 2, 4, 8], metavar="N", help="numbers of devices"
     )
-    parser.add_argument("--split", choices=SPLITS, default="tp", help="what they share: heads, tokens, requests")
+    parser.add_argument("--split", choices=SPLITS, default="tp", help="what is split: heads, tokens or requests")
     parser.add_argument("--requests", type=count, default=8, metavar="N", help="rows of the batch (default: 8)")
     parser.add_argument("--context", type=count, default=512, metavar="N", help="tokens of each prompt (default: 512)")
     parser.add_argument("--steps", type=count, default=60, metavar="N", help="decode steps measured (default: 60)")
@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints a row for each number of devices."""
+    """Prints one row for each number of devices."""
     table = Table(title=f"decode, {args.requests} requests of {args.context} tokens, split by {args.split}")
-    for column in ("devices", "step ms", "host ms", "pool bytes a device", "against one device"):
+    for column in ("devices", "step ms", "host ms", "pool bytes per device", "against one device"):
         table.add_column(column, justify="right")
     first = None
     for devices in args.devices:
@@ -67,7 +67,7 @@ def _in_own_process(args: argparse.Namespace, devices: int) -> dict[str, Any]:
         }
     words = [str(getattr(args, name)) for name in ("split", "requests", "context", "steps")]
     command = [sys.executable, "-m", "engine.bench.scaling", str(devices), *words]
-    # A group of its own: Ctrl-C is told once, here, and `run` ends it.
+    # In a process group of its own, so that only this process gets Ctrl-C; `subprocess.run` then ends the child.
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, process_group=0)
     if done.returncode == INTERRUPTED:
         raise KeyboardInterrupt
@@ -81,11 +81,11 @@ def measure(devices: int, split: str, requests: int, context: int, steps: int) -
     """Medians over decode steps: seconds of a step, and processor seconds of the thread that plans and dispatches it.
 
     Args:
-        devices: that share the work.
+        devices: number of devices.
         split: "tp", "cp" or "dp".
         requests: rows of the batch.
         context: tokens of each prompt.
-        steps: decode steps.
+        steps: number of decode steps.
     """
     import jax.numpy as jnp
     import numpy as np
@@ -118,7 +118,7 @@ def measure(devices: int, split: str, requests: int, context: int, steps: int) -
     rng = np.random.default_rng(0)
     for _ in range(requests):
         llm.add_request(rng.integers(0, 4096, context).tolist(), SamplingParams(max_new_tokens=steps + 8))
-    while any(request.num_computed < context for request in (*llm.scheduler.waiting, *llm.scheduler.running)):
+    while not all(request.output for request in (*llm.scheduler.waiting, *llm.scheduler.running)):
         llm.step()
     seconds, host_seconds = [], []
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""Microseconds a call of writing new tokens into the pool, against XLA's own scatter, with donated buffers."""
+"""Microseconds per call of writing new tokens into the pool, compared with XLA's own scatter, with donated buffers."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Write = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options: the sizes of the pool and of a call."""
+    """Adds the options: sizes of the pool and of a call."""
     parser.add_argument(
         "--slots", type=count, default=65_536, help="token slots, a multiple of 16 (default: %(default)s)"
     )
-    parser.add_argument("--tokens", type=count, default=32, help="tokens written a call (default: %(default)s)")
+    parser.add_argument("--tokens", type=count, default=32, help="tokens written per call (default: %(default)s)")
     parser.add_argument("--heads", type=count, default=8, help="KV heads (default: %(default)s)")
-    parser.add_argument("--head-dim", type=count, default=128, help="elements a head (default: %(default)s)")
+    parser.add_argument("--head-dim", type=count, default=128, help="elements per head (default: %(default)s)")
     parser.add_argument("--rounds", type=count, default=5, help="measured rounds (default: %(default)s)")
-    parser.add_argument("--calls", type=count, default=10, help="calls a round (default: %(default)s)")
+    parser.add_argument("--calls", type=count, default=10, help="calls per round (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def write_plainly(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """The scatter that one would write first."""
+    """The obvious scatter."""
     return fused.at[jnp.where(loc < 0, fused.shape[0], loc)].set(merge_kv(k, v), mode="drop")
 
 
@@ -80,7 +80,7 @@ class DonatedWriter:
 
     @property
     def moved(self) -> bool:
-        """Whether the buffer has left the address it had."""
+        """Whether the buffer has another address now."""
         return bool(self.fused.unsafe_buffer_pointer() != self.address)
 
 
@@ -93,7 +93,7 @@ def _measure(dtype: str, args: argparse.Namespace) -> list[str]:
     pool_address = pool.get_fused_kv_buffer(0).unsafe_buffer_pointer()
     to_pool = partial(_write_to_pool, pool, tokens)
     contenders: dict[str, Callable[[], object]] = {"ours": ours, "pool": to_pool, "plain": plain}
-    # Several calls a round: the first runs on caches that a plain scatter of the whole buffer has just swept.
+    # Several calls per round: before the first one, a plain scatter of the whole buffer has emptied the CPU's caches.
     timings = time_in_turn(contenders, rounds=args.rounds, calls=args.calls)
     moved = ours.moved or pool.get_fused_kv_buffer(0).unsafe_buffer_pointer() != pool_address
     return [

@@ -1,9 +1,9 @@
-"""A seeded trace served by a pool a third of what it would like: right answers, full pool, nothing lost or compiled.
+"""Serves a seeded trace with a third of the pages that it can use: checks answers, utilisation, leaks and compiles.
 
-The trace runs three times: in a pool without limit, to see what it would like; in a third of that; and, one request
-after the other, in a pool without limit, which says what each answer must be. Decoding is greedy in float32. XLA blocks
-matrix products by the number of rows, so logits differ in the last bits between batches; where an answer leaves the
-expected one, the two tokens' logits must be nearer to each other than that explains, and the case is counted.
+The trace runs three times: in a pool without limit, to find how many pages it uses; in a third of that; and, one
+request after the other, in a pool without limit, which gives the expected answers. Decoding is greedy in float32. XLA
+splits matrix products by the number of rows, so logits differ in the last bits between batches. Where an answer differs
+from the expected one, the logits of the two tokens must be so close that this explains it, and the case is counted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from engine.serving.llm import LLM
 from engine.serving.request import RequestOutput
 from engine.terminal import at_least, count, positive
 
-# Twice the bound of the dense check: each of the two logits may be off by it.
+# Twice the bound of the dense check: each of the two logits may differ by it.
 NEAR_TIE = 2e-4
 MOST_STEPS = 200_000
 
@@ -37,10 +37,10 @@ class StepSample:
     """The pool after a step.
 
     Attributes:
-        held_pages: neither free nor evictable.
-        tail_waste_tokens: slots of last pages that hold nothing yet.
-        rows: running requests.
-        waiting: waiting requests.
+        held_pages: pages that are neither free nor evictable.
+        tail_waste_tokens: slots of last pages that hold no token yet.
+        rows: number of running requests.
+        waiting: number of waiting requests.
     """
 
     held_pages: int
@@ -51,13 +51,13 @@ class StepSample:
 
 @dataclass
 class Served:
-    """What became of a trace.
+    """The results of a trace.
 
     Attributes:
-        outputs: by place in the trace; the aborted ones are not there.
-        samples: one a step.
-        seconds: for all steps.
-        compiles: programs compiled meanwhile.
+        outputs: by index in the trace; without those of aborted requests.
+        samples: one per step.
+        seconds: time of all steps.
+        compiles: programs compiled during the run.
     """
 
     outputs: dict[int, RequestOutput] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Bar:
-    """One line of the verdict; what is not about correctness does not make the command fail."""
+    """One line of the result; only a line about correctness can make the command fail."""
 
     what: str
     value: str
@@ -83,9 +83,9 @@ class Bar:
 
 
 def serve(llm: LLM, trace: Sequence[TraceRequest]) -> Served:
-    """Runs a trace: requests come and go at their steps.
+    """Runs a trace: adds and aborts requests at their steps.
 
-    Requests that do not get on within ``MOST_STEPS`` are left unfinished.
+    Requests that have not ended after ``MOST_STEPS`` steps are left unfinished.
     """
     served, compiles = Served(), llm.compiles_after_warmup
     now, started = 0, time.perf_counter()
@@ -113,7 +113,7 @@ def serve(llm: LLM, trace: Sequence[TraceRequest]) -> Served:
 
 
 def expected_answers(llm: LLM, trace: Sequence[TraceRequest], wanted: Sequence[int]) -> dict[int, RequestOutput]:
-    """The answers to some requests of a trace, one after the other, with their logits."""
+    """The answers to some requests of a trace, served one after the other, with their logits."""
     answers = {}
     for index in wanted:
         params = TraceRequest(0, trace[index].prompt, trace[index].max_new_tokens).params()
@@ -122,7 +122,7 @@ def expected_answers(llm: LLM, trace: Sequence[TraceRequest], wanted: Sequence[i
 
 
 def compare(trace: Sequence[TraceRequest], served: Served, expected: dict[int, RequestOutput]) -> tuple[int, int, int]:
-    """How many answers are exactly as expected, leave it at a near tie, and are wrong; siblings counted too."""
+    """How many answers are exactly as expected, differ from a near tie on, and are wrong; siblings count too."""
     counts = {"exact": 0, "near": 0, "wrong": 0}
     for index, output in served.outputs.items():
         for answer in (output, *output.siblings):
@@ -131,7 +131,7 @@ def compare(trace: Sequence[TraceRequest], served: Served, expected: dict[int, R
 
 
 def verdict(llm: LLM, trace: Sequence[TraceRequest], served: Served, expected: dict[int, RequestOutput]) -> list[Bar]:
-    """Every bar of a run in a tight pool."""
+    """Every bar of a run in the small pool."""
     stay = sum(request.abort_after is None for request in trace)
     ended = sum(index in served.outputs for index, request in enumerate(trace) if request.abort_after is None)
     exact, near, wrong = compare(trace, served, expected)
@@ -145,7 +145,7 @@ def verdict(llm: LLM, trace: Sequence[TraceRequest], served: Served, expected: d
         Bar("programs compiled after warm-up", f"{served.compiles}", "0", not served.compiles),
         Bar("pool utilisation while requests wait", f"{full:.1%}", ">= 95 %", full >= 0.95, False),
         Bar(
-            "tail waste a sequence, tokens",
+            "tail waste per sequence, tokens",
             f"{waste:.2f}",
             f"{predicted:.2f} +- 15 %",
             abs(waste - predicted) <= 0.15 * predicted + 0.05,
@@ -155,14 +155,14 @@ def verdict(llm: LLM, trace: Sequence[TraceRequest], served: Served, expected: d
 
 
 def utilisation(llm: LLM, served: Served) -> float:
-    """Mean share of the pool that was held by requests, over the steps after which some waited and a slot was free."""
+    """Mean fraction of the pool held by requests, over the steps after which requests waited and a slot was free."""
     total, slots = llm.cache.size // llm.config.page_size, llm.config.max_running_requests
     loaded = [now.held_pages / total for now in served.samples if now.waiting and now.rows < slots]
     return float(np.mean(loaded)) if loaded else 0.0
 
 
 def tail_waste(served: Served) -> float:
-    """Mean tokens of a running sequence's last page that hold nothing yet."""
+    """Mean number of slots in a running sequence's last page that hold no token yet."""
     rows = sum(sample.rows for sample in served.samples)
     return sum(sample.tail_waste_tokens for sample in served.samples) / max(rows, 1)
 
@@ -172,8 +172,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape = TraceShape()
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--requests", type=count, default=shape.requests, help=f"default {shape.requests}")
-    parser.add_argument("--rate", type=positive, default=shape.rate, help=f"arrivals a step (default {shape.rate})")
-    parser.add_argument("--page-size", type=count, default=16, help="tokens a page (default 16)")
+    parser.add_argument("--rate", type=positive, default=shape.rate, help=f"arrivals per step (default {shape.rate})")
+    parser.add_argument("--page-size", type=count, default=16, help="tokens per page (default 16)")
     parser.add_argument("--slots", type=count, default=128, help="most running requests (default 128)")
     parser.add_argument("--host-tier-bytes", type=at_least(0), default=0, help="for pages given up (default 0)")
     parser.add_argument("--share", type=positive, default=1 / 3, help="of the pool it would like (default a third)")
@@ -183,7 +183,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs the trace and prints each bar; exits with 1 where an answer is wrong or something was lost."""
+    """Runs the trace and prints each bar; returns 1 where an answer is wrong, missing, or a page was lost."""
     if args.replay:
         trace = load_trace(args.replay)
     else:
@@ -211,17 +211,18 @@ def run_trace(
     options: dict[str, Any],
     tight_options: dict[str, Any],
 ) -> tuple[LLM, Served, list[Bar]]:
-    """Runs a trace without limit, in ``share`` of what that took, and one by one.
+    """Runs a trace without limit, with a part of the pages that this run used, and one request after the other.
 
     Args:
         trace: the requests.
-        model: the weights; None is the Llama that ships.
-        share: of the pages that were held at most without limit; at least the largest request fits.
-        options: of every engine.
-        tight_options: of the engine with the tight pool alone.
+        model: the weights; None is the Llama that ships with the package.
+        share: size of the small pool as a fraction of the most pages held without limit; it is made large enough for
+            the largest request.
+        options: options of every engine.
+        tight_options: options of only the engine with the small pool.
 
     Returns:
-        That engine, what it did, and the bars.
+        The engine with the small pool, its results, and the bars.
     """
     page_size = options["page_size"]
     ample = LLM(model, **options)

@@ -1,4 +1,4 @@
-"""What ``gpu-static`` and ``tpu-static`` share: the shape on the command line, and baselines by compiler version."""
+"""Common parts of ``gpu-static`` and ``tpu-static``: options for the shape, and baselines by compiler version."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add_shape_arguments(
     parser: argparse.ArgumentParser, defaults: Mapping[str, Any], *, page_size: int, dtype_of: str
 ) -> None:
     """Declares page size, heads and dtype; ``shape_of`` reads them."""
-    parser.add_argument("--page", type=count, default=page_size, help="tokens a page")
+    parser.add_argument("--page", type=count, default=page_size, help="tokens per page")
     parser.add_argument("--q-heads", type=count, default=defaults["q_heads"])
     parser.add_argument("--kv-heads", type=count, default=defaults["kv_heads"])
     parser.add_argument("--head-dim", type=count, default=defaults["head_dim"])
@@ -25,7 +25,7 @@ def add_shape_arguments(
 
 
 def shape_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What the command line says of the shape, as the compiling functions take it."""
+    """The shape on the command line, as keyword arguments of the compiling functions."""
     return {
         "page_size": args.page,
         "q_heads": args.q_heads,
@@ -43,18 +43,18 @@ def add_baseline_argument(parser: argparse.ArgumentParser, path: Path, compiler:
         nargs="?",
         const=path,
         metavar="FILE",
-        help=f"measure the shapes that the tests guard and write them down for this {compiler} (default: %(const)s)",
+        help=f"measure the shapes that the tests check and write the baseline of this {compiler} (default: %(const)s)",
     )
 
 
 def read_baseline(path: Path, version: str) -> dict[str, Figures]:
-    """Figures by shape that were written for this version of the compiler; empty where none were."""
+    """The figures by shape in the baseline of this version of the compiler; empty where there are none."""
     table: dict[str, dict[str, Figures]] = json.loads(path.read_text()) if path.exists() else {}
     return table.get(version, {})
 
 
 def write_baseline(path: Path, version: str, found: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> None:
-    """Writes the figures of these names for this version, and leaves the other versions as they are."""
+    """Writes the figures of these names for this version, and keeps those of other versions."""
     table = json.loads(path.read_text()) if path.exists() else {}
     kept = list(names)
     table[version] = {shape: {name: round(figures[name], 3) for name in kept} for shape, figures in found.items()}

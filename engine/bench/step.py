@@ -1,9 +1,10 @@
-"""The host's share of a decode step, part by part, and what it is worth to hide it behind the device.
+"""The host's time in a decode step, phase by phase, and the gain when it overlaps with the device's.
 
-Every sequence decodes one token a step, with a model so small that the device is soon done. For the parts, each step is
-waited for before its tokens are read, so that no part contains time of the device; what it takes is told apart. The
-rival is the plain way to feed a step, on the same sequences: a loop over requests, whole page-table rows and slots a
-token, one transfer an array. Overlapped and one after the other are two engines that take turns, whole steps timed.
+Every sequence decodes one token per step, with a model so small that the device finishes soon. To time the phases, the
+benchmark waits for each step before its tokens are read, so that no phase contains time of the device, which has a
+column of its own. The rival is the plain way to feed a step, on the same sequences: a loop over requests, whole
+page-table rows and slots per token, one transfer per array. For overlap, two engines take turns and whole steps are
+timed.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this benchmark's options."""
     parser.add_argument("--batch", type=count, nargs="+", default=[16, 64, 256], help="running sequences")
     parser.add_argument("--steps", type=count, default=200, help="measured steps")
-    parser.add_argument("--rounds", type=count, default=15, help="rounds of ten steps, overlapped and not")
+    parser.add_argument("--rounds", type=count, default=15, help="rounds of ten steps, with and without overlap")
     parser.add_argument("--hidden", type=count, default=64, help="width of the model")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the parts for every batch, then whole steps with and without overlap."""
+    """Prints the phases for every batch size, then whole steps with and without overlap."""
     model = make_model(args.hidden)
     rows: list[list[str]] = []
     totals: dict[int, float] = {}
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         cells = [f"{value:.0f}" for value in (*values, device, plain)]
         rows.append([f"{batch} sequences", *cells, moved])
         print(f"{batch} sequences: {compiles} compiles after warm-up", flush=True)
-    print(f"host microseconds a step, medians of {args.steps}; jax {jax.__version__} on {jax.default_backend()}")
+    print(f"host microseconds per step, medians of {args.steps}; jax {jax.__version__} on {jax.default_backend()}")
     print_table(["", *PARTS, "read, rest", "host", "device", "plain feed", "sent, read a step"], rows)
     least, most = min(args.batch), max(args.batch)
     print(f"{most / least:.0f} times the batch costs the host {totals[most] / totals[least]:.1f} times as much")
@@ -76,12 +77,12 @@ def make_model(hidden: int) -> Llama:
 
 
 class DecodingEngine:
-    """An engine whose slots all decode, at positions that spread evenly over a page.
+    """An engine in which every slot decodes, at positions spread evenly over a page.
 
     Args:
         model: the weights.
         batch: sequences.
-        overlap: as EngineConfig.overlap_steps.
+        overlap: see ``EngineConfig.overlap_steps``.
     """
 
     def __init__(self, model: Llama, batch: int, *, overlap: bool) -> None:
@@ -100,10 +101,10 @@ class DecodingEngine:
             self.llm.step()
 
     def measure(self, steps: int) -> tuple[dict[str, float], float, str, int]:
-        """Steps, one after the other.
+        """Runs steps one after the other.
 
         Returns:
-            Median microseconds of each part of the host's; of the device; arrays moved a step; programs compiled.
+            Median microseconds of each phase of the host; of the device; arrays moved per step; programs compiled.
         """
         llm = self.llm
         clock: dict[str, list[float]] = {name: [] for name in (*PARTS, "device", "whole")}
@@ -132,7 +133,7 @@ class DecodingEngine:
         return parts, median(clock["device"]) * 1e6, self._moved(20), llm.compiles_after_warmup - compiles
 
     def _moved(self, steps: int) -> str:
-        """Host arrays among the arguments of all programs, and device arrays that were read, a step."""
+        """Per step, host arrays among the arguments of all programs, and device arrays that were read."""
         runner, sent, read, asarray = self.llm._runner, [0], [0], np.asarray
 
         def reading(array: Any, *args: Any, **kwargs: Any) -> Any:
@@ -160,13 +161,13 @@ class DecodingEngine:
         return median(seconds) * 1e6
 
     def feed_plainly(self) -> None:
-        """What a step needs, gathered request by request and sent array by array; the pages are there already."""
+        """The inputs of a step, gathered request by request and sent array by array; pages are allocated already."""
         llm = self.llm
         tokens, positions, params = [], [], []
         rows: list[int] = []
         for request in llm.scheduler.running:
             tokens.append(request.output[-1])
-            positions.append(request.num_computed)
+            positions.append(request.num_tokens - 1)
             rows.append(request.req_pool_idx or 0)
             params.append((request.params.temperature, request.params.top_p, request.params.top_k, request.seed))
         table = llm.cache.page_table.rows(rows)
@@ -186,7 +187,7 @@ def _compare(model: Llama, batch: int, rounds: int) -> None:
 
 
 def _counting(program: Callable[..., Any] | None, sent: list[int]) -> Callable[..., Any]:
-    """The same program, that counts which of its arguments are the host's."""
+    """The same program; counts which of its arguments are host arrays."""
 
     def wrapper(*args: Any) -> Any:
         sent[0] += sum(not isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(args))

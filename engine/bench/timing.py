@@ -1,4 +1,4 @@
-"""Side-by-side timing: the machines are noisy, so what is quoted is the median of ratios taken in one run."""
+"""Times contenders in one run: machines are noisy, so reports give the median of ratios from one run."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds a call of one contender, one entry a round."""
+    """Seconds per call of one contender, one entry per round."""
 
     name: str
     seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """Median seconds a call."""
+        """Median seconds per call."""
         return median(self.seconds)
 
 
 def time_in_turn(
     contenders: Mapping[str, Callable[[], object]], *, rounds: int = 15, calls: int = 1, warmup: int = 2
 ) -> dict[str, Timings]:
-    """Times each contender once a round, in turn, so that drift of the machine hits all of them alike.
+    """Times each contender once per round, in turn, so that changes of the machine's speed affect all alike.
 
     Args:
-        contenders: name to a callable that does the work and returns when it is done.
+        contenders: callables by name; each does its work and returns when it is done.
         rounds: measured rounds.
-        calls: calls a round, timed as one and divided.
-        warmup: calls of each before the first round.
+        calls: calls per round, timed together and divided.
+        warmup: calls of each contender before the first round.
 
     Returns:
-        The timings under the same names, in seconds a call.
+        The timings under the same names, in seconds per call.
     """
     for call in contenders.values():
         for _ in range(warmup):
@@ -54,12 +54,12 @@ def time_in_turn(
 
 
 def median_ratio(slow: Timings, fast: Timings) -> float:
-    """Median over the rounds of ``slow / fast``: how many times as fast the second is."""
+    """Median over the rounds of ``slow / fast``: how many times as fast as ``slow`` the contender ``fast`` is."""
     return median(a / b for a, b in zip(slow.seconds, fast.seconds, strict=True))
 
 
 def median_and_interval(values: npt.ArrayLike) -> tuple[float, float, float]:
-    """The median of some measurements, and between what it lies with 95 % (bootstrap, 2,000 draws)."""
+    """The median of some measurements, and the ends of its 95 % interval (bootstrap, 2,000 draws)."""
     measured = np.asarray(values)
     draws = np.random.default_rng(0).integers(0, measured.size, (2_000, measured.size))
     low, high = np.percentile(np.median(measured[draws], axis=1), [2.5, 97.5])
@@ -67,7 +67,7 @@ def median_and_interval(values: npt.ArrayLike) -> tuple[float, float, float]:
 
 
 def timed(seconds: list[float], call: Callable[..., Any]) -> Callable[..., Any]:
-    """The same call, that notes how long it takes."""
+    """The same call; appends the seconds that it takes."""
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
@@ -80,7 +80,7 @@ def timed(seconds: list[float], call: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Puts ``value`` in the place of an object's attribute while the block runs."""
+    """Replaces an attribute of an object by ``value`` while the block runs."""
     before = owner.__dict__.get(name)
     setattr(owner, name, value)
     try:
@@ -90,7 +90,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a plain aligned table: first column left, the rest right."""
+    """Prints a plain table: the first column is left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, *rows]:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]

@@ -1,6 +1,6 @@
-"""Static figures of the TPU kernel, from the bundles that libtpu compiles with no TPU at hand.
+"""Static figures of the TPU kernel, from the bundles that libtpu compiles without a TPU.
 
-Predicated code counts as executed and stalls are not seen: read the figures beside the bytes-over-bandwidth floor.
+Predicated code counts as executed and stalls are not counted: compare the figures with the bytes-over-bandwidth floor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from engine.terminal import plain_console
 
 OURS = "engine.bench.tpu.programs:compile_attention"
 RIVAL = "engine.bench.tpu.rival:compile_rival"
-# 32 sequences of 4,096 tokens, Llama 3 8B's heads, and new tokens enough for a whole block of queries.
+# 32 sequences of 4,096 tokens, Llama 3 8B's heads, and enough new tokens for a whole block of queries.
 DEFAULTS: dict[str, Any] = {
     "q_heads": 32,
     "kv_heads": 8,
@@ -37,7 +37,7 @@ BASELINE = Path("tests/attention_tpu/static_baseline.json")
 
 
 def measure(shapes: list[dict[str, Any]], target: str = OURS) -> list[dict[str, Any]]:
-    """Compiles each shape, all in one process, and returns sizes and figures; ``DEFAULTS`` fill in what is not said.
+    """Compiles each shape, all in one process, and returns sizes and figures; ``DEFAULTS`` has unset values.
 
     Raises:
         BackendUnsupported: there is no libtpu, or a shape does not compile.
@@ -53,7 +53,7 @@ def measure(shapes: list[dict[str, Any]], target: str = OURS) -> list[dict[str, 
 
 
 def measure_rival(shape: dict[str, Any]) -> dict[str, Any]:
-    """As ``measure``, of tpu-inference's kernel; its prefill blocks are halved where its defaults do not fit VMEM."""
+    """Like ``measure``, for tpu-inference's kernel; prefill blocks are halved where its defaults do not fit VMEM."""
     site = {"site": str(install())}
     try:
         return measure([shape | site], RIVAL)[0]
@@ -61,7 +61,7 @@ def measure_rival(shape: dict[str, Any]) -> dict[str, Any]:
         if "memory space vmem" not in str(error):
             raise
         fact = f"{REQUIREMENT}: its default prefill blocks do not fit the VMEM of {shape['gen']}"
-        plain_console(stderr=True).print(f"{fact}; compiling it with halves of them")
+        plain_console(stderr=True).print(f"{fact}; compiling it with half of each")
         return measure([shape | site | {"shrink": 2}], RIVAL)[0]
 
 
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints one figure a line, or writes the baseline."""
+    """Prints one figure per line, or writes the baseline."""
     version = libtpu_version()
     if args.write_baseline:
         found = measure(list(baseline.SHAPES.values()))

@@ -1,6 +1,6 @@
-"""A trace of requests: made from a seed, saved, and replayed. Time is counted in steps, the same on any machine.
+"""A trace of requests: made from a seed, saved, and replayed. Time is counted in steps, so it is the same everywhere.
 
-The file is JSON lines: a header, then one request a line.
+The file is JSON lines: a header, then one request per line.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class TraceRequest:
     """One request.
 
     Attributes:
-        arrival: step at which it comes.
+        arrival: step at which it arrives.
         prompt: token ids.
-        max_new_tokens: how many it generates; end-of-text does not stop it.
-        abort_after: steps after its arrival at which the caller goes away; None stays.
-        n: answers.
+        max_new_tokens: how many tokens it generates; an end token does not stop it.
+        abort_after: steps from its arrival to its abort; None: it is not aborted.
+        n: number of answers.
         priority: as in SamplingParams.
-        timeout: in steps; None never.
+        timeout: in steps; None: no timeout.
         tenant_salt: as in SamplingParams.
     """
 
@@ -53,7 +53,7 @@ class TraceRequest:
             raise ConfigError(f"a request of the trace is wrong: {error}") from error
 
     def params(self) -> SamplingParams:
-        """Greedy, with this request's numbers; a timeout counts in seconds of a clock that ticks once a step."""
+        """Greedy sampling with this request's values; its timeout counts seconds of a clock with one tick per step."""
         return SamplingParams(
             max_new_tokens=self.max_new_tokens,
             ignore_eos=True,
@@ -66,19 +66,19 @@ class TraceRequest:
 
 @dataclass(frozen=True)
 class TraceShape:
-    """What a trace is drawn from.
+    """The distribution that a trace is drawn from.
 
     Attributes:
-        requests: how many.
-        rate: mean arrivals a step (Poisson).
+        requests: number of requests.
+        rate: mean arrivals per step (Poisson).
         prompt_tokens: median of the log-normal length of a prompt's own part.
         new_tokens: median of the log-normal length of an answer.
-        spread: sigma of both.
-        prefixes: different shared beginnings; half of the prompts have one.
-        prefix_tokens: tokens of each.
-        aborts: share of requests whose caller goes away.
-        longest: most tokens of prompt and answer.
-        vocabulary: token ids below it.
+        spread: sigma of both lengths.
+        prefixes: number of shared beginnings; half of the prompts have one.
+        prefix_tokens: tokens of each shared beginning.
+        aborts: fraction of requests that are aborted.
+        longest: most tokens of prompt and answer together.
+        vocabulary: token ids are below it.
         variety: also draw priorities, timeouts, several answers and tenants.
     """
 
@@ -96,7 +96,7 @@ class TraceShape:
 
 
 def make_trace(shape: TraceShape, seed: int) -> list[TraceRequest]:
-    """Draws a trace; the same for the same arguments."""
+    """Draws a trace; equal arguments give equal traces."""
     rng = np.random.default_rng(seed)
     arrivals = np.floor(rng.exponential(1 / shape.rate, shape.requests).cumsum()).astype(int)
     prefixes = rng.integers(0, shape.vocabulary, (shape.prefixes, shape.prefix_tokens)).tolist()

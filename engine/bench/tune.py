@@ -1,6 +1,6 @@
-"""Tunes the TPU kernel's block sizes on a real TPU and writes the table of overrides that it reads.
+"""Tunes the TPU kernel's block sizes on a real TPU and writes the table of overrides that the kernel reads.
 
-Every trial is noted at once, so that an interrupted run goes on where it was; the table is written at the end.
+Every trial is saved at once, so that an interrupted run continues where it was; the table is written at the end.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from engine.attention.metadata import AttentionMetadata
-from engine.attention.spec import AttentionSpec, HeadArrays
-from engine.attention.tpu.backend import target_generation
-from engine.attention.tpu.block_sizes import OVERRIDES, BlockSizes
+from engine.attention import AttentionMetadata
+from engine.attention.impl.tpu.block_sizes import OVERRIDES, BlockSizes
+from engine.attention.impl.tpu.tpu_entry import target_generation
+from engine.attention.options import AttentionOptions, HeadArrays
 from engine.bench.timing import time_in_turn
 from engine.bench.tpu.tuning import CONTEXT, Journal, Mode, Target, candidates, formula, search, write_overrides
 from engine.errors import BackendUnsupported
@@ -42,15 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Tries all, shows how far it is, and writes the table.
+    """Makes all trials, shows progress, and writes the table.
 
     Raises:
-        BackendUnsupported: this is no TPU that the kernel knows, or not the one that was asked for.
+        BackendUnsupported: this is not a TPU that the kernel supports, or not the generation of ``--gen``.
     """
     generation = target_generation()
     if args.gen not in (None, generation):
         raise BackendUnsupported(
-            f"cannot tune for {args.gen} on a {generation}: times are the machine's own; run it there"
+            f"cannot tune for {args.gen} on a {generation}: times depend on the machine; run it there"
         )
     targets = [
         Target(generation, heads, group, args.head_dim, page_size, dtype)
@@ -73,17 +73,18 @@ def run(args: argparse.Namespace) -> None:
 
 
 def time_kernel(target: Target, mode: Mode, blocks: BlockSizes) -> float:
-    """Median seconds of one call: 16 decode rows of half the longest context, or one prompt of 4,096 tokens."""
+    """Median seconds of one call: 16 decode rows with half of the longest context, or one prompt of 4,096 tokens."""
     step = _Step(target, mode, blocks)
     timings = time_in_turn({"ours": step}, rounds=ROUNDS, calls=10)
     return timings["ours"].median
 
 
 class _Step:
-    """A compiled call over random pages, its cache donated to every next one."""
+    """A compiled call over random pages; each call donates its cache to the next."""
 
     def __init__(self, target: Target, mode: Mode, blocks: BlockSizes) -> None:
-        from engine.attention.tpu.api import ragged_paged_attention_tpu  # only here: Pallas takes long to import
+        # Only here: Pallas takes long to import.
+        from engine.attention.impl.tpu.tpu_step import ragged_paged_attention_tpu
 
         decode = mode == "decode"
         rows, new, kv_len = (BATCH, 1, CONTEXT // 2) if decode else (1, PREFILL_TOKENS, PREFILL_TOKENS)
@@ -102,12 +103,12 @@ class _Step:
             for key, count in zip(keys, counts, strict=True)
         ]
         self._metadata = jax.device_put(metadata)
-        spec = AttentionSpec(page, target.head_dim**-0.5)
+        options = AttentionOptions(page, target.head_dim**-0.5)
 
         def step(cache: Any, qkv: list[Any], metadata: AttentionMetadata) -> Any:
             q, k, v = qkv
             return ragged_paged_attention_tpu(
-                q, k, v, cache, metadata, HeadArrays(), spec, generation=target.generation, blocks=blocks
+                q, k, v, cache, metadata, HeadArrays(), options, generation=target.generation, blocks=blocks
             )
 
         self._run = jax.jit(step, donate_argnums=0).lower(self._cache, self._qkv, self._metadata).compile()

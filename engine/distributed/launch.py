@@ -1,4 +1,4 @@
-"""``python -m engine launch``: one command in several processes on this machine, which live and die together."""
+"""``python -m engine launch``: runs one command in several processes on this machine, and ends all where one fails."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from engine.terminal import INTERRUPTED, count
 
 LOOPBACK = "127.0.0.1"  # where process 0 listens for the others, and nowhere else
 POLL_SECONDS = 0.05
-GRACE_SECONDS = 5.0  # to end by themselves, before they are killed
+GRACE_SECONDS = 5.0  # for processes to end by themselves before they are killed
 FAILED = 3
 
 
@@ -27,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""
     parser.add_argument("--processes", type=count, required=True, metavar="N", help="how many, at least 1")
     parser.add_argument(
-        "--virtual-devices", type=count, metavar="N", help="CPU devices a process; default: what XLA_FLAGS says, else 1"
+        "--virtual-devices",
+        type=count,
+        metavar="N",
+        help="CPU devices per process; default: what XLA_FLAGS says, else 1",
     )
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="a command of this program")
 
@@ -35,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Starts the processes, passes on what process 0 prints, and waits; returns the exit code.
 
-    Where one process fails the others are stopped within ``GRACE_SECONDS``, and the message says which it was. Ctrl-C
-    is passed on to process 0, which prints the answers so far; then, and on any other signal to end, all are stopped.
+    Where one process fails, the others are stopped within ``GRACE_SECONDS``, and a message names the one that failed.
+    Ctrl-C is passed on to process 0, which prints the answers so far; then all processes are stopped, as on SIGTERM and
+    SIGHUP.
 
     Raises:
         ConfigError: there is no command to run.
@@ -62,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _signals_that_end() -> Iterator[None]:
-    """Makes SIGTERM and SIGHUP an exception, so that no child is left behind."""
+    """Turns SIGTERM and SIGHUP into an exception, so that no child is left behind."""
 
     def end(signum: int, frame: FrameType | None) -> None:
         for each in before:
@@ -78,7 +82,7 @@ def _signals_that_end() -> Iterator[None]:
 
 
 def _let_first_speak(children: Sequence[subprocess.Popen[bytes]]) -> bool:
-    """Interrupts process 0 alone: to reach the end of its step it needs the others. Returns whether it said so."""
+    """Interrupts process 0 alone, which needs the others to reach the end of its step; returns whether it ended so."""
     if not children or children[0].poll() is not None:
         return False
     children[0].send_signal(signal.SIGINT)
@@ -95,14 +99,14 @@ def _start(
         flags = environment.get("XLA_FLAGS", "")
         environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={virtual_devices}"
     output = None if index == 0 else subprocess.DEVNULL
-    # A process group of their own: a terminal's Ctrl-C reaches the launcher alone, which passes it on once.
+    # The children have their own process group: a terminal's Ctrl-C reaches the launcher alone, which passes it on.
     command = [sys.executable, "-m", "engine", *words]
     return subprocess.Popen(command, env=environment, stdout=output, process_group=group)
 
 
 def end_the_others() -> None:
-    """In process 0, which Ctrl-C has ended: stops the others, before they can report that they miss it."""
-    if os.getpgrp() == os.getpid():  # as ``launch`` starts it; else the group is somebody else's, too
+    """Stops the other processes from process 0, which Ctrl-C has ended, before they report that they lost it."""
+    if os.getpgrp() == os.getpid():  # as ``launch`` starts it; else the group has foreign processes too
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         os.killpg(0, signal.SIGTERM)
         time.sleep(POLL_SECONDS)
@@ -114,7 +118,7 @@ def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
         codes = [child.poll() for child in children]
         failed = [index for index, code in enumerate(codes) if code]
         if failed:
-            # Who was killed, before who missed it.
+            # A process that was killed comes before those that failed because of it.
             first = min(failed, key=lambda index: ((codes[index] or 0) > 0, index))
             code = codes[first] or FAILED
             running = sum(code is None for code in codes)
@@ -134,7 +138,7 @@ def _how_it_ended(code: int) -> str:
 
 
 def _stop(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ends whoever still runs: first asked, then killed."""
+    """Ends the processes that still run: by SIGTERM, then by SIGKILL."""
     running = [child for child in children if child.poll() is None]
     for child in running:
         child.terminate()

@@ -3,7 +3,7 @@
 Three axes, always in this order, so that the devices of one tensor group are neighbours:
 
     data      replicas of attention, each with its own requests, page table and pages
-    context   the tokens of every page, dealt out in turn
+    context   the tokens of every page, dealt out to the devices in turn
     tensor    KV heads with their query heads, and the columns or rows of the weights
 """
 
@@ -28,17 +28,16 @@ def make_mesh(*, tp: int = 1, dp: int = 1, cp: int = 1, devices: Sequence[jax.De
     """Makes the mesh of ``dp * cp * tp`` devices.
 
     Args:
-        tp: devices that share the heads.
+        tp: devices that divide the heads among them.
         dp: replicas of attention.
-        cp: devices that share the tokens of a page.
-        devices: to choose from; None is all, of every process.
+        cp: devices that divide the tokens of each page among them.
+        devices: the devices to choose from; None is all devices of all processes.
 
     Returns:
-        The mesh with ``AXES``, or None where one device is all there is to it.
+        The mesh with ``AXES``, or None where it would be one device.
 
     Raises:
-        ConfigError: there are too few devices, or none that jax can run on, or several processes of which some would be
-            left without one.
+        ConfigError: there are too few devices, jax has none, or a process would be left without a device of the mesh.
     """
     if devices is None and (reason := why_no_device()):
         raise ConfigError(reason)
@@ -53,12 +52,12 @@ def make_mesh(*, tp: int = 1, dp: int = 1, cp: int = 1, devices: Sequence[jax.De
     processes = len({device.process_index for device in available})
     if processes > 1 and wanted != len(available):
         raise ConfigError(
-            f"tp={tp} x dp={dp} x cp={cp} are {wanted} devices, and {processes} processes have {len(available)}: every "
-            "process must hold its part; choose factors whose product is the number of devices"
+            f"tp={tp} x dp={dp} x cp={cp} are {wanted} devices, and {processes} processes have {len(available)}: each "
+            "process must hold a part; choose factors whose product is the number of devices"
         )
     if wanted == 1:
         return None
-    # Eight of a slice of 4 x 4 are no whole row of it: jax.make_mesh would refuse them.
+    # jax.make_mesh would refuse 8 devices of a slice of 4 x 4, which are not whole rows of it.
     grid = create_device_mesh((dp, cp, tp), available[:wanted], allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -84,7 +83,7 @@ def spec_over(mesh: Mesh, *entries: str | tuple[str, ...] | None) -> PartitionSp
 
 
 def explicit_sharding(array: Any) -> NamedSharding | None:
-    """How an array is split over Explicit axes of a mesh, which its type says; None where it is not."""
+    """The sharding that an array's type has over Explicit mesh axes; None where no axis splits it."""
     sharding = jax.typeof(array).sharding
     return sharding if any(entry is not None for entry in sharding.spec) else None
 
@@ -92,10 +91,10 @@ def explicit_sharding(array: Any) -> NamedSharding | None:
 def shard_over(
     function: Callable[..., Any], mesh: Mesh | AbstractMesh, *, in_specs: Any, out_specs: Any, check_vma: bool = True
 ) -> Callable[..., Any]:
-    """``jax.shard_map``, whose arguments may come in any sharding.
+    """``jax.shard_map``, but its arguments may come in any sharding.
 
-    Over Auto axes they do anyway. Over Explicit ones, which ``jax.make_mesh`` makes by default, the sharding is part of
-    an array's type, so that each is first brought to that of its ``in_specs`` entry.
+    Over Auto axes jax allows that itself. Over Explicit axes, which ``jax.make_mesh`` makes by default, the sharding is
+    part of an array's type, so each argument is first brought to the sharding of its ``in_specs`` entry.
     """
     split = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
     if AxisType.Explicit not in mesh.axis_types:
@@ -109,17 +108,17 @@ def shard_over(
 
 
 def varying_axes(*operands: jax.Array) -> frozenset[str]:
-    """Within shard_map, the mesh axes over which any of the operands varies."""
+    """The mesh axes over which any operand varies, within ``shard_map``."""
     return frozenset[str]().union(*(jax.typeof(operand).manual_axis_type.varying for operand in operands))
 
 
 def placed(tree: Any, mesh: Mesh | AbstractMesh, specs: Any) -> Any:
-    """Traced arrays in a sharding each, whatever the kind of the mesh's axes.
+    """Traced arrays, each in the sharding that is named for it, whatever the kind of the mesh's axes.
 
     Args:
-        tree: of arrays.
+        tree: a tree of arrays.
         mesh: the mesh.
-        specs: a PartitionSpec for all, or a tree of them.
+        specs: one PartitionSpec for all arrays, or a tree of PartitionSpecs.
     """
     place = jax.sharding.reshard if AxisType.Explicit in mesh.axis_types else jax.lax.with_sharding_constraint
 

@@ -1,8 +1,8 @@
-"""Several processes as one engine: joining jax's distributed runtime, and agreeing on what only one of them knows.
+"""Several processes as one engine: joining jax's distributed runtime, and sharing what process 0 decides.
 
-Every process runs the same program. What a step does follows from the requests and the clock, and of both only process
-0's count: before each step it publishes them through jax's coordination service, and every process plans the step from
-that alone. The service is the host's own channel, so a plan never waits behind the step that a device runs.
+Every process runs the same program. What a step does follows from the requests and the clock of process 0: before each
+step process 0 publishes them through jax's coordination service, and every process plans the step from that alone. The
+service is a channel between hosts, so a plan never waits behind the step that a device runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jax._src import distributed  # the coordination service's client has no pub
 from engine.errors import ConfigError, ProcessLost
 
 COORDINATOR, COUNT, INDEX = "ENGINE_COORDINATOR", "ENGINE_PROCESSES", "ENGINE_PROCESS"
-HEARTBEAT_SECONDS = 30  # after which a process that says nothing counts as dead, and the others are ended
+HEARTBEAT_SECONDS = 30  # without a heartbeat for so long a process counts as dead, and the others are ended
 JOIN_SECONDS = 120
 LEAVE_SECONDS = 10
 PLAN_SECONDS = 600  # a plan follows a step: longer than any step, or the first compile of one
@@ -36,13 +36,13 @@ def join_from(environment: Mapping[str, str]) -> None:
 
     Args:
         environment: ``ENGINE_COORDINATOR`` (host and port of process 0), ``ENGINE_PROCESSES`` and ``ENGINE_PROCESS``
-            (from 0), as ``python -m engine launch`` sets them. A coordinator with a loopback address listens there
-            alone; another one as jax has it, on every address of its machine or where
-            ``JAX_COORDINATOR_BIND_ADDRESS`` says.
+            (from 0), as ``python -m engine launch`` sets them. A coordinator with a loopback address listens on it
+            alone; any other listens, as is jax's default, on every address of its machine, or on
+            ``JAX_COORDINATOR_BIND_ADDRESS``.
 
     Raises:
-        ConfigError: only some of them are set, a number is none or out of range, or the coordinator has no port.
-        ProcessLost: the others did not come within ``JOIN_SECONDS``.
+        ConfigError: only some variables are set, a number is invalid or out of range, or the coordinator has no port.
+        ProcessLost: the other processes did not join within ``JOIN_SECONDS``.
     """
     given = {name: environment[name] for name in (COORDINATOR, COUNT, INDEX) if name in environment}
     if not given:
@@ -60,7 +60,7 @@ def join_from(environment: Mapping[str, str]) -> None:
         raise ConfigError(
             f"{COORDINATOR}={coordinator!r} must be host:port, and {INDEX}={index} from 0 to {COUNT}-1 of {count}"
         )
-    # Without it the CPU backend knows no other process; it has no meaning for other backends.
+    # The CPU backend needs it to reach other processes; other backends ignore it.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     try:
@@ -81,17 +81,17 @@ def join_from(environment: Mapping[str, str]) -> None:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether a host, as an address has it, is this machine to itself."""
+    """Whether the host part of an address is a loopback address."""
     try:
         return host == "localhost" or ip_address(host.strip("[]")).is_loopback
-    except ValueError:  # a name
+    except ValueError:  # a host name
         return False
 
 
 class SharedPlan:
-    """What process 0 decides, told to all. With one process everything is as it says itself, at no cost.
+    """Carries what process 0 decides to every process. With one process every value is its own, at no cost.
 
-    Each engine has its own; processes must make their engines in the same order.
+    Each engine has its own plan; processes must make their engines in the same order.
     """
 
     def __init__(self) -> None:
@@ -111,17 +111,17 @@ class SharedPlan:
         return jax.process_index() == 0
 
     def clock(self) -> float:
-        """Seconds: the time of process 0 when it last had something agreed."""
+        """Time in seconds: that of process 0 at the last agreement; with one process the present time."""
         return self._now if self.is_shared else time.monotonic()
 
     def agree(self, value: Any) -> Any:
-        """Returns process 0's ``value`` in every process; all must call it in the same order.
+        """Returns process 0's ``value`` in every process; all processes must make the same calls in the same order.
 
         Args:
-            value: what JSON can hold; of processes other than 0 it is ignored.
+            value: a value that JSON can hold; ignored in processes other than 0.
 
         Raises:
-            ProcessLost: process 0 is gone, or says nothing for ``PLAN_SECONDS``.
+            ProcessLost: process 0 is gone, or publishes nothing for ``PLAN_SECONDS``.
         """
         if self._client is None:
             return value
@@ -146,17 +146,17 @@ class SharedPlan:
 
 
 def _as_python(number: Any) -> Any:
-    """NumPy's numbers, which JSON does not know."""
+    """A NumPy number as Python's, for JSON."""
     return number.item()
 
 
 def is_first() -> bool:
-    """Whether this process is the one that speaks to the user."""
+    """Whether this process is the one that prints for the user."""
     return int(os.environ.get(INDEX, "0")) == 0
 
 
 def lost(what: str) -> ProcessLost:
-    """The error of a process whose companions are gone."""
+    """The error of a process that has lost the others."""
     return ProcessLost(
         f"process {jax.process_index()} of {jax.process_count()} stops: {what}. Another process has died or hangs; "
         "look at what the processes said before, and start all of them again"
@@ -164,7 +164,7 @@ def lost(what: str) -> ProcessLost:
 
 
 def leave_at_once(code: int) -> NoReturn:
-    """Ends this process without the runtime's goodbye, which would wait for those that are gone."""
+    """Ends this process without the runtime's shutdown, which would wait for processes that are gone."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

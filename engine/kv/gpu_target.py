@@ -1,17 +1,17 @@
-"""Which GPU a program is lowered for, and whether the Pallas kernels run there."""
+"""The GPU that a program is lowered for, and whether the Pallas kernels run there."""
 
 from __future__ import annotations
 
 import jax
 
-OLDEST_JAX = (0, 11, 2)  # older ones lack what the kernels and their interpreter need
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # by the name that the driver gives
+OLDEST_JAX = (0, 11, 2)  # older versions lack what the kernels and their interpreter need
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # words of the names that the driver gives
 
 
 def not_hopper() -> str | None:
-    """Why no Hopper kernel can be lowered here: None where one can.
+    """The reason why no Hopper kernel can be lowered here; None where one can.
 
-    The target is the abstract mesh's device where one is named, else the default backend's first.
+    The target is the device that the abstract mesh names, else the first of the default backend.
     """
     if jax.__version_info__ < OLDEST_JAX:
         return f"jax {jax.__version__} is older than {'.'.join(map(str, OLDEST_JAX))} (which needs Python 3.12)"
@@ -28,14 +28,14 @@ def not_hopper() -> str | None:
 
 
 def multiprocessors(default: int) -> int:
-    """Streaming multiprocessors of the GPU at hand, or ``default`` where a program is lowered for another."""
+    """Number of streaming multiprocessors of this machine's GPU; ``default`` where a program is lowered for another."""
     if jax.sharding.get_abstract_mesh().abstract_device is None and jax.default_backend() == "gpu":
         return int(getattr(jax.devices()[0], "core_count", default))
     return default
 
 
 def may_be_split() -> bool:
-    """Whether arrays may be split over several GPUs where the trace cannot see it: not on one, nor within shard_map."""
+    """Whether arrays may be split over several GPUs unseen by the trace: not on one GPU, nor within shard_map."""
     return (
         jax.default_backend() == "gpu" and jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes
     )

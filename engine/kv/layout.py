@@ -1,8 +1,8 @@
 """The fused KV layout: for every KV head ``h``, row ``2h`` is K and row ``2h + 1`` is V.
 
 The rule is that of the TPU ragged paged attention kernel v3 (tpu_commons): concatenate K and V on the last axis, then
-reshape, which interleaves the heads: ``[K0, V0, K1, V1, …]``. It is stated here and nowhere else; so are the padding of
-the stored buffers and the packed view that a TPU kernel takes.
+reshape, which interleaves the heads: ``[K0, V0, K1, V1, …]``. Only this file states it, and the padding of the stored
+buffers and the packed view that a TPU kernel takes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def merge_kv(k: jax.Array, v: jax.Array) -> jax.Array:
             "head_dim] of one shape and dtype; cast or reshape one of them"
         )
     *leading, heads, head_dim = k.shape
-    # The same order of the same elements; but over an Explicit mesh jax can tell how only this one's reshape is split.
+    # Both give the same order; over an Explicit mesh jax can tell only how the second one's reshape is split.
     halves = jnp.concatenate([k, v], axis=-1) if explicit_sharding(k) is None else jnp.stack([k, v], axis=-2)
     return halves.reshape(*leading, 2 * heads, head_dim)
 
@@ -63,7 +63,7 @@ def extract_v_from_fused_kv(fused: jax.Array) -> jax.Array:
 
 
 def _every_other_row(fused: jax.Array, first: int) -> jax.Array:
-    # Not by an index: outside jit that is a gather, of which jax cannot tell how it is split over an Explicit mesh.
+    # Not by an index: outside jit that is a gather, and jax cannot tell how it is split over an Explicit mesh.
     return jax.lax.slice_in_dim(fused, first, None, stride=2, axis=fused.ndim - 2)
 
 
@@ -76,17 +76,17 @@ def _check_fused(fused: jax.Array) -> None:
 
 
 def to_stored(values: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Casts keys or values to the dtype they are stored in; what is finite stays so, at the largest value there is.
+    """Casts keys or values to the dtype in which they are stored; what is finite saturates at its largest value.
 
-    Without that a narrower float would make an infinity or a NaN of it, and one of those spoils its whole sequence.
-    An infinity is not hidden, it stays; but 8 bits, of which a scale decides what they reach, saturate there too.
+    A plain cast to a narrower float could make an infinity or a NaN of it, which would spoil a whole sequence. An
+    infinity stays one, except in 8 bits, whose range depends on a scale: there it saturates too.
     """
     target = jnp.dtype(dtype)
     if jnp.issubdtype(target, jnp.floating) and _largest(target) < _largest(values.dtype):
         most = _largest(target)
         if target.itemsize == 1:
             return jnp.clip(values, -most, most).astype(target)
-        # After the cast: bfloat16, say, has no number for float16's largest, and clips at one that is infinite there.
+        # Clipped after the cast: bfloat16 cannot hold float16's largest number, and would clip at one above it.
         stored = values.astype(target)
         reached = jnp.where(values > 0, jnp.asarray(most, target), jnp.asarray(-most, target))
         return jnp.where(jnp.isinf(stored) & jnp.isfinite(values), reached, stored)
@@ -144,11 +144,11 @@ def unpad_fused(stored: jax.Array, head_num: int, head_dim: int) -> jax.Array:
 def pack_pages(stored: jax.Array, page_size: int) -> jax.Array:
     """The packed view of tpu_commons' kernel v3, where p rows share one 32-bit lane.
 
-    Free of copies (one reshape) where p divides 2H and 128 divides D, as in storage laid out for a TPU; else it pads.
+    One reshape without a copy where p divides 2H and 128 divides D, as in storage laid out for a TPU; else it pads.
 
     Args:
         stored: ``[S, 2H, D]``, S a multiple of ``page_size``.
-        page_size: tokens a page.
+        page_size: tokens per page.
 
     Returns:
         ``[S / page_size, page_size, ceil(2H / p), p, D rounded up to 128]``.
@@ -173,14 +173,14 @@ def unpack_pages(packed: jax.Array, rows: int, head_dim: int) -> jax.Array:
 
 
 def check_storage(fused: jax.Array, head_num: int, head_dim: int) -> None:
-    """Checks that a stored buffer can hold ``head_num`` heads of ``head_dim``, as they are or padded for a TPU.
+    """Checks that a stored buffer can hold ``head_num`` heads of ``head_dim``, unpadded or padded for a TPU.
 
-    A buffer made for a few more heads of 128 has the shape of a padded one, and passes: only its pool can tell.
+    A buffer that was made for a few more heads of 128 has the shape of a padded one and passes: only its pool knows.
 
     Args:
         fused: ``[S, 2H', D']``; only shape and dtype are read.
-        head_num: KV heads H.
-        head_dim: D.
+        head_num: KV heads, H.
+        head_dim: elements per head, D.
 
     Raises:
         ShapeError: the buffer is not 3-D, or its rows are neither 2H of D nor a padding of them.
@@ -200,7 +200,7 @@ def check_storage(fused: jax.Array, head_num: int, head_dim: int) -> None:
 
 
 def refuse_donated(name: str, array: Any) -> None:
-    """Raises ShapeError for an array whose memory a program has been given: jax would say only that it is deleted."""
+    """Raises ShapeError for an array that was donated to a program: jax would say only that it is deleted."""
     if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.is_deleted():
         raise ShapeError(
             f"{name} {array.dtype}{list(array.shape)} was donated to a program and has no memory any more; use the "
@@ -235,17 +235,17 @@ def _storable(dtype: DTypeLike) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class KVLayout:
-    """What the bytes of a pool mean; two sides that exchange pages compare theirs first.
+    """Descriptor of the bytes of a pool; two sides that exchange pages compare theirs first.
 
     Attributes:
-        head_num: KV heads H.
-        head_dim: D.
-        rows: stored rows a slot, 2H or more.
-        lanes: stored elements a row, D or more.
-        dtype: of the elements.
-        page_size: tokens a page.
-        order: how K and V lie among the rows.
-        version: of this descriptor.
+        head_num: KV heads, H.
+        head_dim: elements per head, D.
+        rows: stored rows per slot, 2H or more.
+        lanes: stored elements per row, D or more.
+        dtype: dtype of the elements.
+        page_size: tokens per page.
+        order: order of K and V among the rows.
+        version: version of this descriptor.
     """
 
     head_num: int
@@ -261,14 +261,14 @@ class KVLayout:
     def create(
         cls, *, head_num: int, head_dim: int, dtype: DTypeLike, page_size: int, platform: str = "cpu"
     ) -> KVLayout:
-        """Chooses the stored sizes for a platform: padded for "tpu", as they are on any other.
+        """Chooses the stored sizes for a platform: padded for "tpu", unpadded for any other.
 
         Args:
             head_num: KV heads, at least 1.
-            head_dim: elements a head, at least 1.
-            dtype: of the elements, a floating or integer type.
-            page_size: tokens a page, at least 1.
-            platform: as in ``jax.Device.platform``.
+            head_dim: elements per head, at least 1.
+            dtype: dtype of the elements, a floating or integer type.
+            page_size: tokens per page, at least 1.
+            platform: name as in ``jax.Device.platform``.
 
         Raises:
             ConfigError: a count is below 1, or the dtype is not numeric.
@@ -284,12 +284,12 @@ class KVLayout:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of one slot in one layer, padding included: the formula that everything that reports bytes uses."""
+        """Bytes of one slot in one layer, padding included; every report of bytes uses this formula."""
         return self.rows * self.lanes * self.dtype.itemsize
 
     @property
     def padding_overhead(self) -> float:
-        """Padding bytes as a share of the bytes that hold data, e.g. 0.6 for head_dim 80 on a TPU."""
+        """Padding bytes over the bytes that hold data, e.g. 0.6 for head_dim 80 on a TPU."""
         return self.rows * self.lanes / (2 * self.head_num * self.head_dim) - 1
 
     def buffer_shape(self, slots: int) -> tuple[int, int, int]:
@@ -297,11 +297,11 @@ class KVLayout:
         return slots, self.rows, self.lanes
 
     def require_same(self, other: KVLayout, what: str) -> None:
-        """Refuses bytes laid out otherwise.
+        """Refuses bytes of another layout.
 
         Args:
             other: the layout of the bytes that come in.
-            what: what they are, for the message.
+            what: name of these bytes, for the message.
 
         Raises:
             ConfigError: the layouts differ; the message lists each field that does.
@@ -314,7 +314,7 @@ class KVLayout:
             )
 
     def to_dict(self) -> dict[str, int | str]:
-        """A form for JSON, every field by its name."""
+        """Every field by its name, for JSON."""
         return dataclasses.asdict(self) | {"dtype": self.dtype.name}
 
     @classmethod
@@ -322,7 +322,7 @@ class KVLayout:
         """Reads what ``to_dict`` wrote.
 
         Raises:
-            ConfigError: a field is missing or unknown, or the version or order is not one this code knows.
+            ConfigError: a field is missing or unknown, or this code does not know the version or order.
         """
         names = {field.name for field in dataclasses.fields(cls)}
         if values.keys() != names:

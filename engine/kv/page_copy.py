@@ -1,13 +1,14 @@
 """Copies of whole pages: to the host, back from it, and from page to page of one pool.
 
-The control plane says which pages; the bytes are moved as they are, all layers in one program. Copies are padded to a
-few static sizes, so that in steady state nothing compiles.
+The control plane chooses the pages; the bytes are moved unchanged, all layers in one program. Copies are padded to a
+few static sizes, so that nothing compiles in steady state.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -24,48 +25,71 @@ from engine.kv.pool import TokenToKVPool
 from engine.kv.split import buffer_spec, from_device_order, to_device_order
 
 Int32 = npt.NDArray[np.int32]
-HostPages = npt.NDArray[Any]
+PageData = npt.NDArray[Any]
 Buffers = tuple[jax.Array, ...]
 
-# Pages a program copies; more go in several calls of the largest, which bounds the memory that a copy takes.
+# Pages that a program copies; more go in several calls of the largest, which bounds the memory that a copy takes.
 PAGE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 _PINNED = "pinned_host"
-_PAGE_AXIS = 2  # of pages off the device
-_NULL_PAGE, _NO_PAGE = 0, -1  # what pads a read, and a write
+_PAGE_AXIS = 2  # axis of a page's tokens in pages off the device
+_NULL_PAGE, _NO_PAGE = 0, -1  # padding of a read, and of a write
 
 
-def read_pages(pool: TokenToKVPool, pages: npt.ArrayLike, *, replica: int = 0) -> HostPages:
+def read_pages(pool: TokenToKVPool, pages: npt.ArrayLike, *, replica: int = 0) -> PageData:
     """Copies pages to the host, through pinned memory where the device has it.
 
     Args:
-        pool: the pool, left as it is.
+        pool: the pool, which is not changed.
         pages: ``[n]`` page ids, not the null page.
-        replica: whose pages, along the mesh's axis "data".
+        replica: index of the pages' replica, along the mesh's axis "data".
 
     Returns:
-        ``[n, layers, page_size, 2H, D]``, dtype of the pool, without the padding of its storage; perhaps read-only.
+        ``[n, layers, page_size, 2H, D]`` in the pool's dtype, without the padding of its storage; may be read-only.
 
     Raises:
         ShapeError: ``pages`` is not a vector of page ids of this pool.
     """
-    wanted = _check_pages(pool, "pages", pages)
-    if not wanted.size:
-        layout = pool.layout
-        return np.empty((0, pool.layer_num, layout.page_size, 2 * layout.head_num, layout.head_dim), pool.dtype)
-    # Every copy is under way before the first is waited for.
+    return start_reading(pool, pages, replica=replica).wait()
+
+
+@dataclass(frozen=True)
+class PageRead:
+    """Pages on their way to the host; what the device runs later does not change them.
+
+    Attributes:
+        staged: their copies, padded to static sizes.
+        shape: ``[n, layers, page_size, 2H, D]``.
+        dtype: dtype of the pool.
+    """
+
+    staged: tuple[jax.Array, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def wait(self) -> PageData:
+        """Waits until they are there: ``[n, layers, page_size, 2H, D]``, perhaps read-only."""
+        if not self.staged:
+            return np.empty(self.shape, self.dtype)
+        parts = [np.asarray(part).view(self.dtype) for part in self.staged]
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts))[: self.shape[0]]
+
+
+def start_reading(pool: TokenToKVPool, pages: npt.ArrayLike, *, replica: int = 0) -> PageRead:
+    """As ``read_pages``, without waiting: every copy is under way when it returns."""
+    wanted, layout = _check_pages(pool, "pages", pages), pool.layout
     staged = [_to_host_memory(_gather(pool, chunk, replica)) for chunk in _chunks(wanted, _NULL_PAGE)]
-    parts = [np.asarray(part).view(pool.dtype) for part in staged]
-    return (parts[0] if len(parts) == 1 else np.concatenate(parts))[: wanted.size]
+    shape = (wanted.size, pool.layer_num, layout.page_size, 2 * layout.head_num, layout.head_dim)
+    return PageRead(tuple(staged), shape, np.dtype(pool.dtype))
 
 
-def write_pages(pool: TokenToKVPool, pages: npt.ArrayLike, data: HostPages, *, replica: int = 0) -> None:
+def write_pages(pool: TokenToKVPool, pages: npt.ArrayLike, data: PageData, *, replica: int = 0) -> None:
     """Writes pages from the host into the pool, in place; the pool's buffers are rebound, as by its own writes.
 
     Args:
         pool: the pool.
         pages: ``[n]`` page ids, each once, not the null page.
-        data: ``[n, layers, page_size, 2H, D]``, as ``read_pages`` returns it; free to be changed after the call.
-        replica: whose pages, along the mesh's axis "data".
+        data: ``[n, layers, page_size, 2H, D]``, as ``read_pages`` returns it; may be changed after the call.
+        replica: index of the pages' replica, along the mesh's axis "data".
 
     Raises:
         ShapeError: ``pages`` is not a vector of different page ids of this pool, or ``data`` does not fit.
@@ -80,7 +104,7 @@ def write_pages(pool: TokenToKVPool, pages: npt.ArrayLike, data: HostPages, *, r
         )
     done = 0
     for chunk in _chunks(wanted, _NO_PAGE):
-        # A fresh copy: a running program may still read the array it was given, and the caller's is the caller's.
+        # A fresh copy: a running program may still read its argument when the caller changes ``data``.
         padded = np.zeros((chunk.size, *shape[1:]), _bits_of(pool))
         part = data[done : done + chunk.size]
         padded[: len(part)] = part.view(padded.dtype)
@@ -95,11 +119,11 @@ def copy_pages(pool: TokenToKVPool, sources: npt.ArrayLike, targets: npt.ArrayLi
         pool: the pool.
         sources: ``[n]`` page ids, not the null page.
         targets: ``[n]`` page ids, each once, none of them a source.
-        replica: whose pages, along the mesh's axis "data".
+        replica: index of the pages' replica, along the mesh's axis "data".
 
     Raises:
-        ShapeError: a vector does not hold page ids of this pool, their lengths differ, or a target is named twice or is
-            a source as well.
+        ShapeError: a vector does not hold page ids of this pool, their lengths differ, or a target is named twice or
+            is also a source.
     """
     source, target = _check_pages(pool, "sources", sources), _check_pages(pool, "targets", targets)
     _check_unique(target, "targets")
@@ -123,7 +147,7 @@ def _check_pages(pool: TokenToKVPool, name: str, pages: npt.ArrayLike) -> Int32:
     wrong = ids[(ids < 1) | (ids > last)]
     if wrong.size:
         raise ShapeError(
-            f"{name} {wrong[:8].tolist()} are not pages of this pool, which are 1 to {last}; page 0 is nobody's"
+            f"{name} {wrong[:8].tolist()} are not pages of this pool, which are 1 to {last}; page 0 is the null page"
         )
     return ids.astype(np.int32)
 
@@ -147,7 +171,7 @@ def _chunks(pages: Int32, padding: int) -> Iterator[Int32]:
 
 
 def _to_host_memory(pages: jax.Array) -> jax.Array:
-    """Starts the copy to the host: into pinned memory where that is another memory than the device's."""
+    """Starts the copy to the host: into pinned memory where the device has its own memory."""
     device = next(iter(pages.devices()))
     if device.platform != "cpu" and any(memory.kind == _PINNED for memory in device.addressable_memories()):
         return _to_pinned(pages)
@@ -169,8 +193,8 @@ def _gather_layer(pool: TokenToKVPool, layer_id: int, pages: jax.Array) -> jax.A
     def take(source: jax.Array) -> jax.Array:
         return unpad_fused(source.at[pages].get(mode="promise_in_bounds"), layout.head_num, layout.head_dim)
 
-    # XLA's CPU compiler may gather bfloat16 by way of float32, which can change a NaN; integers it leaves be. Its TPU
-    # compiler gathers any type as it is, but would copy the whole buffer to see it as integers.
+    # XLA's CPU compiler may gather bfloat16 by way of float32, which can change a NaN, but not integers. Its TPU
+    # compiler gathers any type unchanged, but would copy the whole buffer to view it as integers.
     bits: jax.Array = lax.platform_dependent(
         by_page, cpu=lambda source: take(to_bits(source)), default=lambda source: to_bits(take(source))
     )
@@ -188,15 +212,15 @@ def _scatter_layer(pool: TokenToKVPool, layer_id: int, pages: jax.Array, bits: j
 
 
 def _bits_of(pool: TokenToKVPool) -> np.dtype[Any]:
-    """The unsigned integers in which pages travel, so that no bit is ever taken for a number."""
+    """Dtype of the unsigned integers in which pages are moved, so that no bit pattern is changed as a number."""
     return np.dtype(f"uint{8 * pool.dtype.itemsize}")
 
 
 @jax.jit
 def _gather(pool: TokenToKVPool, pages: jax.Array, replica: int = 0) -> jax.Array:
     def gather(buffers: Buffers, pages: jax.Array, replica: jax.Array) -> jax.Array:
-        share = pool.share(buffers)
-        bits = jnp.stack([_gather_layer(share, layer_id, pages) for layer_id in range(share.layer_num)], axis=1)
+        part = pool.local_part(buffers)
+        bits = jnp.stack([_gather_layer(part, layer_id, pages) for layer_id in range(part.layer_num)], axis=1)
         if pool.replicas == 1:
             return bits
         summed: jax.Array = lax.psum(jnp.where(lax.axis_index(DATA_AXIS) == replica, bits, 0), DATA_AXIS)
@@ -208,7 +232,7 @@ def _gather(pool: TokenToKVPool, pages: jax.Array, replica: int = 0) -> jax.Arra
     split = shard_over(
         gather, pool.mesh, in_specs=(buffers, whole, whole), out_specs=_pages_spec(pool.mesh), check_vma=False
     )
-    # Whole on every device, so that every process can read it.
+    # Every device gets all of it, so that every process can read it.
     gathered = placed(split(pool.buffers, pages, jnp.int32(replica)), pool.mesh, whole)
     return from_device_order(gathered, pool.mesh, axis=_PAGE_AXIS)
 
@@ -216,10 +240,10 @@ def _gather(pool: TokenToKVPool, pages: jax.Array, replica: int = 0) -> jax.Arra
 @functools.partial(jax.jit, donate_argnums=0)
 def _scatter(pool: TokenToKVPool, pages: jax.Array, data: jax.Array, replica: int = 0) -> TokenToKVPool:
     def scatter(buffers: Buffers, pages: jax.Array, data: jax.Array, replica: jax.Array) -> Buffers:
-        share = pool.share(buffers)
-        for layer_id in range(share.layer_num):
-            _scatter_layer(share, layer_id, _of_replica(pool, pages, replica), data[:, layer_id])
-        return share.buffers
+        part = pool.local_part(buffers)
+        for layer_id in range(part.layer_num):
+            _scatter_layer(part, layer_id, _of_replica(pool, pages, replica), data[:, layer_id])
+        return part.buffers
 
     if pool.mesh is None:
         return pool.replace_buffers(scatter(pool.buffers, pages, data, jnp.int32(0)))
@@ -238,11 +262,11 @@ def _scatter(pool: TokenToKVPool, pages: jax.Array, data: jax.Array, replica: in
 @functools.partial(jax.jit, donate_argnums=0)
 def _copy(pool: TokenToKVPool, sources: jax.Array, targets: jax.Array, replica: int = 0) -> TokenToKVPool:
     def copy(buffers: Buffers, sources: jax.Array, targets: jax.Array, replica: jax.Array) -> Buffers:
-        share = pool.share(buffers)
-        for layer_id in range(share.layer_num):
-            bits = _gather_layer(share, layer_id, sources)
-            _scatter_layer(share, layer_id, _of_replica(pool, targets, replica), bits)
-        return share.buffers
+        part = pool.local_part(buffers)
+        for layer_id in range(part.layer_num):
+            bits = _gather_layer(part, layer_id, sources)
+            _scatter_layer(part, layer_id, _of_replica(pool, targets, replica), bits)
+        return part.buffers
 
     if pool.mesh is None:
         return pool.replace_buffers(copy(pool.buffers, sources, targets, jnp.int32(0)))
@@ -259,5 +283,5 @@ def _of_replica(pool: TokenToKVPool, pages: jax.Array, replica: jax.Array) -> ja
 
 
 def _pages_spec(mesh: Mesh) -> PartitionSpec:
-    """How ``[n, layers, page_size, 2H, D]`` is split where each device has its part of every page."""
+    """How ``[n, layers, page_size, 2H, D]`` is split: each device has its part of every page."""
     return spec_over(mesh, None, None, CONTEXT_AXIS, TENSOR_AXIS, None)

@@ -1,4 +1,4 @@
-"""The pool: one fused buffer a layer on the device, addressed by slot."""
+"""The pool: one fused buffer per layer on the device, addressed by slot."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from engine.kv.split import buffer_spec, in_slot_order, local_slots, new_tokens_
 
 @jax.tree_util.register_pytree_with_keys_class
 class TokenToKVPool:
-    """Keys and values of all tokens, ``[size + page_size, 2H, D]`` a layer, heads interleaved.
+    """Keys and values of all tokens, ``[size + page_size, 2H, D]`` per layer, heads interleaved.
 
-    A pytree of its buffers: pass it through jit, donated, and what comes back is the pool with the same memory. The
-    methods that write rebind its buffers, so that arrays taken from it before are deleted by the donation.
+    A pytree of its buffers: a jitted function that takes it donated returns the pool with the same memory. The methods
+    that write donate and rebind its buffers, which deletes arrays that were taken from it before.
 
     Attributes:
-        buffers: one array a layer, ``layout.buffer_shape(replicas * (size + page_size))``; page 0 is the null page.
-        size: usable token slots, of each replica where the mesh has several.
-        layout: what the bytes mean; page size, heads, dtype and padding are its fields.
-        mesh: over whose axes the buffers are split (``engine.kv.split``), or None.
+        buffers: one array per layer, ``layout.buffer_shape(replicas * (size + page_size))``; page 0 is the null page.
+        size: usable token slots of each replica.
+        layout: descriptor of the bytes: page size, heads, dtype and padding.
+        mesh: mesh over which the buffers are split (``engine.kv.split``), or None.
     """
 
     buffers: tuple[jax.Array, ...]
@@ -64,18 +64,18 @@ class TokenToKVPool:
 
         Args:
             size: usable token slots of each replica, a positive multiple of ``page_size``.
-            page_size: tokens a page, a multiple of the mesh's axis "context".
-            dtype: of keys and values as stored.
-            head_num: KV heads H.
-            head_dim: D.
+            page_size: tokens per page, a multiple of the mesh's axis "context".
+            dtype: dtype of keys and values as stored.
+            head_num: KV heads, H.
+            head_dim: elements per head, D.
             layer_num: layers, at least 1.
             mesh: splits the heads over its axis "tensor", the tokens of a page over "context", and holds a replica for
                 each place on "data"; None keeps all on the default device.
-            platform: whose padding to store with, as in ``jax.Device.platform``; None is that of the devices.
+            platform: platform whose padding is stored, as in ``jax.Device.platform``; None is that of the devices.
 
         Raises:
-            ConfigError: a value is out of range, heads or pages do not split evenly, or the devices' memory, of CPUs
-                the host's, is too small.
+            ConfigError: a value is out of range, heads or pages do not split evenly, or the memory of the devices (for
+                CPUs, of the host) is too small.
         """
         if platform is None:
             platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
@@ -88,7 +88,7 @@ class TokenToKVPool:
         what = f"a pool of {size:,} tokens in {layer_num} layers"
         bytes_each = layer_num * self.replicas * (size + page_size) * self.layout.bytes_per_token // len(devices)
         with room_for(what, bytes_each, devices):
-            self.buffers = jax.block_until_ready(self._fresh_buffers(layer_num))  # or it would fail later, unnamed
+            self.buffers = jax.block_until_ready(self._fresh_buffers(layer_num))  # else a failure would come later
 
     @classmethod
     def from_buffers(
@@ -101,19 +101,19 @@ class TokenToKVPool:
         *,
         platform: str | None = None,
     ) -> Self:
-        """Makes a pool of buffers that exist, without a copy: it owns them from now on, and donates them as it writes.
+        """Makes a pool of existing buffers without a copy; it owns them from then on, and donates them as it writes.
 
         Args:
-            buffers: one a layer, ``[replicas * (size + page_size), 2H', D']`` as a pool makes them, of one dtype.
+            buffers: one per layer, ``[replicas * (size + page_size), 2H', D']`` as a pool makes them, of one dtype.
             page_size: tokens per page; the first page of each replica is its null page.
-            head_num: KV heads H.
-            head_dim: D.
-            mesh: that they are split over as ``engine.kv.split`` says, or None.
-            platform: whose padding they have, as in ``jax.Device.platform``; None is that of the devices.
+            head_num: KV heads, H.
+            head_dim: elements per head, D.
+            mesh: mesh that they are split over as ``engine.kv.split`` says, or None.
+            platform: platform whose padding they have, as in ``jax.Device.platform``; None is that of the devices.
 
         Raises:
-            ConfigError: a value is out of range, or the buffers are no whole number of pages, or too few.
-            ShapeError: one is no array, was donated, or is not as the pool would make it.
+            ConfigError: a value is out of range, or the buffers do not hold a whole number of pages, at least two.
+            ShapeError: a buffer is not an array, was donated, or is not as the pool would make it.
         """
         given = list(buffers)
         for index, buffer in enumerate(given):
@@ -135,27 +135,27 @@ class TokenToKVPool:
 
     @property
     def page_size(self) -> int:
-        """Tokens a page."""
+        """Tokens per page."""
         return self.layout.page_size
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of keys and values as stored."""
+        """Dtype of keys and values as stored."""
         return self.layout.dtype
 
     @property
     def layer_num(self) -> int:
-        """Layers."""
+        """Number of layers."""
         return len(self.buffers)
 
     @property
     def replicas(self) -> int:
-        """Replicas of ``size`` slots: the mesh's axis "data"."""
+        """Number of replicas, of ``size`` slots each: the size of the mesh's axis "data"."""
         return axis_size(self.mesh, DATA_AXIS)
 
     @property
     def buffer_shape(self) -> tuple[int, int, int]:
-        """Of each layer's buffer, over all devices: ``[replicas * (size + page_size), 2H', D']``."""
+        """Shape of each layer's buffer, over all devices: ``[replicas * (size + page_size), 2H', D']``."""
         return self.layout.buffer_shape(self.replicas * (self.size + self.page_size))
 
     @property
@@ -169,7 +169,7 @@ class TokenToKVPool:
         return self.kv_size_bytes // (1 if self.mesh is None else self.mesh.size)
 
     def get_fused_kv_buffer(self, layer_id: int) -> jax.Array:
-        """The buffer of a layer as it is stored, ``buffer_shape``."""
+        """The buffer of a layer as it is stored, of shape ``buffer_shape``."""
         self._check_layer(layer_id)
         refuse_donated(f"the buffer of layer {layer_id}", self.buffers[layer_id])
         return self.buffers[layer_id]
@@ -180,12 +180,12 @@ class TokenToKVPool:
         return half
 
     def set_kv_buffer(self, layer_id: int, loc: jax.Array, k: jax.Array, v: jax.Array) -> None:
-        """Writes tokens into a layer in place; as ``engine.kv.scatter.set_kv_buffer``.
+        """Writes tokens into a layer in place, as ``engine.kv.scatter.set_kv_buffer`` does.
 
         Args:
-            layer_id: from 0.
-            loc: ``[T]`` slots; what is negative or out of range is dropped, of equal ones the last wins. Over several
-                replicas each has an equal share of T, and slots of its own.
+            layer_id: index of the layer, from 0.
+            loc: ``[T]`` slots; negative ones and those out of range are dropped, of equal ones the last wins. Each of
+                several replicas has an equal share of T, and its own slots.
             k: ``[T, H, D]``, cast to the pool's dtype.
             v: as ``k``.
 
@@ -201,8 +201,8 @@ class TokenToKVPool:
         written = _write(fused, slots_within(loc, self.size + self.page_size), k, v, self.mesh)
         self.buffers = (*self.buffers[:layer_id], written, *self.buffers[layer_id + 1 :])
 
-    def share(self, buffers: tuple[jax.Array, ...]) -> Self:
-        """Within ``shard_map`` over the pool's mesh: one device's part, as a pool of its own; else the pool itself.
+    def local_part(self, buffers: tuple[jax.Array, ...]) -> Self:
+        """Within ``shard_map`` over the pool's mesh: one device's part, as a pool; without a mesh: the pool itself.
 
         Args:
             buffers: the device's parts of the buffers.
@@ -217,10 +217,10 @@ class TokenToKVPool:
         return self.tree_unflatten((self.size // cp, layout, None), (buffers,))
 
     def replace_buffers(self, buffers: Sequence[jax.Array]) -> Self:
-        """Takes over the buffers that a step has written.
+        """Takes the buffers that a step has written as its own.
 
         Args:
-            buffers: one a layer, of the pool's shape and dtype.
+            buffers: one per layer, of the pool's shape and dtype.
 
         Returns:
             The pool itself.
@@ -242,7 +242,7 @@ class TokenToKVPool:
         return self
 
     def renew(self) -> None:
-        """Takes new buffers, of zeros, where the old ones are lost: donated to a program that failed."""
+        """Makes new buffers, of zeros, after the old ones were lost: donated to a program that failed."""
         for buffer in self.buffers:
             buffer.delete()  # a failed program's result may keep its memory
         self.buffers = self._fresh_buffers(self.layer_num)
@@ -257,12 +257,12 @@ class TokenToKVPool:
             raise ConfigError(f"layer_id={layer_id} is not in a pool of {self.layer_num} layers; count from 0")
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], tuple[int, KVLayout, Mesh | None]]:
-        """The buffers as children; all else is static."""
+        """The buffers as children; everything else is static."""
         return ((jax.tree_util.GetAttrKey("buffers"), self.buffers),), (self.size, self.layout, self.mesh)
 
     @classmethod
     def tree_unflatten(cls, static: tuple[int, KVLayout, Mesh | None], children: tuple[Any]) -> Self:
-        """A pool around whatever jax has put in place of the buffers."""
+        """A pool with what jax puts in the place of the buffers."""
         pool = cls.__new__(cls)
         pool.size, pool.layout, pool.mesh = static
         (pool.buffers,) = children
@@ -303,9 +303,9 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any], mesh: Mesh | None) -> C
     make = functools.partial(jnp.zeros, shape, dtype)
     if mesh is None:
         return jax.jit(make)
-    if AxisType.Explicit in mesh.axis_types:  # there nothing but the result says which devices the program is for
+    if AxisType.Explicit in mesh.axis_types:  # there only the result tells which devices the program is for
         return jax.jit(make, out_shardings=NamedSharding(mesh, buffer_spec(mesh)))
-    # Constrained, so that the sharding is spelled as XLA spells it for what the steps return.
+    # Constrained, so that the sharding is spelled as XLA spells that of the steps' results.
     return jax.jit(lambda: placed(make(), mesh, buffer_spec(mesh)))
 
 
@@ -320,7 +320,7 @@ def _halves(fused: jax.Array, layout: KVLayout, mesh: Mesh | None) -> tuple[jax.
 def _write(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array, mesh: Mesh | None) -> jax.Array:
     # The CPU backend may alias a NumPy argument: the caller could then change it under the running write.
     loc, k, v = (jnp.array(array) if isinstance(array, np.ndarray) else array for array in (loc, k, v))
-    # A trace donates by its outermost jit; only a call from outside any trace needs one of its own.
+    # Within a trace the outermost jit donates; only a call outside any trace needs a jit here.
     write = _scatter_over if isinstance(fused, jax.core.Tracer) else _scatter_donated
     written: jax.Array = write(fused, loc, k, v, mesh)
     return written
@@ -330,13 +330,13 @@ def _scatter_over(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array, 
     if mesh is None:
         return set_kv_buffer(fused, loc, k, v)
 
-    # Each device writes its own heads: left to itself, XLA would gather the buffer for a kernel it cannot split.
+    # Each device writes its own heads: otherwise XLA would gather the buffer for a kernel that it cannot split.
     def write(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return set_kv_buffer(fused, local_slots(loc, mesh), k, v)
+        return set_kv_buffer(fused, local_slots(loc, axis_size(mesh, CONTEXT_AXIS)), k, v)
 
     buffer, new = buffer_spec(mesh), new_tokens_spec(mesh)
     slots = spec_over(mesh, DATA_AXIS)
-    # Unchecked, or no Hopper GPU's kernel could be taken (engine/kv/scatter.py).
+    # Unchecked, because the kernel for Hopper GPUs is not taken in a checked one (engine/kv/scatter.py).
     split = shard_over(write, mesh, in_specs=(buffer, slots, new, new), out_specs=buffer, check_vma=False)
     written: jax.Array = split(fused, loc, k, v)
     return written

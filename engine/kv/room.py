@@ -1,4 +1,4 @@
-"""Whether buffers fit into the memory that they are to lie in: asked before they are made, and told if it fails."""
+"""Whether buffers fit into memory: checked before they are made, and explained if their making fails."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ REMEDY = "make it smaller, or split it over more devices"
 
 
 def report_of(device: jax.Device) -> dict[str, int]:
-    """What a device says about its memory, in bytes; empty where it says nothing, such as a CPU."""
+    """What a device reports of its memory, in bytes; empty where it reports nothing, as a CPU."""
     return device.memory_stats() or {}
 
 
 @contextmanager
 def room_for(what: str, bytes_each: int, devices: Sequence[jax.Device]) -> Iterator[None]:
-    """Around what makes buffers: refuses before it begins, or as it fails, what the devices cannot hold.
+    """Around code that makes buffers: refuses, before it begins or as it fails, what the devices cannot hold.
 
-    The CPU devices of a process share the host's memory. Nothing is asked while a call is traced: it makes no buffer.
+    The CPU devices of a process share the host's memory. Nothing is checked while a call is traced: it makes no buffer.
 
     Args:
-        what: the buffers are, e.g. "a pool of 64 tokens".
-        bytes_each: that each device is to hold.
-        devices: that hold them; those of other processes are asked by their own.
+        what: name of the buffers, e.g. "a pool of 64 tokens".
+        bytes_each: bytes that each device is to hold.
+        devices: devices that hold them; each process checks its own.
 
     Raises:
-        ConfigError: there is less memory, with both numbers.
+        ConfigError: there is less memory; the message has both numbers.
     """
     local = [device for device in devices if device.process_index == jax.process_index()]
     if trace_state_clean():

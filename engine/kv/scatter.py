@@ -2,7 +2,7 @@
 
 Four programs do it, and they agree bit for bit: XLA's scatter; on the CPU a native kernel, because around its own
 scatter XLA's CPU compiler may convert a whole 8- or 16-bit buffer to a wider type and back (docs/adr/0001); on a TPU a
-kernel of one DMA a row (docs/adr/0002); and on a Hopper GPU one of two bulk copies a token.
+kernel of one DMA per row (docs/adr/0002); and on a Hopper GPU a kernel of two bulk copies per token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def set_kv_buffer(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) 
 
     Args:
         fused: ``[S, 2H, D]``, or padded storage ``[S, 2H', D']``, whose padding is written as zeros.
-        loc: ``[T]``, any integer type: slots. What is negative or not below S is dropped; of equal ones the last wins.
+        loc: ``[T]`` slots of any integer type; those below 0 or not below S are dropped; of equal ones the last wins.
         k: ``[T, H, D]``, cast to the buffer's dtype; what is finite saturates.
         v: as ``k``.
 
@@ -54,9 +54,9 @@ def set_kv_buffer(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) 
 
 
 def slots_within(loc: Any, slots: int) -> Any:
-    """Slots of NumPy's as int32, -1 for each that is out of range; others as they are.
+    """Slots in a NumPy array as int32, -1 for each that is out of range; a JAX array is returned as it is.
 
-    jax would cut 64 bits to 32, and so bring a slot that is out of range back into it.
+    jax would cut 64 bits to 32, which could bring a slot from out of range into it.
     """
     if not isinstance(loc, np.ndarray) or loc.dtype.kind not in "iu":
         return loc
@@ -83,8 +83,8 @@ def _check(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> None
 
 
 def _clean(loc: jax.Array, slots: int) -> jax.Array:
-    """Slots as int32, with -1 for each that is out of range."""
-    if loc.dtype.itemsize < 4:  # too narrow to compare with `slots`
+    """Slots as int32, -1 for each that is out of range."""
+    if loc.dtype.itemsize < 4:  # too narrow to be compared with `slots`
         loc = loc.astype(jnp.int32)
     return jnp.where((loc < 0) | (loc >= slots), -1, loc).astype(jnp.int32)
 
@@ -97,7 +97,7 @@ def _scatter(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> ja
         over_heads = shard_over(_scatter, sharding.mesh, in_specs=specs, out_specs=by_head, check_vma=False)
         in_parts: jax.Array = over_heads(fused, loc, k, v)
         return in_parts
-    # Which program runs is settled when the call is lowered, so one traced on this CPU for a TPU gets the TPU's.
+    # The program is chosen when the call is lowered, so a call that is traced on this CPU for a TPU gets the TPU's.
     choices = {}
     if jax.default_backend() == "cpu" and library.available():
         choices["cpu"] = scatter_native
@@ -112,7 +112,7 @@ def _scatter(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> ja
 
 
 def _scatter_dma(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """The TPU's kernel, whose copies are all in flight at once."""
+    """Calls the TPU's kernel, whose copies are all in flight at once."""
     # Only here: Pallas takes long to import, and no other platform needs it.
     from engine.kv.scatter_tpu import scatter_tpu
 
@@ -120,9 +120,9 @@ def _scatter_dma(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -
 
 
 def _bulk_copies_fit(fused: jax.Array, k: jax.Array) -> bool:
-    """Whether this is lowered for a Hopper GPU, whose kernel takes such rows; padded storage is another platform's."""
+    """Whether the call is lowered for a Hopper GPU whose kernel takes such rows; it takes no padded storage."""
     _, heads, head_dim = k.shape
-    # Of a kernel XLA knows no parts: it would gather a cache that is split, where its own scatter stays in place.
+    # XLA cannot split a kernel: it would gather a cache that is split, where its own scatter stays in place.
     if not_hopper() is not None or may_be_split() or fused.shape[1:] != (2 * heads, head_dim):
         return False
     from engine.kv.scatter_gpu import rows_are_copied
@@ -131,7 +131,7 @@ def _bulk_copies_fit(fused: jax.Array, k: jax.Array) -> bool:
 
 
 def _scatter_bulk(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """The Hopper GPU's kernel, whose blocks know nothing of each other's tokens."""
+    """Calls the Hopper GPU's kernel, whose blocks run in any order."""
     from engine.kv.scatter_gpu import scatter_gpu
 
     return _scatter_distinct(scatter_gpu, fused, loc, k, v)
@@ -140,7 +140,7 @@ def _scatter_bulk(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) 
 def _scatter_distinct(
     kernel: Callable[..., jax.Array], fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array
 ) -> jax.Array:
-    """Calls a kernel that may write in any order, with the last of equal slots alone."""
+    """Calls a kernel that may write in any order, with only the last of equal slots."""
     axes = varying_axes(fused, loc, k, v)
     missing = [axes - varying_axes(operand) for operand in (fused, loc, k, v)]
     fused, loc, k, v = (
@@ -148,7 +148,7 @@ def _scatter_distinct(
         for operand, more in zip((fused, loc, k, v), missing, strict=True)
     )
     slots, tokens = last_of_equal(loc)
-    # Under vmap one after the other: a batched kernel would not know its copies apart.
+    # Under vmap one after the other: the copies of a batched kernel would share their semaphores.
     written: jax.Array = jax.custom_batching.sequential_vmap(kernel)(fused, slots, tokens, k, v)
     return written
 
@@ -158,22 +158,22 @@ def scatter_native(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array)
     result = jax.ShapeDtypeStruct(fused.shape, fused.dtype)
     call = jax.ffi.ffi_call(library.SCATTER, result, input_output_aliases={0: 0}, vmap_method="sequential")
     written: jax.Array = call(fused, loc, k, v)
-    # Within shard_map the kernel's result must be said to vary over the mesh axes that its operands vary over.
+    # Within shard_map the result must be typed as varying over the mesh axes over which the operands vary.
     axes = varying_axes(fused, loc, k, v)
     return lax.pcast(written, tuple(axes), to="varying") if axes else written
 
 
 def scatter_xla(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Scatters through XLA: ``loc`` int32 in [-1, S), k and v of the buffer's dtype."""
+    """Scatters through XLA; ``loc`` is int32 in [-1, S), k and v have the buffer's dtype."""
     slots, rows, lanes = fused.shape
     updates = pad_fused(merge_kv(k, v), rows, lanes)
     return fused.at[_unique(loc, slots)].set(updates, mode="drop", unique_indices=True)
 
 
 def _unique(loc: jax.Array, slots: int) -> jax.Array:
-    """Sends -1 and all but the last of equal slots beyond the buffer, each to a place of its own.
+    """Replaces -1 and all but the last of equal slots by different indices beyond the buffer.
 
-    XLA leaves open which of equal indices wins, so none may be equal.
+    XLA does not define which of equal indices wins, so none may be equal.
     """
     kept, order = last_of_equal(loc)
     beyond = slots + jnp.arange(loc.shape[0], dtype=jnp.int32)

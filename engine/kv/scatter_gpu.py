@@ -1,4 +1,4 @@
-"""Writes rows into the fused buffer on a Hopper GPU: two bulk copies a token, in place by aliasing."""
+"""Writes rows into the fused buffer on a Hopper GPU: two bulk copies per token, in place by aliasing."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 Ref = Any  # a Pallas memory reference; jax has no public type for it
-MOST_TOKENS = 8  # of one block
-BLOCKS = 264  # that fill the device twice: fewer tokens go to blocks of one
-SMEM_BYTES = 128 << 10  # of one block's tokens
-COPY_UNIT = 16  # bytes that a bulk copy counts in
+MOST_TOKENS = 8  # tokens per block, at most
+BLOCKS = 264  # blocks that fill the device twice; fewer tokens than that go to blocks of one token
+SMEM_BYTES = 128 << 10  # shared memory for the tokens of one block
+COPY_UNIT = 16  # bytes; the size of a bulk copy is a multiple
 MOST_IN_COPY = 256  # elements of a bulk copy along each axis
-STAGE_UNIT = 128  # bytes: a bulk copy's place in shared memory starts at a multiple of them
+STAGE_UNIT = 128  # bytes; a bulk copy's place in shared memory starts at a multiple
 
 
 def rows_are_copied(heads: int, head_dim: int, dtype: Any) -> bool:
@@ -29,13 +29,13 @@ def rows_are_copied(heads: int, head_dim: int, dtype: Any) -> bool:
 def scatter_gpu(
     fused: jax.Array, slots: jax.Array, tokens: jax.Array | None, k: jax.Array, v: jax.Array, *, interpret: Any = False
 ) -> jax.Array:
-    """Copies K and V of ``tokens[i]`` to ``slots[i]``: K of each head before its V, as the fused layout wants.
+    """Copies K and V of ``tokens[i]`` to ``slots[i]``: K of each head before its V, as the fused layout has them.
 
     Args:
         fused: ``[S, 2H, D]``, donated for a write in place.
-        slots: ``[T]`` int32; any below 0 or past the end is dropped; the others are all different.
-        tokens: ``[T]`` int32, which token goes there; None is each its own.
-        k: ``[T, H, D]`` of the buffer's dtype, whole units of a copy (``rows_are_copied``).
+        slots: ``[T]`` int32; those below 0 or past the end are dropped; the others are all different.
+        tokens: ``[T]`` int32 index of the token for each slot; None is 0, 1, 2, ….
+        k: ``[T, H, D]`` in the buffer's dtype, of rows that ``rows_are_copied`` takes.
         v: as ``k``.
         interpret: False, or ``plgpu.InterpretGPUParams`` to run on a CPU.
 
@@ -89,7 +89,7 @@ def scatter_gpu(
 
 
 def _tokens_of_a_block(count: int, half_bytes: int) -> int:
-    """Tokens that a block stages; ``half_bytes`` is one token's K. The second's place must start at a whole unit."""
+    """Tokens per block; ``half_bytes`` is the size of one token's K. Each token's place must start at a whole unit."""
     if half_bytes % STAGE_UNIT:
         return 1
     return min(max(1, count // BLOCKS), MOST_TOKENS, SMEM_BYTES // (2 * half_bytes))

@@ -1,4 +1,4 @@
-"""Writes rows into the fused buffer on TPU, one DMA a row: no XLA scatter, in place by aliasing."""
+"""Writes rows into the fused buffer on TPU, one DMA per row: no XLA scatter, in place by aliasing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.kv.layout import merge_kv, pad_fused
 from engine.kv.tpu_view import unview_words, view_words
 
 Ref = Any  # a Pallas memory reference; jax has no public type for it
-SMEM_TOKENS = 1 << 15  # of one launch: two numbers each, a quarter of SMEM's 1 MiB
+SMEM_TOKENS = 1 << 15  # tokens per launch: two numbers each, a quarter of SMEM's 1 MiB
 
 
 def scatter_tpu(
@@ -25,9 +25,9 @@ def scatter_tpu(
 
     Args:
         fused: ``[S, 2H', D']``, donated for a write in place, padded for a TPU (``tpu_view.view_is_free``).
-        slots: ``[T]`` int32; any below 0 or past the end is dropped; the others are all different.
-        tokens: ``[T]`` int32, which token goes there.
-        k: ``[T, H, D]`` of the buffer's dtype.
+        slots: ``[T]`` int32; those below 0 or past the end are dropped; the others are all different.
+        tokens: ``[T]`` int32 index of the token for each slot.
+        k: ``[T, H, D]`` in the buffer's dtype.
         v: as ``k``.
         interpret: False, or ``pltpu.InterpretParams`` to run on a CPU.
 
@@ -64,7 +64,7 @@ def _scatter_words(words: jax.Array, slots: jax.Array, tokens: jax.Array, rows: 
             pltpu.make_async_copy(done, done, sem).wait()
 
     if not interpret:
-        # Else XLA moves a small cache into VMEM and back, whole, around the writing of a few rows.
+        # Else XLA moves a whole small cache into VMEM and back, around the write of a few rows.
         words = pltpu.with_memory_space_constraint(words, pltpu.HBM)
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     written: jax.Array = pl.pallas_call(

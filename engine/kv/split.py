@@ -1,8 +1,8 @@
-"""Where a slot lies over a mesh: heads over "tensor", replicas over "data", the slots of a replica over "context".
+"""How a pool lies over a mesh: heads over "tensor", replicas over "data", the slots of a replica over "context".
 
-Along "context" slots are dealt out in turn: slot ``s`` lies on device ``s % cp``, at its slot ``s // cp``. A page is
-thus on every device, with the same id and ``page_size / cp`` tokens on each, so one page table serves them all and the
-books need not know. Along "data" every replica has slots of its own from 0, its null page included.
+Along "context" slots are dealt out in turn: slot ``s`` lies on device ``s % cp``, as its slot ``s // cp``. So every
+device has ``page_size / cp`` tokens of every page, under the same page id: one page table serves all devices, and the
+control plane need not know. Along "data" every replica counts its slots from 0, its null page included.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def split_layout(layout: KVLayout, *, tp: int, cp: int, platform: str) -> KVLayo
     """The layout whose rows and pages split evenly.
 
     Args:
-        layout: of the pool as a whole.
-        tp: devices that share the heads.
-        cp: devices that share the tokens of a page.
-        platform: whose padding to store with.
+        layout: layout of the whole pool.
+        tp: number of devices that share the heads.
+        cp: number of devices that share the tokens of a page.
+        platform: platform whose padding is stored.
 
     Raises:
-        ConfigError: a K would part from its V, a page would not divide, or there would be padding within the buffer.
+        ConfigError: the heads or a page do not divide evenly, or there would be padding within the buffer.
     """
     require_split(CONTEXT_AXIS, cp, {"page_size": layout.page_size})
     if layout.head_num % tp:
@@ -38,24 +38,24 @@ def split_layout(layout: KVLayout, *, tp: int, cp: int, platform: str) -> KVLayo
             f"{layout.head_num} KV heads do not split over {tp} devices: each must hold whole K and V pairs; use a "
             f"{TENSOR_AXIS!r} axis that divides {layout.head_num}"
         )
-    share = KVLayout.create(
+    part = KVLayout.create(
         head_num=layout.head_num // tp,
         head_dim=layout.head_dim,
         dtype=layout.dtype,
         page_size=layout.page_size,
         platform=platform,
     )
-    if tp > 1 and share.rows != 2 * share.head_num:
+    if tp > 1 and part.rows != 2 * part.head_num:
         raise ConfigError(
-            f"{share.head_num} KV heads of {layout.dtype} a device are {2 * share.head_num} rows, stored as "
-            f"{share.rows} on {platform}, and padding inside a split buffer is not supported; use a smaller "
+            f"{part.head_num} KV heads of {layout.dtype} per device are {2 * part.head_num} rows, stored as "
+            f"{part.rows} on {platform}, and padding inside a split buffer is not supported; use a smaller "
             f"{TENSOR_AXIS!r} axis"
         )
-    return dataclasses.replace(layout, rows=tp * share.rows)
+    return dataclasses.replace(layout, rows=tp * part.rows)
 
 
 def buffer_spec(mesh: Mesh) -> PartitionSpec:
-    """How a fused buffer ``[slots, 2H, D]`` is split: a K never parts from its V."""
+    """How a fused buffer ``[slots, 2H, D]`` is split; K and V of a head stay on one device."""
     return spec_over(mesh, (DATA_AXIS, CONTEXT_AXIS), TENSOR_AXIS, None)
 
 
@@ -68,7 +68,7 @@ def split_of_heads(name: str, fused: jax.Array) -> str | tuple[str, ...] | None:
     """The axes of an Explicit mesh by which a fused buffer ``[slots, 2H, D]`` has its heads split; None: not split.
 
     Raises:
-        BackendUnsupported: it is split otherwise too.
+        BackendUnsupported: it is split along another axis as well.
     """
     sharding = explicit_sharding(fused)
     slots, axes, lanes = (None, None, None) if sharding is None else sharding.spec
@@ -81,9 +81,11 @@ def split_of_heads(name: str, fused: jax.Array) -> str | tuple[str, ...] | None:
     return found
 
 
-def local_slots(loc: jax.Array, mesh: Mesh) -> jax.Array:
-    """Within ``shard_map``: a replica's slots as this device's, -1 for what others hold and for what is negative."""
-    parts = axis_size(mesh, CONTEXT_AXIS)
+def local_slots(loc: jax.Array, parts: int) -> jax.Array:
+    """Within ``shard_map``, of ``parts`` devices along "context": a replica's slots as this device's, else -1.
+
+    -1 stands for the slots of other devices and for negative ones.
+    """
     if parts == 1:
         return loc
     mine = (loc >= 0) & (loc % parts == lax.axis_index(CONTEXT_AXIS))
@@ -91,18 +93,18 @@ def local_slots(loc: jax.Array, mesh: Mesh) -> jax.Array:
 
 
 def in_slot_order(fused: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """A buffer's rows as the books count them, the replicas one after the other; a copy where "context" splits it."""
+    """A buffer's rows in the order of slots, one replica after the other; a copy where "context" splits it."""
     by_replica = fused.reshape(axis_size(mesh, DATA_AXIS), -1, *fused.shape[1:])
     return from_device_order(by_replica, mesh, axis=1).reshape(fused.shape)
 
 
 def from_device_order(array: jax.Array, mesh: Mesh | None, *, axis: int) -> jax.Array:
-    """Slots along ``axis`` in their own order, from that of the devices that they were dealt out to."""
+    """Slots along ``axis`` in the order of slots, from the order of devices."""
     return _regrouped(array, axis, axis_size(mesh, CONTEXT_AXIS), -1)
 
 
 def to_device_order(array: jax.Array, mesh: Mesh | None, *, axis: int) -> jax.Array:
-    """Slots along ``axis`` device by device, from their own order."""
+    """Slots along ``axis`` in the order of devices, from the order of slots."""
     return _regrouped(array, axis, -1, axis_size(mesh, CONTEXT_AXIS))
 
 

@@ -1,8 +1,8 @@
 """A TPU's stored rows as 32-bit words of 128 lanes: the same bytes, in the order in which XLA keeps them.
 
 XLA tiles ``[S, R, D']`` by 8 rows (or R, where it is fewer) and 128 lanes, and packs p rows of a tile into one 32-bit
-word. A view in that very order costs no copy, whatever D' is, where a plain reshape into words copies the whole buffer
-for D' over 128. Proven on compiled programs, each shape (tests/attention_tpu/test_tpu_copies.py).
+word. A view in that order costs no copy for any D'; a plain reshape into words copies the whole buffer for D' over 128.
+Tests prove it on compiled programs of each shape (tests/attention_tpu/test_tpu_copies.py).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from jax.typing import DTypeLike
 from engine.kv.layout import LANES, SUBLANES, packing, padded_rows
 
 TILE_ROWS = 8
-# XLA tiles an 8-bit buffer of whole multiples of these rows otherwise; no view of several folds is free there.
+# XLA tiles an 8-bit buffer whose rows are a multiple of this differently; no view of several folds is free there.
 LARGE_TILE_ROWS = 4 * SUBLANES
 
 
 def view_is_free(rows: int, lanes: int, dtype: DTypeLike) -> bool:
-    """Whether ``[S, rows, lanes]`` is padded for a TPU and has a view in words that costs no copy."""
+    """Whether ``[S, rows, lanes]`` is padded for a TPU and can be viewed in words without a copy."""
     padded = lanes % LANES == 0 and rows % 2 == 0 and padded_rows(rows // 2, dtype) == rows
     return padded and (lanes == LANES or packing(dtype) < 4 or rows % LARGE_TILE_ROWS != 0)
 
@@ -39,7 +39,7 @@ def unview_words(words: jax.Array, rows: int, lanes: int) -> jax.Array:
 
 
 def word_of(row_word: jax.Array | int, fold: int, folds: int, tile_words: int) -> jax.Array | int:
-    """Where the view keeps the ``row_word``-th p rows of a slot, lanes ``128 * fold …``, ``tile_words`` a tile."""
+    """Index in the view of a slot's ``row_word``-th p rows, lanes ``128 * fold …``; a tile has ``tile_words`` words."""
     if folds == 1:
         return row_word
     return row_word // tile_words * (folds * tile_words) + fold * tile_words + row_word % tile_words

@@ -37,7 +37,7 @@ def integer_vector(name: str, values: npt.ArrayLike) -> Int64:
 
 
 def read_only(array: Int32) -> Int32:
-    """The array itself, which nobody can write from now on."""
+    """The array itself, made read-only."""
     array.flags.writeable = False
     return array
 

@@ -1,43 +1,156 @@
-"""Joins allocator, page table, prefix cache and host tier: what a request's memory goes through.
+"""The memory of running requests: joins the row table, the page pool, the prefix cache and the host tier.
 
-    admit     prefix found → its pages locked and shared → the rest promised → a page-table row
-    grow      evicts what is short → the allocator hands out slots → the row grows
-    publish   full pages enter the prefix cache, so that who begins alike shares them
-    release   the row's references go back; what the prefix cache holds stays until it is evicted
+    admit          prefix found → its pages locked and shared → the rest promised → a row
+    grow           cached pages are evicted where pages are short → the pool hands out pages → the row grows
+    mark_computed  a step has run: notes how many tokens of each row are computed
+    publish        full pages of computed tokens enter the prefix cache, for requests that begin alike
+    truncate       a row gives back the pages of its last tokens
+    release        the row's references go back; what the prefix cache holds stays until it is evicted
+    take_moves     the copies of pages that the device must make before the next step
 
-Every page is free, held by rows, cached, or both of the last; a page is returned to the allocator when its last holder
-lets go.
+Every page is free, held by rows, cached, or both held and cached; a page returns to the pool when its last holder
+releases it. Rows hold pages, the prefix cache holds pages, and a row locks those that both hold. Nothing else holds
+any; so after a fault a row can be ended by what rows, leases and prefix cache list, in any state of a call.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import dataclass
 
-from engine.errors import ShapeError
-from engine.memory.admission import Admission
-from engine.memory.cache_books import CacheBooks
-from engine.memory.decoding_rows import DecodingRows
-from engine.memory.integers import Int32, Int64, priority_level, whole_number
-from engine.memory.prefix.match import checked_scope, token_vector
-from engine.memory.prefix.tree import NO_PAGES
-from engine.memory.row_growth import RowGrowth
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import ConfigError, KVPoolExhausted, ShapeError
+from engine.memory.admission import Admission, checked_most, pages_to_admit
+from engine.memory.integers import Int32, priority_level, whole_number
+from engine.memory.offload import HostTier
+from engine.memory.page_moves import PageCopy, PageLoad, PageMove
+from engine.memory.pages import NO_PAGES, PagedTokenToKVPoolAllocator, PageIds
+from engine.memory.prefix import (
+    EvictedPages,
+    EvictionPolicyName,
+    NullPrefixCache,
+    PrefixMatch,
+    RadixCache,
+    checked_scope,
+    token_vector,
+)
+from engine.memory.rows import ReqToTokenPool, RowGrowth
 from engine.memory.scope import CacheScope
 
+EVICT_AT_ONCE = 64  # pages, at most a 32nd of the pool
 
-class CacheManager(CacheBooks):
-    """Pages and page-table rows of the running requests, and what is kept of past ones.
 
-    A call that raises has changed nothing, whatever raises in it, but that cached pages may have been evicted to make
-    room and that ``release`` always gives back. One thread at a time: a call that begins while another thread is in one
-    is refused with ConcurrentUse, and so is any call in a fork of the process.
+@dataclass(eq=False)
+class Lease:
+    """The part of the prefix cache that a row uses.
+
+    Attributes:
+        match: the locked handle of its cached pages.
+        priority: of its pages in the prefix cache, where the policy of eviction reads it.
+        was_reset: whether the cache was reset since it was admitted: its pages are not cached any more.
+    """
+
+    match: PrefixMatch
+    priority: int
+    was_reset: bool = False
+
+
+class CacheManager:
+    """Pages and rows of the running requests, and what is kept of past ones.
+
+    A call that raises has changed nothing, whatever raises in it, with two exceptions: cached pages may have been
+    evicted to make room, and ``release`` gives the row back even so. One thread at a time: a call that begins while
+    another thread is in one is refused with ConcurrentUse, and so is any call in a fork of the process.
+
+    Pages that a call frees may still be read by steps under way: they are handed out for later steps, whose programs
+    the device runs after those, and for page moves, which run in the same order.
 
     Args:
         size: usable token slots, a multiple of ``page_size``.
-        page_size: tokens a page.
-        max_requests: page-table rows.
+        page_size: tokens per page.
+        max_requests: rows.
         max_context_tokens: most tokens of one request.
-        policy: of eviction from the prefix cache; None keeps nothing of past requests.
+        policy: eviction policy of the prefix cache; None keeps nothing of past requests.
+
+    Attributes:
+        page_table: the row table.
+        allocator: the slot-level face of the page pool.
+        prefix: the prefix cache; one that keeps nothing where ``policy`` is None.
+        host_tier: takes evicted pages; None: they are dropped.
     """
+
+    def __init__(
+        self,
+        size: int,
+        page_size: int,
+        max_requests: int,
+        max_context_tokens: int,
+        *,
+        policy: EvictionPolicyName | None = "lru",
+    ) -> None:
+        self.size = size
+        self.page_size = page_size
+        self.allocator = PagedTokenToKVPoolAllocator(size, page_size)
+        self._pool = self.allocator.pages
+        self.page_table = ReqToTokenPool(max_requests, max_context_tokens, page_size)
+        self.caller = self.page_table.caller = self.allocator.caller  # one set of books
+        self.prefix: RadixCache = (
+            NullPrefixCache(self.allocator)
+            if policy is None
+            else RadixCache(self.allocator, page_size, policy=policy, on_evict=self._plan_saves)
+        )
+        self.host_tier: HostTier | None = None
+        self._leases: dict[int, Lease] = {}  # by row
+        self._moves: list[PageMove] = []
+
+    def attach_host_tier(self, tier: HostTier) -> None:
+        """From now on evicted pages go to ``tier`` and come back from it, by page moves.
+
+        Raises:
+            ConfigError: not a tier, or its pages have another size.
+        """
+        if not isinstance(tier, HostTier):
+            raise ConfigError(f"cannot attach a {type(tier).__name__}: it must be a HostTier")
+        if tier.page_format.page_size != self.page_size:
+            raise ConfigError(
+                f"the host tier has pages of {tier.page_format.page_size} tokens and the pool of {self.page_size}; "
+                "both must be equal"
+            )
+        self.host_tier = tier
+
+    # How much there is.
+
+    def round_up(self, tokens: int) -> int:
+        """``tokens`` in whole pages, counted in tokens."""
+        return -(-tokens // self.page_size) * self.page_size
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether anything is kept of past requests."""
+        return not isinstance(self.prefix, NullPrefixCache)
+
+    @property
+    def reclaimable_pages(self) -> int:
+        """Pages that could be handed out now: free ones, and cached ones that no row has locked."""
+        return self._pool.available + self.prefix.evictable_pages
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens in pages that rows hold or have locked: neither free nor evictable."""
+        return self.size - self.reclaimable_pages * self.page_size
+
+    def cached_tokens(self, scope: CacheScope, token_ids: Int32) -> int:
+        """How many of a request's tokens ``admit`` would find on the device now; changes nothing."""
+        return self.prefix.match(scope, token_ids).num_tokens
+
+    def locked_pages(self, row: int) -> int:
+        """Cached pages that a row keeps from eviction; raises ShapeError where it is not in use."""
+        self.page_table.kv_len(row)
+        lease = self._leases.get(row)
+        return 0 if lease is None else lease.match.num_tokens // self.page_size
+
+    # A request's way.
 
     def admit(
         self,
@@ -48,182 +161,225 @@ class CacheManager(CacheBooks):
         priority: int = 0,
         counts_hit: bool = True,
     ) -> Admission | None:
-        """Gives a request a row and the pages that are cached of its tokens, or None while there is no room or no row.
+        """Gives a request a row and the cached pages of its tokens; returns None while there is no room or no row.
 
-        None is for now: it is let in once others have ended. What can never be let in is refused.
-
-        By the rule of ``AdmissionRule``: there must be pages for what it and each that runs will need soon.
+        None is for now: the request is admitted once others have ended. One that can never be admitted is refused. The
+        rule is that of ``engine.memory.admission``.
 
         Args:
-            scope: under which its keys and values may be shared.
+            scope: scope in which its keys and values may be shared.
             token_ids: its known tokens, int32 ``[n]``; at least the last is always computed.
-            most_tokens: most that it can need, all told; None is as many as a row or the pool can hold.
-            priority: of its pages in the prefix cache, where the policy of eviction reads it.
-            counts_hit: whether this is a query of the prefix cache to be counted: not for a request that comes back.
+            most_tokens: most tokens that it can need; None is as many as a row or the pool can hold.
+            priority: priority of its pages in the prefix cache, where the eviction policy reads it.
+            counts_hit: whether to count a query of the prefix cache; False for a request that was retracted.
 
         Raises:
             ConfigError: ``scope`` is not a CacheScope.
             ShapeError: there are no tokens, or more than a row can hold; a number is not an integer.
             RequestTooLarge: the whole pool is too small for the tokens, or for ``most_tokens``.
-            Exception: what the host tier or the mover raises; nothing is admitted then.
+            Exception: what the host tier raises; nothing is admitted then.
         """
         self.caller.enter()
         tokens, level = token_vector(token_ids), priority_level(priority)
         checked_scope(scope)
-        most = self._rule.checked_most(tokens.size, most_tokens)
+        most = checked_most(self.page_table, self.size, tokens.size, most_tokens)
         if not self.page_table.available_rows:
             return None
         row = found = None
-        pages, counted = NO_PAGES, self.prefix and (self.prefix.query_tokens, self.prefix.hit_tokens)
+        pages, counted, planned = NO_PAGES, (self.prefix.query_tokens, self.prefix.hit_tokens), len(self._moves)
         try:
-            if self.prefix:
-                found = self.prefix.match(scope, tokens)
-                self.prefix.lock(found)
-                pages = found.pages
+            found = self.prefix.match(scope, tokens)
+            self.prefix.lock(found)
+            pages = found.pages
             if not self._has_room(tokens.size, most, pages.size):
-                self._take_back(None, [found], NO_PAGES)
+                self.prefix.unlock(found)
                 return None
-            row = self.page_table.alloc_row()
-            self._rule.known[row], self._rule.most[row], self._priority[row] = tokens.size, most, level
-            if found:
-                self._locked[row] = found
-            self.allocator.retain(pages)
+            row = self.page_table.alloc_row(known=tokens.size, most=most)
+            self._leases[row] = Lease(found, level)
+            self._pool.retain(pages)
             self.page_table.append_pages(row, pages)
-            loaded = self._load(row, scope, tokens) if self.host else 0
-            if self.prefix and found and counts_hit:
+            loaded = self._plan_load(row, scope, tokens)
+            if counts_hit:
                 self.prefix.record(found)  # a hit only now that the row is there
             return Admission(row, pages.size * self.page_size, loaded * self.page_size)
         except BaseException:  # an interrupt too: the caller never learns of this row
-            self._take_back(row, [found], pages)
-            if self.prefix and counted:
-                self.prefix.query_tokens, self.prefix.hit_tokens = counted
+            self._moves[planned:] = [move for move in self._moves[planned:] if not isinstance(move, PageLoad)]
+            self._undo_row(row, [found], pages)
+            self.prefix.query_tokens, self.prefix.hit_tokens = counted
             raise
 
-    def cached_tokens(self, scope: CacheScope, token_ids: Int32) -> int:
-        """How many of a request's tokens ``admit`` would find on the device now; changes nothing."""
-        return self.prefix.match(scope, token_ids).num_tokens if self.prefix else 0
+    def share(self, row: int, scope: CacheScope, token_ids: Int32, *, counts_hit: bool = True) -> int:
+        """Extends a row that was admitted by cached pages that follow its tokens.
 
-    def locked_pages(self, row: int) -> int:
-        """Cached pages that a row keeps from eviction; raises ShapeError where it is not in use."""
-        self.page_table.kv_len(row)
-        match = self._locked.get(row)
-        return 0 if match is None else match.num_tokens // self.page_size
+        For a request that waits for another one to compute what both begin with.
 
-    def plan_growth(self, rows: Int32, counts: Int64) -> RowGrowth:
-        """What it takes to give each row ``counts`` more tokens, see ``ReqToTokenPool.plan_growth``."""
-        return self.page_table.plan_growth(rows, counts)
+        Args:
+            row: row of a request that has been granted only cached tokens.
+            scope: as for ``admit``.
+            token_ids: as for ``admit``.
+            counts_hit: as for ``admit``.
 
-    def has_room_for(self, growth: RowGrowth) -> bool:
-        """Whether ``grow_as_planned`` would find the pages, by eviction if need be."""
-        return growth.num_pages <= self.reclaimable_pages
-
-    def grow_as_planned(self, growth: RowGrowth) -> None:
-        """Gives rows their pages. All rows or none.
+        Returns:
+            The tokens that it need not compute now; 0 where it has computed tokens of its own.
 
         Raises:
-            ShapeError: the rows have changed since the growth was planned.
-            KVPoolExhausted: too few pages are free or evictable.
+            ConfigError, ShapeError: as for ``admit``; not a row in use.
         """
-        self.page_table.check_unchanged(growth)  # before anything is evicted or taken
-        self._make_room(growth.num_pages)
-        clock = self.allocator.clock
-        try:
-            self.page_table.grow(growth, self.allocator.alloc_pages(growth.fresh))
-        except BaseException:
-            self.allocator.give_back_since(clock)
-            raise
+        self.caller.enter()
+        before, lease = self.page_table.kv_len(row), self._lease(row)
+        found = self.prefix.match(scope, token_vector(token_ids))
+        goes_on = np.array_equal(found.pages[: lease.match.pages.size], lease.match.pages)  # not after a reset
+        if found.num_tokens > before == lease.match.num_tokens and goes_on and not lease.was_reset:
+            self._extend_lease(row, lease, found)
+            self.prefix.hit_tokens += (found.num_tokens - before) * counts_hit
+        return self.page_table.kv_len(row) - before
 
-    def grow(self, rows: Int32, counts: Int64) -> None:
+    def has_room_to_grow(self, rows: npt.ArrayLike, counts: npt.ArrayLike) -> bool:
+        """Whether ``grow`` would find the pages, by eviction if need be; raises ShapeError where it has to look."""
+        if isinstance(rows, np.ndarray) and rows.dtype.kind == "i" and isinstance(counts, int | np.ndarray):
+            tokens = rows.size * counts if isinstance(counts, int) else int(counts.sum())
+            if rows.size + tokens // self.page_size <= self._pool.available:  # each row's last page may be full
+                return True
+        return self.page_table.plan_growth(rows, counts).num_pages <= self.reclaimable_pages
+
+    def grow(self, rows: npt.ArrayLike, counts: npt.ArrayLike) -> None:
         """Gives each row pages for ``counts`` more tokens. All rows or none.
+
+        Args:
+            rows: ``[B]`` distinct rows in use.
+            counts: ``[B]`` new tokens, 0 or more; or one number for every row.
 
         Raises:
             ShapeError: a row is not in use or listed twice, would exceed the context, or a count is missing or
                 negative.
             KVPoolExhausted: too few pages are free or evictable.
         """
-        self.grow_as_planned(self.plan_growth(rows, counts))
-
-    def has_room_to_decode(self, rows: DecodingRows) -> bool:
-        """Whether ``grow_decoding`` would find the pages, by eviction if need be."""
-        beginning = rows.beginning().size
-        return beginning <= self.allocator.available_pages() or beginning <= self.reclaimable_pages
-
-    def grow_decoding(self, rows: DecodingRows) -> None:
-        """Gives each row a page where it begins one, and a token more. All rows or none.
-
-        Raises:
-            ShapeError: the rows have changed otherwise.
-            KVPoolExhausted: too few pages are free or evictable.
-        """
         self.caller.enter()
-        rows.check_unchanged()  # before anything is evicted or taken
-        beginning = rows.beginning()
-        if not beginning.size:
-            rows.grow(beginning, NO_PAGES)
+        growth = self.page_table.plan_growth(rows, counts)
+        if not growth.num_pages:
+            self.page_table.grow(growth, NO_PAGES)
             return
-        self._make_room(beginning.size)
-        clock = self.allocator.clock
+        self._make_room(growth.num_pages)
+        clock = self._pool.clock
         try:
-            rows.grow(beginning, self.allocator.alloc_single_pages(beginning.size))
+            self.page_table.grow(growth, self._take_for(growth))
         except BaseException:
-            self.allocator.give_back_since(clock)
+            self._pool.give_back_since(clock)
             raise
 
-    def can_fork(self, row: int, tokens: int) -> bool:
-        """Whether ``fork`` keeps the rule by which ``admit`` lets in; raises ShapeError as ``fork``."""
-        self._check_fork(row, tokens)
-        has_row = self.page_table.available_rows > 0
-        return has_row and self._has_room(tokens + 1, int(self._rule.most[row]), tokens // self.page_size)
+    def truncate(self, row: int, tokens: int) -> None:
+        """Shrinks a row to its first ``tokens`` tokens, as when speculation is rejected; pages return to the pool.
 
-    def fork(self, row: int, tokens: int) -> tuple[int, Int32, Int32]:
-        """Gives a new row the first ``tokens`` tokens of ``row``: full pages shared, the partial last one to be copied.
-
-        Returns:
-            The new row, and int32 source and target pages of the copy that the caller must make on the device; empty
-            where ``tokens`` ends on a page boundary.
+        A shared page is never written: where the row ends within one, it gets a page of its own, and a PageCopy is
+        planned. Cached pages beyond its new end are no longer locked.
 
         Raises:
-            ShapeError: ``row`` holds fewer tokens.
-            KVPoolExhausted: there is no row, or no page for the partial one.
+            ShapeError: not a row in use, or it has fewer tokens.
+            KVPoolExhausted: no page is free or evictable for the copy.
         """
         self.caller.enter()
-        self._check_fork(row, tokens)
-        full, rest = divmod(tokens, self.page_size)
-        pages, new_row, match = self.page_table.row_pages(row), None, self._locked.get(row)
+        length, last = self.page_table.kv_len(row), whole_number("tokens", tokens) // self.page_size
+        before = self.page_table.row_pages(row)
+        source = before[last : last + 1] if tokens % self.page_size > 0 and tokens < length else NO_PAGES
+        source = source if source.size and self._pool.ref_count(source)[0] > 1 else NO_PAGES
+        self._make_room(source.size)
+        clock, target = self._pool.clock, NO_PAGES
         try:
-            new_row = self.page_table.alloc_row()
-            self._rule.known[new_row] = tokens + 1
-            for each in (self._rule.most, self._priority, self._is_forgotten):
-                each[new_row] = each[row]
-            if self.prefix and match:
-                self.prefix.lock(match)  # once more: a handle may be shared
-                self._locked[new_row] = match
-            self.allocator.retain(pages[:full])
-            self.page_table.append_pages(new_row, pages[:full])
-            if rest:
-                self.grow(np.array([new_row], np.int32), np.array([rest], np.int64))
-            return new_row, pages[full : full + bool(rest)].copy(), self.page_table.row_pages(new_row)[full:]
-        except BaseException:  # an interrupt too: the caller never learns of this row
-            self._take_back(new_row, [match], pages[:full])
+            if source.size:
+                target = self._pool.take_singles(1)
+            dropped = self.page_table.truncate(row, tokens, target)
+            if source.size:
+                self._moves.append(PageCopy(source, target))
+            self._pool.release(dropped)
+            self._shorten_lease(row, tokens)
+        except BaseException:
+            if self.page_table.kv_len(row) == length:
+                self._pool.give_back_since(clock)
+            else:  # finish the change
+                planned = any(isinstance(move, PageCopy) and move.targets is target for move in self._moves)
+                self._moves += [PageCopy(source, target)] * (source.size > 0 and not planned)
+                self._release_surplus(before)
+                self._shorten_lease(row, tokens)
             raise
+
+    def mark_computed(self, rows: npt.ArrayLike, tokens: npt.ArrayLike) -> None:
+        """Notes that a step has run, and the page moves before it: the first ``tokens[i]`` of ``rows[i]`` are computed.
+
+        Only computed tokens are published and released into the prefix cache.
+
+        Raises:
+            ShapeError: not distinct rows in use, or a row has been granted fewer tokens.
+        """
+        self.page_table.mark_computed(rows, tokens)
 
     def publish(self, row: int, scope: CacheScope, token_ids: Int32) -> None:
         """Offers the full pages of a running row to the prefix cache.
 
+        Where the cache has pages of these tokens already the row takes those and gives its own back;
+        ``ReqToTokenPool.take_new_pages`` then has their ids for the device's copy of the table.
+
         Args:
-            row: of a running request.
-            scope: under which its keys and values may be shared.
-            token_ids: the tokens that the row's slots hold, int32 ``[n]``; what exceeds the row is ignored.
+            row: row of a running request.
+            scope: scope in which its keys and values may be shared.
+            token_ids: the tokens that the row's slots hold, int32 ``[n]``; what is not computed yet is ignored.
         """
         self.caller.enter()
         tokens, pages = self._full_pages(row, token_ids)
-        if self.prefix is None or self._is_forgotten[row]:
-            return
-        sharing = self._sharing(row, pages)
-        self._advance([*sharing, (row, pages.size)], scope, tokens, pages)
+        lease = self._lease(row)
+        if not lease.was_reset and tokens.size >= lease.match.num_tokens:
+            self._advance([*self._sharing(row, pages), (row, pages.size)], scope, tokens, pages)
+
+    def can_fork(self, row: int, tokens: int) -> bool:
+        """Whether ``fork`` keeps the rule of admission now; raises ShapeError where it is not a row in use."""
+        known, computed = whole_number("tokens", tokens), self.page_table.computed_len(row)
+        if not self.page_table.available_rows or known > computed:
+            return False
+        return self._has_room(known + 1, self._most_of(row), known // self.page_size)
+
+    def fork(self, row: int, tokens: int) -> int:
+        """Gives a new row the first ``tokens`` tokens of ``row``.
+
+        Full pages are shared; the copy of the partial last one is planned as a page move.
+
+        Returns:
+            The new row.
+
+        Raises:
+            ShapeError: ``row`` has fewer computed tokens.
+            KVPoolExhausted: there is no row, or no page for the partial one.
+        """
+        self.caller.enter()
+        computed = self.page_table.computed_len(row)
+        if whole_number("tokens", tokens) > computed:
+            raise ShapeError(f"cannot fork {tokens} tokens of row {row}: {computed} are computed")
+        full, rest = divmod(tokens, self.page_size)
+        pages, new_row, lease = self.page_table.row_pages(row), None, self._lease(row)
+        copies: list[PageMove] = []
+        try:
+            new_row = self.page_table.alloc_row(known=tokens + 1, most=self._most_of(row))
+            self.prefix.lock(lease.match)  # once more: a handle may be shared
+            self._leases[new_row] = Lease(lease.match, lease.priority, lease.was_reset)
+            self._shorten_lease(new_row, tokens)
+            self._pool.retain(PageIds(pages[:full]))
+            self.page_table.append_pages(new_row, pages[:full])
+            if rest:
+                self.grow(np.array([new_row], np.int32), np.array([rest], np.int64))
+                self.page_table.mark_computed([new_row], [tokens])
+                copies.append(PageCopy(pages[full : full + 1], self.page_table.row_pages(new_row)[full:]))
+            self._moves += copies
+            return new_row
+        except BaseException:  # an interrupt too: the caller never learns of this row
+            self._moves = [move for move in self._moves if move not in copies]
+            self._undo_row(new_row, [lease.match], pages[:full])
+            raise
 
     def release(self, row: int, scope: CacheScope, token_ids: Int32) -> None:
-        """Gives back a row and its pages, also where it raises; the full ones stay in the prefix cache.
+        """Gives back a row and its pages, also where it raises; full pages of computed tokens stay in the prefix cache.
+
+        Args:
+            row: row of a running request.
+            scope: see ``publish``.
+            token_ids: see ``publish``.
 
         Raises:
             DoubleFreeError: no request has this row.
@@ -234,59 +390,223 @@ class CacheManager(CacheBooks):
             self.page_table.release(row)  # which refuses it
         held, match = NO_PAGES, None
         try:
-            held, match = self.page_table.row_pages(row), self._locked.get(row)
-            if self.prefix and match and not self._is_forgotten[row]:
-                tokens, pages = self._full_pages(row, token_ids)
-                self._advance(self._sharing(row, pages), scope, tokens, pages)
-                self.prefix.finish(match, scope, tokens, pages, priority=int(self._priority[row]))
-            elif self.prefix and match:
+            held, lease = self.page_table.row_pages(row), self._lease(row)
+            match = lease.match
+            tokens, pages = self._full_pages(row, token_ids)
+            if lease.was_reset or tokens.size < match.num_tokens:
                 self.prefix.unlock(match)
-            self._locked.pop(row, None)
-            self.allocator.release(self.page_table.release(row))
-            self._rule.known[row], self._is_forgotten[row] = 0, False
+            else:
+                self._advance(self._sharing(row, pages), scope, tokens, pages)
+                self.prefix.finish(match, scope, tokens, pages, priority=lease.priority)
+            self._leases.pop(row, None)
+            self._pool.release(self.page_table.release(row))
         except BaseException:
-            self._take_back(row, [match], held)
+            self._undo_row(row, [match], held)
             raise
+
+    def take_moves(self) -> list[PageMove]:
+        """The page moves that were planned since the last call, to be made in this order before the next step."""
+        self.caller.enter()
+        moves = self._moves
+        try:
+            self._moves = []
+            return moves
+        except BaseException:
+            self._moves = moves
+            raise
+
+    # Reset.
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached prefix, on the device and on the host.
 
         Running requests keep their pages, and none of these is cached later: what was computed before is not found.
+        EvictedPages that ``take_moves`` has returned and that are not in the host tier yet are for the caller to drop.
         """
         self.caller.enter()
         try:
             self._forget()
         except BaseException:
-            self._forget()  # to the end: half of it would cache again what was to be forgotten
+            self._forget()  # finish the change: half of it would cache again what was to be forgotten
             raise
 
-    def _check_fork(self, row: int, tokens: int) -> None:
-        held = self.page_table.kv_len(row)
-        if whole_number("tokens", tokens) > held:
-            raise ShapeError(f"cannot fork {tokens} tokens of row {row}: it holds {held}")
+    def clear(self) -> None:
+        """Takes every row and every page back and forgets every prefix, in any state of the books.
 
-    def _full_pages(self, row: int, token_ids: Int32) -> tuple[Int32, Int32]:
-        """A row's full pages as far as their tokens are told: these tokens, and the pages."""
+        For a caller that continues after a fault. It happens in place, and no counter is reset: rows, slots and matches
+        from before are refused. The host tier keeps its pages where its own books are sound.
+        """
+        self.caller.enter()
+        self.page_table.clear()
+        self.prefix.clear()
+        self.allocator.clear()
+        self._leases.clear()
+        self._moves = []
+        if self.host_tier and not self.host_tier.is_sound():
+            self.host_tier.clear()
+
+    def check_integrity(self) -> None:
+        """Proves that rows and prefix cache together hold exactly what the page pool says; else IntegrityError."""
+        self.page_table.check_integrity()
+        self.prefix.check_integrity()
+        if self.host_tier:
+            self.host_tier.check_integrity()
+        self.allocator.check_integrity(np.concatenate([self.page_table.held_pages(), self.prefix.pages()]))
+
+    def _lease(self, row: int) -> Lease:
+        lease = self._leases.get(row)
+        if lease is None:
+            raise ShapeError(f"row {row} was not given out by admit or fork; only such rows are published and released")
+        return lease
+
+    def _most_of(self, row: int) -> int:
+        return int(self.page_table.request_lens(np.array([row])).most[0])
+
+    def _has_room(self, known: int, most: int, shared_pages: int) -> bool:
+        return pages_to_admit(self.page_table, known, most, shared_pages) <= self.reclaimable_pages
+
+    def _make_room(self, pages: int) -> None:
+        free = self._pool.available
+        short = pages - free
+        if short <= 0:
+            return
+        evictable = self.prefix.evictable_pages
+        if short > evictable:
+            raise KVPoolExhausted(
+                f"cannot allocate {pages} pages: {free} free and {evictable} evictable of {self.size // self.page_size}"
+                "; lower max_running_requests or raise max_total_tokens",
+                requested=pages * self.page_size,
+                available=(free + evictable) * self.page_size,
+            )
+        # More than is short where the pool is large: a call costs more than a page, and decoding asks for few.
+        self.prefix.evict(min(max(short, min(EVICT_AT_ONCE, self.size // self.page_size // 32)), evictable))
+
+    def _take_for(self, growth: RowGrowth) -> PageIds:
+        """Fresh pages for rows: neighbours for a row that begins several."""
+        return self._pool.take_singles(growth.num_pages) if growth.runs is None else self._pool.take(growth.runs)
+
+    def _full_pages(self, row: int, token_ids: Int32) -> tuple[Int32, PageIds]:
+        """The tokens of a row's full pages, as far as they are computed and ``token_ids`` has them; and the pages."""
         tokens = token_vector(token_ids)
         pages = self.page_table.full_pages(row, tokens.size)
         return tokens[: pages.size * self.page_size], pages
 
-    def _forget(self) -> None:
-        self._is_forgotten[self._rule.known > 0] = True
-        if self.prefix:
-            self.prefix.reset()
-        if self.host:
-            self.host.tier.reset()
+    def _sharing(self, row: int, pages: Int32) -> list[tuple[int, int]]:
+        """Other rows that hold pages which a row is about to have cached, as after a fork, each with how many.
 
-    def _load(self, row: int, scope: CacheScope, token_ids: Int32) -> int:
-        """Brings back from the host what follows the row's tokens there; returns the pages."""
-        if self.host is None:
+        They are to lock them as the row does: a page that is cached, held and not locked counts as evictable, and
+        evicting it frees nothing.
+        """
+        known = self._leases[row].match.num_tokens // self.page_size
+        if known >= pages.size or self._pool.ref_count(pages[known : known + 1])[0] == 1:
+            return []
+        sharing = self.page_table.rows_that_share(row, pages, known)
+        return [each for each in sharing if self._leases[each[0]].match.num_tokens < each[1] * self.page_size]
+
+    def _advance(self, rows: list[tuple[int, int]], scope: CacheScope, tokens: Int32, pages: Int32) -> None:
+        """Has the first so many pages cached for each row, which moves its lock to their end."""
+        try:
+            self._advance_each(rows, scope, tokens, pages)
+        except BaseException:
+            # To the end: what one row has cached, each row that holds it must lock, and hold the cached pages.
+            if any(self._leases[row].match.num_tokens >= count * self.page_size for row, count in rows):
+                self._advance_each(rows, scope, tokens, pages)
+            raise
+
+    def _advance_each(self, rows: list[tuple[int, int]], scope: CacheScope, tokens: Int32, pages: Int32) -> None:
+        for row, count in rows:
+            mine, lease = tokens[: count * self.page_size], self._leases[row]
+            lease.match = self.prefix.advance(lease.match, scope, mine, pages[:count], priority=lease.priority)
+            self._take_cached_pages(row, lease.match.pages)
+
+    def _take_cached_pages(self, row: int, cached: Int32) -> None:
+        """Puts cached pages in place of a row's own with the same contents, and gives these back."""
+        own = self.page_table.row_pages(row)[: cached.size]
+        columns = (own != cached[: own.size]).nonzero()[0]
+        if not columns.size:
+            return
+        try:
+            taken = PageIds(cached[columns])
+            self._pool.retain(taken)
+            self._pool.release(self.page_table.replace_pages(row, columns, taken))
+        except BaseException:
+            self._release_surplus(np.concatenate([own, cached]))
+            raise
+
+    def _extend_lease(self, row: int, lease: Lease, found: PrefixMatch) -> None:
+        """Lets a row that holds the cached pages of its lease hold those of a longer match instead."""
+        before = lease.match
+        added = PageIds(found.pages[before.pages.size :])
+        try:
+            self.prefix.lock(found)
+            self._pool.retain(added)
+            self.page_table.append_pages(row, added)
+            lease.match = found
+            self.prefix.unlock(before)
+        except BaseException:
+            lease.match = before
+            if self.page_table.kv_len(row) > before.num_tokens:
+                self.page_table.truncate(row, before.num_tokens)
+            self._unlock_unleased([found])
+            self._release_surplus(added)
+            raise
+
+    def _shorten_lease(self, row: int, tokens: int) -> None:
+        """Lets a row lock no more than its own full pages: a locked page is one that it holds."""
+        lease = self._leases.get(row)
+        if lease is not None:
+            lease.match = self.prefix.shorten(lease.match, tokens)
+
+    def _plan_load(self, row: int, scope: CacheScope, token_ids: Int32) -> int:
+        """Plans to bring back from the host what follows the row's tokens there; returns the pages."""
+        if self.host_tier is None:
             return 0
-        wanted = token_ids[:-1]
         held = self.page_table.kv_len(row) // self.page_size
-        data = self.host.tier.get(scope, wanted, held)
+        data = self.host_tier.get(scope, token_ids[:-1], held)
         if len(data):
             self.grow(np.array([row], np.int32), np.array([len(data) * self.page_size], np.int64))
-            self.host.mover.write(self.page_table.row_pages(row)[held:], data)
-            self.publish(row, scope, token_ids)
+            self._moves.append(PageLoad(self.page_table.row_pages(row)[held:], data))
         return len(data)
+
+    def _plan_saves(self, evicted: list[EvictedPages]) -> None:
+        if self.host_tier:
+            self._moves += evicted
+
+    def _forget(self) -> None:
+        for lease in self._leases.values():
+            lease.was_reset = True
+        self._moves = [move for move in self._moves if not isinstance(move, EvictedPages)]
+        self.prefix.reset()
+        if self.host_tier:
+            self.host_tier.reset()
+
+    def _undo_row(self, row: int | None, matches: list[PrefixMatch | None], pages: Int32) -> None:
+        """Ends a row, as far as it was begun or not ended yet: its locks, its pages, what is known of its request.
+
+        Args:
+            row: the row; None where there is none yet.
+            matches: matches to unlock, except for the locks of other rows.
+            pages: pages to release, except for the references of other rows and of the prefix cache.
+        """
+        if row is not None:
+            lease = self._leases.pop(row, None)
+            matches = [*matches, lease.match if lease else None]
+            if self.page_table.is_in_use(row):
+                pages = np.concatenate([pages, self.page_table.release(row)])
+        self._unlock_unleased(matches)
+        self._release_surplus(pages)
+
+    def _unlock_unleased(self, matches: list[PrefixMatch | None]) -> None:
+        """Takes back the locks of matches that no row has."""
+        kept = [lease.match for lease in self._leases.values()]
+        for match in matches:
+            while match and match.locks > kept.count(match):
+                self.prefix.unlock(match)
+
+    def _release_surplus(self, pages: Int32) -> None:
+        """Gives back the references of pages that neither a row nor the prefix cache lists."""
+        listed = np.concatenate([self.page_table.held_pages(), self.prefix.pages()])
+        distinct = np.unique(pages)
+        holders = np.bincount(listed, minlength=self.size // self.page_size + 1)[distinct]
+        surplus = (self._pool.ref_count(distinct) - holders).clip(min=0)
+        self._pool.release(PageIds(np.repeat(distinct, surplus)))

@@ -1,7 +1,7 @@
-"""Books are for one caller at a time, and for the process that made them.
+"""Checks that one set of books has one caller at a time, in the process that made it.
 
-Nothing here waits: whoever calls from two threads takes turns by a lock of their own, and may hand the books from
-thread to thread between calls. What a mistake costs is a refusal, not a page that two requests write.
+Nothing here waits: a program that calls from two threads needs a lock of its own; the calling thread may change between
+calls. A mistake raises an error, and never leads to a page that two requests write.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ROOM = os.path.dirname(__file__)
 
 
 class OneCaller:
-    """Who calls the objects that keep one set of books; each of them has it as ``caller``."""
+    """The thread that calls the objects of one set of books; each of these objects has it as ``caller``."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
@@ -28,32 +28,32 @@ class OneCaller:
         """Begins a call that changes the books.
 
         Raises:
-            ConcurrentUse: another thread is inside of one, or this is a fork of the process that made the books.
+            ConcurrentUse: another thread is in such a call, or this process is a fork of the one that made the books.
         """
         if get_ident() != self._thread:
             self._take_over()
 
     def forget_thread(self) -> None:
-        """Makes the next caller prove itself."""
+        """Makes the next call check its process and thread."""
         self._thread = None
 
     def _take_over(self) -> None:
         if os.getpid() != self._process:
             raise ConcurrentUse(
-                f"these books were made by process {self._process} and this is its fork {os.getpid()}: both would hand "
-                "out the same pages; make them anew in each process"
+                f"these books were made by process {self._process} and this is its fork {os.getpid()}: both would "
+                "allocate the same pages; make new ones in each process"
             )
-        # Entered before the other is looked at: of two that come at once, one at least sees the other.
+        # Enters before it looks at the other thread: of two that call at once, at least one sees the other.
         before, self._thread = self._thread, get_ident()
         if before is not None and self._is_inside(before):
             self._thread = before
             raise ConcurrentUse(
-                f"thread {get_ident()} cannot change books that thread {before} is changing just now; nothing was "
+                f"thread {get_ident()} cannot change books that thread {before} is changing now; nothing was "
                 "changed; let threads take turns by a lock around each call"
             )
 
     def _is_inside(self, thread: int) -> bool:
-        """Whether another thread is in a call; its stack says so, so that no fault can leave a mark behind."""
+        """Whether another thread is in a call; read from its stack, so that no fault can leave a stale mark."""
         frame = sys._current_frames().get(thread)
         while frame is not None:
             is_ours = frame.f_code.co_filename.startswith(_ROOM)

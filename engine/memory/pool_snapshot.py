@@ -1,4 +1,4 @@
-"""Where every page of the pool is at one moment, counted from the books and not by subtraction."""
+"""The state of every page of the pool at one moment, counted from the books and not by subtraction."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.memory.manager import CacheManager
 
 @dataclass(frozen=True)
 class RowSnapshot:
-    """What one running request has.
+    """The row and pages of one running request.
 
     Attributes:
         row: its page-table row.
@@ -35,17 +35,17 @@ class PoolSnapshot:
     ``free_pages + private_pages + locked_pages + evictable_pages == total_pages`` always.
 
     Attributes:
-        page_size: tokens a page.
-        total_pages: all but the null page.
-        free_pages: nobody's.
-        private_pages: held by rows and not cached.
-        locked_pages: cached, and under the lock of a row.
-        evictable_pages: cached, and free to be given up.
+        page_size: tokens per page.
+        total_pages: all pages except the null page.
+        free_pages: pages without a holder.
+        private_pages: pages held by rows and not cached.
+        locked_pages: cached pages under the lock of a row.
+        evictable_pages: cached pages that can be evicted.
         free_runs: runs of consecutive free pages; 1 where nothing is fragmented.
-        largest_free_run_pages: the longest of them.
+        largest_free_run_pages: pages of the longest free run.
         tail_waste_tokens: slots in the last pages of rows that hold no token yet.
-        rows: the running requests' parts.
-        replicas: the same of each replica, where this is all of them; else empty.
+        rows: one entry per running request.
+        replicas: the snapshot of each replica, where this one is of the whole engine; else empty.
     """
 
     page_size: int
@@ -62,18 +62,18 @@ class PoolSnapshot:
 
     @property
     def usage(self) -> float:
-        """Share of the pool that could not be handed out now, 0 to 1."""
+        """Fraction of the pool that cannot be allocated now, 0 to 1."""
         return (self.private_pages + self.locked_pages) / self.total_pages
 
 
 def snapshot_pool(cache: CacheManager) -> PoolSnapshot:
-    """Counts every page; costs a look at each page in use, so it is for who watches and not for a step.
+    """Counts every page; the cost is proportional to the pages in use, so it is for monitoring and not for each step.
 
     Raises:
         IntegrityError: the parts do not make up the pool.
     """
     table, prefix, size = cache.page_table, cache.prefix, cache.page_size
-    free = np.sort(cache.allocator.free_pages())
+    free = np.sort(cache.allocator.pages.free_pages())
     held = np.unique(table.held_pages())
     runs = np.diff(np.flatnonzero(np.diff(free, prepend=-1, append=-1) != 1)) if free.size else np.zeros(0, np.int64)
     rows = tuple(
@@ -84,9 +84,9 @@ def snapshot_pool(cache: CacheManager) -> PoolSnapshot:
         page_size=size,
         total_pages=cache.size // size,
         free_pages=int(free.size),
-        private_pages=int(held.size - (np.count_nonzero(prefix.is_cached(held)) if prefix else 0)),
-        locked_pages=prefix.protected_pages if prefix else 0,
-        evictable_pages=prefix.evictable_pages if prefix else 0,
+        private_pages=int(held.size - np.count_nonzero(prefix.is_cached(held))),
+        locked_pages=prefix.protected_pages,
+        evictable_pages=prefix.evictable_pages,
         free_runs=int(runs.size),
         largest_free_run_pages=int(runs.max(initial=0)),
         tail_waste_tokens=sum(row.pages * size - row.tokens for row in rows),

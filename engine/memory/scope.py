@@ -63,16 +63,16 @@ class LayoutKey:
 
 @dataclass(frozen=True)
 class CacheScope:
-    """What must be equal, beside the tokens, for cached keys and values to be the right ones.
+    """What must be equal, besides the tokens, for cached keys and values to be the right ones.
 
-    Every field is required: a default would be a way to share by oversight.
+    Every field is required, because a default could lead to sharing by mistake.
 
     Attributes:
-        model: which base weights, and all else that they are computed with: the model's configuration, the dtype. Where
-            pages outlive the process it must not name less than every byte of them.
+        model: name of the base weights and of all else that determines results: the model's configuration, the dtype.
+            Where pages outlive the process it must depend on every byte of the weights.
         weights_epoch: how often those weights have been replaced, 0 or more.
-        adapter: the adapter on top of them; None is the base model alone.
-        tenant_salt: separates tenants that must not learn of each other's prompts; "" is shared by all who pass it.
+        adapter: the adapter over these weights; None is the base model alone.
+        tenant_salt: separates tenants that must not learn of each other's prompts; all requests with "" share.
         layout: what the bytes of a page mean.
 
     Raises:
@@ -95,7 +95,7 @@ class CacheScope:
             raise ConfigError(f"weights_epoch is {self.weights_epoch}; it counts replacements, so it is 0 or more")
 
     def __hash__(self) -> int:
-        """Of the parts that tell scopes of one engine apart: a scope is looked up several times a step."""
+        """A hash of the fields in which scopes of one engine differ: a scope is looked up several times per step."""
         return hash((self.model, self.weights_epoch, self.tenant_salt))
 
     def key_bytes(self) -> bytes:

@@ -1,1 +1,34 @@
-"""The Llama that proves the memory in use, its checkpoints and its text."""
+"""Llama-family models in flax nnx, their checkpoints and their text.
+
+A model holds no cache and knows no pages: attention is a function that its caller passes in. docs/models.md lists what
+is supported.
+
+    llama, rotary                    the model; rotary embedding and its scaling rules
+    llama_config, checked_values     its geometry, and checks of the values
+    hf_config, hf_rope               the geometry from a Hugging Face ``config.json``
+    checkpoint, tensor_files         weights from and to safetensors
+    sharding                         which device holds which part of the weights
+    fingerprint, replacement         whether two models compute the same; whether one can replace the other
+    text                             tokenizer
+    dense                            the forward pass without a cache, as a check and for training
+    default_model                    the small Llama that ships with the package
+    train, training_data             how it was trained
+"""
+
+from engine.models.checkpoint import load_config, load_llama
+from engine.models.default_model import DEFAULT_MODEL_DIR
+from engine.models.dense import dense_logits
+from engine.models.llama import Llama
+from engine.models.llama_config import LlamaConfig
+from engine.models.text import Tokenizer, load_tokenizer
+
+__all__ = [
+    "DEFAULT_MODEL_DIR",
+    "Llama",
+    "LlamaConfig",
+    "Tokenizer",
+    "dense_logits",
+    "load_config",
+    "load_llama",
+    "load_tokenizer",
+]

@@ -1,4 +1,4 @@
-"""Checks of what a model's configuration says, each value refused by its name."""
+"""Checks of the values in a model's configuration; a refused value is named."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from engine.errors import ConfigError, shown
 
 
 def require_count(name: str, value: object, most: int) -> int:
-    """Return ``value`` where it is a whole number from 1 to ``most``; raises ConfigError."""
+    """Returns ``value``; raises ConfigError where it is not a whole number from 1 to ``most``."""
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise ConfigError(f"invalid model config: {name}={shown(value)} must be a whole number from 1 to {most}")
     return value
 
 
 def require_number(name: str, value: object, *, least: float, most: float) -> float:
-    """Return ``value`` where it is a number from ``least`` to ``most``; raises ConfigError, of NaN and infinity too."""
+    """Returns ``value``; raises ConfigError where it is not a finite number from ``least`` to ``most``."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
         raise ConfigError(f"invalid model config: {name}={shown(value)} must be a number from {least:g} to {most:g}")
     return float(value)
 
 
 def require_flag(name: str, value: object) -> bool:
-    """Return ``value`` where it is true or false; raises ConfigError."""
+    """Returns ``value``; raises ConfigError where it is not true or false."""
     if not isinstance(value, bool):
         raise ConfigError(f"invalid model config: {name}={shown(value)} must be true or false")
     return value
 
 
 def require_token_ids(name: str, value: object) -> tuple[int, ...]:
-    """Return the token ids that a configuration gives as one, as a list, or as none; raises ConfigError."""
+    """Returns the token ids of ``value``: one id, a list of ids, or None; raises ConfigError for anything else."""
     ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
     if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
         raise ConfigError(f"invalid model config: {name}={shown(value)} must be token ids (one, a list, or none)")
@@ -35,5 +35,5 @@ def require_token_ids(name: str, value: object) -> tuple[int, ...]:
 
 
 def unsupported(name: str, value: object, supported: object) -> ConfigError:
-    """The error of a feature that the models here do not have."""
+    """The error for a feature that this package's models do not have."""
     return ConfigError(f"unsupported model: {name}={shown(value)}; supported: {supported}")

@@ -1,7 +1,7 @@
 """Hugging Face checkpoints of the Llama family: ``config.json`` and safetensors, read and written.
 
 The model is built abstractly and filled tensor by tensor, so at most one tensor exists twice at any time. Over a mesh
-each device gets its part straight from the file, and a process reads what its own devices hold, no more.
+each device gets its part straight from the file, and a process reads only what its own devices hold.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from engine.models.tensor_files import INDEX_FILE, SINGLE_FILE, StoredTensor, re
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 _LEAF_NAMES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
-# Old checkpoints store what the config already says; a tied model may store its embedding a second time.
+# Old checkpoints store frequencies that follow from the config; a tied model may store its embedding a second time.
 _REDUNDANT = re.compile(r"rotary_emb\.inv_freq$")
 _TIED_HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
-_ROWS_COMPARED = 4096  # at once: both may be gigabytes
+_ROWS_COMPARED = 4096  # rows compared at once: both tensors may be gigabytes
 
 _logger = logging.getLogger(__name__)
 
 
 def load_config(directory: str | Path) -> LlamaConfig:
-    """Read the geometry of a checkpoint.
+    """Reads the geometry of a checkpoint.
 
     Args:
-        directory: folder with ``config.json``; the end-of-text tokens of a ``generation_config.json`` next to it count
-            beside those of ``config.json``: where files of a checkpoint disagree, each names a token that ends a text.
+        directory: folder with ``config.json``. Where there is a ``generation_config.json``, the end-of-text tokens of
+            both files count.
 
     Raises:
         CheckpointError: there is no such folder, or a file is missing or is not JSON.
@@ -68,7 +68,7 @@ def load_config(directory: str | Path) -> LlamaConfig:
 
 
 def _require_checkpoint(directory: Path) -> None:
-    """Refuses what is no folder with a ``config.json``, and says what it is; raises CheckpointError."""
+    """Raises CheckpointError where ``directory`` is not a folder with a ``config.json``, and says what it is."""
     need = f"a checkpoint is a folder with {CONFIG_FILE} and safetensors, in the Hugging Face layout"
     try:
         if directory.suffix == ".gguf":
@@ -86,21 +86,21 @@ def _require_checkpoint(directory: Path) -> None:
 
 
 def load_llama(directory: str | Path, *, dtype: Any, mesh: Mesh | None = None) -> Llama:
-    """Read a checkpoint: one ``model.safetensors``, or shards with an index.
+    """Reads a checkpoint: one ``model.safetensors``, or shards with an index.
 
-    Names and shapes are all checked before the first tensor is read.
+    All names and shapes are checked before the first tensor is read.
 
     Args:
         directory: the checkpoint's folder.
-        dtype: of weights and activations, whatever the dtype they are stored in.
-        mesh: whose axis "tensor" the weights are split over, KV heads repeated where they are fewer than its devices.
+        dtype: dtype of weights and activations, whatever the dtype of the stored weights.
+        mesh: mesh over whose axis "tensor" the weights are split; KV heads fewer than its devices are repeated.
 
     Returns:
-        The model, over the mesh or on the default device; its config counts the KV heads as repeated.
+        The model, over the mesh or on the default device; its config counts KV heads as repeated.
 
     Raises:
         CheckpointError: a file or tensor is missing, corrupt, unexpected or of the wrong shape.
-        ConfigError: the model is not supported, the mesh does not divide it, or its devices' memory is too small.
+        ConfigError: the model is not supported, the mesh does not divide it, or the devices' memory is too small.
     """
     directory = Path(directory)
     stored_config = load_config(directory)
@@ -120,7 +120,7 @@ def load_llama(directory: str | Path, *, dtype: Any, mesh: Mesh | None = None) -
 
 
 def _filled(model: Llama, config: LlamaConfig, stored_config: LlamaConfig, stored: dict[str, StoredTensor]) -> Llama:
-    """The abstract model with its weights, read tensor by tensor."""
+    """Fills the abstract model with its weights, tensor by tensor."""
     state = nnx.state(model)
     leaves, treedef = _leaves_of(model)
     arrays = []
@@ -134,13 +134,13 @@ def _filled(model: Llama, config: LlamaConfig, stored_config: LlamaConfig, store
 
 
 def _tell_of_another_head(directory: Path, head: StoredTensor, embedding: StoredTensor) -> None:
-    """Logs where a tied model's file holds an output projection that is not its embedding: nobody else would notice."""
+    """Warns where a tied model's file holds an output projection other than its embedding, which is not used."""
     last = embedding.shape[0]
     rows = [(slice(at, min(at + _ROWS_COMPARED, last)),) for at in range(0, last, _ROWS_COMPARED)]
     if head.shape != embedding.shape or not all(np.array_equal(head.read(at), embedding.read(at)) for at in rows):
         _logger.warning(
-            "%s ties its output projection to the embedding by %s, so the %s that it stores, another one, is not used; "
-            "set tie_word_embeddings to false if that is what the model was trained with",
+            "%s ties its output projection to the embedding by %s, so the different %s that it stores is not used; "
+            "set tie_word_embeddings to false if the model was trained with it",
             directory,
             CONFIG_FILE,
             head.name,
@@ -148,12 +148,12 @@ def _tell_of_another_head(directory: Path, head: StoredTensor, embedding: Stored
 
 
 def save_llama(model: Llama, directory: str | Path, *, dtype: Any = None) -> None:
-    """Write ``config.json`` and ``model.safetensors``; each file appears whole or not at all.
+    """Writes ``config.json`` and ``model.safetensors``; each file appears whole or not at all.
 
     Args:
-        model: what to write.
+        model: the model to write.
         directory: the folder, created where it does not exist.
-        dtype: to store the weights in; None is the model's own.
+        dtype: dtype to store the weights in; None is the model's own.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ def save_llama(model: Llama, directory: str | Path, *, dtype: Any = None) -> Non
     tensors = {}
     for path, leaf in leaves:
         array = np.asarray(leaf)
-        # The writer takes the buffer as it lies in memory, so a transposed view would be stored untransposed.
+        # The writer stores the buffer as it lies in memory, so a transposed view would be stored untransposed.
         tensors[_tensor_name(path)] = np.ascontiguousarray(array.T if _is_kernel(path) else array, dtype=target)
     partial = directory / f"{SINGLE_FILE}.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
@@ -173,7 +173,7 @@ def save_llama(model: Llama, directory: str | Path, *, dtype: Any = None) -> Non
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, never a part."""
+    """Writes a text file so that a reader sees the old content or the new, never a part."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
@@ -188,7 +188,7 @@ def _is_kernel(path: Sequence[Any]) -> bool:
 
 
 def _tensor_name(path: Sequence[Any]) -> str:
-    """Return the checkpoint's name of a parameter: same modules, other leaf names, a prefix on all but the head."""
+    """The checkpoint's name of a parameter: same modules, other leaf names, and a prefix on all but the head."""
     *modules, leaf = key_names(path)
     prefix = [] if modules[0] == "lm_head" else ["model"]
     return ".".join([*prefix, *modules, _LEAF_NAMES[leaf]])
@@ -201,7 +201,7 @@ def _stored_shape(path: Sequence[Any], shape: tuple[int, ...]) -> tuple[int, ...
 
 @dataclass(frozen=True)
 class _StoredParameter:
-    """A parameter as the checkpoint stores it, each KV head once and kernels transposed."""
+    """A parameter as the checkpoint stores it: each KV head once, and kernels transposed."""
 
     tensor: StoredTensor
     path: Sequence[Any]
@@ -219,7 +219,7 @@ class _StoredParameter:
         return jax.make_array_from_callback(target.shape, target.sharding, part)
 
     def _part(self, index: tuple[slice, ...], shape: tuple[int, ...]) -> NDArray[Any]:
-        """What lies at ``index`` of the parameter of ``shape``; of repeated heads only the stored ones are read."""
+        """The part at ``index`` of the parameter of ``shape``; a repeated head is read once."""
         if self.repeats > 1:
             width = self.repeats * self.head_dim
             *leading, last = index or (slice(None),) * len(shape)

@@ -19,7 +19,7 @@ _SPECIAL_TOKENS = {"<|begin_of_text|>": BOS_TOKEN_ID, "<|end_of_text|>": EOS_TOK
 
 
 def default_config() -> LlamaConfig:
-    """Return the geometry of the shipped model: 0.8 M parameters, two query heads to a KV head."""
+    """The geometry of the shipped model: 0.8 M parameters, two query heads per KV head."""
     return LlamaConfig(
         vocab_size=256 + len(_SPECIAL_TOKENS),
         hidden_size=128,
@@ -36,7 +36,7 @@ def default_config() -> LlamaConfig:
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:
-    """Return a tokenizer whose ids 0 to 255 are the bytes of the text; 256 begins it and 257 ends it."""
+    """A tokenizer whose ids 0 to 255 are the bytes of the text; 256 begins a text and 257 ends it."""
     vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -50,7 +50,7 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
 
 
 def _byte_characters() -> list[str]:
-    """Return what stands for each byte in GPT-2's byte-level alphabet: itself if it prints, else one from 256 on."""
+    """The character for each byte in GPT-2's byte-level alphabet: its own where it prints, else one from 256 on."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     unprintable = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) if byte in printable else chr(256 + unprintable.index(byte)) for byte in range(256)]

@@ -1,7 +1,6 @@
 """The forward pass without a cache: plain causal attention over unfused K and V.
 
-It shares no code with the paged path below the projections, which is what makes it a check on it; training uses it
-as well.
+It shares no code with the paged path below the projections, which makes it an independent check; training uses it too.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from engine.models.llama import Llama
 
 
 def causal_attention(q: Array, k: Array, v: Array, *, sliding_window: int | None = None) -> Array:
-    """Attend within one sequence; scores and softmax are float32, scaled by ``D ** -0.5``.
+    """Attention within one sequence; scores, scaled by ``D ** -0.5``, and softmax are float32.
 
     Args:
         q: ``[T, Hq, D]``, ``Hq`` a multiple of ``H``.
         k: ``[T, H, D]``.
         v: ``[T, H, D]``.
-        sliding_window: tokens that a query sees, itself included; None is all.
+        sliding_window: tokens that a query sees, its own included; None is all.
 
     Returns:
         ``[T, Hq, D]`` in q's dtype.
@@ -39,10 +38,10 @@ def causal_attention(q: Array, k: Array, v: Array, *, sliding_window: int | None
 
 
 def dense_logits(model: Llama, token_ids: Array) -> Array:
-    """Return the logits after every token of one sequence or of several equally long ones, apart from each other.
+    """The logits after every token of one sequence, or of several independent sequences of equal length.
 
     Args:
-        model: any Llama.
+        model: the weights.
         token_ids: int32 ``[..., T]``.
 
     Returns:
@@ -52,7 +51,7 @@ def dense_logits(model: Llama, token_ids: Array) -> Array:
     attention = jax.vmap(partial(causal_attention, sliding_window=model.config.sliding_window))
 
     def attend(layer_id: int, q: Array, k: Array, v: Array) -> Array:
-        # All sequences go through the projections as one run of tokens: one large product instead of many small.
+        # All sequences go through the projections as one run of tokens: one large product instead of many small ones.
         return attention(*(x.reshape(-1, length, *x.shape[1:]) for x in (q, k, v))).reshape(q.shape)
 
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), token_ids.shape)

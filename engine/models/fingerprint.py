@@ -1,4 +1,4 @@
-"""A model's fingerprint: equal where every number that it computes with is, whatever file or object it came from."""
+"""A model's fingerprint: equal for models that compute with equal numbers, whatever file or object they came from."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
 from engine.models.sharding import key_names
 
-PIECE_BYTES = 16 << 20  # hashed by a thread at a time
+PIECE_BYTES = 16 << 20  # bytes that a thread hashes at a time
 THREADS = 8
-_RULE = "model fingerprint 1"  # another number wherever something else is hashed
+_RULE = "model fingerprint 1"  # a change of what is hashed takes another number
 _SETTINGS = (bool, int, float, str, type(None), np.generic, np.dtype, Enum, LlamaConfig)
 
 
 def fingerprint(model: Llama) -> str:
     """A SHA-256 over every byte of every weight and over every setting of every module, as hexadecimal digits.
 
-    Settings are the configuration, the dtypes, and what a module keeps of them, such as a norm's epsilon: every plain
-    value, since one too many costs a cache hit and one too few an answer. How the weights are split over devices does
-    not count. Up to ``THREADS`` cores hash 1 to 2 GB a second each, and the host holds one weight at a time. Where
-    processes share the weights all must call it: what one cannot read whole is gathered.
+    Settings are the configuration, the dtypes, and what a module derives from them, such as a norm's epsilon: every
+    plain value, since one too many costs a cache hit and one too few gives wrong answers. How the weights are split
+    over devices does not count. Up to ``THREADS`` cores hash 1 to 2 GB/s each, and the host holds one weight at a time.
+    Where processes share the weights, all must call it, because the weights are gathered.
 
     Args:
-        model: as it is served; it is not changed, and may be afterwards.
+        model: the model as it is served; it is not changed.
     """
     digest = hashlib.sha256(json.dumps([_RULE, settings_of(model)]).encode())
     leaves, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.state(model)))
@@ -44,7 +44,7 @@ def fingerprint(model: Llama) -> str:
 
 
 def settings_of(model: Llama) -> list[tuple[str, str, str, str]]:
-    """Path, module, name and value of each plain attribute of each module: what a program is compiled with."""
+    """Path, module, name and value of each plain attribute of each module: a compiled program depends on all."""
     settings = []
     for path, module in nnx.iter_modules(model):
         for name, value in vars(module).items():
@@ -58,7 +58,7 @@ def _on_host(leaf: Any) -> np.ndarray[Any, Any]:
         return np.asarray(leaf)
     if not leaf.is_fully_addressable and isinstance(leaf.sharding, NamedSharding):
         leaf = jax.jit(_same, out_shardings=NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
-    # Another array over the same memory: jax keeps what the host has read for as long as the array lives.
+    # A second array over the same memory, since jax keeps the host's copy for as long as the array lives.
     parts = [shard.data for shard in leaf.addressable_shards]
     array: np.ndarray[Any, Any] = jax.device_get(
         jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)

@@ -1,7 +1,7 @@
-"""How a Hugging Face ``config.json`` states the geometry of a Llama-family model.
+"""Reads the geometry of a Llama-family model from a Hugging Face ``config.json``.
 
-What a file leaves out is what transformers assumes for its architecture. Null means a size that follows from others, or
-none.
+A key that the file lacks has the value that transformers assumes for the architecture. Null means a size that follows
+from others, or none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from engine.models.hf_rope import rope_from_hf
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-LARGEST_COUNT = 1 << 24  # of what one number of a config may count: above it no product of two fits any memory
+LARGEST_COUNT = 1 << 24  # above it, the product of two sizes fits no memory
 
 _LLAMA = {
     "vocab_size": 32000,
@@ -55,7 +55,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def fields_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a LlamaConfig.
+    """Returns the fields of a LlamaConfig.
 
     Args:
         config: the parsed JSON object.
@@ -96,7 +96,7 @@ def _or_else(value: Any, default: Any) -> Any:
 
 
 def _own_or_default(config: Mapping[str, Any], values: Mapping[str, Any], key: str) -> Any:
-    """A token id; the architecture's own counts only where the vocabulary has it."""
+    """A token id; the architecture's default counts only where the vocabulary has it."""
     token = values[key]
     return token if key in config or token is None or token < values["vocab_size"] else None
 
@@ -122,7 +122,7 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
 
 
 def _sliding_window(values: Mapping[str, Any]) -> int | None:
-    """The one window of all layers; llama has none, mistral's is on by its presence, qwen2's by a switch."""
+    """The window of all layers: llama has none, mistral has the one given, qwen2 if ``use_sliding_window`` is set."""
     model_type, layers = values["model_type"], values["num_hidden_layers"]
     on = model_type == "mistral" or (
         model_type == "qwen2" and require_flag("use_sliding_window", values.get("use_sliding_window", False))
@@ -135,7 +135,7 @@ def _sliding_window(values: Mapping[str, Any]) -> int | None:
 
 
 def _layer_kind(values: Mapping[str, Any], layers: int, *, windowed: bool) -> str:
-    """What every layer is; they must all be the same."""
+    """The kind of every layer; raises ConfigError where the layers differ."""
     kinds = values.get("layer_types")
     if kinds is None:
         windowless = 0 if windowed else layers

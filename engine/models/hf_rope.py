@@ -1,7 +1,7 @@
-"""How Hugging Face configurations state rotary parameters: three spellings of the same table.
+"""Reads rotary parameters from Hugging Face configurations, which spell the same table in three ways.
 
-Transformers 5 writes ``rope_parameters`` (theta inside, and one table for each kind of layer where they differ); before
-it came ``rope_theta`` next to ``rope_scaling``, whose kind is ``rope_type`` or, older still, ``type``.
+Transformers 5 writes ``rope_parameters`` (theta inside, and one table for each kind of layer where they differ).
+Earlier versions write ``rope_theta`` next to ``rope_scaling``, whose kind is ``rope_type`` or, older still, ``type``.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _SUPPORTED = ("default", "linear", "llama3")
 
 
 def rope_from_hf(config: Mapping[str, Any], layer_kind: str = "full_attention") -> tuple[float, RopeScaling | None]:
-    """Return theta and the scaling rule of a configuration.
+    """Returns theta and the scaling rule of a configuration.
 
     Args:
         config: a parsed ``config.json``.
-        layer_kind: whose parameters to return where there are some for each kind of layer.
+        layer_kind: the kind of layer whose parameters to return, where there is a table for each kind.
 
     Raises:
-        ConfigError: the rope type is not supported, or a parameter of it is missing or out of range.
+        ConfigError: the rope type is not supported, or one of its parameters is missing or out of range.
     """
     table = _table(config, layer_kind)
     theta = _given(table, config, "rope_theta", _DEFAULT_THETA)
@@ -40,14 +40,14 @@ def rope_from_hf(config: Mapping[str, Any], layer_kind: str = "full_attention") 
     if kind == "linear":
         return theta, LinearScaling(factor)
     if kind == "llama3":
-        # As transformers has it: what is left out is the context that the file states.
+        # As in transformers: where it is left out, it is the context that the file states.
         before = _given(config, table, "original_max_position_embeddings", config.get("max_position_embeddings"))
         return theta, Llama3Scaling(factor, low, high, before)
     raise unsupported("rope_type", kind, list(_SUPPORTED))
 
 
 def _table(config: Mapping[str, Any], layer_kind: str) -> Mapping[str, Any]:
-    """The table of rope parameters; of several, each under a kind of layer, that of ``layer_kind``."""
+    """The table of rope parameters; where there is one for each kind of layer, that of ``layer_kind``."""
     tables = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key) is not None]
     if wrong := [table for table in tables if not isinstance(table, Mapping)]:
         raise ConfigError(f"invalid model config: rope parameters are {shown(wrong[0])}; they must be a table")
@@ -58,7 +58,7 @@ def _table(config: Mapping[str, Any], layer_kind: str) -> Mapping[str, Any]:
     if layer_kind not in nested:
         raise ConfigError(
             f"invalid model config: rope parameters for {sorted(nested)}, and every layer is a {layer_kind}; "
-            "they must be there for it"
+            "add a table for it"
         )
     return nested[layer_kind]
 
@@ -68,7 +68,7 @@ def _given(first: Mapping[str, Any], second: Mapping[str, Any], key: str, defaul
 
 
 def rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """Return the ``rope_scaling`` table of a rule, None for none."""
+    """Returns the ``rope_scaling`` table of a scaling rule; None without one."""
     if scaling is None:
         return None
     return {"rope_type": "linear" if isinstance(scaling, LinearScaling) else "llama3", **asdict(scaling)}

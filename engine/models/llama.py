@@ -21,13 +21,13 @@ Attend = Callable[[int, Array, Array, Array], Array]
 """``attend(layer_id, q[T, Hq, D], k[T, H, D], v[T, H, D]) -> out[T, Hq, D]``; q and k come rotated."""
 
 Place = Callable[[Array], Array]
-"""Says where ``[T, hidden]`` activations lie over a mesh; returns them."""
+"""Returns ``[T, hidden]`` activations with a sharding over a mesh."""
 
 _INIT = nnx.initializers.normal(0.02)
 
 
 def _linear(inputs: int, outputs: int, dtype: Any, rngs: nnx.Rngs, *, bias: bool = False) -> nnx.Linear:
-    # On a TPU the default precision of float32 would be bfloat16; of bfloat16 there is only one.
+    # On a TPU the default precision of a float32 product is bfloat16; for 16-bit dtypes there is only one precision.
     return nnx.Linear(
         inputs, outputs, use_bias=bias, dtype=dtype, param_dtype=dtype, precision=_precision(dtype), rngs=rngs
     )
@@ -41,8 +41,8 @@ class RMSNorm(nnx.Module):
     """Root-mean-square normalisation (Zhang & Sennrich, 2019); the statistics are float32.
 
     Args:
-        config: gives width and epsilon.
-        dtype: of the weight.
+        config: has the width and epsilon.
+        dtype: dtype of the weight.
     """
 
     def __init__(self, config: LlamaConfig, dtype: Any) -> None:
@@ -50,20 +50,20 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(config.hidden_size, dtype))
 
     def __call__(self, x: Array) -> Array:
-        """Normalise the last axis of ``x``; same shape and dtype."""
+        """Normalises the last axis of ``x``; returns the same shape and dtype."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
         return wide.astype(x.dtype) * jnp.broadcast_to(self.scale[...], x.shape)
 
 
 class Attention(nnx.Module):
-    """The projections around attention; what lies between them is the caller's `Attend`.
+    """The projections around attention; attention itself is the caller's `Attend`.
 
     Args:
         config: the model's geometry.
-        layer_id: the layer, counted from 0, as told to `Attend`.
-        dtype: of weights and activations.
-        rngs: for the initial weights.
+        layer_id: index of the layer, from 0, passed to `Attend`.
+        dtype: dtype of weights and activations.
+        rngs: random state for the initial weights.
     """
 
     def __init__(self, config: LlamaConfig, layer_id: int, dtype: Any, rngs: nnx.Rngs) -> None:
@@ -78,7 +78,7 @@ class Attention(nnx.Module):
         self.o_proj = _linear(q_width, hidden, dtype, rngs, bias=config.output_bias)
 
     def __call__(self, x: Array, cos: Array, sin: Array, attend: Attend) -> Array:
-        """Attend: ``x[T, hidden]``, angles ``[T, 1, D / 2]`` -> ``[T, hidden]``."""
+        """Attends: ``x[T, hidden]``, ``cos`` and ``sin`` ``[T, 1, D / 2]`` -> ``[T, hidden]``."""
         q, k, v = (
             projection(x).reshape(x.shape[0], -1, self.head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -92,8 +92,8 @@ class MLP(nnx.Module):
 
     Args:
         config: the model's geometry.
-        dtype: of weights and activations.
-        rngs: for the initial weights.
+        dtype: dtype of weights and activations.
+        rngs: random state for the initial weights.
     """
 
     def __init__(self, config: LlamaConfig, dtype: Any, rngs: nnx.Rngs) -> None:
@@ -107,13 +107,13 @@ class MLP(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """One layer: attention, then MLP, each behind a norm and added to the residual stream.
+    """One layer: attention, then MLP, each after a norm and added to the residual stream.
 
     Args:
         config: the model's geometry.
-        layer_id: the layer, counted from 0.
-        dtype: of weights and activations.
-        rngs: for the initial weights.
+        layer_id: index of the layer, from 0.
+        dtype: dtype of weights and activations.
+        rngs: random state for the initial weights.
     """
 
     def __init__(self, config: LlamaConfig, layer_id: int, dtype: Any, rngs: nnx.Rngs) -> None:
@@ -135,8 +135,8 @@ class Llama(nnx.Module):
 
     Args:
         config: the model's geometry.
-        dtype: of weights and activations: float32, bfloat16 or float16.
-        rngs: for the initial weights.
+        dtype: dtype of weights and activations: float32, bfloat16 or float16.
+        rngs: random state for the initial weights.
     """
 
     def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs) -> None:
@@ -157,13 +157,13 @@ class Llama(nnx.Module):
     def __call__(
         self, token_ids: Array, positions: Array, attend: Attend, place: Place = lambda hidden: hidden
     ) -> Array:
-        """Run the layers over a flat run of tokens, which may belong to several sequences.
+        """Runs the layers over a flat run of tokens, which may belong to several sequences.
 
         Args:
             token_ids: int32 ``[T]``.
-            positions: int32 ``[T]``, each token's place in its own sequence, from 0.
-            attend: attention; called once per layer, in order, and free to gather what it writes in a closure.
-            place: called on the residual stream after the embedding and each layer; nothing by default.
+            positions: int32 ``[T]``, each token's position in its own sequence, from 0.
+            attend: attention; called once per layer, in order; it may collect what it writes in a closure.
+            place: called on the residual stream after the embedding and each layer; the identity by default.
 
         Returns:
             Hidden states after the final norm, ``[T, hidden_size]``, in the model's dtype.
@@ -176,6 +176,6 @@ class Llama(nnx.Module):
         return self.norm(x)
 
     def logits(self, hidden: Array) -> Array:
-        """Return the logits of the next token: ``hidden[N, hidden_size] -> float32[N, vocab_size]``."""
+        """The logits of the next token: ``hidden[N, hidden_size] -> float32[N, vocab_size]``."""
         kernel = self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
         return jnp.matmul(hidden, kernel, precision=_precision(self.dtype), preferred_element_type=jnp.float32)

@@ -12,31 +12,31 @@ from engine.models.hf_config import ARCHITECTURES, LARGEST_COUNT, SIZES, fields_
 from engine.models.hf_rope import rope_from_hf, rope_to_hf
 from engine.models.rotary import LinearScaling, RopeScaling
 
-# More than any model has; layers and heads are Python's to count, so they are fewer.
+# More than any model has; Python loops over layers and heads, so their bounds are lower.
 _LARGEST = {"num_hidden_layers": 1 << 12, "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12}
 _LONGEST_CONTEXT = (1 << 31) - 1  # positions are int32
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """What fixes a model's shapes and arithmetic; fields are named as in Hugging Face configurations.
+    """The shapes and arithmetic of a model; fields are named as in Hugging Face configurations.
 
     Attributes:
         model_type: ``llama``, ``mistral`` or ``qwen2``.
         vocab_size: rows of the embedding.
         hidden_size: width of the residual stream.
         intermediate_size: width of the MLP.
-        num_hidden_layers: layers.
+        num_hidden_layers: number of layers.
         num_attention_heads: query heads, a multiple of ``num_key_value_heads``.
         num_key_value_heads: key and value heads.
-        head_dim: size of a head, even.
-        rms_norm_eps: what RMSNorm adds to the mean square.
+        head_dim: elements per head, even.
+        rms_norm_eps: number that RMSNorm adds to the mean square.
         rope_theta: base of the rotary wavelengths.
-        rope_scaling: rule that stretches them, or None.
+        rope_scaling: rule that stretches the wavelengths, or None.
         max_position_embeddings: the context in tokens before linear scaling lengthens it; see ``context_length``.
         tie_word_embeddings: whether the output projection is the embedding.
-        sliding_window: tokens that a query sees, itself included, or None for all.
-        attention_bias: whether q, k and v have biases (and the output projection too, where model_type is llama).
+        sliding_window: tokens that a query sees, its own included, or None for all.
+        attention_bias: whether q, k and v have biases (and, where model_type is llama, the output projection).
         bos_token_id: token that begins a text, or None.
         eos_token_id: tokens that end a text; may be empty.
 
@@ -95,19 +95,19 @@ class LlamaConfig:
 
     @property
     def context_length(self) -> int:
-        """Most tokens of a text: linear scaling squeezes ``factor`` times the positions into those trained."""
+        """Most tokens of a text: linear scaling by ``factor`` makes it ``factor`` times as long."""
         if isinstance(self.rope_scaling, LinearScaling):
             return int(self.max_position_embeddings * self.rope_scaling.factor)
         return self.max_position_embeddings
 
     @property
     def output_bias(self) -> bool:
-        """Whether the attention output projection has a bias: llama's ``attention_bias`` means all four."""
+        """Whether the attention output projection has a bias: llama's ``attention_bias`` adds one to all four."""
         return self.attention_bias and self.model_type == "llama"
 
     @classmethod
     def from_mapping(cls, table: Mapping[str, Any]) -> LlamaConfig:
-        """Read a table whose keys are exactly this class's fields, such as ``[model]`` of a file in ``configs/``.
+        """Reads a table whose keys are fields of this class, such as ``[model]`` of a file in ``configs/``.
 
         Args:
             table: field names to values; ``rope_scaling`` may be a table, ``eos_token_id`` a number or a list.
@@ -129,9 +129,9 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> LlamaConfig:
-        """Read the contents of a Hugging Face ``config.json``.
+        """Reads the contents of a Hugging Face ``config.json``.
 
-        Keys without influence on the forward pass are passed over; those left out are the architecture's own.
+        Keys without influence on the forward pass are ignored; keys left out have the architecture's defaults.
 
         Args:
             config: the parsed JSON object.
@@ -143,7 +143,7 @@ class LlamaConfig:
         return cls(**fields_from_hf(config))
 
     def to_hf(self) -> dict[str, Any]:
-        """Return the ``config.json`` of this model, readable by `from_hf` and by transformers."""
+        """The ``config.json`` of this model, readable by `from_hf` and by transformers."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rope_scaling"}
         eos = list(self.eos_token_id)
         return values | {
@@ -151,7 +151,7 @@ class LlamaConfig:
             "hidden_act": "silu",
             "rope_scaling": rope_to_hf(self.rope_scaling),
             "use_sliding_window": self.sliding_window is not None,
-            # Of a qwen2 model's layers the ones from max_window_layers on have the window.
+            # The layers of a qwen2 model from max_window_layers on have the window.
             "max_window_layers": 0 if self.sliding_window is not None else self.num_hidden_layers,
             "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         }

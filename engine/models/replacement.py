@@ -1,4 +1,4 @@
-"""Whether weights can take the place of others: every shape that a compiled program has seen must be the same."""
+"""Whether new weights can replace those served: every shape that a compiled program depends on must be the same."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def require_replaceable(new: Llama, served: Llama, tp: int) -> None:
     """Refuses weights that the programs compiled for ``served`` cannot take.
 
     Args:
-        new: whole, as its user has it.
-        served: as it is served: over the devices, with KV heads repeated where they are fewer than ``tp``.
-        tp: devices that share the heads.
+        new: the new model, not split over devices.
+        served: the model as served: over the devices, with KV heads repeated where they are fewer than ``tp``.
+        tp: devices that divide the heads among them.
 
     Raises:
-        ConfigError: the geometry or the dtype differs, or a parameter has not the shape that its geometry says; the
-            message names what, with both values, of a parameter both whole shapes.
+        ConfigError: the geometry or dtype differs, or a parameter does not have the shape of its geometry; the message
+            has both values, for a parameter both whole shapes.
     """
     theirs, ours = dataclasses.asdict(split_config(new.config, tp)), dataclasses.asdict(served.config)
     theirs["dtype"], ours["dtype"] = new.dtype.name, served.dtype.name

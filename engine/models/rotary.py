@@ -1,8 +1,7 @@
 """Rotary position embedding and its scaling rules.
 
 The rotation is that of RoFormer (Su et al., 2021) in the half-split form of the published Llama weights: element
-``i`` of a head turns together with element ``i + D/2``. The scaling rules carry the names that Hugging Face
-configurations give them.
+``i`` of a head turns together with element ``i + D/2``. Scaling rules have the names of Hugging Face configurations.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ class Llama3Scaling:
     """The rule of Llama 3.1: long wavelengths are stretched by ``factor``, short ones kept, those between blended.
 
     Attributes:
-        factor: how much the long wavelengths are stretched.
+        factor: factor by which the long wavelengths are stretched.
         low_freq_factor: wavelengths above ``original_max_position_embeddings / low_freq_factor`` are stretched fully.
         high_freq_factor: wavelengths below ``original_max_position_embeddings / high_freq_factor`` are kept.
-        original_max_position_embeddings: the context, in tokens, of the model before it was stretched.
+        original_max_position_embeddings: the context in tokens before stretching.
 
     Raises:
         ConfigError: a value is out of range.
@@ -71,12 +70,12 @@ RopeScaling = LinearScaling | Llama3Scaling
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> NDArray[np.float32]:
-    """Return the angle in radians by which each pair of a head turns per position.
+    """The angle in radians by which each pair of a head turns per position.
 
     Args:
-        head_dim: size of a head, even.
+        head_dim: elements per head, even.
         theta: base of the geometric series of wavelengths.
-        scaling: the rule that stretches them, or None.
+        scaling: the rule that stretches the wavelengths, or None.
 
     Returns:
         float32 ``[head_dim / 2]``, host memory.
@@ -92,14 +91,14 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
 
 def _llama3_frequencies(frequencies: NDArray[np.float32], rule: Llama3Scaling) -> NDArray[np.float32]:
     wavelengths = 2 * math.pi / frequencies
-    # 0 where a wavelength does not fit into the old context, 1 where it fits often enough, linear in between.
+    # 0 where the old context holds at most low_freq_factor wavelengths, 1 where at least high_freq_factor, else linear.
     fit = rule.original_max_position_embeddings / wavelengths
     keep = np.clip((fit - rule.low_freq_factor) / (rule.high_freq_factor - rule.low_freq_factor), 0.0, 1.0)
     return ((1 - keep) * frequencies / rule.factor + keep * frequencies).astype(np.float32)
 
 
 def rotation(positions: Array, inverse_frequency: NDArray[np.float32]) -> tuple[Array, Array]:
-    """Return cosine and sine of every pair's angle at every position.
+    """Cosine and sine of every pair's angle at every position.
 
     Args:
         positions: int32 ``[T]``.
@@ -113,7 +112,7 @@ def rotation(positions: Array, inverse_frequency: NDArray[np.float32]) -> tuple[
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turn every head of ``x`` by its position's angles; computed in float32, returned in ``x``'s dtype.
+    """Turns every head of ``x`` by its position's angles, computed in float32.
 
     Args:
         x: queries or keys, ``[T, heads, D]``.
@@ -121,7 +120,7 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
         sin: float32 ``[T, 1, D / 2]``, from `rotation`.
 
     Returns:
-        ``[T, heads, D]``.
+        ``[T, heads, D]`` in x's dtype.
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,8 +1,7 @@
 """Which device holds which part of the weights: Megatron's columns and rows (arXiv 1909.08053) as NamedSharding rules.
 
-Where more devices share the heads than there are KV heads, each KV head is repeated once, here, so that every device
-has a whole one and its query heads find it at home: query heads of one KV head are neighbours, so splitting them evenly
-keeps each group with its copy.
+Where there are more devices than KV heads, each KV head is repeated at load, so every device has a whole one. Query
+heads of one KV head are neighbours, so an even split keeps them on devices that hold a copy of their KV head.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from engine.errors import ConfigError
 from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
 
-COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # split by output: no device waits for another
-ROWS = ("o_proj", "down_proj")  # split by input: the partial sums are added up
+COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # split by output: no exchange between devices
+ROWS = ("o_proj", "down_proj")  # split by input: partial sums are added over the devices
 REPEATED = ("k_proj", "v_proj")
 
 
 def split_config(config: LlamaConfig, tp: int) -> LlamaConfig:
-    """The geometry of a model whose heads are split ``tp`` ways: at least ``tp`` KV heads, repeated if need be.
+    """The geometry of a model whose heads are split ``tp`` ways: at least ``tp`` KV heads, repeated if necessary.
 
     Raises:
-        ConfigError: ``tp`` does not divide the heads or the widths; the message lists what does.
+        ConfigError: ``tp`` does not divide the heads or the widths; the message lists the values that do.
     """
     wrong = _misfits(config, tp)
     if wrong:
@@ -41,10 +40,10 @@ def split_config(config: LlamaConfig, tp: int) -> LlamaConfig:
 
 
 def _misfits(config: LlamaConfig, tp: int) -> list[str]:
-    """What ``tp`` devices could not share evenly."""
+    """The sizes that ``tp`` devices cannot divide evenly, as ``name=value``."""
     names = ["num_attention_heads", "intermediate_size"]
     if config.vocab_size % tp:
-        names.append("hidden_size")  # what the embedding is split by instead
+        names.append("hidden_size")  # by which the embedding is split instead
     wrong = [f"{name}={getattr(config, name)}" for name in names if getattr(config, name) % tp]
     heads = config.num_key_value_heads
     return wrong + [f"num_key_value_heads={heads} (nor is a multiple of it)"] * bool(heads % tp and tp % heads)
@@ -54,7 +53,7 @@ def weight_spec(names: Sequence[str], config: LlamaConfig, tp: int) -> Partition
     """How a parameter is split.
 
     Args:
-        names: its path in the model, e.g. ``("layers", "0", "self_attn", "q_proj", "kernel")``.
+        names: the parameter's path in the model, e.g. ``("layers", "0", "self_attn", "q_proj", "kernel")``.
         config: the model's geometry.
         tp: devices along the tensor axis.
     """
@@ -64,7 +63,7 @@ def weight_spec(names: Sequence[str], config: LlamaConfig, tp: int) -> Partition
     if module in ROWS and leaf == "kernel":
         return PartitionSpec(TENSOR_AXIS, None)
     if module in ("embed_tokens", "lm_head"):
-        # By the vocabulary where that divides, else by the width: [vocab, hidden] and [hidden, vocab].
+        # By the vocabulary where tp divides it, else by the width: [vocab, hidden] and [hidden, vocab].
         first_axis = (config.vocab_size % tp == 0) == (leaf == "embedding")
         return PartitionSpec(TENSOR_AXIS, None) if first_axis else PartitionSpec(None, TENSOR_AXIS)
     return PartitionSpec()
@@ -76,12 +75,12 @@ def weight_sharding(names: Sequence[str], config: LlamaConfig, mesh: Mesh) -> Na
 
 
 def abstract_llama(config: LlamaConfig, dtype: Any, mesh: Mesh | None = None) -> Llama:
-    """A model of shapes: no weight is allocated; over a mesh each shape says how it is split.
+    """A model whose weights are shapes, with shardings over a mesh; nothing is allocated.
 
     Args:
-        config: the geometry, over a mesh that of ``split_config``.
-        dtype: of weights and activations.
-        mesh: where it will lie.
+        config: the geometry; over a mesh, that of ``split_config``.
+        dtype: dtype of weights and activations.
+        mesh: the mesh that the weights will lie on, or None.
     """
     model: Llama = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
     if mesh is not None:
@@ -102,17 +101,17 @@ def key_names(path: Sequence[Any]) -> list[str]:
 
 
 def repeats_of(names: Sequence[str], stored_heads: int, heads: int) -> int:
-    """How often a parameter repeats each KV head that the checkpoint stores; 1 for all but K and V."""
+    """How many copies a parameter has of each stored KV head; 1 for all but the K and V projections."""
     return heads // stored_heads if names[-2] in REPEATED else 1
 
 
 def shard_llama(model: Llama, mesh: Mesh | None) -> Llama:
-    """The same model over a mesh, or where it lies; the given one is left as it is.
+    """A copy of the model over a mesh, or on the device where it lies; the given model is left as it is.
 
-    Whatever is done to that one later does not reach this one: weights that are NumPy's are copied.
+    Later changes of the given model do not reach the copy: NumPy weights are copied.
 
     Raises:
-        ConfigError: the mesh does not divide it.
+        ConfigError: the mesh does not divide the model.
     """
     if mesh is None:
         graph, weights = nnx.split(model)
@@ -146,7 +145,7 @@ def repeat_heads(array: Any, repeats: int, head_dim: int) -> Any:
 
 
 def weight_bytes(model: Llama) -> int:
-    """Bytes of the weights on each device: a split parameter counts by its share."""
+    """Bytes of the weights on each device; a split parameter counts by the part that a device holds."""
     total = 0
     for leaf in jax.tree.leaves(nnx.state(model)):
         shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)

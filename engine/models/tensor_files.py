@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint folder: which tensor is where, with what shape; read one at a time.
+"""The safetensors files of a checkpoint folder: where each tensor is and its shape; tensors are read one at a time.
 
 Every header is read and checked before the first tensor, so a shard that is missing or cut short is found at once.
 """
@@ -26,12 +26,12 @@ _REMEDY = "fetch it again, as it was published"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies and what its header says.
+    """A tensor of a file.
 
     Attributes:
-        name: its name in the file.
+        name: the tensor's name in the file.
         path: the file.
-        shape: its shape.
+        shape: the shape by the file's header.
     """
 
     name: str
@@ -39,13 +39,13 @@ class StoredTensor:
     shape: tuple[int, ...]
 
     def read(self, index: tuple[slice, ...] = ()) -> NDArray[Any]:
-        """Return the tensor, or a part of it: float32, float16 or bfloat16, as stored.
+        """Reads the tensor, or a part of it: float32, float16 or bfloat16, as stored.
 
         Args:
             index: a slice for each of the leading axes; only that part is read.
 
         Raises:
-            CheckpointError: the file cannot be read (any more).
+            CheckpointError: the file cannot be read.
         """
         try:
             with safe_open(self.path, framework="np") as file:
@@ -57,11 +57,11 @@ class StoredTensor:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
+    """Returns the JSON object in a file.
 
     Raises:
-        CheckpointError: there is no such file, or it holds something else; a key that stands twice, and NaN and
-            Infinity, which are not JSON, count as something else.
+        CheckpointError: there is no such file, it does not hold a JSON object, a key occurs twice, or a number is NaN
+            or Infinity, which are not JSON.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -81,7 +81,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {twice!r} stands there twice")
+        raise ValueError(f"the key {twice!r} occurs twice")
     return table
 
 
@@ -90,7 +90,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """List the tensors of a checkpoint, from one ``model.safetensors`` or from the shards of its index.
+    """Lists the tensors of a checkpoint, from one ``model.safetensors`` or from the shards of its index.
 
     Raises:
         CheckpointError: a file is missing or corrupt, the index and its shards disagree, or a dtype is not supported.

@@ -1,4 +1,4 @@
-"""Text to token ids and back, by the ``tokenizer.json`` of a checkpoint and what ``tokenizer_config.json`` adds."""
+"""Text to token ids and back, by a checkpoint's ``tokenizer.json`` and ``tokenizer_config.json``."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from engine.models.tensor_files import read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-# Tokens of the prompt that an answer is decoded behind: a character has at most 4 bytes, and a token at least one.
+# Last tokens of the prompt that an answer is decoded with: a character has at most 4 bytes, a token at least one.
 _CONTEXT_TOKENS = 8
 _REPLACEMENT = "\ufffd"
 
 
 @dataclass(frozen=True)
 class TextEnds:
-    """The tokens around a text, as ``tokenizer_config.json`` has them.
+    """The tokens around a text, as ``tokenizer_config.json`` names them.
 
     Attributes:
         bos: id of the token that begins a text, or None.
@@ -46,8 +46,8 @@ class Tokenizer:
     Args:
         backend: the parsed ``tokenizer.json``; its truncation and padding are switched off.
         ends: the tokens around a text.
-        parse_special_tokens: whether the name of a special token in a text becomes that token; else it is text like
-            any other, so that what a user writes cannot end a turn or begin one.
+        parse_special_tokens: whether the name of a special token in a text becomes that token; otherwise it is plain
+            text, so that a user's words cannot end or begin a turn.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids, special ones included."""
+        """Number of token ids, special tokens included."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
     @property
@@ -72,10 +72,10 @@ class Tokenizer:
         return frozenset() if self._ends.eos is None else frozenset((self._ends.eos,))
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of ``text`` between the tokens that the checkpoint puts around it (usually a bos).
+        """Returns the token ids of ``text`` with the tokens that the checkpoint puts around it (usually a bos).
 
-        ``add_bos_token`` and ``add_eos_token`` of ``tokenizer_config.json`` outweigh the post-processor of
-        ``tokenizer.json``. What the text itself begins or ends with, as chat templates do, is not put there again.
+        ``add_bos_token`` and ``add_eos_token`` of ``tokenizer_config.json`` override the post-processor of
+        ``tokenizer.json``. A token that the text itself begins or ends with, as chat templates do, is not added again.
 
         Raises:
             RequestError: the tokenizer cannot encode the text.
@@ -95,18 +95,18 @@ class Tokenizer:
         return head + body + tail
 
     def decode(self, token_ids: Sequence[int], *, prompt: Sequence[int] | npt.NDArray[np.int32] = ()) -> str:
-        """Return the text of ``token_ids`` where they stand: behind ``prompt``.
+        """Returns the text that ``token_ids`` add to the text of ``prompt``.
 
         Special tokens are left out. Bytes that are not UTF-8, such as the first half of a character whose other half
-        has not been generated yet, become U+FFFD. Of a character whose first half ends the prompt, the whole is part
-        of the answer.
+        has not been generated yet, become U+FFFD. A character whose first half ends the prompt is, whole, part of the
+        result.
 
         Args:
-            token_ids: what to decode.
-            prompt: the tokens before it; its last few alone are looked at.
+            token_ids: the tokens to decode.
+            prompt: the tokens before them, of which only the last few matter.
 
         Raises:
-            CheckpointError: the tokenizer cannot decode them.
+            CheckpointError: the tokenizer cannot decode the tokens.
         """
         with _refused_as(CheckpointError, "the tokenizer cannot decode the answer"):
             context = self._last_with_text(prompt)
@@ -116,7 +116,7 @@ class Tokenizer:
         return text[len(before) :]
 
     def _last_with_text(self, prompt: Sequence[int] | npt.NDArray[np.int32]) -> list[int]:
-        """The last tokens of ``prompt`` that decode to something."""
+        """The last ``_CONTEXT_TOKENS`` tokens of ``prompt`` that decode to text."""
         backwards = (int(prompt[at]) for at in range(len(prompt) - 1, -1, -1))
         with_text = (t for t in backwards if t not in self._special and self._backend.id_to_token(t) is not None)
         return list(islice(with_text, _CONTEXT_TOKENS))[::-1]
@@ -128,19 +128,19 @@ class Tokenizer:
         return text
 
     def _pieces(self, token_ids: list[int]) -> Iterator[str]:
-        """The text in pieces: the library replaces a whole run of byte tokens for one byte of it that is wrong."""
+        """The text in pieces, since the library replaces a whole run of byte tokens if one byte of it is wrong."""
         for at, (is_bytes, run) in enumerate(groupby(token_ids, self._byte_of.__contains__)):
             tokens = list(run)
             if is_bytes:
                 yield bytes(self._byte_of[token] for token in tokens).decode(errors="replace")
             elif at == 0:
                 yield self._backend.decode(tokens, skip_special_tokens=True)
-            else:  # behind another token: what begins a text may lose its first space
+            else:  # decoded after another token, because the beginning of a text may lose its first space
                 yield self._backend.decode([tokens[0], *tokens])[len(self._backend.decode(tokens[:1])) :]
 
 
 def load_tokenizer(directory: str | Path, *, parse_special_tokens: bool = True) -> Tokenizer | None:
-    """Read ``tokenizer.json`` of a checkpoint folder, and ``tokenizer_config.json`` where there is one.
+    """Reads ``tokenizer.json`` of a checkpoint folder, and ``tokenizer_config.json`` where there is one.
 
     Args:
         directory: the folder.
@@ -150,7 +150,7 @@ def load_tokenizer(directory: str | Path, *, parse_special_tokens: bool = True) 
         The tokenizer, or None where the folder has none: such a model is served by token ids alone.
 
     Raises:
-        CheckpointError: the file is not a tokenizer, or the other one is wrong.
+        CheckpointError: ``tokenizer.json`` is not a tokenizer, or a value of ``tokenizer_config.json`` is wrong.
     """
     path = Path(directory) / TOKENIZER_FILE
     if not path.is_file():
@@ -163,24 +163,24 @@ def load_tokenizer(directory: str | Path, *, parse_special_tokens: bool = True) 
 
 @contextmanager
 def _refused_as(kind: type[EngineError], what: str) -> Iterator[None]:
-    """Turns whatever the library raises into an error of ours."""
+    """Turns whatever the tokenizer library raises into ``kind``."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException as error:  # bare Exceptions, and panics, which are not even that
+    except BaseException as error:  # a panic of the library is not an Exception
         raise kind(f"{what}: {error}") from error
 
 
 def _with_or_without(ids: list[int], token: int | None, wanted: bool | None) -> list[int]:
-    """What the post-processor puts at one end of a text, with ``token`` or without it."""
+    """``ids``, which the post-processor puts at one end of a text, with ``token`` or without it as ``wanted``."""
     if token is None or wanted is None or (token in ids) == wanted:
         return ids
     return [*ids, token] if wanted else [other for other in ids if other != token]
 
 
 def _byte_tokens(backend: tokenizers.Tokenizer) -> dict[int, int]:
-    """The tokens that stand for single bytes of characters which the vocabulary lacks, and their bytes."""
+    """Maps tokens to the single bytes that they stand for, of characters that the vocabulary lacks."""
     names = {byte: f"<0x{byte:02X}>" for byte in range(256)}
     found = {backend.token_to_id(name): byte for byte, name in names.items()}
     return {
@@ -205,9 +205,9 @@ def _switch(path: Path, key: str, values: dict[str, Any]) -> bool | None:
 
 
 def _token_id(path: Path, key: str, values: dict[str, Any], backend: tokenizers.Tokenizer) -> int | None:
-    """The id of a token that is named by its text, or by a table that holds it; None where it is not in the vocabulary.
+    """The id of a token that is named by its text, or by a table with its text; None where the vocabulary lacks it.
 
-    Published checkpoints name tokens that they do not have: such a token can neither be fed nor generated.
+    Some published checkpoints name tokens that their vocabulary lacks, which can be neither fed nor generated.
     """
     value = values.get(key)
     name = value.get("content") if isinstance(value, dict) else value

@@ -1,8 +1,7 @@
 """Trains the Llama that ships with the package, on the public-domain text that ships with it.
 
-Byte-level next-token prediction with Muon (Jordan, 2024) under a warmed-up cosine schedule. Most steps see short
-windows, which are cheap; the last ones see the whole context, so that long generation stays within positions the model
-has met.
+Byte-level next-token prediction with Muon (Jordan, 2024) under a cosine schedule with warm-up. Most steps train on
+short windows, which are cheap; the last steps train on the whole context, so that the model knows every position.
 """
 
 from __future__ import annotations
@@ -56,11 +55,11 @@ State = Any
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training run reached.
+    """The losses of a training run.
 
     Attributes:
         train_bits_per_byte: mean loss of the last reported steps.
-        held_out_bits_per_byte: loss on text that was kept from training.
+        held_out_bits_per_byte: loss on held-out text.
     """
 
     train_bits_per_byte: float
@@ -68,14 +67,14 @@ class TrainingResult:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of the training command."""
+    """Declares the options of the training command."""
     parser.add_argument("--out", type=Path, default=DEFAULT_MODEL_DIR, help="folder to write")
     parser.add_argument("--steps", type=int, default=_DEFAULT_STEPS, help="optimiser steps of 2048 bytes each")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the text (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and order of the text (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the training command: trains, saves, prints the losses.
+    """Runs the training command: trains, saves, prints the losses.
 
     Returns:
         The exit status, 0.
@@ -95,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _require_writable(folder: Path) -> None:
-    """Before the minutes that training takes."""
+    """Raises ConfigError before the minutes that training takes, rather than after them."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=folder).close()
@@ -104,12 +103,12 @@ def _require_writable(folder: Path) -> None:
 
 
 def train_default_model(steps: int, seed: int, console: Console) -> tuple[Llama, TrainingResult]:
-    """Train the default geometry from random weights.
+    """Trains the default geometry from random weights.
 
     Args:
         steps: optimiser steps.
-        seed: of the weights and of the order of the text.
-        console: where the progress bar goes.
+        seed: seed of the weights and of the order of the text.
+        console: console of the progress bar.
 
     Raises:
         ConfigError: the extra ``train`` is not installed, or a number is out of range.
@@ -120,7 +119,7 @@ def train_default_model(steps: int, seed: int, console: Console) -> tuple[Llama,
         raise ConfigError(f"cannot draw weights with the seed {seed}; give a number from 0 to 2**32 - 1")
     optimizer = _optimizer(steps)
     training_text, held_out_text = load_texts()
-    # By name: what jax's default generator makes of a seed is a setting.
+    # The generator by name, since jax's default generator is a setting.
     rngs = nnx.Rngs(jax.random.key(seed, impl="threefry2x32"))
     model = Llama(default_config(), dtype=jnp.float32, rngs=rngs)
     graph, state = nnx.split(model)
@@ -133,7 +132,7 @@ def train_default_model(steps: int, seed: int, console: Console) -> tuple[Llama,
 
 
 def bits_per_byte(model: Llama, windows: NDArray[np.int32]) -> float:
-    """Return the model's mean loss over windows of text, in bits per byte.
+    """The model's mean loss over windows of text, in bits per byte.
 
     Args:
         model: a model over the byte-level vocabulary.
@@ -162,10 +161,10 @@ def _optimizer(steps: int) -> Any:
 def _batches(
     texts: list[NDArray[np.uint8]], steps: int, context: int, rng: np.random.Generator
 ) -> Iterator[NDArray[np.int32]]:
-    """Yield a batch per step, of equally many bytes: short windows first, the whole context at the end."""
+    """Yields a batch per step, all of about the same bytes: short windows first, the whole context at the end."""
     first_long_step = math.ceil(steps * (1 - _LONG_SHARE))
     for index in range(steps):
-        # One position of the context is taken by the token that begins a window.
+        # The token that begins a window takes one position of the context.
         length = _SHORT_WINDOW if index < first_long_step else context - 1
         yield sample_windows(texts, _BYTES_PER_STEP // length, length, rng)
 
@@ -191,7 +190,7 @@ def _run_steps(
     steps: int,
     console: Console,
 ) -> tuple[State, float]:
-    """Run all steps under a progress bar; returns the parameters and the mean loss in nats of the last steps."""
+    """Runs all steps under a progress bar; returns the parameters and the mean loss in nats of the last steps."""
     mean_loss = math.nan
     with Progress(*_PROGRESS_COLUMNS, console=console) as progress:
         task = progress.add_task("training", total=steps)

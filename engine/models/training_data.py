@@ -1,4 +1,4 @@
-"""Windows of the training text as token ids, and the part of the text that is kept from training."""
+"""Windows of the training text as token ids, and the part of the text that is held out."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _HELD_OUT_SHARE = 0.05
 
 
 def load_texts(directory: Path = TRAINING_TEXT_DIR) -> tuple[list[NDArray[np.uint8]], list[NDArray[np.uint8]]]:
-    """Read every ``*.txt``; the last twentieth of each is held out.
+    """Reads every ``*.txt``; the last twentieth of each is held out.
 
     Returns:
-        The bytes to train on and the bytes held out, one array a file each, in the order of the file names.
+        The bytes to train on and the held-out bytes, each one array per file, in the order of the file names.
 
     Raises:
         ConfigError: the folder has no text.
@@ -37,13 +37,13 @@ def load_texts(directory: Path = TRAINING_TEXT_DIR) -> tuple[list[NDArray[np.uin
 def sample_windows(
     texts: list[NDArray[np.uint8]], count: int, length: int, rng: np.random.Generator
 ) -> NDArray[np.int32]:
-    """Draw windows uniformly over all texts, each begun with the token that begins a text.
+    """Draws windows uniformly over all texts, each behind the token that begins a text.
 
     Args:
-        texts: bytes; none shorter than ``length``.
-        count: windows.
-        length: bytes in a window.
-        rng: where the randomness comes from.
+        texts: the bytes of each text, at least ``length``.
+        count: number of windows.
+        length: bytes per window.
+        rng: random generator.
 
     Returns:
         int32 ``[count, length + 1]``.
@@ -59,7 +59,7 @@ def sample_windows(
 
 
 def consecutive_windows(texts: list[NDArray[np.uint8]], length: int) -> NDArray[np.int32]:
-    """Cut texts into neighbouring windows like those of `sample_windows`, a remainder left out.
+    """Cuts texts into consecutive windows like those of `sample_windows`; a remainder is left out.
 
     Returns:
         int32 ``[windows, length + 1]``.

@@ -8,10 +8,10 @@ from engine.terminal import FAILED, leave, loading, run_command
 
 
 def main() -> int:
-    """Builds and loads the library; the exit status is 1 where that fails."""
+    """Builds and loads the library and prints its path; returns the exit code, 1 where that fails."""
     with loading():
         from engine.errors import BackendUnsupported
-        from engine.native.build import build_library
+        from engine.native.compiler import build_library
         from engine.native.library import register
 
     try:

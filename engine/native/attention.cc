@@ -1,7 +1,7 @@
-// Ragged paged attention over the fused KV buffer on a CPU: plans a step's work, shares it out, merges what was split.
+// Ragged paged attention over the fused KV buffer on a CPU: plans a step's work, distributes it, merges split results.
 //
-// How a sequence is cut depends on that sequence alone, and parts are merged in order, so its result has the same bits
-// in any batch and on any number of threads.
+// How a sequence is split depends on that sequence alone, and parts are merged in order, so its result has the same
+// bits in any batch and on any number of threads.
 
 #include <cmath>
 #include <memory>
@@ -17,10 +17,10 @@ namespace ffi = xla::ffi;
 namespace engine {
 namespace {
 
-constexpr int kMostWindow = 1 << 30;  // beyond any context, and far from overflow
-constexpr int kSplitTokens = 512;  // of context: what one item reads of a sequence that has few queries
+constexpr int kMostWindow = 1 << 30;  // larger than any context, and far from overflow
+constexpr int kSplitTokens = 512;  // context tokens that one item reads of a sequence with few queries
 
-// Which sequences a step has, and in which items they are computed.
+// The sequences of a step, and the items of work that compute them.
 class Plan {
  public:
   Plan(const Problem& problem, int64_t rows, int64_t table_width, int64_t tokens, const int32_t* page_table,
@@ -28,7 +28,7 @@ class Plan {
       : problem_(problem) {
     const int64_t most = table_width * problem.page_size;
     for (int64_t b = 0; b < rows; ++b) {
-      // Lengths are checked where they are concrete; where they were traced, wrong ones must not reach outside memory.
+      // Concrete lengths were checked by the caller; wrong traced lengths must not lead to reads outside of the arrays.
       const int first = std::clamp<int64_t>(cu_q_lens[b], 0, tokens);
       const int q_len = std::clamp<int64_t>(cu_q_lens[b + 1], first, tokens) - first;
       const int kv_len = std::clamp<int64_t>(kv_lens[b], 0, most);
@@ -49,7 +49,7 @@ class Plan {
   void AddItems(Sequence& sequence) {
     const int tile = std::max(1, kExtendTileRows / problem_.group());
     const bool decodes = Decodes(sequence);
-    // The last tile sees the most context, so it goes first: the others even out what it leaves idle.
+    // The last tile has the most context, so it starts first: the others then balance the threads.
     for (int first = (sequence.q_len - 1) / tile * tile; first >= 0; first -= tile) {
       const int queries = std::min(tile, sequence.q_len - first), position = sequence.first_position() + first;
       const int begin = std::max(0, position + 1 - problem_.window), end = std::max(0, position + queries);
@@ -115,7 +115,7 @@ bool FindType(ffi::DataType type, Float& found) {
 }
 
 // q [T, Hq, D], fused [S, R, L] with R >= 2H and L >= D, page_table [B, P], cu_q_lens [B + 1], kv_lens [B],
-// sinks [Hq] or [0]; out as q, zero past cu_q_lens[B]; lse [T, Hq], -inf there, or [0] where it is not wanted.
+// sinks [Hq] or [0]; out like q, zero from cu_q_lens[B] on; lse [T, Hq], -inf there, or [0] where it is not requested.
 ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer fused, ffi::Buffer<ffi::S32> page_table,
                   ffi::Buffer<ffi::S32> cu_q_lens, ffi::Buffer<ffi::S32> kv_lens, ffi::Buffer<ffi::F32> sinks,
                   int32_t kv_heads, int32_t page_size, int32_t window, float sm_scale, float soft_cap,
@@ -143,7 +143,7 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer fused, 
   const int32_t* bounds = cu_q_lens.typed_data();
   const Plan plan(problem, table[0], table[1], asked[0], page_table.typed_data(), bounds, kv_lens.typed_data());
   WithType(cache_type, [&](auto element) { Run<decltype(element)>(problem, plan, pool); });
-  // Tokens before the first sequence and past the last are nobody's.
+  // Tokens before the first sequence and after the last one belong to no sequence.
   const int64_t begin = std::clamp<int64_t>(bounds[0], 0, asked[0]);
   const int64_t end = std::clamp<int64_t>(bounds[table[0]], begin, asked[0]);
   for (const auto& [from, to] : {std::pair{int64_t{0}, begin}, std::pair{end, asked[0]}}) {

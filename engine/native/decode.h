@@ -1,4 +1,4 @@
-// One new token of a sequence against a part of its context, all KV heads together: slots are read in whole, once.
+// Attention of one new token to a part of its sequence's context, all KV heads together: each slot is read whole, once.
 
 #ifndef ENGINE_NATIVE_DECODE_H_
 #define ENGINE_NATIVE_DECODE_H_
@@ -9,11 +9,11 @@
 namespace engine {
 
 constexpr int kDecodeBlock = 32;                      // context tokens between two rescalings
-constexpr int kDecodeRows = 4;                        // query rows that share each key loaded
-constexpr int kDecodeTokens = kLanes / kDecodeRows;   // keys that share each query loaded
-constexpr int kMostDecodeGroup = 2 * kDecodeRows;     // beyond it, keys are worth repacking
+constexpr int kDecodeRows = 4;                        // query rows that share each loaded key
+constexpr int kDecodeTokens = kLanes / kDecodeRows;   // keys that share each loaded query
+constexpr int kMostDecodeGroup = 2 * kDecodeRows;     // larger groups gain from repacked keys
 
-// logits[r * kDecodeBlock + t] = q[r] . key[t] for kDecodeRows rows; asks for the same part of `next` meanwhile.
+// logits[r * kDecodeBlock + t] = q[r] . key[t] for kDecodeRows rows; prefetches the same part of `next` meanwhile.
 template <class T>
 void DotBlock(const T* const* slots, const T* const* next, size_t key, size_t pair_bytes, int count, const float* q,
               int dim, float* logits) {
@@ -41,7 +41,7 @@ void DotBlock(const T* const* slots, const T* const* next, size_t key, size_t pa
   }
 }
 
-// Slots of a block; the places after the last repeat the first, so that keys are read in whole groups.
+// Slots of a block; the entries after the last slot repeat the first slot, so that keys are read in whole groups.
 template <class T>
 struct SlotBlock {
   const T* slots[kDecodeBlock];

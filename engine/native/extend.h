@@ -1,5 +1,5 @@
-// A tile of one sequence's new tokens against a part of its context, one KV head: K and V of a block are converted and
-// laid out for matrix products once, for all query rows of the tile.
+// Attention of a tile of one sequence's new tokens to a part of its context, for one KV head: K and V of a block are
+// converted and laid out for matrix products once, for all query rows of the tile.
 
 #ifndef ENGINE_NATIVE_EXTEND_H_
 #define ENGINE_NATIVE_EXTEND_H_
@@ -10,7 +10,7 @@
 namespace engine {
 
 constexpr int kExtendBlock = 64;      // context tokens
-constexpr int kExtendTileRows = 128;  // query rows: tokens times query heads a KV head
+constexpr int kExtendTileRows = 128;  // query rows: tokens times query heads per KV head
 
 // Lays keys out as [padded_dim, kExtendBlock]; columns from `count` to the next whole vector are zero.
 template <class T>

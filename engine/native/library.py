@@ -1,4 +1,4 @@
-"""Loading the native library and telling XLA of its kernels."""
+"""Loads the native library and registers its kernels with XLA."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import logging
 import jax
 
 from engine.errors import BackendUnsupported
-from engine.native.build import build_library
+from engine.native.compiler import build_library
 
 SCATTER = "engine_kv_scatter"
 ATTENTION = "engine_attention"
@@ -22,15 +22,15 @@ _logger = logging.getLogger(__name__)
 def available() -> bool:
     """Whether the native kernels can be called on the CPU; the first call builds, loads and registers them.
 
-    Where they cannot, it says so once, with the reason, and plain XLA does the work.
+    Where they cannot, one warning gives the reason, and plain XLA does the work.
     """
     try:
         register()
     except BackendUnsupported as error:
         _logger.warning(
             "native CPU kernels are off: attention runs on XLA at less than half the speed, and a write to a bfloat16 "
-            "or 8-bit cache may convert the whole layer's buffer there and back, about 1 ms a MB (docs/adr/0001; "
-            "bfloat16 is spared from jax 0.12 on): %s",
+            "or 8-bit cache may convert the whole layer's buffer there and back, about 1 ms per MB (docs/adr/0001; not "
+            "for bfloat16 from jax 0.12 on): %s",
             error,
         )
         return False

@@ -1,7 +1,7 @@
 // Small matrix products that stay in registers: c (+)= a b, for any number of rows and whole vectors of columns.
 //
-// Every element of c is summed over the depth in order, whatever block it falls in, so a row's bits do not depend on
-// the rows beside it.
+// Every element of c is summed over the depth in order, in whatever block it is, so the bits of a row do not depend on
+// other rows.
 
 #ifndef ENGINE_NATIVE_MATMUL_H_
 #define ENGINE_NATIVE_MATMUL_H_
@@ -12,7 +12,7 @@
 
 namespace engine {
 
-// Vectors of c a row that fit the registers beside six rows: 32 registers, or 16.
+// Vectors per row of c such that six rows fit the registers: with 32 registers, or 16.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kMostVectors = 4;
 #else
@@ -26,7 +26,7 @@ struct Packed {
   Vec At(int row, int column) const { return Load(data + row * stride + column); }
 };
 
-// A matrix whose rows lie anywhere, in any storage type.
+// A matrix with a pointer to each row, in any storage type.
 template <class T>
 struct Scattered {
   const T* const* rows;

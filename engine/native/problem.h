@@ -1,4 +1,4 @@
-// What one call of attention computes, cut into items of work, and where a context's tokens lie.
+// The inputs of one attention call, its items of work, and the slots of a context's tokens.
 
 #ifndef ENGINE_NATIVE_PROBLEM_H_
 #define ENGINE_NATIVE_PROBLEM_H_
@@ -17,22 +17,22 @@ namespace engine {
 struct Problem {
   Float token_type;
   const void* q;  // [tokens, q_heads, head_dim]
-  void* out;      // as q
+  void* out;      // same shape and dtype as q
   float* lse;     // [tokens, q_heads], natural log, or null
   const void* cache;
   const float* sinks;  // [q_heads], or null
   int64_t pool_pages, page_size;
   int q_heads, kv_heads, head_dim;
   size_t slot_stride, row_stride;
-  float q_scale;  // brings q.k to the base-2 logit, or where there is a cap, to the argument of its tanh
-  float cap;      // of the base-2 logit; 0 is none
-  int window;     // tokens a query sees, itself included
+  float q_scale;  // factor from q.k to the base-2 logit, or with a soft cap to the argument of its tanh
+  float cap;      // soft cap of the base-2 logit; 0 is none
+  int window;     // number of tokens that a query sees, itself included
 
   int group() const { return q_heads / kv_heads; }
   int padded_dim() const { return RoundUp(head_dim, kLanes); }
 };
 
-// One sequence's new tokens and context. Where its context is split, each split leaves its part of the softmax here.
+// One sequence's new tokens and context. Where its context is split, each split stores its part of the softmax here.
 struct Sequence {
   const int32_t* pages;
   int first_token, q_len, kv_len;
@@ -43,16 +43,16 @@ struct Sequence {
   int first_position() const { return kv_len - q_len; }
 };
 
-// Some queries of a sequence against a part of its context, for one KV head or (decode) for all.
+// An item of work: some queries of a sequence and a part of its context, for one KV head or (decode) for all heads.
 struct Item {
   const Sequence* sequence;
   int first_query, queries;
-  int head;  // -1: all
+  int head;  // -1: all heads
   int begin, end;
   int split;
 };
 
-// Floats on the calling thread, aligned to vectors; what they hold is lost when the thread makes another.
+// A buffer of floats of the calling thread, aligned to vectors; invalid once the thread makes another one.
 class Scratch {
  public:
   explicit Scratch(size_t floats) {
@@ -72,8 +72,8 @@ class Scratch {
   float* next_;
 };
 
-// Finds the slots of context positions [begin, end): rows[i] points to that of begin + i. K of KV head h is its row 2h
-// and V its row 2h + 1 (engine/kv/layout.py).
+// Finds the slots of context positions [begin, end): rows[i] points to the slot of begin + i. K of KV head h is its row
+// 2h and V its row 2h + 1 (engine/kv/layout.py).
 template <class T>
 void FindSlots(const Problem& problem, const int32_t* pages, int begin, int end, const T** slots) {
   for (int position = begin; position < end;) {
@@ -86,7 +86,7 @@ void FindSlots(const Problem& problem, const int32_t* pages, int begin, int end,
   }
 }
 
-// Loads a query, scaled, into a row of padded_dim floats.
+// Loads a query, scales it, and stores it in a row of padded_dim floats.
 inline void LoadQuery(const Problem& problem, int token, int head, float* row) {
   WithType(problem.token_type, [&](auto element) {
     const size_t at = (static_cast<size_t>(token) * problem.q_heads + head) * problem.head_dim;
@@ -98,11 +98,11 @@ inline void LoadQuery(const Problem& problem, int token, int head, float* row) {
   });
 }
 
-// Divides a row's summed values by its softmax's total, into the output; `parts` of them first become one.
+// Writes a row's summed values divided by the softmax denominator to the output; first merges `parts` partial sums.
 inline void Finish(const Problem& problem, int token, int head, int parts, size_t rows, RowState* states, float* sums) {
   const int dim = problem.padded_dim();
   const RowState whole = Merge(parts, rows, dim, problem.sinks ? &problem.sinks[head] : nullptr, states, sums);
-  // A row that has seen nothing has total 0: its output is 0, its log-sum-exp -inf.
+  // A row without visible keys has total 0: its output is 0, its log-sum-exp -inf.
   const float inverse = whole.total > 0 ? 1.0f / whole.total : 0.0f;
   if (problem.lse != nullptr) {
     problem.lse[static_cast<size_t>(token) * problem.q_heads + head] =
@@ -119,7 +119,7 @@ inline void Finish(const Problem& problem, int token, int head, int parts, size_
   });
 }
 
-// Hands over what an item has made of one query row: the output, or its split's part of it.
+// Stores an item's result for one query row: the output, or the partial result of its split.
 inline void Deliver(const Problem& problem, const Item& item, int query, int head, RowState state, float* sum) {
   const Sequence& sequence = *item.sequence;
   if (sequence.splits == 1) {

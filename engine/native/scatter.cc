@@ -17,7 +17,7 @@ struct Strides {
   size_t head, row, slot;
 };
 
-// Copies one token's heads to `slot`, K and V in turn, and clears what is padding.
+// Copies one token's heads to `slot`, K and V in turn, and clears the padding.
 void WriteSlot(char* slot, const char* k, const char* v, int64_t heads, const Strides& bytes) {
   const size_t tail = bytes.row - bytes.head;
   char* row = slot;
@@ -31,8 +31,8 @@ void WriteSlot(char* slot, const char* k, const char* v, int64_t heads, const St
   if (row != slot + bytes.slot) std::memset(row, 0, slot + bytes.slot - row);
 }
 
-// fused [S, R, L], loc [T], k and v [T, H, D], all but loc of one dtype; R >= 2H, L >= D; result [S, R, L] is fused.
-// A loc outside [0, S) writes nothing. Tokens are written in order, so the last of equal locs stays.
+// fused [S, R, L], loc [T], k and v [T, H, D], all but loc of one dtype; R >= 2H, L >= D; the result aliases fused.
+// A loc outside [0, S) writes nothing. Tokens are written in order, so the last of equal locs wins.
 ffi::Error Scatter(ffi::AnyBuffer fused, ffi::Buffer<ffi::S32> loc, ffi::AnyBuffer k, ffi::AnyBuffer v,
                    ffi::Result<ffi::AnyBuffer> result) {
   const auto stored = fused.dimensions(), given = k.dimensions();

@@ -1,4 +1,4 @@
-// Online softmax of one query row, in base 2: FlashAttention-2 (arXiv 2307.08691), and Flash-Decoding's merge of parts.
+// Online softmax of one query row, in base 2: FlashAttention-2 (arXiv 2307.08691), with the merge of Flash-Decoding.
 
 #ifndef ENGINE_NATIVE_SOFTMAX_H_
 #define ENGINE_NATIVE_SOFTMAX_H_
@@ -18,15 +18,15 @@ struct RowState {
   float total = 0;
 };
 
-// A row that has seen nothing has peak -inf, and -inf - -inf is NaN.
+// A row without visible keys has peak -inf, and -inf - -inf is NaN.
 inline float Base(float peak) { return peak == -std::numeric_limits<float>::infinity() ? 0.0f : peak; }
 
 inline void Scale(float* row, int dim, float factor) {
   for (int d = 0; d < dim; d += kLanes) Store(row + d, Load(row + d) * factor);
 }
 
-// Turns `count` (a multiple of kLanes) logits into weights in place, of which [first, last) are seen, and takes them
-// into `state`. Returns the factor that what was summed before must now take.
+// Turns `count` (a multiple of kLanes) logits into weights in place, of which [first, last) are visible, and updates
+// `state`. Returns the factor by which the earlier sums must be multiplied.
 inline float Fold(float* logits, int count, int first, int last, float cap, RowState& state) {
   const Vec unseen = Splat(-std::numeric_limits<float>::infinity());
   const IntVec lanes = LaneIndices();
@@ -54,8 +54,8 @@ inline float Fold(float* logits, int count, int first, int last, float cap, RowS
   return decay;
 }
 
-// Merges the first `parts` of states [parts, rows] and sums [parts, rows, dim] of one row into the first of the sums,
-// in order, and returns the whole row's state; `sink` is a logit that brings no value.
+// Merges `parts` partial results of one row, in order, into the first of the sums, and returns the state of the whole
+// row. States are [parts, rows], sums [parts, rows, dim]; `sink` is an extra logit without a value.
 inline RowState Merge(int parts, size_t rows, int dim, const float* sink, const RowState* states, float* sums) {
   float peak = sink ? *sink * kLog2E : -std::numeric_limits<float>::infinity();
   for (int part = 0; part < parts; ++part) peak = peak < states[part * rows].peak ? states[part * rows].peak : peak;

@@ -1,6 +1,6 @@
-// Float vectors of the machine's width: loading 32- and 16-bit floats, exp2 and tanh, transposing, summing.
+// Float vectors of the machine's width: loads of 32- and 16-bit floats, exp2 and tanh, transposes, sums.
 //
-// Written with the vector extensions that GCC and Clang share; -march=native decides what they become.
+// Uses the vector extensions of both GCC and Clang; -march=native chooses the instructions.
 
 #ifndef ENGINE_NATIVE_VECTORS_H_
 #define ENGINE_NATIVE_VECTORS_H_
@@ -24,7 +24,7 @@ typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t BitVec __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
 
-// Storage of the 16-bit floats; arithmetic is in float32.
+// Storage types of the 16-bit floats; arithmetic is in float32.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -34,7 +34,7 @@ struct Float16 {
 
 enum class Float { kFloat32, kBFloat16, kFloat16 };
 
-// Calls `use` with a value of the storage type that `type` names.
+// Calls `use` with a value of the storage type for `type`.
 template <class Use>
 inline void WithType(Float type, const Use& use) {
   switch (type) {
@@ -69,14 +69,14 @@ inline Vec Load(const Float16* from) {
   const BitVec half = LoadBits(from);
   const BitVec exponent = half & 0x7c00u;
   const BitVec rebased = ((half & 0x7fffu) << 13) + (112u << 23);
-  // Subnormals: give them the smallest normal exponent, then take its implicit one away again.
+  // Subnormals: gives them the smallest normal exponent, then subtracts its implicit one.
   const Vec subnormal = reinterpret_cast<Vec>(rebased + (1u << 23)) - 6.103515625e-05f;
   BitVec bits = exponent == 0u ? reinterpret_cast<BitVec>(subnormal) : rebased;
   bits = exponent == 0x7c00u ? rebased + (112u << 23) : bits;  // infinity and NaN
   return reinterpret_cast<Vec>(bits | ((half & 0x8000u) << 16));
 }
 
-// Loads `count` < kLanes elements, and zeros after them.
+// Loads `count` < kLanes elements, followed by zeros.
 template <class T>
 inline Vec LoadSome(const T* from, int count) {
   T padded[kLanes] = {};
@@ -91,7 +91,7 @@ inline void StoreBits(void* to, BitVec bits) {
   std::memcpy(to, &half, sizeof(half));
 }
 
-// Rounds to the nearest, ties to even, as the next does.
+// Rounds to nearest, ties to even, like the next function.
 inline void Store(BFloat16* to, Vec value) {
   const BitVec bits = reinterpret_cast<BitVec>(value);
   const BitVec rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
@@ -124,7 +124,7 @@ inline IntVec LaneIndices() {
   return lanes;
 }
 
-// Lane i of the result is lane i + By of `value`, around the end.
+// Lane i of the result is lane i + By of `value`, modulo the number of lanes.
 template <int By, int... I>
 inline Vec Rotate(Vec value, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(value, value, ((I + By) % kLanes)...);
@@ -147,7 +147,7 @@ inline float MaxLanes(Vec value) {
   return value[0];
 }
 
-// 2 ** x to a unit in the last place or two; 0 below 2 ** -126, finite above 2 ** 127.
+// 2 ** x with an error of one or two units in the last place; 0 below 2 ** -126, finite above 2 ** 127.
 inline Vec Exp2(Vec x) {
   x = x < -127.0f ? Splat(-127.0f) : x;
   x = x > 127.0f ? Splat(127.0f) : x;

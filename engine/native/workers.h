@@ -1,4 +1,4 @@
-// Work shared out over XLA's thread pool; the calling thread works too, so a busy pool only costs time.
+// Runs work on XLA's thread pool and on the calling thread, so a busy pool only costs time.
 
 #ifndef ENGINE_NATIVE_WORKERS_H_
 #define ENGINE_NATIVE_WORKERS_H_
@@ -14,7 +14,7 @@
 
 namespace engine {
 
-// Calls work(i) once for each i below `count`, on any thread, and returns when all calls have.
+// Calls work(i) once for each i below `count`, on any thread, and returns when all calls have returned.
 template <class Work>
 void ForEach(int64_t count, xla::ffi::ThreadPool& pool, const Work& work) {
   struct Progress {
@@ -23,7 +23,7 @@ void ForEach(int64_t count, xla::ffi::ThreadPool& pool, const Work& work) {
     std::condition_variable finished;
   };
   const auto progress = std::make_shared<Progress>();
-  // A helper that comes late finds nothing left and must not touch `work`, which is gone by then.
+  // A helper that starts late finds no work left and must not touch `work`, which no longer exists then.
   const auto help = [progress, count, &work] {
     for (int64_t i; (i = progress->next++) < count;) {
       work(i);

@@ -1,1 +1,12 @@
-"""Sizing: bytes to pages and back."""
+"""How much a pool may take, decided before anything is made: arithmetic on plain numbers.
+
+This room never imports jax and never allocates.
+
+    sizing        tokens of a pool from bytes of memory, and the refusal of a pool that does not fit
+    host_memory   bytes that this process can still take on its machine
+"""
+
+from engine.planning.host_memory import require_host_memory
+from engine.planning.sizing import PoolPlan, format_bytes, require_page_table, require_room, size_pool
+
+__all__ = ["PoolPlan", "format_bytes", "require_host_memory", "require_page_table", "require_room", "size_pool"]

@@ -1,7 +1,7 @@
-"""How much memory this process can still have from its machine.
+"""How much memory this process can still take on its machine.
 
-What counts is the least of what the system says is available, what each control group above the process has left, and
-the process's own limit of address space. Whoever shares the machine shares it: the answer is of now.
+It is the least of what the system reports as available, what each control group above the process has left, and what
+the process's limit of address space leaves. Other processes take memory too, so the answer holds only for now.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ from engine.errors import ConfigError
 from engine.planning.sizing import format_bytes
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-UNLIMITED_BYTES = 1 << 60  # a control group of the first version without a limit says more than this
+UNLIMITED_BYTES = 1 << 60  # a control group (version 1) without a limit reports more than this
 
 
 def available_bytes() -> int | None:
-    """Bytes that this process can still take, or None where the system does not say.
+    """Bytes that this process can still take, or None where the system does not report them.
 
-    Linux says what is free or can be reclaimed. Other systems say what is free, or only what is built in: then half of
-    that counts.
+    Linux reports what is free or can be reclaimed. Other systems report what is free, or only what is installed, of
+    which half is counted.
     """
     found = [*_system(), *_control_groups(), *_address_space()]
     return max(0, min(found)) if found else None
 
 
 def require_host_memory(wanted_bytes: int, what: str, remedy: str) -> None:
-    """Refuses what the machine cannot hold, before anything is reserved.
+    """Refuses an allocation that the machine cannot hold, before anything is reserved.
 
     Args:
-        wanted_bytes: to be taken by this process, or by all processes on this machine together.
-        what: they are for.
-        remedy: to be told.
+        wanted_bytes: bytes that this process, or all processes on this machine together, will take.
+        what: what takes them, as the subject of the message.
+        remedy: what to do, as the end of the message.
 
     Raises:
-        ConfigError: less is available.
+        ConfigError: fewer bytes are available.
     """
     available = available_bytes()
     if available is not None and wanted_bytes > available:
@@ -52,14 +52,14 @@ def _system() -> Iterator[int]:
             yield int(line.split()[1]) * 1024
             return
     names = getattr(os, "sysconf_names", {})  # empty on a system without POSIX
-    for name, share in (("SC_AVPHYS_PAGES", 1), ("SC_PHYS_PAGES", 2)):
+    for name, divisor in (("SC_AVPHYS_PAGES", 1), ("SC_PHYS_PAGES", 2)):
         if name in names and (pages := os.sysconf(name)) > 0:
-            yield pages * os.sysconf("SC_PAGE_SIZE") // share
+            yield pages * os.sysconf("SC_PAGE_SIZE") // divisor
             return
 
 
 def _control_groups() -> Iterator[int]:
-    """What is left of each limit on the way from this process's group to the root, of either version."""
+    """Bytes left of the limit of each control group from this process's up to the root, version 1 or 2."""
     for line in _lines(PROC / "self" / "cgroup"):
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
@@ -69,7 +69,7 @@ def _control_groups() -> Iterator[int]:
             ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
         )
         here = root / path.strip().lstrip("/")
-        # A container sees its own group as the root, under a path that it cannot see.
+        # In a container the root of the tree is its own group, whatever path the line names.
         for group in (here, *here.parents):
             bounds, uses = _number(group / limit), _number(group / used)
             if bounds is not None and uses is not None and bounds < UNLIMITED_BYTES:
@@ -79,7 +79,7 @@ def _control_groups() -> Iterator[int]:
 
 
 def _reclaimable(group: Path) -> int:
-    """Bytes of files in a group's use that the system drops when memory is short."""
+    """Bytes of cached files in a group's use, which the system drops when memory is short."""
     counts = dict(line.split(None, 1) for line in _lines(group / "memory.stat") if " " in line)
     return int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
 

@@ -1,4 +1,4 @@
-"""Bytes to tokens: how large a pool a device can hold, and what a pool of some size can serve."""
+"""How large a pool the memory of the devices can hold, and how many requests a pool can serve."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ MAX_PAGE_TABLE_BYTES = 2**30
 
 @dataclass(frozen=True)
 class PoolPlan:
-    """What a pool holds.
+    """The sizes of a pool.
 
     Attributes:
-        size_tokens: usable token slots, of all replicas.
-        page_size: tokens a page.
+        size_tokens: usable token slots, over all replicas.
+        page_size: tokens per page.
         layers: layers of the model.
-        token_bytes: bytes a token and layer, padding included (``KVLayout.bytes_per_token``), on all devices that
-            share it.
+        token_bytes: bytes per token and layer, padding included (``KVLayout.bytes_per_token``), on all devices that
+            hold a part of the token.
         context_length: most tokens of one request.
-        devices: that hold the pool, each as much as any other.
+        devices: devices that hold the pool, each an equal part.
         replicas: groups of devices with tokens of their own, and a null page each.
     """
 
@@ -62,7 +62,7 @@ class PoolPlan:
         split = f", {format_bytes(self.device_bytes)} on each of {self.devices} devices" if self.devices > 1 else ""
         return (
             f"KV cache size: {self.size_tokens:,} tokens in {self.pages:,} pages of {self.page_size}, "
-            f"{format_bytes(self.layer_bytes)} a layer, {format_bytes(self.total_bytes)} in {self.layers} layers"
+            f"{format_bytes(self.layer_bytes)} per layer, {format_bytes(self.total_bytes)} in {self.layers} layers"
             f"{split}; "
             f"maximum concurrency for {self.context_length:,} tokens per request: {self.max_concurrency:.2f}x"
         )
@@ -80,24 +80,24 @@ def size_pool(
     devices: int = 1,
     request_tokens: int = 0,
 ) -> int:
-    """Usable token slots of a pool, of one replica where there are several.
+    """Usable token slots that the pool of one replica can have.
 
     Args:
-        page_size: tokens a page.
+        page_size: tokens per page.
         layers: layers of the model.
-        token_bytes: bytes a token and layer, padding included, on all devices that share it.
-        wanted_tokens: what would be enough: every slot of the batch at its full context.
-        device_bytes: the device's memory; None where it does not say, which leaves ``wanted_tokens``.
-        weight_bytes: what the weights take of it.
-        mem_fraction_static: share of the device's memory for weights and pool together.
-        devices: that share each token.
-        request_tokens: that the pool must hold at least; 0 is content with a page.
+        token_bytes: bytes per token and layer, padding included, on all devices that hold a part of the token.
+        wanted_tokens: tokens that are enough: every slot of the batch at its full context.
+        device_bytes: bytes of memory of each device; None where it does not report them, which gives ``wanted_tokens``.
+        weight_bytes: bytes of that memory which the weights take.
+        mem_fraction_static: fraction of the device's memory for weights and pool together.
+        devices: devices that hold a part of each token.
+        request_tokens: tokens that the pool must hold at least; 0 requires one page.
 
     Returns:
         A multiple of ``page_size``, at most ``wanted_tokens`` rounded up to whole pages.
 
     Raises:
-        ConfigError: not one page fits, or not the request, with the arithmetic.
+        ConfigError: no page fits, or ``request_tokens`` do not; the message has the arithmetic.
     """
     wanted_pages = -(-wanted_tokens // page_size)
     if device_bytes is None:
@@ -121,10 +121,10 @@ def size_pool(
 
 
 def require_room(plan: PoolPlan, device_bytes: int, weight_bytes: int, mem_fraction_static: float) -> None:
-    """Refuses a pool of a size that was asked for where its share of the memory cannot hold it; as ``size_pool``.
+    """Refuses a pool of a requested size that the memory cannot hold; for the arguments see ``size_pool``.
 
     Raises:
-        ConfigError: it is too large, with the arithmetic and the largest size that fits.
+        ConfigError: the pool is too large; the message has the arithmetic and the largest size that fits.
     """
     budget, room = _budget(device_bytes, weight_bytes, mem_fraction_static)
     if plan.device_bytes > budget:
@@ -133,14 +133,14 @@ def require_room(plan: PoolPlan, device_bytes: int, weight_bytes: int, mem_fract
         request = -(-plan.context_length // plan.page_size) * page_bytes
         lower = f"lower max_total_tokens to {fitting * plan.replicas}, " if fitting else ""
         raise ConfigError(
-            f"no room for max_total_tokens={plan.size_tokens}: the pool takes {format_bytes(plan.device_bytes)} a "
+            f"no room for max_total_tokens={plan.size_tokens}: the pool takes {format_bytes(plan.device_bytes)} per "
             f"device, {room}; one request of {plan.context_length:,} tokens takes {format_bytes(request)}, and the "
             f"longest context that fits is {fitting:,} tokens: {lower}raise mem_fraction_static or use more devices"
         )
 
 
 def _budget(device_bytes: int, weight_bytes: int, mem_fraction_static: float) -> tuple[int, str]:
-    """Bytes of a device that the pool may take, and the arithmetic in words."""
+    """Bytes of a device that the pool may take, and the arithmetic as text."""
     budget = max(int(device_bytes * mem_fraction_static) - weight_bytes, 0)
     return budget, (
         f"{mem_fraction_static} of {format_bytes(device_bytes)} less {format_bytes(weight_bytes)} of weights leaves "
@@ -152,7 +152,7 @@ def require_page_table(max_requests: int, context_length: int, page_size: int) -
     """Refuses a page table that is larger than ``MAX_PAGE_TABLE_BYTES``.
 
     Raises:
-        ConfigError: it is, with the arithmetic.
+        ConfigError: it is larger; the message has the arithmetic.
     """
     columns = -(-context_length // page_size)
     table_bytes = 4 * max_requests * columns

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from engine.attention.backend import FlashAttentionBackend
-from engine.attention.sharded import MeshAttention
+from engine.attention import FlashAttentionBackend, MeshAttention
 from engine.config import MAX_SLOTS, EngineConfig
 from engine.distributed.mesh import make_mesh
 from engine.errors import ConfigError
@@ -25,8 +24,7 @@ from engine.kv.pool import TokenToKVPool
 from engine.kv.split import split_layout
 from engine.memory.manager import CacheManager
 from engine.memory.offload.host_tier import HostTier
-from engine.memory.offload.page_format import PageFormat
-from engine.memory.offload.segment import PrefixSegment
+from engine.memory.offload.page_format import PageFormat, PrefixSegment
 from engine.memory.offload.store import PrefixStore
 from engine.memory.prefix.cache import EvictionPolicyName
 from engine.models.default_model import DEFAULT_MODEL_DIR
@@ -35,17 +33,14 @@ from engine.models.llama import Llama
 from engine.models.llama_config import LlamaConfig
 from engine.models.sharding import split_config, weight_bytes
 from engine.planning.sizing import PoolPlan, require_page_table, require_room, size_pool
-from engine.serving.device.batcher import Batcher, ReplicaBatcher
 from engine.serving.device.device_memory import device_memory
-from engine.serving.device.parcel import ParcelShape
-from engine.serving.device.runner import ModelRunner, ReplicaMover
-from engine.serving.plan.balancer import Balancer
 from engine.serving.plan.queue import RequestQueue
+from engine.serving.plan.replica import Replica
 from engine.serving.plan.scheduler import Scheduler
 
 
 def model_directory(model: object) -> Path:
-    """Where the checkpoint lies; None is the Llama that ships. Raises ConfigError where it is no path."""
+    """The checkpoint's directory; None is the Llama that ships. Raises ConfigError where ``model`` is not a path."""
     if not isinstance(model, str | os.PathLike | None):
         raise ConfigError(f"model={model!r} must be a Llama or the path of a checkpoint directory")
     return DEFAULT_MODEL_DIR if model is None else Path(model)
@@ -57,7 +52,7 @@ def make_mesh_of(config: EngineConfig) -> Mesh | None:
 
 
 def context_length(config: EngineConfig, model: LlamaConfig) -> int:
-    """Most tokens of one request; raises ConfigError where more are wanted than the model has positions."""
+    """Most tokens of one request; raises ConfigError where the option exceeds the model's positions."""
     wanted = config.context_length or model.context_length
     if wanted > model.context_length:
         raise ConfigError(f"context_length={wanted} exceeds the model's {model.context_length} positions; lower it")
@@ -76,15 +71,16 @@ def plan_pool(
     """Sizes the pool: ``max_total_tokens`` where it is set, else what the batch could use and the devices can hold.
 
     Args:
-        config: what the user wants.
+        config: the engine's options.
         model: the geometry, with its KV heads as stored or as repeated for ``tp``.
-        kv_dtype: of the pool.
-        platform: whose padding the pool is stored with.
-        device_bytes: each device's memory; None where it does not say.
-        weight_bytes: what is in use of it: the weights.
+        kv_dtype: dtype of the pool.
+        platform: platform whose padding the pool is stored with.
+        device_bytes: bytes of memory of each device; None where it does not report them.
+        weight_bytes: bytes of that memory in use, by the weights.
 
     Raises:
-        ConfigError: the memory cannot hold what is wanted, or the page table would be absurd; with the arithmetic.
+        ConfigError: the memory cannot hold the pool, or the page table would be too large; the message has the
+            arithmetic.
     """
     whole = KVLayout.create(
         head_num=split_config(model, config.tp).num_key_value_heads,
@@ -131,7 +127,7 @@ def make_pool(config: EngineConfig, model: Llama, mesh: Mesh | None) -> tuple[Po
     measure = partial(device_memory, devices, weight_bytes=weights, host_bytes=config.host_tier_bytes)
     memory = measure()
     if memory and memory.limit_bytes - memory.used_bytes < plan_for().device_bytes:
-        gc.collect()  # an engine that nobody has any more may still hold its pool: its parts know each other
+        gc.collect()  # an engine that is no longer referenced may still hold its pool, in a cycle of references
         memory = measure()
     plan = (
         plan_for()
@@ -144,12 +140,12 @@ def make_pool(config: EngineConfig, model: Llama, mesh: Mesh | None) -> tuple[Po
 
 
 def make_caches(
-    config: EngineConfig, model: LlamaConfig, pool: TokenToKVPool, runner: ModelRunner
+    config: EngineConfig, model: LlamaConfig, pool: TokenToKVPool
 ) -> tuple[list[CacheManager], PrefixStore | None]:
-    """The books over ``pool``, of each replica; with one host tier for all, filled from the directory if one is given.
+    """A cache manager for each replica of ``pool``, and one host tier for all, filled from ``prefix_cache_dir``.
 
     Returns:
-        The cache managers, and the store to save their prefixes to.
+        The cache managers, and the store to save their prefixes to, None without a directory.
     """
     policy = None if config.disable_radix_cache else cast(EvictionPolicyName, config.eviction_policy)
     longest, rows = context_length(config, model), config.max_running_requests // config.dp
@@ -158,8 +154,8 @@ def make_caches(
         return caches, None
     page_format = PageFormat(pool.layer_num, dtype=pool.dtype, layout=pool.layout.to_dict())
     tier = HostTier(config.host_tier_bytes, page_format)
-    for replica, cache in enumerate(caches):
-        cache.attach_host_tier(tier, ReplicaMover(runner, replica))
+    for cache in caches:
+        cache.attach_host_tier(tier)
     if config.prefix_cache_dir is None:
         return caches, None
     store = PrefixStore(config.prefix_cache_dir, page_format)
@@ -173,47 +169,39 @@ def step_tokens(config: EngineConfig) -> int:
     return max(config.chunked_prefill_size, config.max_running_requests) // config.dp
 
 
-def make_scheduler(
-    config: EngineConfig, caches: list[CacheManager], clock: Callable[[], float]
-) -> Scheduler | Balancer:
-    """Who decides what runs: a scheduler, or where there are several replicas one for each behind a balancer."""
+def make_scheduler(config: EngineConfig, caches: list[CacheManager], clock: Callable[[], float]) -> Scheduler:
+    """What decides which requests run, over a replica for each of ``caches``."""
     queue = RequestQueue()
-    schedulers = [
-        Scheduler(
+    replicas = [
+        Replica(
             cache,
+            queue,
             max_running_requests=config.max_running_requests // config.dp,
             max_step_tokens=step_tokens(config),
-            clock=clock,
-            queue=queue,
+            index=index,
             pool_name="the pool" if config.dp == 1 else "the pool of a replica",
         )
-        for cache in caches
+        for index, cache in enumerate(caches)
     ]
-    return schedulers[0] if config.dp == 1 else Balancer(schedulers, queue, clock)
-
-
-def make_batcher(caches: list[CacheManager], shapes: list[ParcelShape]) -> Batcher | ReplicaBatcher:
-    """What fills the parcels of that scheduler's steps."""
-    tables = [cache.page_table for cache in caches]
-    return Batcher(tables[0], shapes) if len(tables) == 1 else ReplicaBatcher(tables, shapes)
+    return Scheduler(replicas, queue, clock)
 
 
 def weights_identity(config: EngineConfig, model: Llama) -> str:
-    """Names what the pages of an engine are computed with: the weights and the model's settings.
+    """A name for the weights and settings that an engine's pages are computed with.
 
-    Where prefixes are saved, the model's fingerprint: equal for equal models, wherever they come from, and no other's.
-    Where they do not leave the engine, a name that no other engine has, at no cost.
+    Where prefixes are saved it is the model's fingerprint: equal for equal models, wherever they come from. Where
+    pages do not leave the engine it is a name that no other engine has, which costs nothing.
     """
     return f"engine-{uuid4().hex}" if config.prefix_cache_dir is None else fingerprint(model)
 
 
 def at_first_epoch(segment: PrefixSegment) -> PrefixSegment:
-    """A segment as another engine looks for it, which begins at epoch 0: a fingerprint needs none to name weights."""
+    """A segment under epoch 0, where another engine looks for it: its fingerprint alone names the weights."""
     return replace(segment, scope=replace(segment.scope, weights_epoch=0))
 
 
 def make_backend(config: EngineConfig, model: LlamaConfig, mesh: Mesh | None) -> FlashAttentionBackend | MeshAttention:
-    """The attention that all layers share."""
+    """The attention that all layers share, over a mesh where there is one."""
     backend = FlashAttentionBackend(
         page_size=config.page_size,
         num_q_heads=model.num_attention_heads,

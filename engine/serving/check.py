@@ -18,10 +18,10 @@ from engine.models.dense import dense_logits
 from engine.models.llama import Llama
 from engine.serving.request import RequestOutput
 
-# Largest difference of a logit, as a share of the largest logit. The two sides differ by the order of sums alone, and
-# what each rounds; a rounding is half a unit of the last place (2**-24, 2**-11 and 2**-8 of a number), and a logit
-# inherits some of every layer's. 16 of them at 16 bits, where activations are stored that short between all operations;
-# 512 in float32, where sums of thousands of terms are what rounds. A wrong token or page moves logits by a tenth.
+# Largest difference of a logit as a fraction of the largest logit. Both sides differ only in the order of sums and in
+# rounding. One rounding is half a unit in the last place (2**-24, 2**-11 or 2**-8 of a number), and a logit accumulates
+# some from every layer: 16 at 16 bits, where all activations are stored so, and 512 in float32, where sums of thousands
+# of terms round. A wrong token or page moves logits by a tenth.
 CHECK_BOUND = {"float32": 512 * 2**-24, "float16": 16 * 2**-11, "bfloat16": 16 * 2**-8}
 
 
@@ -32,9 +32,9 @@ class DenseCheck:
     Attributes:
         tokens: generated tokens compared.
         largest_difference: largest absolute difference of any logit; NaN where one is not finite.
-        argmax_differs: tokens whose best dense logit is another token's.
-        bound: largest difference that the dtypes of model and pool explain, in logits of this size.
-        not_finite: logits of the engine or of the dense forward that are NaN or infinite.
+        argmax_differs: positions where the best token by dense logits is another one.
+        bound: largest difference that the dtypes of model and pool explain, for logits of this size.
+        not_finite: number of logits, of the engine or of the dense forward pass, that are NaN or infinite.
     """
 
     tokens: int
@@ -45,7 +45,7 @@ class DenseCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether every logit is finite and the difference within the bound."""
+        """Whether every logit is finite and the largest difference is within the bound."""
         return self.largest_difference <= self.bound
 
     def describe(self) -> str:
@@ -60,15 +60,15 @@ class DenseCheck:
 def check_against_dense(
     model: Llama, outputs: Sequence[RequestOutput], *, kv_dtype: DTypeLike | None = None
 ) -> DenseCheck:
-    """Compares the logits of every generated token with those of a dense forward over the whole sequence.
+    """Compares the logits of every generated token with those of a dense forward pass over the whole sequence.
 
     Args:
-        model: the weights that generated.
+        model: the weights that the answers were generated with.
         outputs: answers generated with ``return_logits=True``.
-        kv_dtype: of the pool that generated; None is the model's.
+        kv_dtype: dtype of the pool that they were generated with; None is the model's dtype.
 
     Raises:
-        ConfigError: an answer carries no logits.
+        ConfigError: an answer has no logits.
     """
     graph, weights = nnx.split(model)
     sharding = jax.tree.leaves(weights)[0].sharding
@@ -80,11 +80,11 @@ def check_against_dense(
         if not output.token_ids:
             continue
         fed = np.asarray([*output.prompt_token_ids, *output.token_ids[:-1]], np.int32)
-        padded = np.zeros(1 << (len(fed) - 1).bit_length(), np.int32)  # causal: what follows changes nothing before
+        padded = np.zeros(1 << (len(fed) - 1).bit_length(), np.int32)  # causal: padding behind changes nothing
         padded[: len(fed)] = fed
         expected = np.asarray(dense(weights, padded))[len(output.prompt_token_ids) - 1 : len(fed)]
         if output.logits is None:
-            raise ConfigError("the answers carry no logits; generate them with return_logits=True")
+            raise ConfigError("the answers have no logits; generate them with return_logits=True")
         got = output.logits
         finite = np.isfinite(got) & np.isfinite(expected)
         not_finite += int((~finite).sum())

@@ -8,28 +8,29 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-CACHE_DIRECTORY = Path("fused-kv-engine", "xla")  # in the user's cache directory
-MIN_COMPILE_SECONDS = 0.1  # what compiles faster is as fast to compile as to read
+from engine.user_files import cache_directory, flaw_above, flaw_of
+
+MIN_COMPILE_SECONDS = 0.1  # a program that compiles faster is not read faster from the cache
 
 _logger = logging.getLogger(__name__)
 
 
 def use_compile_cache() -> None:
-    """Sets the directory of jax's cache for this process, where none is set; without one the engine starts as well."""
-    settings: Any = jax.config  # whose names exist at run time alone
+    """Sets the directory of jax's cache for this process, where none is set; the engine starts without one, too."""
+    settings: Any = jax.config  # its attributes exist at run time alone
     if settings.jax_compilation_cache_dir is not None or not settings.jax_enable_compilation_cache:
         return
     try:
-        directory = _private_directory(_user_cache())
+        directory = cache_directory() / "xla"
+        _make_private(directory)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
-        _logger.warning("programs are compiled anew at every start: %s", error)
+        _logger.warning("programs are compiled again at every start: %s", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
@@ -37,19 +38,11 @@ def use_compile_cache() -> None:
     _logger.info("compiled programs are kept in %s", directory)
 
 
-def _user_cache() -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / CACHE_DIRECTORY
-
-
-def _private_directory(path: Path) -> Path:
-    """Makes ``path``, for its owner alone; raises OSError where others could write to it: programs read there run."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.mkdir(mode=0o700, exist_ok=True)
-    for place in (path.parent, path):
-        found = place.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
-            raise PermissionError(f"{place} is not a directory that this user alone can write to; remove it")
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise PermissionError(f"{path} cannot be written to")
-    return path
+def _make_private(directory: Path) -> None:
+    """Makes a directory for its owner alone; raises OSError where others could write to it: programs read there run."""
+    for place in (directory.parent, directory):
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if flaw := flaw_of(place, folder=True) or flaw_above(place):
+            raise PermissionError(f"{place} {flaw}; make it a folder that this user alone can write to")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise PermissionError(f"{directory} cannot be written to")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from engine.serving.request import Request
+from engine.serving.request import Request, RequestState
 
 
 class AnswerGroups:
-    """Which requests a caller waits for.
+    """The requests that callers wait for.
 
     Attributes:
-        unfinished: leaders, the first of the answers to each prompt, by request id: all else follows from these.
+        unfinished: leaders, the first of the answers to each prompt, by request id; all else is derived from these.
         ended: requests that have ended and whose group may be complete.
     """
 
@@ -38,21 +38,21 @@ class AnswerGroups:
 
     def to_start(self) -> list[tuple[Request, Request]]:
         """Leaders that have computed their prompt or ended, each with a sibling that has not started."""
-        self._unforked = [leader for leader in self._unforked if any(map(is_unstarted, leader.siblings))]
-        ready = [leader for leader in self._unforked if leader.output or leader.finish_reason]
-        return [(leader, sibling) for leader in ready for sibling in leader.siblings if is_unstarted(sibling)]
+        self._unforked = [leader for leader in self._unforked if any(map(is_new, leader.siblings))]
+        ready = [leader for leader in self._unforked if leader.output or leader.state is RequestState.ENDED]
+        return [(leader, sibling) for leader in ready for sibling in leader.siblings if is_new(sibling)]
 
     def complete(self) -> list[Request]:
         """Leaders of the groups of which every member has ended; the others are forgotten until another member ends."""
         leaders = {id(leader): leader for request in self.ended if (leader := self._leader_of.get(request.request_id))}
-        return [leader for leader in leaders.values() if all(member.finish_reason for member in group_of(leader))]
+        return [leader for leader in leaders.values() if all(map(has_ended, group_of(leader)))]
 
     def restart(self) -> None:
-        """Makes all that follows from ``unfinished`` anew, after a fault that may have come between two changes."""
+        """Derives everything else from ``unfinished`` again, after a fault that may have come between two changes."""
         self._leader_of, self._unforked = {}, []
         for leader in self.unfinished.values():
             self._enter(leader)
-        self.ended = [member for member in self.members() if member.finish_reason]
+        self.ended = [member for member in self.members() if has_ended(member)]
 
     def _enter(self, leader: Request) -> None:
         for member in group_of(leader):
@@ -66,6 +66,11 @@ def group_of(leader: Request) -> tuple[Request, ...]:
     return (leader, *leader.siblings)
 
 
-def is_unstarted(sibling: Request) -> bool:
-    """Whether a sibling waits for its leader to compute their prompt."""
-    return sibling.arrival is None and sibling.finish_reason is None
+def is_new(request: Request) -> bool:
+    """Whether the scheduler does not have a request yet: a sibling waits for its leader to compute their prompt."""
+    return request.state is RequestState.NEW
+
+
+def has_ended(request: Request) -> bool:
+    """Whether a request has ended."""
+    return request.state is RequestState.ENDED

@@ -1,4 +1,4 @@
-"""Turns what a caller gives into a request, or says why it can never be served."""
+"""Turns a caller's prompts and parameters into requests, or refuses what can never be served."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engine.distributed.agreement import Agreement
 from engine.errors import RequestError, shown
 from engine.memory.scope import CacheScope
 from engine.models.llama_config import LlamaConfig
@@ -23,10 +24,10 @@ class Intake:
     """Checks prompts and numbers requests.
 
     Args:
-        model: its vocabulary and end-of-text tokens.
-        tokenizer: its end-of-text token counts too; None where prompts must be token ids.
+        model: has the vocabulary and the end-of-text tokens.
+        tokenizer: encodes texts and may add an end-of-text token; None where prompts must be token ids.
         context_length: most tokens of prompt and answer together.
-        scope_for: tenant salt to the scope under which a prompt may share cached prefixes.
+        scope_for: returns, for a tenant salt, the scope under which a prompt may share cached prefixes.
     """
 
     def __init__(
@@ -50,13 +51,13 @@ class Intake:
 
         Args:
             prompts: texts, or lists of token ids.
-            params: for all, or one for each prompt; None is the default.
+            params: parameters for all prompts, or one for each; None is the default.
 
         Returns:
-            The tokens of each prompt, int32 ``[n]``, and its parameters with a seed, for ``make``.
+            For each prompt, for ``make``: its tokens, int32 ``[n]``, and its parameters with a seed.
 
         Raises:
-            RequestError: a prompt can never be served, or the counts differ.
+            RequestError: a prompt can never be served, or the numbers of prompts and parameters differ.
         """
         given = _as_list(prompts, "prompts", "a list of prompts, [prompt] for a single one")
         if params is None or isinstance(params, SamplingParams):
@@ -70,15 +71,29 @@ class Intake:
                 raise RequestError(f"sampling_params holds {shown(param)}; give a SamplingParams for each prompt")
         return [self._cut(prompt, param) for prompt, param in zip(given, each, strict=True)]
 
+    def check_in_all(
+        self,
+        agreement: Agreement,
+        prompts: Iterable[str | Sequence[int]],
+        params: SamplingParams | Iterable[SamplingParams] | None,
+    ) -> list[Checked]:
+        """``check`` by process 0, whose result, seeds included, or refusal holds in every process.
+
+        Raises:
+            RequestError: a request can never be served; in processes other than 0, whatever stopped its ``check``.
+            ProcessLost: process 0 is gone.
+        """
+        return agreement.decided_by_first(lambda: self.check(prompts, params), encode=_to_json, decode=_from_json)
+
     def make(self, checked: Checked) -> Request:
-        """Makes a request, and those of its siblings."""
+        """Makes a request and its siblings, one for each further answer to the prompt."""
         ids, params = checked
         first, *siblings = [self._make(ids, params, index) for index in range(params.n)]
         first.siblings = siblings
         return first
 
     def _cut(self, prompt: str | Sequence[int], params: SamplingParams) -> Checked:
-        """The prompt as tokens, the answer cut to what the context leaves, and a seed."""
+        """The prompt as tokens, and its parameters with a seed and an answer that fits into the context."""
         ids = self._token_ids(prompt)
         room = self._context_length - len(ids)
         if room < 1:
@@ -93,7 +108,7 @@ class Intake:
                 f" {self._vocab_size - 1}"
             )
         seed = params.seed
-        if seed is None:  # of the system, so that nobody who seeds a generator of this process repeats it unawares
+        if seed is None:  # from the system, so that seeding a generator of this process does not repeat it
             seed = secrets.randbelow(SEEDS) if params.temperature > 0 else 0
         return ids, dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, room), seed=seed)
 
@@ -135,15 +150,28 @@ class Intake:
         return ids.astype(np.int32)
 
 
+def _to_json(checked: list[Checked]) -> list[Any]:
+    """Checked requests as JSON values; token ids and parameters are plain numbers and texts."""
+    return [[ids.tolist(), dataclasses.asdict(params)] for ids, params in checked]
+
+
+def _from_json(values: list[Any]) -> list[Checked]:
+    """What ``_to_json`` was given."""
+    return [
+        (np.array(ids, np.int32), SamplingParams(**params | {"stop_token_ids": tuple(params["stop_token_ids"])}))
+        for ids, params in values
+    ]
+
+
 def _as_array(prompt: Any) -> npt.NDArray[Any]:
     try:
         return np.asarray(prompt)
-    except Exception as error:  # NumPy's own, or what a foreign array raises
+    except Exception as error:  # NumPy's errors, or whatever a foreign array raises
         raise RequestError(f"the prompt is not a flat list of token ids: {error}; it is {shown(prompt)}") from error
 
 
 def _as_list(values: Any, name: str, rule: str) -> list[Any]:
-    """What a caller may give as any iterable with an order, a generator too; else RequestError."""
+    """Any ordered iterable, a generator too, as a list; raises RequestError for anything else."""
     if isinstance(values, str):
         raise RequestError(f"{name} is one string; give {rule}")
     if isinstance(values, bytes | bytearray | Mapping | Set):

@@ -1,4 +1,4 @@
-"""Ctrl-C comes between two changes of the engine, never in the middle of one."""
+"""Holds Ctrl-C back, so that it is raised between two changes of the engine and never within one."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 
 
 class HeldInterrupts:
-    """Holds Ctrl-C back while it is entered, since Python would raise it between any two instructions.
+    """A context in which Ctrl-C is held back, since Python may raise it between any two instructions.
 
-    One of those is between a program that has taken the pool's buffers and the name that its results get: raised
-    there, it leaves no pool. Python runs signal handlers in the main thread, so elsewhere there is nothing to hold.
-    A second Ctrl-C is not held, in case the first waits for what never ends.
+    Raised after a program has consumed the pool's buffers and before its results have a name, it would leave no pool.
+    Python runs signal handlers in the main thread, so in other threads there is nothing to hold back. A second Ctrl-C
+    is not held back, in case the context never ends.
     """
 
     def __init__(self) -> None:
         self._depth = 0
-        self._handler: Callable[[int, FrameType | None], Any] | None = None  # whose turn it is afterwards
+        self._handler: Callable[[int, FrameType | None], Any] | None = None  # the one to restore
         self._held: tuple[int, FrameType | None] | None = None
 
     def __enter__(self) -> None:
-        """Begins what must not be interrupted, perhaps within something else that must not be."""
+        """Holds Ctrl-C back; may be nested."""
         if threading.current_thread() is not threading.main_thread():
             return
         if not self._depth:
@@ -34,7 +34,7 @@ class HeldInterrupts:
         self._depth += 1
 
     def __exit__(self, *_: object) -> None:
-        """Ends it; what was held back comes now."""
+        """Ends the outermost context and raises a Ctrl-C that was held back."""
         if threading.current_thread() is not threading.main_thread():
             return
         self._depth -= 1
@@ -43,7 +43,7 @@ class HeldInterrupts:
             self._let_in()
 
     def _let_in(self) -> None:
-        """Lets the one that is held back do what it would have done, raise KeyboardInterrupt as a rule."""
+        """Passes the signal that was held back to its handler, which usually raises KeyboardInterrupt."""
         held, self._held = self._held, None
         if held is not None and self._handler is not None:
             self._handler(*held)

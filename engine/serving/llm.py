@@ -9,21 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from engine.distributed.agreement import Agreement
 from engine.distributed.processes import SharedPlan, lost
 from engine.errors import ConfigError, EngineError, IntegrityError, ProcessLost, RequestError
 from engine.kv.pool import TokenToKVPool
 from engine.memory.manager import CacheManager
-from engine.memory.prefix.cache import RadixCache
 from engine.memory.saved_segments import cached_segments
 from engine.memory.scope import CacheScope, LayoutKey
 from engine.models.llama import Llama
 from engine.models.replacement import require_replaceable
 from engine.models.sharding import shard_llama
-from engine.serving.agreement import Agreement
 from engine.serving.build import (
     at_first_epoch,
     make_backend,
-    make_batcher,
     make_caches,
     make_pool,
     make_scheduler,
@@ -31,16 +29,18 @@ from engine.serving.build import (
     weights_identity,
 )
 from engine.serving.compile_cache import use_compile_cache
-from engine.serving.device.batcher import parcel_shapes
+from engine.serving.device.batcher import Batcher, parcel_shapes
+from engine.serving.device.page_mover import PageMover
 from engine.serving.device.runner import CompileCounter, ModelRunner
-from engine.serving.gate import Gate, SnapshotBoard
-from engine.serving.groups import AnswerGroups, group_of, is_unstarted
+from engine.serving.gate import Gate
+from engine.serving.groups import AnswerGroups, group_of, is_new
 from engine.serving.intake import Intake
 from engine.serving.loading import load_parts
-from engine.serving.recovery import Recovery, end
+from engine.serving.recovery import Recovery
 from engine.serving.reports import Reports
 from engine.serving.request import FinishReason, Request, RequestOutput, SamplingParams
 from engine.serving.stepper import Stepper
+from engine.serving.watch.board import SnapshotBoard
 from engine.serving.watch.metrics import EngineMetrics, collect_metrics
 from engine.serving.watch.stats import EngineStats
 
@@ -88,7 +88,7 @@ class LLM:
             max_pages=-(-self.plan.context_length // pool.page_size),
             moves_pages=self.config.host_tier_bytes > 0,
         )
-        self.caches, self._store = make_caches(self.config, self.model.config, pool, self._runner)
+        self.caches, self._store = make_caches(self.config, self.model.config, pool)
         self._agreement = Agreement(SharedPlan())
         if self._store is not None:
             where = f"saved prefixes from prefix_cache_dir={self.config.prefix_cache_dir}"
@@ -100,8 +100,10 @@ class LLM:
         self._layout = LayoutKey.of(pool.layout.to_dict())
         self._intake = Intake(self.model.config, self.tokenizer, self.plan.context_length, self._scope_for)
         self._gate = Gate()
-        batcher = make_batcher(self.caches, shapes)
-        self._stepper = Stepper(self.scheduler, batcher, self._runner, self.stats, overlap=self.config.overlap_steps)
+        batcher, mover = Batcher(shapes, self.config.dp), PageMover(self._runner, self.caches[0].host_tier)
+        self._stepper = Stepper(
+            self.scheduler, batcher, self._runner, mover, self.stats, overlap=self.config.overlap_steps
+        )
         self._groups = AnswerGroups()
         self._recovery = Recovery(self.scheduler, self._stepper, self._runner, self._groups, self.stats)
         self._reports = Reports(self._groups, self._recovery, self.stats, self._text_of)
@@ -125,7 +127,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers many prompts at once.
 
-        Requests that another thread or ``on_progress`` adds meanwhile are served beside them; ``step`` reports those. A
+        Requests that another thread or ``on_progress`` adds meanwhile are served with them; ``step`` reports those. A
         step that fails is run again by the rule of ``engine.serving.recovery``.
 
         Args:
@@ -148,7 +150,7 @@ class LLM:
                 f"generate needs an idle engine, and {len(self._groups.unfinished)} added requests are unfinished; "
                 "call step until they are done, or abort them"
             )
-        checked = self._agreement.on_requests(lambda: self._intake.check(prompts, sampling_params))
+        checked = self._intake.check_in_all(self._agreement, prompts, sampling_params)
         requests = [self._intake.make(request) for request in checked]
         for request in requests:
             self.scheduler.check_fits(request)
@@ -176,7 +178,7 @@ class LLM:
 
     def add_request(self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None) -> int:
         """Queues a request for ``step`` and returns its id; raises RequestError if it can never be served."""
-        (checked,) = self._agreement.on_requests(lambda: self._intake.check([prompt], sampling_params))
+        (checked,) = self._intake.check_in_all(self._agreement, [prompt], sampling_params)
         request = self._intake.make(checked)
         self._add(request)
         return request.request_id
@@ -243,7 +245,7 @@ class LLM:
             self._stepper.advance(ended, return_logits=return_logits)
             self._start_siblings()
         else:
-            self._stepper.drop()
+            self._stepper.finish()
 
     def abort(self, request_id: int) -> None:
         """Ends a request, with its siblings, and gives back every page; does nothing if it has ended.
@@ -262,14 +264,14 @@ class LLM:
                 return
             try:
                 for request in group_of(leader):
-                    end(self.scheduler, request, FinishReason.ABORT)
+                    self.scheduler.end(request, FinishReason.ABORT)
             except BaseException as error:
                 self._recovery.after(error)
                 raise
             self._reports.count(leader)
             self._groups.forget(leader)
             if not self.scheduler.has_work:
-                self._stepper.drop()  # or the idle time until the next step would count as its own
+                self._stepper.finish()  # or the idle time until the next step would count as its own
 
     def _abort_all(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -289,6 +291,7 @@ class LLM:
     def reset_prefix_cache(self) -> None:
         """Forgets every cached prefix, on the device and on the host; no counter goes back."""
         with self._gate.entered():
+            self._stepper.forget_saves()
             for cache in self.caches:
                 cache.reset_prefix_cache()
 
@@ -306,8 +309,8 @@ class LLM:
         identity, weights = self._identity_of(model), self._runner.weights_of(model)
         with self._gate.entered():
             self._weights_epoch += 1  # first: an engine that got no further serves the old weights, from an empty cache
-            for prefix in self._prefixes:
-                prefix.raise_weights_epoch(self._identity, self._weights_epoch)
+            for cache in self.caches:
+                cache.prefix.raise_weights_epoch(self._identity, self._weights_epoch)
             self._runner.replace_weights(weights)
             self._identity, self.model = identity, model
 
@@ -318,20 +321,20 @@ class LLM:
 
         Raises:
             ConfigError: no directory was configured, or another engine has been saving to it for a minute.
-            OSError: the disk refuses; in processes other than 0 an EngineError that says so.
+            OSError: writing failed; processes other than 0 raise EngineError with that message.
         """
         if self._store is None:
             raise ConfigError("there is nowhere to save prefixes; set prefix_cache_dir and host_tier_bytes")
         with self._gate.entered():
+            self._stepper.land_saves()  # first: what is in the tier is listed before what is on the device
             # Every process has the same prefixes and its part in reading them; a directory takes one writer.
-            segments = map(at_first_epoch, cached_segments(self.caches))
+            segments = map(at_first_epoch, cached_segments(self.caches, self._stepper.read_pages))
             return self._agreement.done_by_first(partial(self._store.save, segments), partial(deque, segments, 0))
 
     def check_integrity(self) -> None:
         """Proves that every page of every replica is accounted for; else IntegrityError."""
         with self._gate.entered():
-            for replica in self.scheduler.replicas:
-                replica.check_integrity()
+            self.scheduler.check_integrity()
 
     @property
     def cache(self) -> CacheManager:
@@ -352,15 +355,11 @@ class LLM:
 
     @property
     def compiles_after_warmup(self) -> int:
-        """Programs that anyone in this process has compiled since this engine was ready."""
+        """Programs compiled in this process since this engine was ready, by any code."""
         return self._compiles.count
 
-    @property
-    def _prefixes(self) -> list[RadixCache]:
-        return [cache.prefix for cache in self.caches if cache.prefix]
-
     def _identity_of(self, model: Llama) -> str:
-        """The name of the weights, process 0's: that of an engine which saves nothing is another in each process."""
+        """The name of the weights, as process 0 has it: an engine that saves nothing has one per process."""
         name: str = self._agreement.plan.agree(weights_identity(self.config, model))
         return name
 
@@ -380,18 +379,16 @@ class LLM:
 
     def _with_unstarted(self, request: Request) -> list[Request]:
         """A request that ran out of time, and the siblings that wait for it to compute their prompt."""
-        unstarted = [sibling for sibling in request.siblings if is_unstarted(sibling)]
+        unstarted = [sibling for sibling in request.siblings if is_new(sibling)]
         for sibling in unstarted:
-            sibling.finish_reason = FinishReason.TIMEOUT
+            sibling.end(FinishReason.TIMEOUT)
         return [request, *unstarted]
 
     def _start_siblings(self) -> None:
         """Starts the other answers to a prompt once it has been computed, from its pages."""
         for leader, sibling in self._groups.to_start():
             self.scheduler.queue.acting_for = sibling
-            copy = self.scheduler.fork(leader, sibling)
-            if copy is not None:
-                self._runner.copy(copy.sources, copy.targets, replica=copy.replica)
+            self.scheduler.fork(leader, sibling)
             self.scheduler.queue.acting_for = None
 
     def _text_of(self, request: Request) -> str:

@@ -1,4 +1,4 @@
-"""What an engine is made of before it has a pool: configuration, devices, weights and tokenizer."""
+"""Loads what an engine needs before it has a pool: configuration, mesh, weights and tokenizer."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """The parts.
+    """The loaded parts.
 
     Attributes:
-        config: what the user wants.
-        mesh: the devices, None for one.
+        config: the engine's options.
+        mesh: the mesh of devices; None is one device.
         model: the weights, over the mesh.
         tokenizer: None where prompts must be token ids.
     """
@@ -41,7 +41,7 @@ class Loaded:
 
 
 def load_parts(model: str | Path | Llama | None, options: Mapping[str, Any]) -> Loaded:
-    """Reads a checkpoint, or takes a model that is in memory.
+    """Reads a checkpoint, or takes a model that is in memory already.
 
     Args:
         model: as for ``LLM``.
@@ -69,7 +69,7 @@ def load_parts(model: str | Path | Llama | None, options: Mapping[str, Any]) -> 
 
 
 def weights_dtype(config: EngineConfig) -> Any:
-    """The dtype of weights and activations: what the platform is fast at, unless told."""
+    """The dtype of weights and activations: the configured one, or for "auto" the platform's fast one."""
     if config.dtype != "auto":
         return jnp.dtype(config.dtype)
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
@@ -81,7 +81,7 @@ def is_slow(model: Llama) -> bool:
 
 
 def describe_dtype(config: EngineConfig, model: Llama) -> str:
-    """One line: the dtype of weights and activations, who chose it, and whether it is slow here."""
+    """One line: the dtype of weights and activations, the option that chose it, and whether it is slow here."""
     chosen = "dtype='auto'" if config.dtype == "auto" else f"dtype={config.dtype!r}"
     if is_slow(model):
         return f"weights are {model.dtype} ({chosen}), which a CPU decodes several times slower than float32"

@@ -1,15 +1,15 @@
-"""What becomes of an engine in which a step has failed, whatever raised and wherever.
+"""Recovery of an engine after a step has failed, whatever raised and wherever.
 
 The rule:
 
 1. Every step that was planned and not committed is taken back. All requests wait again with the tokens that they have:
-   the requests themselves are what is true, and all else is made to agree with them. Books that do not balance are
-   begun anew, and so are the pool's buffers where the failed step has taken them with it.
-2. The error comes out of ``LLM.step``, and the next step goes on. ``LLM.generate`` goes on by itself.
-3. A request on whose account steps fail ``MAX_TRIES`` times without a token in between ends with the reason "error".
-   Where it is not known which of several it is, they are let in one by one after the second failure: the one that
-   fails alone is it.
-4. ``MAX_FRUITLESS`` failures with no step and no ended request between them end everything that is unfinished.
+   the requests are the source of truth, and all else is made to agree with them. Books that do not balance are
+   cleared, and the pool's buffers are allocated again where the failed step has consumed them.
+2. ``LLM.step`` raises the error, and the next step continues. ``LLM.generate`` continues by itself.
+3. A request that makes steps fail ``MAX_TRIES`` times without a token in between ends with the reason "error".
+   Where several requests are suspected, they are admitted one by one after the second failure, so that the one that
+   fails alone is found.
+4. ``MAX_FRUITLESS`` failures with no step and no ended request between them end all unfinished requests.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ import logging
 
 from engine.serving.device.runner import ModelRunner
 from engine.serving.groups import AnswerGroups
-from engine.serving.plan.balancer import Balancer
 from engine.serving.plan.scheduler import Scheduler
-from engine.serving.request import FinishReason, Request
+from engine.serving.request import FinishReason, Request, RequestState
 from engine.serving.stepper import Stepper
 from engine.serving.watch.stats import EngineStats
 
@@ -32,19 +31,19 @@ _logger = logging.getLogger(__name__)
 
 
 class Recovery:
-    """Brings an engine back to a state in which it can go on.
+    """Brings an engine back to a state in which it can continue.
 
     Args:
-        scheduler: whose rows are given back.
-        stepper: whose steps under way are dropped.
-        runner: whose pool may be lost.
+        scheduler: its rows are given back.
+        stepper: its steps under way are dropped.
+        runner: its pool may be lost.
         groups: the requests.
-        stats: tells whether steps get on.
+        stats: shows whether steps make progress.
     """
 
     def __init__(
         self,
-        scheduler: Scheduler | Balancer,
+        scheduler: Scheduler,
         stepper: Stepper,
         runner: ModelRunner,
         groups: AnswerGroups,
@@ -61,27 +60,24 @@ class Recovery:
     def after(self, error: BaseException) -> None:
         """Recovers from whatever was raised in the middle of a change."""
         members = self._groups.members()
-        running = [request for request in members if request.req_pool_idx is not None]
+        running = [request for request in members if request.state is RequestState.RUNNING]
         culprit = self._scheduler.queue.culprit(running)
         self._stepper.drop()
-        for request in members:
-            request.settle()
         self._scheduler.restart(members, keeps_pages=self._has_pages())
         self._groups.restart()
-        if isinstance(error, Exception):  # an interrupt is nobody's fault
+        if isinstance(error, Exception):  # no request causes an interrupt
             self._blame(culprit, running, error)
 
     def blame(self, request: Request, error: Exception) -> bool:
-        """Notes a failure on a request's account; returns whether it has been given up."""
+        """Counts a failure that a request caused; returns whether the request was ended for it."""
         tries = request.note_failure()
         _logger.error("request %d: failure %d of %d on its account: %r", request.request_id, tries, MAX_TRIES, error)
         return tries >= MAX_TRIES
 
     def check_books(self, fault: Exception) -> None:
-        """After the prefix cache has failed for a request: begins anew where that has left the books unbalanced."""
+        """After the prefix cache has failed for a request: clears the books where that has left them unbalanced."""
         try:
-            for replica in self._scheduler.replicas:
-                replica.check_integrity()
+            self._scheduler.check_integrity()
         except Exception:
             self.after(fault)
 
@@ -108,16 +104,7 @@ class Recovery:
 
     def _give_up(self, requests: list[Request], error: Exception) -> None:
         for request in requests:
-            if request.finish_reason is None:
-                request.error = f"{type(error).__name__}: {error}"
-                end(self._scheduler, request, FinishReason.ERROR)
+            if request.state is not RequestState.ENDED:
+                self._scheduler.end(request, FinishReason.ERROR, f"{type(error).__name__}: {error}")
                 self._groups.ended.append(request)
         self._fruitless = 0
-
-
-def end(scheduler: Scheduler | Balancer, request: Request, reason: FinishReason) -> None:
-    """Ends a request whether it has reached the scheduler or not."""
-    if request.arrival is None:
-        request.finish_reason = reason
-    else:
-        scheduler.end(request, reason)

@@ -1,4 +1,4 @@
-"""Finished answers, until whoever asked for them has them."""
+"""Keeps finished answers until the call that waits for them takes them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from engine.serving.watch.stats import EngineStats
 
 
 class Reports:
-    """Makes the answers of groups that are complete, and keeps each for the call that it belongs to.
+    """Makes the answers of complete groups, and keeps each for the call that waits for it.
 
     Args:
-        groups: of requests.
-        recovery: what to do about an answer that cannot be made.
+        groups: the groups of requests.
+        recovery: handles an answer that cannot be made.
         stats: counts why requests ended.
-        text_of: a request's answer as text.
+        text_of: returns a request's answer as text.
     """
 
     def __init__(
@@ -31,13 +31,13 @@ class Reports:
         self._recovery = recovery
         self._stats = stats
         self._text_of = text_of
-        # By whose they are, a call of generate or None for whoever steps; and the calls by request.
+        # The answers by call of generate, or None for the caller of step; and the calls of generate by request.
         self._made: dict[int | None, dict[int, RequestOutput]] = {}
         self._claims: dict[int, int] = {}
 
     @contextmanager
     def claimed(self, requests: Sequence[Request]) -> Iterator[dict[int, RequestOutput]]:
-        """The answers to these requests, by id, come into the dict that it yields and are no step's as long.
+        """Yields a dict that gets the answers to these requests by id; no step returns them while the context lasts.
 
         Raises:
             Interrupted: in place of a KeyboardInterrupt within, with the answers so far.
@@ -55,7 +55,7 @@ class Reports:
                 self._claims.pop(request.request_id, None)
 
     def answers(self, requests: Sequence[Request], done: dict[int, RequestOutput]) -> list[RequestOutput]:
-        """Those that are done, in the order of the requests; of what was aborted what there is."""
+        """The finished answers in the order of the requests; for aborted requests the tokens so far."""
         return [done.get(request.request_id) or self.output(request) for request in requests]
 
     def take(self) -> dict[int, RequestOutput]:

@@ -1,4 +1,4 @@
-"""What a caller asks for, what becomes of it, and what is given back."""
+"""Parameters of a request, its state, and its result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_LOGPROBS = 20
 MAX_ANSWERS = 128  # to one prompt; for more, give the prompt more than once
 SEEDS = 2**31
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
-AGING_SECONDS = 10.0  # a level of priority is overtaken by this much earlier an arrival
+AGING_SECONDS = 10.0  # an arrival earlier by this outweighs one level of priority
 
 Made = TypeVar("Made")
 
@@ -54,8 +54,8 @@ class SamplingParams:
         temperature: 0 is greedy; else logits are divided by it.
         top_k: keep the k most likely tokens; 0 keeps all. Of equal ones at the edge the lower ids stay.
         top_p: keep the smallest set of most likely tokens whose probability reaches this, in (0, 1]; 1 keeps all.
-        seed: of this request's own random stream, 0 to 2**31 - 1: with the same seed a prompt gets the same answer
-            whoever shares the batch. None draws one for each request; ``RequestOutput.seed`` tells it.
+        seed: seed of this request's own random stream, 0 to 2**31 - 1: with the same seed a prompt gets the same answer
+            in any batch. None draws one for each request, which ``RequestOutput.seed`` has.
         stop_token_ids: tokens that end the answer; they are part of it.
         ignore_eos: do not stop at the model's end-of-text tokens.
         logprobs: how many of the most likely tokens to report at each position beside the chosen one, 0 to 20;
@@ -143,7 +143,7 @@ class FinishReason(StrEnum):
     """Why an answer ended.
 
     STOP: by a token that ends it. LENGTH: by its length. ABORT: by its caller. TIMEOUT: its time was up. NON_FINITE:
-    the model's logits were no numbers to choose a token by. ERROR: steps failed on its account, see ``recovery``.
+    the model's logits were NaN or infinite. ERROR: steps failed because of this request, see ``recovery``.
     """
 
     STOP = "stop"
@@ -154,13 +154,26 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class RequestState(StrEnum):
+    """The state of a request.
+
+    NEW: the scheduler does not have it yet. WAITING: in the queue, without pages. RUNNING: it has a row. ENDED: it has
+    a finish reason.
+    """
+
+    NEW = "new"
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
 @dataclass(frozen=True)
 class TokenLogprobs:
     """Natural-log probabilities at one generated position, of the model's own distribution (before temperature).
 
     Attributes:
-        chosen: of the token that was generated.
-        top: the most likely token ids and theirs, best first.
+        chosen: log-probability of the generated token.
+        top: the most likely token ids with their log-probabilities, best first.
     """
 
     chosen: float
@@ -169,7 +182,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What a request came to.
+    """The result of a request.
 
     Attributes:
         prompt_token_ids: the prompt as it was fed.
@@ -177,12 +190,12 @@ class RequestOutput:
         text: the generated tokens as text; empty where the model has no tokenizer.
         finish_reason: a ``FinishReason``: "stop", "length", "abort", "timeout", "non_finite" or "error".
         cached_tokens: tokens of the prompt that were not computed because their pages were cached.
-        logprobs: one entry a generated token where the request asked for them.
+        logprobs: one entry per generated token where the request asked for them.
         logits: float32 ``[len(token_ids), vocab]`` where ``generate`` was asked to return them.
         siblings: the other ``n - 1`` answers drawn from the prompt.
         error: what was wrong, where ``finish_reason`` is "non_finite" or "error"; else None.
-        seed: that this answer was drawn with, given or not: with it as ``SamplingParams.seed`` the answer comes again.
-            A greedy request, which draws nothing, has 0 where none was given.
+        seed: seed of this answer, given or drawn; as ``SamplingParams.seed`` it gives the same answer again. A greedy
+            request without a seed has 0.
     """
 
     prompt_token_ids: list[int]
@@ -204,20 +217,19 @@ class Request:
     Attributes:
         prompt: token ids, int32 ``[prompt_len]``.
         params: how to choose its tokens.
-        seed: of its random stream, whether given or drawn.
+        seed: seed of its random stream, given or drawn.
         stop_ids: every token that ends it.
+        state: its state; only the methods below change it.
         req_pool_idx: its page-table row while it runs, else None.
-        replica: whose row that is, where there are several.
-        num_prefilled: tokens whose keys and values were in the pool after its last step that was not of decoding.
-        is_decoding: whether it has generated a token since it was admitted.
+        replica: index of the replica that it runs on.
         output: tokens generated so far.
-        scope: under which its prefix may be shared.
+        scope: the scope in which its prefix may be shared.
         arrival: seconds on the scheduler's clock; None until the scheduler has it.
         cached_tokens: tokens found cached when it was first admitted; None before.
         retractions: how often its pages were taken back.
         siblings: the requests of the other answers to the same prompt.
         error: what was wrong, see ``RequestOutput``.
-        failures: steps that failed on its account since it got its last token.
+        failures: steps that failed because of it since its last token.
     """
 
     request_id: int
@@ -229,8 +241,7 @@ class Request:
     arrival: float | None = None
     req_pool_idx: int | None = None
     replica: int = 0
-    num_prefilled: int = 0
-    is_decoding: bool = False
+    state: RequestState = RequestState.NEW
     cached_tokens: int | None = None
     retractions: int = 0
     siblings: list[Request] = field(default_factory=list)
@@ -244,7 +255,7 @@ class Request:
 
     @property
     def rank(self) -> tuple[float, int]:
-        """Who is served first: the smallest. Grows with arrival alone, so that nobody waits for ever; never a tie."""
+        """The smallest is served first. It grows with arrival alone, so that no request starves; there are no ties."""
         return (self.arrival or 0.0) - self.params.priority * AGING_SECONDS, self.request_id
 
     def is_late(self, now: float) -> bool:
@@ -258,19 +269,9 @@ class Request:
         return len(self.prompt) + len(self.output)
 
     @property
-    def num_computed(self) -> int:
-        """Tokens whose keys and values are in the pool: while decoding, all but the last one."""
-        return self.num_tokens - 1 if self.is_decoding else self.num_prefilled
-
-    @property
     def max_tokens(self) -> int:
         """Most tokens whose keys and values it can ever need: the last generated token is never fed back."""
         return len(self.prompt) + self.params.max_new_tokens - 1
-
-    @property
-    def num_pending(self) -> int:
-        """Known tokens that the pool does not hold yet: 1 while decoding, more while prefilling."""
-        return self.num_tokens - self.num_computed
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.int32]:
         """Token ids of positions ``start`` to ``stop - 1``, int32."""
@@ -280,35 +281,46 @@ class Request:
         generated = np.asarray(self.output[max(start - split, 0) : stop - split], np.int32)
         return generated if start >= split else np.concatenate([self.prompt[start:], generated])
 
-    def begin(self, num_computed: int) -> None:
-        """Notes for how many of its tokens the pool holds keys and values, before any step of it."""
-        self.num_prefilled, self.is_decoding = num_computed, False
+    def wait(self) -> None:
+        """Notes that it is in the queue and has no row."""
+        self.req_pool_idx, self.state = None, RequestState.WAITING
+
+    def run(self, row: int) -> None:
+        """Notes that it has a row."""
+        self.req_pool_idx, self.state = row, RequestState.RUNNING
+
+    def end(self, reason: FinishReason, error: str | None = None) -> None:
+        """Ends it: its answer is complete, or no more of it will be generated."""
+        self.finish_reason, self.error, self.state = reason, error, RequestState.ENDED
 
     def note_end(self) -> bool:
-        """Whether the last generated token ends the answer; notes why."""
+        """Whether the last generated token ends the answer; ends it then."""
         if self.output[-1] in self.stop_ids:
-            self.finish_reason = FinishReason.STOP
+            self.end(FinishReason.STOP)
         elif len(self.output) == self.params.max_new_tokens:
-            self.finish_reason = FinishReason.LENGTH
-        return self.finish_reason is not None
+            self.end(FinishReason.LENGTH)
+        return self.state is RequestState.ENDED
 
     def note_non_finite(self) -> None:
         """Ends the answer where no token could be chosen."""
-        self.finish_reason = FinishReason.NON_FINITE
-        self.error = (
+        self.end(
+            FinishReason.NON_FINITE,
             f"the logits after {self.num_tokens} tokens are NaN or infinite: the model's numbers exceed its dtype or "
-            "the pool's; use float32 or bfloat16 for both"
+            "the pool's; use float32 or bfloat16 for both",
         )
 
     def note_failure(self) -> int:
-        """Counts a step that failed on its account; returns how many have since its last token."""
+        """Counts a step that failed because of it; returns how many have since its last token."""
         if self.failures_at != len(self.output):
             self.failures = 0
         self.failures, self.failures_at = self.failures + 1, len(self.output)
         return self.failures
 
-    def settle(self) -> None:
-        """Makes its parts agree after a fault that may have come between any two of them."""
+    def restart(self) -> None:
+        """Makes its parts agree, without a row, after a fault that may have come between any two of them."""
         del self.logprobs[len(self.output) :], self.logits[len(self.output) :]
-        if self.output and self.finish_reason is None:
-            self.note_end()
+        self.req_pool_idx = None
+        if self.finish_reason is not None:
+            self.state = RequestState.ENDED
+        elif not (self.output and self.note_end()):
+            self.state = RequestState.NEW if self.arrival is None else RequestState.WAITING

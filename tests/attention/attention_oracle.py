@@ -45,7 +45,7 @@ class Geometry:
 
     @property
     def pages(self) -> int:
-        """Null page, every row's pages, and three that nobody owns."""
+        """Null page, every row's pages, and three that no row owns."""
         return 1 + self.rows * self.columns + 3
 
     def options(self) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from attention_oracle import Case, Geometry, make_case, same_bits
 from attention_strategies import GEOMETRIES, cases
 from hypothesis import given, settings
 
-from engine.attention.api import ragged_paged_attention
-from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
+from engine.attention import AttentionMetadata, FlashAttentionBackend, ragged_paged_attention
 from engine.attention.metadata import locate_new_tokens
 
 
@@ -155,6 +154,6 @@ def test_padding_equals_no_padding() -> None:
 
 
 def test_the_metadata_module_pulls_in_nothing_of_serving() -> None:
-    check = "import sys, engine.attention.backend; print([m for m in sys.modules if m.startswith('engine.serving')])"
+    check = "import sys, engine.attention.layer; print([m for m in sys.modules if m.startswith('engine.serving')])"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

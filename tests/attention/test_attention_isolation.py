@@ -9,7 +9,7 @@ from attention_oracle import Case, Geometry, make_case, relative_error, same_bit
 from attention_strategies import GEOMETRIES, cases
 from hypothesis import given, settings
 
-from engine.attention.api import ragged_paged_attention
+from engine.attention import ragged_paged_attention
 
 PLAIN = Geometry(page_size=16, columns=20, tokens=150, rows=4)
 
@@ -68,7 +68,7 @@ def alone(case: Case, row: int, impl: str) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("name", ["gqa", "d128_tiles", "everything_bf16"])
-def test_a_result_does_not_depend_on_who_else_is_in_the_batch(name: str, impl: str) -> None:
+def test_a_result_does_not_depend_on_other_sequences_in_the_batch(name: str, impl: str) -> None:
     @given(cases(GEOMETRIES[name]))
     @settings(max_examples=4)
     def check(case: Case) -> None:

@@ -12,8 +12,7 @@ from attention_oracle import Case, Geometry, make_case, relative_error, same_bit
 from attention_strategies import cases
 from hypothesis import given, settings
 
-from engine.attention.api import ragged_paged_attention
-from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
+from engine.attention import AttentionMetadata, FlashAttentionBackend, ragged_paged_attention
 from engine.attention.metadata import locate_new_tokens
 from engine.errors import BackendUnsupported, ShapeError
 
@@ -64,6 +63,16 @@ def test_lse_and_scaled_caches_equal_the_oracle(name: str, impl: str) -> None:
         assert_right(case, impl)
 
     check()
+
+
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+@pytest.mark.parametrize("impl", ALL)
+def test_a_scale_may_stand_alone_in_half_precision(name: str, impl: str) -> None:
+    case = make_case(GEOMETRIES["bfloat16, scales"], [10, 1, 0, 20], [11, 30, 4, 0], seed=6)
+    out, pool, _ = run(dataclasses.replace(case, **{name: None}), impl)
+    same_out, same_pool, _ = run(dataclasses.replace(case, **{name: np.ones(case.k.shape[1], np.float32)}), impl)
+    assert same_bits(pool, same_pool)
+    assert relative_error(out, same_out.astype(np.float64)) <= OUT_TOLERANCE["bfloat16"]
 
 
 @pytest.mark.parametrize("name", FLOAT8)

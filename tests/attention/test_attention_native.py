@@ -15,7 +15,7 @@ from attention_oracle import DTYPES, Case, Geometry, make_case, relative_error, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.attention.api import ragged_paged_attention
+from engine.attention import ragged_paged_attention
 from engine.errors import BackendUnsupported
 from engine.native import library
 

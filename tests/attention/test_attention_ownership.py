@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
+from engine.attention import AttentionMetadata, FlashAttentionBackend
 from engine.errors import ShapeError
 
 PAGE, TOKENS, HEADS, DIM = 16, 512, 4, 64

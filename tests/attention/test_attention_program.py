@@ -9,7 +9,7 @@ import pytest
 from attention_impls import FAST
 from attention_oracle import Geometry, make_case
 
-from engine.attention.api import ragged_paged_attention
+from engine.attention import ragged_paged_attention
 
 ROWS, KV_HEADS, Q_HEADS, HEAD_DIM, PAGE = 4, 4, 8, 128, 16
 

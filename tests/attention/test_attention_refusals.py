@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from attention_oracle import Case, Geometry, make_case, same_bits
 
-from engine.attention import api
-from engine.attention.api import ragged_paged_attention
-from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
+from engine.attention import AttentionMetadata, FlashAttentionBackend, ragged_paged_attention
+from engine.attention import call as attention_call
+from engine.attention.impl.implementation import Implementation
 from engine.errors import BackendUnsupported, ConfigError, ShapeError
 from engine.native import library
 
@@ -137,7 +137,7 @@ def test_auto_falls_back_on_backend_unsupported_and_on_nothing_else(
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setitem(api.BACKENDS, "tpu", broken)
+    monkeypatch.setitem(attention_call.IMPLEMENTATIONS, "tpu", Implementation(broken, fuses_write=True))
     with pytest.raises(ZeroDivisionError):
         ragged_paged_attention(**{**call, "sm_scale": 0.77}, impl="auto")  # another scale: not what jit has cached
 
@@ -147,10 +147,28 @@ def test_auto_falls_back_on_backend_unsupported_and_on_nothing_else(
 
         return refuse
 
-    for name in api.AUTO_ORDER:
-        monkeypatch.setitem(api.BACKENDS, name, unable(name))
+    for name in attention_call.AUTO_ORDER:
+        monkeypatch.setitem(attention_call.IMPLEMENTATIONS, name, Implementation(unable(name)))
     with pytest.raises(BackendUnsupported, match=r"tpu.*gpu.*xla"):
         ragged_paged_attention(**{**call, "sm_scale": 0.78}, impl="auto")
+
+
+def test_a_refusal_after_the_write_costs_no_second_write(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second write whose result is dropped would cost a copy of the whole cache."""
+    writes = []
+
+    def counted(*arguments: Any) -> Any:
+        writes.append(arguments)
+        return write(*arguments)
+
+    def refuse(*_: object) -> None:
+        raise BackendUnsupported("cpu cannot")
+
+    write = attention_call._write
+    monkeypatch.setattr(attention_call, "_write", counted)
+    monkeypatch.setitem(attention_call.IMPLEMENTATIONS, "cpu", Implementation(refuse))
+    ragged_paged_attention(**{**call, "sm_scale": 0.79}, impl="auto")
+    assert len(writes) == 1
 
 
 def test_the_backend_refuses_what_it_was_not_made_for(call: Call) -> None:

@@ -7,7 +7,7 @@ from attention_strategies import GEOMETRIES, cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.attention.api import ragged_paged_attention
+from engine.attention import ragged_paged_attention
 
 # float32 keeps 24 bits; sums of a few hundred products of unit normals lose at most a few more. bfloat16 keeps 8 bits
 # (a half unit in the last place is 2 ** -9 = 0.002) and float16 11, which the output's own rounding spends.

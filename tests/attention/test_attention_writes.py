@@ -6,7 +6,7 @@ import pytest
 from attention_impls import ALL
 from attention_oracle import Case, Geometry, make_case, relative_error, same_bits
 
-from engine.attention.api import ragged_paged_attention
+from engine.attention import ragged_paged_attention
 
 IMPLS = pytest.mark.parametrize("impl", ALL)
 
@@ -23,7 +23,7 @@ def assert_right(case: Case, impl: str) -> None:
 
 
 @IMPLS
-def test_windowed_prefill_writes_the_tokens_that_nobody_will_see(impl: str) -> None:
+def test_windowed_prefill_writes_tokens_that_no_query_sees(impl: str) -> None:
     geometry = Geometry(window=16, page_size=16, columns=6, tokens=96, rows=1)
     assert_right(make_case(geometry, [96], [0], seed=21), impl)
 

@@ -125,7 +125,7 @@ def test_metadata_may_be_padded_with_zeros_and_pads_itself_to_static_shapes():
 
 @pytest.mark.parametrize("impl", ALL)
 def test_tokens_before_the_first_sequence_are_zeros_and_are_not_written(impl):
-    """Where it is traced the sum may begin anywhere; memory that nobody wrote must never come out."""
+    """A traced sum may begin at any number; unwritten memory must never be returned."""
     case = case_of(q_lens=(9, 0, 1, 20), prefix_lens=(5, 40, 30, 0))
     shift = 7
     moved = {name: np.roll(getattr(case, name), shift, axis=0) for name in ("q", "k", "v")}

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from attention_oracle import Case, Geometry, make_case, relative_error, same_bits
 
-from engine.attention.metadata import AttentionMetadata
-from engine.attention.spec import AttentionSpec, HeadArrays
+from engine.attention import AttentionMetadata
+from engine.attention.options import AttentionOptions, HeadArrays
 from engine.kv.gpu_target import OLDEST_JAX
 
 __all__ = ["HOPPER_CASES", "NEEDS_MOSAIC", "Case", "Geometry", "check", "make_case", "same_bits"]
@@ -38,7 +38,7 @@ def geometry(**changes: Any) -> Geometry:
     return Geometry(**{**_GQA, **changes})
 
 
-# Name: the geometry, new tokens a row, cached tokens a row.
+# Name: the geometry, new tokens per row, cached tokens per row.
 HOPPER_CASES: dict[str, tuple[Geometry, list[int], list[int]]] = {
     "decode": (geometry(tokens=4), [1, 1, 1, 1], [0, 30, 130, 300]),
     "decode_at_the_edges_of_steps": (geometry(tokens=6, rows=6), [1] * 6, [62, 63, 64, 126, 127, 128]),
@@ -84,7 +84,7 @@ def check(
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from engine.attention.gpu.api import ragged_paged_attention_gpu
+    from engine.attention.impl.gpu.gpu_step import ragged_paged_attention_gpu
 
     geo, case = case.geometry, case.poisoned()
     raising = "on_race" in {field.name for field in dataclasses.fields(plgpu.InterpretGPUParams)}
@@ -92,14 +92,14 @@ def check(
     described = (case.page_table if table is None else table, case.cu_q_lens, case.kv_lens)
     metadata = AttentionMetadata.build(*described, num_tokens=geo.tokens, page_size=geo.page_size)
     scale = geo.head_dim**-0.5 if geo.sm_scale is None else geo.sm_scale
-    spec = AttentionSpec(geo.page_size, scale / (logit_scale or 1), geo.window, geo.soft_cap, return_lse=True)
+    options = AttentionOptions(geo.page_size, scale / (logit_scale or 1), geo.window, geo.soft_cap, return_lse=True)
     arrays = (case.sinks, case.k_scale, case.v_scale, None if logit_scale is None else np.float32(logit_scale))
     heads = HeadArrays(*(None if array is None else jnp.asarray(array) for array in arrays))
     inputs = (jnp.asarray(array) for array in (case.q, case.k, case.v, case.pool))
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):  # older interpreters only print, and forget what kernel raced
-            got = ragged_paged_attention_gpu(*inputs, metadata, heads, spec, blocks=blocks, interpret=params)
+            got = ragged_paged_attention_gpu(*inputs, metadata, heads, options, blocks=blocks, interpret=params)
             out, pool, lse = (np.asarray(array) for array in got)
     finally:
         gpu_callbacks.reset_gpu_interpret_mode_state()

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from engine.attention.gpu.kernel.prefill import prefill_tiles
-from engine.attention.gpu.kernel.sizes import Sizes
-from engine.attention.gpu.work import Tiles
+from engine.attention.impl.gpu.kernel.prefill_tiles import prefill_tiles
+from engine.attention.impl.gpu.kernel.sizes import Sizes
+from engine.attention.impl.gpu.work import Tiles
 from engine.bench.gpu.figures import footprint
 from engine.bench.gpu.programs import _Target, fresh_kernels
 from engine.kv.scatter_gpu import scatter_gpu

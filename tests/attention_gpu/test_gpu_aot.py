@@ -51,13 +51,13 @@ def test_a_call_takes_what_it_should(found: dict[str, dict[str, Any]], name: str
 def test_the_loops_are_as_they_are_meant(found: dict[str, dict[str, Any]]) -> None:
     plain = found["h100 page 16"]
     # 64 rows by 64 keys of 128 in steps of 16 elements, then 64 keys in steps of 16; four pages of 16 a step.
-    assert plain["decode products a step"] == 8 + 4
-    assert plain["decode instructions a KV token"] == plain["decode instructions a step"] / 64
-    assert plain["decode copies a step"] == 4
+    assert plain["decode products per step"] == 8 + 4
+    assert plain["decode instructions per KV token"] == plain["decode instructions per step"] / 64
+    assert plain["decode copies per step"] == 4
     # 128 keys: again eight, and eight; eight pages.
-    assert plain["prefill products a step"] == 8 + 8
-    assert plain["prefill copies a step"] == 8
-    assert found["h100 decode page 64"]["decode copies a step"] == 1
+    assert plain["prefill products per step"] == 8 + 8
+    assert plain["prefill copies per step"] == 8
+    assert found["h100 decode page 64"]["decode copies per step"] == 1
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_prefill_issues_no_more_than_the_yardstick(found: dict[str, dict[str, An
     sizes = {"target": "h100", "q_heads": 32, "kv_heads": 8, "head_dim": 128, "tokens": 4096}
     (theirs,) = compile_each(f"{PROGRAMS}:compile_yardstick", [sizes])
     assert "failed" not in theirs, theirs["failed"]
-    assert found["h100 page 16"]["prefill instructions a step"] <= theirs["prefill instructions a step"]
+    assert found["h100 page 16"]["prefill instructions per step"] <= theirs["prefill instructions per step"]
 
 
 def test_no_worse_than_the_baseline(found: dict[str, dict[str, Any]]) -> None:

@@ -15,7 +15,8 @@ DECODE = ([1, 1, 1, 1], [319, 30, 130, 300], 4)
 SPLIT = ([1, 1, 1, 1], [319, 30, 130, 300], 16)
 PREFILL = ([90, 1, 20, 3], [10, 40, 290, 200], 4)
 HAND_BACK = "    plgpu.barrier_arrive(shared.ring.empty.at[slot])\n"
-# Name: the module, what is replaced in it, by what, and the step.
+FILES = {"decode": "decode_chunks", "merge": "merge_chunks", "pages": "pages", "prefill": "prefill_tiles"}
+# Name: the file by its key, what is replaced in it, by what, and the step.
 MISTAKES = {
     "decode: a place handed back before its values are read": (
         "decode", "    state, weights = registers.weigh", HAND_BACK + "    state, weights = registers.weigh", DECODE
@@ -60,7 +61,7 @@ def _cases() -> list[object]:
 
 @pytest.mark.parametrize(("name", "text", "mistake", "step"), _cases())
 def test_it_is_noticed(name: str, text: str, mistake: str, step: tuple[list[int], list[int], int]) -> None:
-    module = importlib.import_module(f"engine.attention.gpu.kernel.{name}")
+    module = importlib.import_module(f"engine.attention.impl.gpu.kernel.{FILES[name]}")
     source = inspect.getsource(module)
     assert text in source, "the kernel no longer has what this test replaces"
     before = dict(module.__dict__)

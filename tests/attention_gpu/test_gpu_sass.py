@@ -26,7 +26,7 @@ kernel:
 """
 
 
-def test_loops_are_told_apart(tmp_path: Path) -> None:
+def test_loops_are_distinguished(tmp_path: Path) -> None:
     inner, outer, waiting = read_loops(CODE)
     assert (inner.instructions, outer.instructions) == (4, 7)
     assert outer.holds(inner)
@@ -70,5 +70,5 @@ def test_a_kernel_is_read_with_what_stands_beside_it(tmp_path: Path) -> None:
     {"resources": "Resources()"},
 ])  # fmt: skip
 def test_a_report_in_other_words_is_refused(tmp_path: Path, other: dict[str, str]) -> None:
-    with pytest.raises(BackendUnsupported, match="cannot read what attend takes"):
+    with pytest.raises(BackendUnsupported, match="cannot read the resources of attend"):
         read_kernel(dump(tmp_path, **other))

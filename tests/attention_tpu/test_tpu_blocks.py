@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 from tpu_cases import SMALL
 
-from engine.attention.metadata import AttentionMetadata
-from engine.attention.spec import AttentionSpec, HeadArrays
-from engine.attention.tpu import block_sizes
-from engine.attention.tpu.api import make_geometry, ragged_paged_attention_tpu, scratch_bytes
-from engine.attention.tpu.block_sizes import (
+from engine.attention import AttentionMetadata
+from engine.attention.impl.tpu import block_sizes
+from engine.attention.impl.tpu.block_sizes import (
     OVERRIDE_KEYS,
     VMEM_BYTES,
     VMEM_SHARE,
@@ -25,8 +23,10 @@ from engine.attention.tpu.block_sizes import (
     make_tiles,
     run_pages,
 )
-from engine.attention.tpu.kernel.geometry import Geometry
-from engine.attention.tpu.schedule import make_schedule
+from engine.attention.impl.tpu.kernel.geometry import Geometry
+from engine.attention.impl.tpu.schedule import make_schedule
+from engine.attention.impl.tpu.tpu_step import make_geometry, ragged_paged_attention_tpu, scratch_bytes
+from engine.attention.options import AttentionOptions, HeadArrays
 from engine.errors import BackendUnsupported, ConfigError
 
 
@@ -73,7 +73,7 @@ def test_blocks_shrink_for_wide_tokens_and_are_refused_where_even_the_smallest_d
     like = jax.ShapeDtypeStruct
     q, kv = like((256, heads, lanes), jnp.bfloat16), like((64 * page_size, 2 * heads, lanes), jnp.dtype(dtype))
     call = functools.partial(
-        make_geometry, q, heads, kv, AttentionSpec(page_size, 1.0), 32_768 // page_size, generation="v7x"
+        make_geometry, q, heads, kv, AttentionOptions(page_size, 1.0), 32_768 // page_size, generation="v7x"
     )
     if fits:
         used = scratch_bytes(call())
@@ -88,7 +88,7 @@ def test_blocks_of_queries_shrink_where_log_sum_exp_would_leave_the_compiler_too
     like = jax.ShapeDtypeStruct
     q, kv = like((1024, 32, 128), jnp.dtype(dtype)), like((8192, 16, 128), jnp.dtype(dtype))
     plain, lse = (
-        make_geometry(q, 8, kv, AttentionSpec(128, 1.0, return_lse=wanted), 32, generation="v7x")
+        make_geometry(q, 8, kv, AttentionOptions(128, 1.0, return_lse=wanted), 32, generation="v7x")
         for wanted in (False, True)
     )
     assert (plain.tiles[-1].rows, lse.tiles[-1].rows) == (1024, rows)
@@ -98,7 +98,7 @@ def test_blocks_of_queries_shrink_where_log_sum_exp_would_leave_the_compiler_too
 def geometry(blocks: BlockSizes, group: int, tokens: int = 1024) -> Geometry:
     q = jax.ShapeDtypeStruct((tokens, group, 128), jnp.bfloat16)
     kv = jax.ShapeDtypeStruct((1024, 2, 128), jnp.bfloat16)
-    return make_geometry(q, 1, kv, AttentionSpec(16, 1.0), 10, generation="v6e", blocks=blocks)
+    return make_geometry(q, 1, kv, AttentionOptions(16, 1.0), 10, generation="v6e", blocks=blocks)
 
 
 @pytest.mark.parametrize("group", [1, 16])
@@ -173,12 +173,12 @@ def test_the_shipped_table_loads() -> None:
 
 @pytest.mark.parametrize(("page_size", "fits"), [(16, False), (128, True)])
 def test_a_page_table_that_scalar_memory_cannot_hold_is_refused_with_the_arithmetic(page_size: int, fits: bool) -> None:
-    """256 sequences of 32,768 tokens: 2 MiB of page ids at 16 tokens a page, 256 KiB at 128."""
+    """256 sequences of 32,768 tokens: 2 MiB of page ids at 16 tokens per page, 256 KiB at 128."""
     pages, like = 32_768 // page_size, jax.ShapeDtypeStruct
     metadata = AttentionMetadata(*(like(shape, jnp.int32) for shape in ((256, pages), (257,), (256,), (256,), (256,))))
     kv = like((256, 1, 128), jnp.bfloat16)
     call = functools.partial(
-        ragged_paged_attention_tpu, heads=HeadArrays(), spec=AttentionSpec(page_size, 1.0), generation="v6e"
+        ragged_paged_attention_tpu, heads=HeadArrays(), options=AttentionOptions(page_size, 1.0), generation="v6e"
     )
     shapes = (like((256, 8, 128), jnp.bfloat16), kv, kv, like((4096, 2, 128), jnp.bfloat16), metadata)
     if fits:

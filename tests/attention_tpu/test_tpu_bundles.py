@@ -67,9 +67,9 @@ def test_the_rivals_blocks_are_counted_with_what_is_around_the_loop(tmp_path):
     one = [(False, 0, 0), (True, 1, 0), (False, 1, 0), (True, 2, 2), (False, 2, 2), (False, 1, 0)]
     program = read_program(dump(tmp_path, one))
     found = rival_figures(program, program, decode_tokens=10, prefill_flops=100, chunks=3)
-    assert found["decode bundles a token"] == 5 / 10
-    assert found["prefill FLOPs a bundle"] == 300 / (5 + 2 * 2)
-    assert found["prefill FLOPs a bundle, compute alone"] == 50
+    assert found["decode bundles per token"] == 5 / 10
+    assert found["prefill FLOPs per bundle"] == 300 / (5 + 2 * 2)
+    assert found["prefill FLOPs per bundle, compute alone"] == 50
 
 
 HLO = """
@@ -143,8 +143,8 @@ def test_launches_count_the_turns_of_loops_and_the_longest_branch():
 
 
 GOOD = {
-    "decode bundles a token": 1.4,
-    "prefill FLOPs a bundle": 190_000,
+    "decode bundles per token": 1.4,
+    "prefill FLOPs per bundle": 190_000,
     "decode hot loop spills": 17,
     "prefill hot loop spills": 993,
     "VMEM bytes": 50 << 20,
@@ -154,8 +154,8 @@ GOOD = {
 @pytest.mark.parametrize(
     ("name", "worse", "allowed"),
     [
-        ("decode bundles a token", 1.55, 1.53),
-        ("prefill FLOPs a bundle", 170_000, 172_000),
+        ("decode bundles per token", 1.55, 1.53),
+        ("prefill FLOPs per bundle", 170_000, 172_000),
         ("decode hot loop spills", 90, 80),
         ("prefill hot loop spills", 1160, 1150),
         ("VMEM bytes", 57 << 20, 55 << 20),

@@ -12,7 +12,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as mosaic_interpret
 from tpu_cases import SMALL, Step, make_step, run
 
-from engine.attention.tpu.kernel import transfer
+from engine.attention.impl.tpu.kernel import transfer
 from engine.kv.tpu_view import view_words
 
 MIXED = [(1, 5), (0, 40), (1, 300), (40, 170), (3, 3), (1, 129), (1, 512)]

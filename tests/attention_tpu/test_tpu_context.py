@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from tpu_cases import make_step, oracle, run
 
-from engine.attention.context import merge_parts, rows_of_device
-from engine.attention.metadata import AttentionMetadata, locate_new_tokens
+from engine.attention import AttentionMetadata
+from engine.attention.context_parallel import merge_parts, rows_of_device
+from engine.attention.metadata import locate_new_tokens
 from engine.distributed.mesh import CONTEXT_AXIS
 from engine.kv.scatter import set_kv_buffer
 
@@ -55,3 +56,11 @@ def test_parts_of_dealt_out_tokens_merge_to_the_whole(parts, sinks):
     for merged in np.asarray(merge(np.stack(outs), np.stack(lses))):
         np.testing.assert_allclose(merged[:live], expected[:live], atol=1e-5, rtol=1e-5, err_msg=f"seed {seed}")
         assert not merged[live:].any()
+
+
+def test_padding_with_zeros_and_with_the_last_sum_mean_the_same():
+    table, lens = np.array([[1, 2], [3, 4], [0, 0]], np.int32), np.array([9, 3, 0], np.int32)
+    built = AttentionMetadata.build(table, [0, 5, 8, 8], lens, num_tokens=10, page_size=8)
+    zeros = dataclasses.replace(built, cu_q_lens=np.array([0, 5, 8, 0], np.int32))
+    expected, found = (each_part(lambda metadata: rows_of_device(metadata, 2), 2, step) for step in (built, zeros))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

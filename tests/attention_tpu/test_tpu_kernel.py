@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tpu_cases import SMALL, check, make_step, oracle, run
 
-from engine.attention.tpu.block_sizes import BlockSizes
+from engine.attention.impl.tpu.block_sizes import BlockSizes
 
 MIXED = [(1, 5), (0, 40), (1, 300), (40, 170), (3, 3), (1, 129)]
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from tpu_cases import check, make_step
 
-from engine.attention.tpu.kernel import flash, loops, registers, transfer
+from engine.attention.impl.tpu.kernel import flash, loops, packed_rows, transfer
 
 STEP = [(1, 5), (1, 300), (20, 170)]
 
@@ -73,7 +73,7 @@ def test_row_sum_not_reset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_value_tail_unmasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registers, "_zeroed", lambda rows, keep: rows)
+    monkeypatch.setattr(packed_rows, "_zeroed", lambda rows, keep: rows)
     expect_caught()
 
 

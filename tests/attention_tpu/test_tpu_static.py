@@ -48,12 +48,12 @@ def test_other_shapes_are_no_worse_than_the_baseline(found_slowly, name):
     compare(name, found_slowly[name])
 
 
-# Decode of tpu-inference costs 1.80 and 2.25 bundles a token there, and its prefill reaches 143,000.
+# Decode of tpu-inference costs 1.80 and 2.25 bundles per token there, and its prefill reaches 143,000.
 @pytest.mark.parametrize(("name", "most"), [("v6e page 128", 1.5), ("v6e page 16", 1.7)])
 def test_decode_and_prefill_are_within_the_bars(found, name, most):
     figures = found[name]
-    assert figures["decode bundles a token"] <= most
-    assert figures["prefill FLOPs a bundle"] >= 180_000
+    assert figures["decode bundles per token"] <= most
+    assert figures["prefill FLOPs per bundle"] >= 180_000
     # A tenth of 12,763 spills and 21,002 fills, the figures of tpu-inference's prefill loop.
     assert figures["prefill hot loop spills"] <= 1276
     assert figures["prefill hot loop fills"] <= 2100

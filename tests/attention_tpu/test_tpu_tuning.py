@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from engine.attention.tpu import block_sizes
-from engine.attention.tpu.block_sizes import VMEM_BYTES, VMEM_SHARE, load_overrides
+from engine.attention.impl.tpu import block_sizes
+from engine.attention.impl.tpu.block_sizes import VMEM_BYTES, VMEM_SHARE, load_overrides
 from engine.bench import tune
 from engine.bench.__main__ import main
 from engine.bench.tpu.tuning import Journal, Target, best, candidates, formula, scratch_bytes, search, write_overrides
@@ -61,7 +61,7 @@ def test_the_fastest_of_each_mode_is_found_and_read_back_by_choose_blocks(tmp_pa
     assert (found.prefill_queries, found.prefill_chunk_pages) == (512, 16)
 
 
-def test_an_interrupted_search_goes_on_where_it_was(tmp_path):
+def test_an_interrupted_search_continues_where_it_was(tmp_path):
     calls = []
 
     def breaks_down(target, mode, blocks):

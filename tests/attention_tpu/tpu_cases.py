@@ -14,10 +14,11 @@ import numpy as np
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as mosaic_interpret
 from jax.experimental.pallas import tpu as pltpu
 
-from engine.attention.metadata import AttentionMetadata, locate_new_tokens
-from engine.attention.spec import AttentionSpec, HeadArrays
-from engine.attention.tpu.api import ragged_paged_attention_tpu
-from engine.attention.tpu.block_sizes import BlockSizes
+from engine.attention import AttentionMetadata
+from engine.attention.impl.tpu.block_sizes import BlockSizes
+from engine.attention.impl.tpu.tpu_step import ragged_paged_attention_tpu
+from engine.attention.metadata import locate_new_tokens
+from engine.attention.options import AttentionOptions, HeadArrays
 from engine.kv.layout import KVLayout
 
 # Small blocks, so that short sequences cross chunks, blocks, items and buffers.
@@ -158,12 +159,12 @@ def run(
     """Runs the kernel in the interpreter, all memory NaN at first; a surplus semaphore or a race fails.
 
     A copy runs when it is waited for, which finds a missing wait; with ``eager`` it runs at once, which finds a start
-    that nobody waits for. ``page_table`` and ``slots`` replace the step's.
+    that no code waits for. ``page_table`` and ``slots`` replace the step's.
     """
     mode: Any = "eager" if eager else "on_wait"
     params = pltpu.InterpretParams(detect_races=races, dma_execution_mode=mode)
     printed = io.StringIO()
-    spec = AttentionSpec(step.page_size, step.q.shape[2] ** -0.5, **options)
+    layer = AttentionOptions(step.page_size, step.q.shape[2] ** -0.5, **options)
     described = (step.page_table, step.cu_q_lens, step.kv_lens)
     positions, located = locate_new_tokens(*described, num_tokens=step.q.shape[0], page_size=step.page_size, xp=np)
     metadata = AttentionMetadata(*described, located if slots is None else slots, positions)
@@ -173,7 +174,7 @@ def run(
         with contextlib.redirect_stdout(printed):
             results = jax.jit(
                 lambda fused, q, k, v, metadata, heads: ragged_paged_attention_tpu(
-                    q, k, v, fused, metadata, heads, spec, generation="v6e", blocks=blocks, interpret=params
+                    q, k, v, fused, metadata, heads, layer, generation="v6e", blocks=blocks, interpret=params
                 )
             )(step.fused, step.q, step.k, step.v, metadata, heads)
             results = tuple(np.asarray(x) for x in results)

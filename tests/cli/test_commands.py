@@ -49,7 +49,7 @@ def test_generate_prints_what_the_pool_holds_the_answers_and_the_cost(capsys, ch
     )  # fmt: skip
     assert code == 0
     # 2 requests of 64 tokens; a token and layer is 2 x 1 head x 8 x 4 bytes; one more page is the null page.
-    assert "KV cache size: 128 tokens in 16 pages of 8, 8.50 KiB a layer, 17.00 KiB in 2 layers" in err
+    assert "KV cache size: 128 tokens in 16 pages of 8, 8.50 KiB per layer, 17.00 KiB in 2 layers" in err
     assert "maximum concurrency for 64 tokens per request: 2.00x" in err
     assert "[0] 3 prompt tokens, ended by length:" in err
     assert re.fullmatch(r"([\d ]+\n){2}", out)
@@ -151,10 +151,10 @@ def test_plan_prints_the_bytes_of_known_geometries(capsys, request):
     assert code == 0
     lines = {line.split(":")[0].rsplit("/", 1)[-1]: line for line in out.splitlines()}
     # KV heads x 2 x head_dim x 2 bytes x layers
-    assert "128.00 KiB a token (bfloat16)" in lines["llama-3-8b.toml"]
-    assert "320.00 KiB a token (bfloat16)" in lines["llama-3-70b.toml"]
-    assert "56.00 KiB a token (bfloat16)" in lines["qwen2.5-7b.toml"]
-    assert "128.00 KiB a token (bfloat16)" in lines["mistral-7b.toml"]
+    assert "128.00 KiB per token (bfloat16)" in lines["llama-3-8b.toml"]
+    assert "320.00 KiB per token (bfloat16)" in lines["llama-3-70b.toml"]
+    assert "56.00 KiB per token (bfloat16)" in lines["qwen2.5-7b.toml"]
+    assert "128.00 KiB per token (bfloat16)" in lines["mistral-7b.toml"]
 
 
 def test_plan_needs_a_geometry(capsys, tmp_path):

@@ -84,7 +84,7 @@ def judged(change):
     return correctness.judge(case, inputs, expected, results)
 
 
-def test_a_wrong_output_is_told_with_its_row():
+def test_a_wrong_output_is_reported_with_its_row():
     def change(case, inputs, results):
         results[0][int(inputs.cu_q_lens[1]) + 2, 3] += 1e-3
 
@@ -107,7 +107,7 @@ def test_padding_must_be_zero():
     )
 
 
-def test_slots_that_were_not_written_and_slots_that_should_not_be_are_told_apart():
+def test_unwritten_slots_and_wrongly_written_slots_are_counted_separately():
     def change(case, inputs, results):
         results[1][inputs.written[0]] = np.nan
         results[1][0, 0, 0] = 7.0
@@ -203,7 +203,7 @@ def outcomes(tasks, *, patience=0.5, deadline=60.0, code=WORKER, compile_patienc
     return [found[number][0] for number in range(len(tasks))]
 
 
-def test_a_task_that_hangs_or_kills_its_worker_costs_itself_alone():
+def test_a_task_that_hangs_or_kills_its_worker_costs_only_itself():
     told = outcomes(["well", "hang", "well", "die", "well"])
     assert [outcome.get("result", {}).get("did") for outcome in told] == ["well", None, "well", None, "well"]
     assert "silent" in told[1]["error"]

@@ -55,7 +55,7 @@ def test_plan_works_for_a_checkpoint_folder(capsys):
     code, out, _ = run(capsys, "plan", folder, folder / "config.json")
     assert code == 0
     assert [line.split(":", 1)[1] for line in out.splitlines()] == [out.splitlines()[0].split(":", 1)[1]] * 2
-    assert "4.00 KiB a token (bfloat16)" in out
+    assert "4.00 KiB per token (bfloat16)" in out
 
 
 def test_plan_names_the_file_that_is_wrong(capsys, tmp_path):
@@ -81,7 +81,7 @@ def test_markup_is_printed_as_it_is(capsys, tmp_path, monkeypatch):
     assert "[red]:key:" in err
 
 
-def test_a_request_that_fails_tells_why_and_is_exit_code_1(capsys, monkeypatch):
+def test_a_failed_request_prints_the_reason_and_gives_exit_code_1(capsys, monkeypatch):
     answers = [
         RequestOutput([1], [2], "right", "stop"),
         RequestOutput([1], [], "", "error", error="[x] a page is lost"),
@@ -114,7 +114,7 @@ def test_a_model_table_that_would_be_ignored_is_refused(capsys, monkeypatch):
     code, out, err = run(capsys, "generate", "--config", ROOT / "configs" / "llama-3-8b.toml")
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
-    assert "does not describe the model that would answer, the small Llama that ships (no --model): vocab_size" in err
+    assert "does not describe the model to be loaded, the small Llama that ships (no --model): vocab_size" in err
 
 
 def test_a_model_table_of_the_model_that_answers_is_fine(capsys, monkeypatch):
@@ -183,7 +183,7 @@ def test_pods_outside_a_source_tree_or_without_libtpu_is_one_line(capsys, monkey
     monkeypatch.setattr(pods, "libtpu_version", lambda: "1")
     code, _, err = run_bench(capsys, monkeypatch, "pods", "--write", str(tmp_path / "absent" / "page.md"))
     assert (code, err.count("\n")) == (2, 1)
-    assert "is no directory" in err
+    assert "is not a directory" in err
     monkeypatch.setattr(pods, "CONFIGS", tmp_path / "configs")
     code, _, err = run_bench(capsys, monkeypatch, "pods")
     assert (code, err.count("\n")) == (2, 1)

@@ -49,7 +49,7 @@ def test_pages_come_back_to_other_places_bit_for_bit(tmp_path, dtype):
     other = make_pool(dtype)
     write_pages(other, [3, 8, 6, 7], restored.get(scope, tokens, 2))
     assert np.array_equal(read_pages(other, [3, 8, 6, 7]).view(np.uint8), data[2:].view(np.uint8))
-    assert restored.counters.hit_pages == 4
+    assert restored.counters.loaded_pages == 4
 
 
 def test_a_pool_of_another_layout_is_refused():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.memory.pages.slot_allocator import AllocatorState, PagedTokenToKVPoolAllocator
+from engine.memory.pages import PagedTokenToKVPoolAllocator, PoolState
 
 
 class Model:
@@ -30,19 +30,19 @@ class Model:
             self.holders[page] -= 1
 
     def agree(self, allocator: PagedTokenToKVPoolAllocator) -> None:
-        assert allocator.available_pages() == len(self.free_pages)
+        assert allocator.pages.available == len(self.free_pages)
         assert allocator.available_size() == len(self.free_pages) * self.page_size
-        counts = allocator.ref_count(np.arange(len(self.holders) + 1))
+        counts = allocator.pages.ref_count(np.arange(len(self.holders) + 1))
         assert counts.tolist() == [0, *self.holders.values()]
         allocator.check_integrity(np.repeat(list(self.holders), list(self.holders.values())))
 
 
-def fingerprint(state: AllocatorState) -> tuple[object, ...]:
+def fingerprint(state: PoolState) -> tuple[object, ...]:
     """All that an allocator's behaviour depends on."""
-    free = state.ledger.free
+    free = state.free
     order = (free.runs, free.singles.tolist(), [pages.tolist() for pages in free.loose])
-    return (state.size, state.page_size, state.ledger.ref_count.tolist(), state.ledger.births.tolist(),
-            state.ledger.clock, order)  # fmt: skip
+    return (state.num_pages, state.page_size, state.ref_count.tolist(), state.births.tolist(),
+            state.clock, order)  # fmt: skip
 
 
 def pages_of(slots: np.ndarray, page_size: int) -> set[int]:

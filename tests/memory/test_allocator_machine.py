@@ -105,7 +105,7 @@ class AllocatorMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def retain(self, data):
         pages = self.pages(data.draw(st.sampled_from(self.sequences)))
-        self.allocator.retain(pages)
+        self.allocator.pages.retain(pages)
         self.retained += pages
         for page in pages:
             self.model.holders[page] += 1
@@ -114,7 +114,7 @@ class AllocatorMachine(RuleBasedStateMachine):
     def release(self, data):
         count = data.draw(st.integers(0, len(self.retained)))
         dropped, self.retained = self.retained[:count], self.retained[count:]
-        self.allocator.release(dropped)
+        self.allocator.pages.release(dropped)
         for page in dropped:
             self.model.holders[page] -= 1
 
@@ -125,7 +125,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         held = [page for page, count in self.model.holders.items() if count]
         pages = data.draw(st.permutations([*held[:3], wrong]))
         self.refused(DoubleFreeError, lambda: self.allocator.free([page * self.page_size for page in pages]))
-        self.refused(DoubleFreeError, lambda: self.allocator.release(pages))
+        self.refused(DoubleFreeError, lambda: self.allocator.pages.release(pages))
 
     @rule()
     def backup(self):
@@ -194,7 +194,7 @@ class Replay:
 
     def share(self) -> None:
         if self.live:
-            self.allocator.retain(sorted(pages_of(self.live[0], 2)))
+            self.allocator.pages.retain(sorted(pages_of(self.live[0], 2)))
             for page in pages_of(self.live[0], 2):
                 self.model.holders[page] += 1
             self.live.append(self.live[0])
@@ -220,7 +220,7 @@ class Replay:
             return
         slots, generations = self.freed[-1]
         if all(self.model.holders[page] for page in pages_of(slots, 2)):
-            if self.allocator._handouts.time_of(slots) is None:
+            if self.allocator.pages.handouts.find(slots) is None:
                 return  # a concatenation: the allocator cannot tell a stale one from a live one
             if generations == self.generations(slots):
                 self.allocator.free(slots)

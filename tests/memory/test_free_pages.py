@@ -63,16 +63,16 @@ def test_singles_come_from_the_shortest_runs():
 
 def test_a_run_comes_from_the_smallest_that_holds_it():
     allocator = PagedTokenToKVPoolAllocator(100 * 4, 4)
-    parts = np.split(allocator.alloc_pages([100]), [3, 10, 15, 20, 26])
+    parts = np.split(allocator.pages.take([100]), [3, 10, 15, 20, 26])
     for part in (parts[0], parts[2], parts[4]):  # runs of 3, 5 and 6, with others between
-        allocator.release(part)
-    allocator.release(parts[5][10:])  # and of 64
-    assert allocator.alloc_pages([3]).tolist() == parts[0].tolist()
-    allocator.release(parts[0])
-    assert allocator.alloc_pages([4, 5]).tolist() == [*parts[2][:4], *parts[4][:5]]
+        allocator.pages.release(part)
+    allocator.pages.release(parts[5][10:])  # and of 64
+    assert allocator.pages.take([3]).tolist() == parts[0].tolist()
+    allocator.pages.release(parts[0])
+    assert allocator.pages.take([4, 5]).tolist() == [*parts[2][:4], *parts[4][:5]]
     assert allocator.alloc(4 * 4).tolist() == [int(page) * 4 + at for page in parts[5][10:14] for at in range(4)]
     assert allocator.alloc_extend([0], [10], [-1]).size == 10  # 3 pages: the first run again
-    assert parts[0][0] not in allocator.free_pages()
+    assert parts[0][0] not in allocator.pages.free_pages()
 
 
 @given(data=st.data(), num_pages=st.integers(1, 120))

@@ -19,12 +19,12 @@ def test_an_array_that_dies_in_the_middle_of_a_look_at_all_does_no_harm(look):
             return super().__hash__()
 
     for array in arrays:
-        known.record(array, 1)
+        known.record(array, 1, are_slots=True)
     del array
     known.rewind(0, frozenset())  # all are void
     for handout in known._by_id.values():
         handout.serial = Serial(handout.serial)
     look(known)
     assert not arrays
-    assert known.time_of(last) is not None
+    assert known.find(last) is not None
     assert len(known._by_id) == 1

@@ -82,7 +82,7 @@ class TestAgainstAModel:
             tier.check_integrity()
             assert tier.held_pages == len(model)
             assert tier.held_bytes <= capacity * FORM.page_bytes
-        assert tier.counters.hit_pages <= tier.counters.queried_pages
+        assert tier.counters.loaded_pages <= tier.counters.queried_pages
 
     @staticmethod
     def put(tier, model, capacity, where, keys, rng):
@@ -147,7 +147,7 @@ def test_no_two_scopes_share_a_page(rng):
         assert tier.match(other, tokens, 0) == 0
 
 
-def test_a_prefix_gives_way_from_its_end(rng):
+def test_a_prefix_is_evicted_from_its_end(rng):
     tier, tokens, data = make_tier(4), random_tokens(rng, 4), random_pages(rng, FORM, 4)
     tier.put(scope(), tokens, 0, data)
     tier.put(scope(), random_tokens(rng, 3), 0, random_pages(rng, FORM, 3))
@@ -175,9 +175,9 @@ def test_hits_are_counted_when_pages_are_taken_and_not_when_they_are_looked_up(r
     tier, tokens = make_tier(4), random_tokens(rng, 4)
     tier.put(scope(), tokens[: 3 * PAGE_SIZE], 0, random_pages(rng, FORM, 3))
     tier.match(scope(), tokens, 0)
-    assert (tier.counters.queried_pages, tier.counters.hit_pages) == (0, 0)
+    assert (tier.counters.queried_pages, tier.counters.loaded_pages) == (0, 0)
     tier.get(scope(), tokens, 1)
-    assert (tier.counters.queried_pages, tier.counters.hit_pages, tier.counters.stored_pages) == (3, 2, 3)
+    assert (tier.counters.queried_pages, tier.counters.loaded_pages, tier.counters.stored_pages) == (3, 2, 3)
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
@@ -190,7 +190,7 @@ def test_one_flipped_bit_anywhere_is_found(rng, dtype):
         row = tier._trie.walk(scope(), tokens)[1].row
         tier._slab[row].reshape(-1).view(np.uint8)[byte] ^= 1 << rng.integers(8)
         assert same_bits(tier.get(scope(), tokens, 0), data[:1])
-        assert tier.counters.corrupt_pages == 1
+        assert tier.counters.rejected_pages == 1
         assert tier.held_pages == 2
         assert tier.match(scope(), tokens, 0) == 1
         tier.check_integrity()
@@ -247,9 +247,9 @@ def test_segments_carry_every_page_once_and_in_order_of_use(puts):
         (lambda tier, t, d: tier.put(scope(), t, -1, d), "first_page=-1"),
         (lambda tier, t, d: tier.put(scope(), t, 0, d[:, :1]), r"a page here is bfloat16\[2, 4, 4, 3\]"),
         (lambda tier, t, d: tier.put(scope(), t, 0, d.view(np.float16)), "float16"),
-        (lambda tier, t, d: tier.put(scope(), t.astype(float), 0, d), "vector of integers"),
+        (lambda tier, t, d: tier.put(scope(), t.astype(float), 0, d), "must hold integers"),
         (lambda tier, t, d: tier.put(scope(), t.astype(np.int64) + 2**31, 0, d), "int32"),
-        (lambda tier, t, d: tier.put(scope(), t.reshape(3, 4), 0, d), "vector"),
+        (lambda tier, t, d: tier.put(scope(), t.reshape(3, 4), 0, d), "one axis"),
         (lambda tier, t, d: tier.match(scope(), t, 4), "start_page=4 is not within the 3 whole pages"),
         (lambda tier, t, d: tier.get(scope(), t, -1), "start_page=-1"),
     ],

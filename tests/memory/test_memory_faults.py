@@ -13,18 +13,20 @@ import numpy as np
 import pytest
 from prefix_pages import PAGE_SIZE, page_format, random_pages
 from prefix_pages import scope as make_scope
+from pretend_pool import PretendPool
 
 import engine.memory.manager
 from engine.memory.manager import CacheManager
 from engine.memory.offload.host_tier import HostTier
 from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
 from engine.memory.prefix.cache import RadixCache
+from engine.memory.prefix.match import EvictedPages
 from engine.memory.rows import ReqToTokenPool
 
 ROOM = str(Path(engine.memory.manager.__file__).parent)
 FORM = page_format(np.float32)
 SCOPE = make_scope()
-CONTENT = random_pages(np.random.default_rng(), FORM, 30)
+CONTENT = random_pages(np.random.default_rng(), FORM, 33)
 
 
 def with_fault(call, at):
@@ -57,44 +59,32 @@ def tokens(seed, count):
     return np.random.default_rng(seed).integers(-(2**31), 2**31, count).astype(np.int32)
 
 
-class Mover:
-    """A pool of pages of random numbers."""
-
-    def __init__(self, pages):
-        self.content = CONTENT[: pages + 1].copy()
-
-    def read(self, pages):
-        return self.content[pages]
-
-    def write(self, pages, data):
-        self.content[pages] = data
-
-    def copy(self, sources, targets):
-        self.content[targets] = self.content[sources]
-
-
 class Books:
     """A cache manager in the middle of its work, with what a call needs."""
 
     def __init__(self, *, host=True, policy="lru", pages=24):
-        self.cache = CacheManager(pages * PAGE_SIZE, PAGE_SIZE, 6, 24 * PAGE_SIZE, policy=policy)
+        self.cache = CacheManager(pages * PAGE_SIZE, PAGE_SIZE, 9, 24 * PAGE_SIZE, policy=policy)
         if host:
-            self.cache.attach_host_tier(HostTier(20 * FORM.page_bytes, FORM), Mover(pages))
+            self.cache.attach_host_tier(HostTier(20 * FORM.page_bytes, FORM))
+        self.pool = PretendPool(self.cache, FORM.page_shape, np.float32)
+        self.pool.content[:] = CONTENT[: pages + 1]
         self.row, self.other = self.compute(1, 18), self.compute(2, 11)
         self.end(self.compute(3, 21), 3, 21)
         self.end(self.compute(4, 13), 4, 13)
         both = np.concatenate([tokens(3, 12), tokens(5, 9)])  # parts ways with the third
         row = self.cache.admit(SCOPE, both).row
         self.cache.grow([row], [9])
+        self.pool.run_step(row, self.cache.page_table.kv_len(row))
         self.cache.release(row, SCOPE, both)
-        self.decoding = self.cache.page_table.decoding_rows([self.row, self.other])
         self.fresh = self.cache.admit(SCOPE, tokens(6, 14)).row
-        self.cache.grow([self.fresh], [14])  # computed and not published
+        self.cache.grow([self.fresh], [14])
+        self.pool.run_step(self.fresh, 14)  # computed and not published
 
     def compute(self, seed, count, scope=SCOPE):
         admission = self.cache.admit(scope, tokens(seed, count))
         have = admission.cached_tokens + admission.loaded_tokens
         self.cache.grow([admission.row], [count - have])
+        self.pool.run_step(admission.row, count)
         self.cache.publish(admission.row, scope, tokens(seed, count))
         return admission.row
 
@@ -105,7 +95,7 @@ class Books:
         self.cache.check_integrity()
         cache, table = self.cache, self.cache.page_table
         held = np.unique(table.held_pages())
-        if cache.prefix:  # who holds cached pages keeps them locked
+        if cache.shares_prefixes:  # a row that holds cached pages keeps them locked
             kept = cache.prefix.protected_pages + np.count_nonzero(~cache.prefix.is_cached(held))
             assert kept + cache.reclaimable_pages == cache.size // PAGE_SIZE
 
@@ -114,16 +104,21 @@ class Books:
         table = self.cache.page_table
         rows = table.rows_in_use()
         each = sorted((table.kv_len(row), self.cache.locked_pages(row)) for row in rows)
-        return each, self.cache.allocator.available_pages(), self.cache.reclaimable_pages
+        return each, self.cache.allocator.pages.available, self.cache.reclaimable_pages
 
     def contents(self, name):
         """Which prefixes are cached and saved, in the order of eviction, and what was counted.
 
         What is evicted as a fault comes is not saved; what a fault finds loaded is a hit when it is tried again.
         """
-        prefix, host = self.cache.prefix, self.cache.host
-        picture = [self.holdings(), sorted(self.cache._rule.known.tolist())]
-        if prefix:
+        prefix, tier, table = self.cache.prefix, self.cache.host_tier, self.cache.page_table
+        columns = [sorted(column.tolist()) for column in (table._known, table._computed)]
+        picture = [
+            self.holdings(),
+            columns,
+            [type(move) for move in self.cache._moves if not isinstance(move, EvictedPages)],
+        ]
+        if self.cache.shares_prefixes:
             order = [node for order in prefix._forest._orders.values() for node in order]
             ends = [node.tree.prefix_tokens(node).tobytes() for node in order]
             everything = sorted(
@@ -133,26 +128,35 @@ class Books:
             )
             picture += [ends, everything, prefix.evicted_pages, prefix.query_tokens]
             picture += [prefix.hit_tokens] * ("load" not in name)
-        if host and "evict" not in name:
-            picture += [(node.key, node.checksum) for node in host.tier._used]
+        if tier and "evict" not in name:
+            picture += [(node.key, node.checksum) for node in tier._used]
         return picture
 
 
 def evict_all(books):
     books.cache.prefix.evict(books.cache.prefix.evictable_pages)
+    books.pool.make_moves()
     return books
 
 
 def filled(books):
     """No page is free, and both rows that decode are about to begin one."""
     books.cache.grow([books.row, books.other], [2, 1])
-    books.decoding = books.cache.page_table.decoding_rows([books.row, books.other])
-    books.cache.grow([books.fresh], [2 + PAGE_SIZE * books.cache.allocator.available_pages()])
+    books.cache.grow([books.fresh], [2 + PAGE_SIZE * books.cache.allocator.pages.available])
     return books
 
 
 def forked(books):
-    books.child, *_ = books.cache.fork(books.fresh, 10)
+    books.child = books.cache.fork(books.fresh, 10)
+    return books
+
+
+def published(books):
+    """What a row has computed is cached, for one that has the same and one that waits for it."""
+    books.same, books.late = (books.cache.admit(SCOPE, tokens(6, 14)).row for _ in range(2))
+    books.cache.grow([books.same], [14])
+    books.pool.run_step(books.same, 14)
+    books.cache.publish(books.fresh, SCOPE, tokens(6, 14))
     return books
 
 
@@ -164,13 +168,21 @@ CALLS = {
     "grow": (Books, lambda b: b.cache.grow([b.row, b.other], [5, 1])),
     "grow with eviction": (Books, lambda b: b.cache.grow([b.row], [40])),
     "grow with eviction, no host": (lambda: Books(host=False), lambda b: b.cache.grow([b.row], [40])),
-    "decode": (Books, lambda b: b.cache.grow_decoding(b.decoding)),
+    "decode": (Books, lambda b: b.cache.grow(np.array([b.row, b.other]), 1)),
     "decode with eviction": (
         lambda: filled(Books()),
-        lambda b: b.cache.grow_decoding(b.decoding),
+        lambda b: b.cache.grow(np.array([b.row, b.other]), 1),
     ),
     "fork": (Books, lambda b: b.cache.fork(b.row, 17)),
     "fork of what is not published": (Books, lambda b: b.cache.fork(b.fresh, 13)),
+    "share": (lambda: published(Books(pages=32)), lambda b: b.cache.share(b.late, SCOPE, tokens(6, 14))),
+    "truncate": (Books, lambda b: b.cache.truncate(b.fresh, 5)),
+    "truncate what is shared": (Books, lambda b: b.cache.truncate(b.row, 6)),
+    "publish what is cached": (
+        lambda: published(Books(pages=32)),
+        lambda b: b.cache.publish(b.same, SCOPE, tokens(6, 14)),
+    ),
+    "moves": (lambda: forked(Books()), lambda b: b.cache.take_moves()),
     "publish": (Books, lambda b: b.cache.publish(b.fresh, SCOPE, tokens(6, 14))),
     "publish what was forked": (lambda: forked(Books()), lambda b: b.cache.publish(b.fresh, SCOPE, tokens(6, 14))),
     "release": (Books, lambda b: b.cache.release(b.fresh, SCOPE, tokens(6, 14))),
@@ -195,7 +207,7 @@ def test_a_fault_at_any_line_of_the_manager_leaves_sound_books(name, stride):
     call(clean)
     happened = [seen(name, before), seen(name, clean)]
     lines = with_fault(lambda: call(counted), -1)
-    assert lines > 10
+    assert lines > 5
     for at in range(1 + int(np.random.default_rng().integers(stride)), lines + 1, stride):
         books = make()
         where = with_fault(lambda books=books: call(books), at)
@@ -227,16 +239,16 @@ class Slots:
         self.first, self.second = self.allocator.alloc(3 * PAGE), self.allocator.alloc(4 * PAGE)
         self.slots = self.allocator.alloc_extend([0, 0], [6, 7], [-1, -1])
         self.state = self.allocator.backup_state()
-        self.shared = self.allocator.alloc_pages([2])
-        self.allocator.retain(self.shared)
+        self.shared = self.allocator.pages.take([2])
+        self.allocator.pages.retain(self.shared)
         self.allocator.free(self.second)
 
     def check(self):
         self.allocator.check_integrity()
 
     def picture(self):
-        counts = self.allocator.ref_count(np.arange(21))
-        return counts.tolist(), sorted(self.allocator.free_pages().tolist())
+        counts = self.allocator.pages.ref_count(np.arange(21))
+        return counts.tolist(), sorted(self.allocator.pages.free_pages().tolist())
 
 
 class Table:
@@ -249,17 +261,15 @@ class Table:
         self.table.append_pages(self.row, [3, 5])
         self.table.take_new_pages([self.row])
         self.table.write_slots([self.other], [0], [3], [4, 5, 6])
-        self.decoding = self.table.decoding_rows([self.row, self.other])
-        self.decoding.grow(self.decoding.beginning(), np.array([7], np.int32))
+        self.table.grow(self.table.plan_growth([self.row, self.other], 1), np.array([7], np.int32))
 
     def check(self):
         self.table.check_integrity()
 
     def picture(self):
-        table, rows = self.table, self.decoding
-        arrays = (table._table, table._kv_lens, table._in_use, table._releases, table._taken, rows.lens)
-        untaken = [[part.tolist() for part in each] for each in rows._untaken]
-        return [array.tolist() for array in arrays], list(table._free_rows), rows.steps_left, untaken
+        table = self.table
+        arrays = (table._table, table._granted, table._computed, table._in_use, table._generation, table._told)
+        return [array.tolist() for array in arrays], list(table._free_rows)
 
 
 class Tree:
@@ -272,15 +282,15 @@ class Tree:
         self.insert(np.concatenate([tokens(1, 4 * PAGE), tokens(2, 2 * PAGE)]))
         self.insert(np.concatenate([tokens(1, 4 * PAGE), tokens(3, 2 * PAGE)]))
         self.insert(tokens(4, 3 * PAGE), make_scope("another"))
-        self.pages = self.allocator.alloc_pages([5])
+        self.pages = self.allocator.pages.take([5])
         self.found = self.cache.match(SCOPE, tokens(1, 3 * PAGE))  # ends inside of a node
         self.locked = self.cache.match(SCOPE, np.concatenate([tokens(1, 4 * PAGE), tokens(2, 2 * PAGE + 1)]))
         self.cache.lock(self.locked)
 
     def insert(self, token_ids, scope=SCOPE):
-        pages = self.allocator.alloc_pages([token_ids.size // PAGE])
+        pages = self.allocator.pages.take([token_ids.size // PAGE])
         self.cache.insert(scope, token_ids, pages)
-        self.allocator.release(pages)
+        self.allocator.pages.release(pages)
 
     def longer(self):
         return np.concatenate([tokens(1, 4 * PAGE), tokens(2, 2 * PAGE), tokens(5, 2 * PAGE)])
@@ -299,7 +309,7 @@ class Tree:
         locks = cache.protected_pages, cache.evictable_pages, self.found.locks, self.locked.locks
         counters = cache.evicted_pages, cache.query_tokens, cache.hit_tokens
         pages = [node.tree.prefix_tokens(node).tobytes() for tree in forest.trees() for node in tree.nodes()]
-        return locks, counters, ends, max(pages, default=b""), self.allocator.available_pages()
+        return locks, counters, ends, max(pages, default=b""), self.allocator.pages.available
 
 
 class Saved:
@@ -325,12 +335,12 @@ PARTS = {
     "alloc": (Slots, lambda s: s.allocator.alloc(5 * PAGE)),
     "alloc_extend": (Slots, lambda s: s.allocator.alloc_extend([6, 0], [15, 9], [s.slots[5], -1])),
     "alloc_decode": (Slots, lambda s: s.allocator.alloc_decode([7, 1], [s.slots[5], -1])),
-    "alloc_pages": (Slots, lambda s: s.allocator.alloc_pages([2, 0, 4, 1])),
-    "alloc_single_pages": (Slots, lambda s: s.allocator.alloc_single_pages(3)),
+    "take": (Slots, lambda s: s.allocator.pages.take([2, 0, 4, 1])),
+    "take_singles": (Slots, lambda s: s.allocator.pages.take_singles(3)),
     "free": (Slots, lambda s: s.allocator.free(s.slots)),
-    "retain": (Slots, lambda s: s.allocator.retain([1, 1, 2])),
-    "release": (Slots, lambda s: s.allocator.release([*s.shared, *s.shared, 1])),
-    "release one": (Slots, lambda s: s.allocator.release(np.array([1], np.int32))),
+    "retain": (Slots, lambda s: s.allocator.pages.retain([1, 1, 2])),
+    "release": (Slots, lambda s: s.allocator.pages.release([*s.shared, *s.shared, 1])),
+    "release one": (Slots, lambda s: s.allocator.pages.release_one(1)),
     "restore": (Slots, lambda s: s.allocator.restore_state(s.state)),
     "clear": (Slots, lambda s: s.allocator.clear()),
     "rows": (Table, lambda t: t.table.alloc_rows(2)),
@@ -339,8 +349,13 @@ PARTS = {
     "slots": (Table, lambda t: t.table.write_slots([t.row], [9], [4], [29, 30, 31, 32])),
     "row growth": (Table, lambda t: t.table.grow(t.table.plan_growth([t.row], [9]), np.array([8, 9], np.int32))),
     "new pages": (Table, lambda t: t.table.take_new_pages([t.row])),
-    "decoding": (Table, lambda t: t.decoding.grow(t.decoding.beginning(), np.array([9], np.int32))),
-    "new decoding pages": (Table, lambda t: t.decoding.take_new_pages()),
+    "row growth by one": (
+        Table,
+        lambda t: t.table.grow(t.table.plan_growth([t.other], 1), np.array([9], np.int32)),
+    ),
+    "computed": (Table, lambda t: t.table.mark_computed([t.other], [2])),
+    "shorter row": (Table, lambda t: t.table.truncate(t.row, PAGE, np.array([9], np.int32))),
+    "other pages": (Table, lambda t: t.table.replace_pages(t.row, np.array([1]), np.array([9], np.int32))),
     "lock": (Tree, lambda t: t.cache.lock(t.found)),
     "unlock": (Tree, lambda t: t.cache.unlock(t.locked)),
     "record": (Tree, lambda t: t.cache.record(t.found)),
@@ -355,6 +370,7 @@ PARTS = {
     ),
     "advance": (Tree, lambda t: t.cache.advance(t.locked, SCOPE, t.longer(), t.pages_of_longer())),
     "finish": (Tree, lambda t: t.cache.finish(t.locked, SCOPE, t.longer(), t.pages_of_longer())),
+    "shorten": (Tree, lambda t: t.cache.shorten(t.locked, 3 * PAGE)),
     "evict": (Tree, lambda t: t.cache.evict(4)),
     "reset": (Tree, lambda t: t.cache.reset()),
     "reset of a scope": (Tree, lambda t: t.cache.reset(SCOPE)),

@@ -81,7 +81,7 @@ class MemoryMachine(RuleBasedStateMachine):
         row = data.draw(st.sampled_from(sorted(self.lengths)))
         full = self.table.row_pages(row)[: self.lengths.pop(row) // self.page_size].tolist()
         kept = full[: data.draw(st.integers(0, len(full)))]
-        self.allocator.retain(kept)
+        self.allocator.pages.retain(kept)
         self.cached.append(kept)
         self.release(self.table.release(row).tolist())
         with pytest.raises(DoubleFreeError):
@@ -92,7 +92,7 @@ class MemoryMachine(RuleBasedStateMachine):
     def hit(self, data):
         prefix = data.draw(st.sampled_from(self.cached))
         pages = prefix[: data.draw(st.integers(0, len(prefix)))]
-        self.allocator.retain(pages)
+        self.allocator.pages.retain(pages)
         row = self.table.alloc_row()
         self.table.append_pages(row, pages)
         self.lengths[row] = len(pages) * self.page_size
@@ -103,8 +103,8 @@ class MemoryMachine(RuleBasedStateMachine):
         self.release(self.cached.pop(0))
 
     def release(self, pages):
-        self.allocator.release(pages)
-        gone = {page for page in pages if not self.allocator.ref_count([page])[0]}
+        self.allocator.pages.release(pages)
+        gone = {page for page in pages if not self.allocator.pages.ref_count([page])[0]}
         self.position = {slot: at for slot, at in self.position.items() if slot // self.page_size not in gone}
 
     @precondition(lambda self: self.lengths)

@@ -23,23 +23,6 @@ from engine.memory.rows import ReqToTokenPool
 FORM = page_format(np.float32)
 
 
-class Mover:
-    """Calls back in the middle of an eviction."""
-
-    def __init__(self):
-        self.during_read = lambda: None
-
-    def read(self, pages):
-        self.during_read()
-        return random_pages(np.random.default_rng(), FORM, pages.size)
-
-    def write(self, pages, data):
-        pass
-
-    def copy(self, sources, targets):
-        pass
-
-
 def in_a_thread(call):
     """What a call in another thread returns or raises."""
     results = []
@@ -57,11 +40,11 @@ def in_a_thread(call):
 
 
 def test_a_call_while_another_thread_is_in_one_is_refused_and_changes_nothing():
-    cache, mover = CacheManager(8 * PAGE_SIZE, PAGE_SIZE, 4, 8 * PAGE_SIZE), Mover()
-    cache.attach_host_tier(HostTier(4 * FORM.page_bytes, FORM), mover)
+    cache = CacheManager(8 * PAGE_SIZE, PAGE_SIZE, 4, 8 * PAGE_SIZE)
     token_ids = np.arange(4 * PAGE_SIZE, dtype=np.int32)
     row = cache.admit(make_scope(), token_ids).row
     cache.grow([row], [token_ids.size])
+    cache.mark_computed([row], [token_ids.size])
     cache.release(row, make_scope(), token_ids)
     refused = []
     others = [
@@ -72,11 +55,12 @@ def test_a_call_while_another_thread_is_in_one_is_refused_and_changes_nothing():
         lambda: cache.page_table.alloc_row(),
         lambda: cache.clear(),
     ]
-    mover.during_read = lambda: refused.extend(in_a_thread(other) for other in others)
+    in_mid_eviction = lambda _: refused.extend(in_a_thread(other) for other in others)  # noqa: E731
+    cache.prefix._on_evict = in_mid_eviction
     assert cache.prefix.evict(2) == 2
     assert [type(each) for each in refused] == [ConcurrentUse] * len(others)
     cache.check_integrity()
-    assert cache.allocator.available_pages() == 6
+    assert cache.allocator.available_size() == 6 * PAGE_SIZE
 
 
 def test_books_go_from_thread_to_thread_between_calls():
@@ -102,10 +86,10 @@ def test_two_threads_at_once_are_refused_or_right():
         for _ in range(400):
             try:
                 if mine and rng.random() < 0.4:
-                    allocator.release(mine[-1])
+                    allocator.pages.release(mine[-1])
                     mine.pop()
                 else:
-                    mine.append(allocator.alloc_pages([rng.integers(1, 4)]))
+                    mine.append(allocator.pages.take([rng.integers(1, 4)]))
             except ConcurrentUse:
                 pass
 

@@ -44,13 +44,13 @@ def test_extend_fills_the_partial_page_before_it_takes_a_new_one(allocator):
     assert second[:2].tolist() == [first[-1] + 1, first[-1] + 2]
     assert second[2] % 4 == 0
     assert second[3:].tolist() == [other[-1] + 1, other[-1] + 2]
-    assert allocator.available_pages() == 10 - 2 - 1 - 1
+    assert allocator.pages.available == 10 - 2 - 1 - 1
 
 
 def test_extend_within_the_partial_page_takes_no_page(allocator):
     first = allocator.alloc_extend([0], [1], NONE)
     assert allocator.alloc_extend([1], [3], first).tolist() == [first[0] + 1, first[0] + 2]
-    assert allocator.available_pages() == 9
+    assert allocator.pages.available == 9
 
 
 def test_decode_takes_a_page_only_where_a_token_begins_one(allocator):
@@ -59,7 +59,7 @@ def test_decode_takes_a_page_only_where_a_token_begins_one(allocator):
     assert slots.dtype == np.int32
     assert slots[0] == a[-1] + 1
     assert (slots[1:] % 4 == 0).all()
-    assert allocator.available_pages() == 10 - 2 - 2
+    assert allocator.pages.available == 10 - 2 - 2
 
 
 def test_empty_batches_and_sizes_are_legal(allocator):
@@ -69,28 +69,28 @@ def test_empty_batches_and_sizes_are_legal(allocator):
         assert slots.shape == (0,)
         assert slots.dtype == np.int32
     allocator.free(empty)
-    allocator.release([])
-    allocator.retain([])
+    allocator.pages.release([])
+    allocator.pages.retain([])
     assert allocator.available_size() == 40
 
 
 def test_free_releases_the_pages_of_its_slots_once_each(allocator):
     slots = allocator.alloc(12)
     allocator.free([int(slots[0]), int(slots[3]), int(slots[5])])
-    assert allocator.available_pages() == 9
-    assert allocator.ref_count(sorted(pages_of(slots, 4))).tolist() == [0, 0, 1]
+    assert allocator.pages.available == 9
+    assert allocator.pages.ref_count(sorted(pages_of(slots, 4))).tolist() == [0, 0, 1]
 
 
 def test_a_page_is_free_when_its_last_holder_releases_it(allocator):
     slots = allocator.alloc(8)
     pages = sorted(pages_of(slots, 4))
-    allocator.retain(pages + pages)
+    allocator.pages.retain(pages + pages)
     allocator.free(slots)
-    assert allocator.available_pages() == 8
-    allocator.release(pages)
-    assert allocator.ref_count(pages).tolist() == [1, 1]
-    allocator.release(pages)
-    assert allocator.available_pages() == 10
+    assert allocator.pages.available == 8
+    allocator.pages.release(pages)
+    assert allocator.pages.ref_count(pages).tolist() == [1, 1]
+    allocator.pages.release(pages)
+    assert allocator.pages.available == 10
 
 
 def test_double_free_is_refused(allocator):
@@ -98,15 +98,15 @@ def test_double_free_is_refused(allocator):
     allocator.free(slots)
     refuses(allocator, DoubleFreeError, lambda: allocator.free(slots))
     refuses(allocator, DoubleFreeError, lambda: allocator.free(np.concatenate([kept, slots])))
-    refuses(allocator, DoubleFreeError, lambda: allocator.release([kept[0] // 4, kept[0] // 4]))
+    refuses(allocator, DoubleFreeError, lambda: allocator.pages.release([kept[0] // 4, kept[0] // 4]))
 
 
 @pytest.mark.parametrize("slot", [0, 3, -1, -4, 44, 10_000, 2**40, -(2**40)])
 def test_the_null_page_and_slots_outside_of_the_pool_are_refused(allocator, slot):
     slots = allocator.alloc(40)
     refuses(allocator, DoubleFreeError, lambda: allocator.free([int(slots[0]), slot]))
-    refuses(allocator, DoubleFreeError, lambda: allocator.release([1, slot // 4]))
-    refuses(allocator, ShapeError, lambda: allocator.retain([1, slot // 4]))
+    refuses(allocator, DoubleFreeError, lambda: allocator.pages.release([1, slot // 4]))
+    refuses(allocator, ShapeError, lambda: allocator.pages.retain([1, slot // 4]))
 
 
 @pytest.mark.parametrize("stale", [lambda slots: slots, lambda slots: slots[4:9], lambda slots: slots[::-1][:3]])
@@ -134,7 +134,7 @@ def test_slots_of_a_page_that_was_held_throughout_are_not_stale(allocator):
     allocator.free(allocator.alloc(36))
     allocator.alloc(36)
     allocator.free(slots)
-    assert allocator.available_pages() == 1
+    assert allocator.pages.available == 1
 
 
 def test_an_array_that_died_leaves_no_memory_behind(allocator):
@@ -142,7 +142,7 @@ def test_an_array_that_died_leaves_no_memory_behind(allocator):
     gc.collect()
     slots = allocator.alloc(40)
     allocator.free(slots.copy())
-    assert not allocator._handouts._by_id.keys() - {id(slots)}
+    assert not allocator.pages.handouts._by_id.keys() - {id(slots)}
 
 
 def test_exhaustion_says_how_much_was_asked_and_changes_nothing(allocator):
@@ -181,7 +181,7 @@ def test_a_first_token_has_no_last_loc(allocator, last_loc):
 
 def test_a_shared_partial_page_is_not_appended_to(allocator):
     slots = allocator.alloc_extend([0], [6], NONE)
-    allocator.retain([slots[-1] // 4])
+    allocator.pages.retain([slots[-1] // 4])
     refuses(allocator, ShapeError, lambda: allocator.alloc_decode([7], slots[-1:]), "2 holders")
     refuses(allocator, ShapeError, lambda: allocator.alloc_extend([6], [7], slots[-1:]), "2 holders")
     assert allocator.alloc_extend([6], [6], slots[-1:]).size == 0
@@ -195,7 +195,7 @@ def test_two_sequences_do_not_append_to_one_page(allocator):
 
 def test_a_shared_full_page_is_continued_in_a_new_page(allocator):
     prefix = allocator.alloc(4)
-    allocator.retain([prefix[0] // 4])
+    allocator.pages.retain([prefix[0] // 4])
     slots = allocator.alloc_decode([5, 5], [prefix[-1], prefix[-1]])
     assert len(pages_of(slots, 4)) == 2
 
@@ -206,7 +206,7 @@ BAD_VECTORS = [[[1]], 1, [1.0], ["1"], [True], [None]]
 @pytest.mark.parametrize("bad", BAD_VECTORS, ids=repr)
 def test_what_is_no_integer_vector_is_refused(allocator, bad):
     allocator.alloc(8)
-    for call in (allocator.free, allocator.release, allocator.retain, allocator.ref_count,
+    for call in (allocator.free, allocator.pages.release, allocator.pages.retain, allocator.pages.ref_count,
                  lambda x: allocator.alloc_extend(x, [2], NONE), lambda x: allocator.alloc_extend([0], x, NONE),
                  lambda x: allocator.alloc_extend([0], [2], x), lambda x: allocator.alloc_decode(x, NONE),
                  lambda x: allocator.alloc_decode([1], x)):  # fmt: skip
@@ -319,20 +319,20 @@ def test_clear_frees_everything_and_makes_old_slots_stale(allocator):
 @pytest.mark.parametrize(
     ("harm", "page"),
     [
-        (lambda ledger: ledger._ref_count.__setitem__(3, 0), 3),
-        (lambda ledger: ledger._ref_count.__setitem__(9, 1), 9),
-        (lambda ledger: ledger._ref_count.__setitem__(9, -1), 9),
-        (lambda ledger: ledger._ref_count.__setitem__(0, 1), 0),
-        (lambda ledger: ledger._free.put(np.array([0], np.int32)), 0),
-        (lambda ledger: ledger._free.put(np.array([2], np.int32)), 2),
-        (lambda ledger: ledger._free.put(np.array([7], np.int32)), 7),
-        (lambda ledger: ledger._free.take_singles(1), 10),
+        (lambda pool: pool._ref_count.__setitem__(3, 0), 3),
+        (lambda pool: pool._ref_count.__setitem__(9, 1), 9),
+        (lambda pool: pool._ref_count.__setitem__(9, -1), 9),
+        (lambda pool: pool._ref_count.__setitem__(0, 1), 0),
+        (lambda pool: pool._free.put(np.array([0], np.int32)), 0),
+        (lambda pool: pool._free.put(np.array([2], np.int32)), 2),
+        (lambda pool: pool._free.put(np.array([7], np.int32)), 7),
+        (lambda pool: pool._free.take_singles(1), 10),
     ],
 )
 def test_check_integrity_names_the_wrong_page(allocator, harm, page):
     allocator.alloc(16)
     allocator.check_integrity()
-    harm(allocator._ledger)
+    harm(allocator.pages)
     with pytest.raises(IntegrityError, match=f"page {page} "):
         allocator.check_integrity()
 
@@ -373,32 +373,32 @@ def test_a_negative_prefix_is_refused() -> None:
 
 
 def test_pages_are_handed_out_by_sequence_and_all_or_none(allocator):
-    pages = allocator.alloc_pages([2, 0, 1])
+    pages = allocator.pages.take([2, 0, 1])
     assert pages.dtype == np.int32
     assert len(set(pages.tolist())) == 3
     assert 0 not in pages
     allocator.check_integrity(pages)
-    most = allocator.available_pages()
-    refuses(allocator, KVPoolExhausted, lambda: allocator.alloc_pages([1, most]))
-    refuses(allocator, ShapeError, lambda: allocator.alloc_pages([1, -1]), "0 or more")
-    assert allocator.alloc_pages([0, 0]).size == 0
-    allocator.release(pages)
+    most = allocator.pages.available
+    refuses(allocator, KVPoolExhausted, lambda: allocator.pages.take([1, most]))
+    refuses(allocator, ShapeError, lambda: allocator.pages.take([1, -1]), "0 or more")
+    assert allocator.pages.take([0, 0]).size == 0
+    allocator.pages.release(pages)
     allocator.check_integrity([])
 
 
 @pytest.mark.parametrize("count", [-1, 1.5, True, None, "1"])
 def test_single_pages_are_counted_in_whole_numbers(count):
     allocator = PagedTokenToKVPoolAllocator(32, 4)
-    held = allocator.alloc_single_pages(3)
+    held = allocator.pages.take_singles(3)
     with pytest.raises(ShapeError, match="must be an integer, 0 or more"):
-        allocator.alloc_single_pages(count)
-    assert allocator.available_pages() == 5
-    allocator.release(held)
+        allocator.pages.take_singles(count)
+    assert allocator.pages.available == 5
+    allocator.pages.release(held)
     allocator.check_integrity()
 
 
 def test_single_pages_beyond_the_free_ones_are_refused():
     allocator = PagedTokenToKVPoolAllocator(32, 4)
     with pytest.raises(KVPoolExhausted):
-        allocator.alloc_single_pages(9)
-    assert sorted(allocator.alloc_single_pages(8).tolist()) == list(range(1, 9))
+        allocator.pages.take_singles(9)
+    assert sorted(allocator.pages.take_singles(8).tolist()) == list(range(1, 9))

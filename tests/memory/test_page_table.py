@@ -19,7 +19,7 @@ def table() -> ReqToTokenPool:
 
 
 def contents(table: ReqToTokenPool) -> tuple[object, ...]:
-    return table._table.tolist(), table._kv_lens.tolist(), table._in_use.tolist(), list(table._free_rows)
+    return table._table.tolist(), table._granted.tolist(), table._in_use.tolist(), list(table._free_rows)
 
 
 def refuses(table, error, call, match=None):
@@ -188,7 +188,7 @@ def test_a_table_that_cannot_be_is_refused(sizes):
         lambda table: table._table.__setitem__((1, 1), 0),
         lambda table: table._table.__setitem__((1, 2), 5),
         lambda table: table._table.__setitem__((1, 0), -7),
-        lambda table: table._kv_lens.__setitem__(1, 9),
+        lambda table: table._granted.__setitem__(1, 9),
         lambda table: table._in_use.__setitem__(1, False),
         lambda table: table._free_rows.append(1),
     ],
@@ -228,7 +228,7 @@ def test_growing_by_pages_is_growing_by_slots(data):
         assert by_pages.take_new_pages(rows)[0].size == 0
 
 
-def test_a_row_that_changes_hands_tells_of_all_its_pages_again(table):
+def test_a_row_of_another_request_sends_all_its_page_ids_again(table):
     row = table.alloc_row()
     table.append_pages(row, [3, 5])
     assert table.take_new_pages([row])[1].tolist() == [3, 5]
@@ -252,8 +252,8 @@ def test_a_growth_that_does_not_fit_changes_nothing(table):
     ):
         refuses(table, ShapeError, lambda rows=rows, counts=counts: table.plan_growth(rows, counts), message)
     growth = table.plan_growth([a, b], [2, 5])
-    assert growth.fresh.tolist() == [1, 2]
+    assert growth.runs.tolist() == [1, 2]
     for pages, message in (([1, 2], "2 pages for 3"), ([1, 2, 2], "begins twice"), ([0, 1, 2], "null page")):
         refuses(table, ShapeError, lambda pages=pages: table.grow(growth, np.array(pages, np.int32)), message)
-    table.grow(table.plan_growth([b], [1]), np.array([9], np.int32))
+    table.grow(table.plan_growth([b], 1), np.array([9], np.int32))
     refuses(table, ShapeError, lambda: table.grow(growth, np.array([1, 2, 4], np.int32)), "have changed")

@@ -35,7 +35,7 @@ class Player:
         return match
 
     def grow(self, match, scope, tokens, priority, ends):
-        self.cache.evict(max(0, tokens.size // PAGE - self.cache.allocator.available_pages()))
+        self.cache.evict(max(0, tokens.size // PAGE - self.cache.allocator.pages.available))
         pages = self.cache.allocator.alloc(tokens.size)[::PAGE] // PAGE
         if not self.is_plain:
             call = self.cache.finish if ends else self.cache.advance
@@ -47,7 +47,7 @@ class Player:
                 held = self.cache.match(scope, np.append(tokens, np.int32(0)))
                 self.cache.lock(held)
             self.cache.unlock(match)
-        self.cache.allocator.release(pages)
+        self.cache.allocator.pages.release(pages)
         return held
 
 
@@ -198,3 +198,66 @@ def test_a_handle_of_other_tokens_or_another_scope_is_not_gone_on_from():
     assert player.cache.match(SCOPES[0], np.append(tokens, np.append(tokens, 0))).num_tokens == tokens.size
     assert player.cache.protected_pages == 0
     player.cache.check_integrity()
+
+
+def cached_pages(cache, scope, tokens):
+    """The pages that hold a sequence's whole pages in the tree, found node by node."""
+    (tree,) = [tree for tree in cache._forest.trees() if tree.scope == scope]
+    return [page for run in tree.walk(tokens).runs for page in run.tolist()]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16])
+def test_a_handle_lists_the_cached_pages_of_the_whole_prefix(chunk):
+    """Two requests compute the same tokens in turn, each into pages of its own: whose page came first is cached."""
+    cache = RadixCache(PagedTokenToKVPoolAllocator(PAGES * PAGE, PAGE), PAGE)
+    pool, tokens = cache.allocator.pages, np.arange(48 * PAGE, dtype=np.int32)
+    rows = [pool.take([48]) for _ in range(2)]
+    handles = [cache.match(SCOPES[0], tokens) for _ in rows]
+    for handle in handles:
+        cache.lock(handle)
+    first_cached = []
+    for turn, end in enumerate(range(chunk, 49, chunk)):
+        for which in (turn % 2, 1 - turn % 2):  # in turn, so that the cached prefix holds pages of both
+            mine = rows[which][:end]
+            handles[which] = cache.advance(handles[which], SCOPES[0], tokens[: end * PAGE], mine)
+            first_cached = [*first_cached, *mine[len(first_cached) :].tolist()]
+            assert handles[which].pages.tolist() == first_cached == cached_pages(cache, SCOPES[0], tokens[: end * PAGE])
+            assert handles[which].num_tokens == end * PAGE
+    assert set(first_cached) > set(rows[0][:chunk].tolist())
+    assert set(first_cached) - set(rows[0].tolist())
+    cache.check_integrity()
+
+
+def test_a_handle_lists_the_cached_pages_after_splits():
+    cache = RadixCache(PagedTokenToKVPoolAllocator(PAGES * PAGE, PAGE), PAGE)
+    pool, tokens = cache.allocator.pages, np.arange(24 * PAGE, dtype=np.int32)
+    others, mine = pool.take([24]), pool.take([24])
+    cache.insert(SCOPES[0], tokens[: 16 * PAGE], others[:16])  # one node, which is split below
+    handle = cache.match(SCOPES[0], tokens[: 5 * PAGE + 1])
+    cache.lock(handle)
+    for end, split in ((7, 3), (12, 9), (20, 6), (24, 18)):
+        branch = np.append(tokens[: split * PAGE], np.full(PAGE, -split, np.int32))
+        found = cache.match(SCOPES[0], branch)  # parts ways in the middle of a node, above or below the handle
+        cache.insert(SCOPES[0], branch, [*found.pages.tolist(), int(pool.take_singles(1)[0])])
+        handle = cache.advance(handle, SCOPES[0], tokens[: end * PAGE], mine[:end])
+        assert handle.pages.tolist() == [*others[:16].tolist(), *mine[16:].tolist()][:end]
+        assert handle.pages.tolist() == cached_pages(cache, SCOPES[0], tokens[: end * PAGE])
+        cache.check_integrity()
+    pool.retain(handle.pages)  # what a row does that takes the cached pages and gives its own back
+    pool.release(mine)
+    assert cache.finish(handle, SCOPES[0], tokens, handle.pages) is None
+    pool.release(handle.pages)
+    cache.check_integrity()
+
+
+def test_a_handle_whose_scope_is_of_old_weights_stays_as_it_is():
+    cache = RadixCache(PagedTokenToKVPoolAllocator(PAGES * PAGE, PAGE), PAGE)
+    tokens, pages = np.arange(8, dtype=np.int32), cache.allocator.pages.take([4])
+    handle = cache.match(SCOPES[0], tokens)
+    cache.lock(handle)
+    handle = cache.advance(handle, SCOPES[0], tokens[:4], pages[:2])
+    cache.raise_weights_epoch("model", 1)
+    assert cache.advance(handle, SCOPES[0], tokens, pages) is handle
+    assert handle.pages.tolist() == pages[:2].tolist()
+    cache.unlock(handle)
+    cache.check_integrity()

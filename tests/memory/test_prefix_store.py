@@ -20,8 +20,7 @@ from safetensors.numpy import save_file
 from engine.errors import ConfigError, ShapeError
 from engine.memory.offload import store as prefix_store
 from engine.memory.offload.host_tier import HostTier
-from engine.memory.offload.page_format import PageFormat
-from engine.memory.offload.segment import PrefixSegment
+from engine.memory.offload.page_format import PageFormat, PrefixSegment
 from engine.memory.offload.store import PrefixStore
 
 FORM = page_format()
@@ -106,7 +105,7 @@ def test_a_crash_at_any_moment_leaves_whole_files_only(rng, tmp_path, moment):
 import os, pathlib, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import numpy as np
 from prefix_pages import PAGE_SIZE, page_format, random_pages, scope
-from engine.memory.offload.segment import PrefixSegment
+from engine.memory.offload.page_format import PrefixSegment
 from engine.memory.offload.store import PrefixStore
 def patch(owner, name, fatal_call):
     real, calls = getattr(owner, name), []
@@ -228,7 +227,7 @@ def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
             PrefixStore(directory, FORM)
 
 
-def test_a_store_is_told_its_directory_as_text_or_path_and_its_page_format(tmp_path):
+def test_a_store_takes_its_directory_as_text_or_path_and_its_page_format(tmp_path):
     assert PrefixStore(str(tmp_path / "text"), FORM).directory.is_dir()
     with pytest.raises(ConfigError, match="it must be a PageFormat"):
         PrefixStore(tmp_path, FORM.to_dict())
@@ -273,7 +272,7 @@ SLOW_WRITER = """
 import os, pathlib, sys
 import numpy as np
 from prefix_pages import PAGE_SIZE, page_format, random_pages, scope
-from engine.memory.offload.segment import PrefixSegment
+from engine.memory.offload.page_format import PrefixSegment
 from engine.memory.offload.store import PrefixStore
 real = os.fsync
 def pause(descriptor):
@@ -306,7 +305,7 @@ def test_engines_that_start_leave_what_a_living_one_writes(rng, tmp_path):
     assert writer.returncode == 0
 
 
-def test_who_saves_waits_for_who_saves_already_and_the_last_save_is_whole(rng, tmp_path):
+def test_a_save_waits_for_a_save_in_progress_and_the_last_save_is_whole(rng, tmp_path):
     writer = start_python(SLOW_WRITER.format(value=7, directory=str(tmp_path)))
     assert writer.stdout.readline() == "writing\n"
     segments = [make_segment(rng) for _ in range(3)]
@@ -321,7 +320,7 @@ def test_who_saves_waits_for_who_saves_already_and_the_last_save_is_whole(rng, t
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_many_who_save_at_once_leave_one_whole_save(rng, tmp_path):
+def test_many_saves_at_once_leave_one_whole_save(rng, tmp_path):
     saves = [[make_segment(rng) for _ in range(n)] for n in (1, 2, 3, 4)]
     failed = []
 
@@ -346,7 +345,7 @@ def test_many_who_save_at_once_leave_one_whole_save(rng, tmp_path):
     )
 
 
-def test_who_waited_too_long_to_save_is_told_and_has_changed_nothing(rng, tmp_path, monkeypatch):
+def test_a_save_that_waited_too_long_raises_and_changes_nothing(rng, tmp_path, monkeypatch):
     writer = start_python(SLOW_WRITER.format(value=7, directory=str(tmp_path)))
     assert writer.stdout.readline() == "writing\n"
     before = sorted(tmp_path.iterdir())
@@ -356,7 +355,7 @@ def test_who_waited_too_long_to_save_is_told_and_has_changed_nothing(rng, tmp_pa
     assert sorted(tmp_path.iterdir()) == before
     writer.kill()
     writer.communicate()
-    PrefixStore(tmp_path, FORM).save([])  # the lock died with its process, and what it wrote is nobody's
+    PrefixStore(tmp_path, FORM).save([])  # the lock ended with its process, and what it wrote is left over
     assert not list(tmp_path.iterdir())
 
 
@@ -522,7 +521,7 @@ def test_a_file_whose_digest_is_right_and_whose_content_is_not_is_named_and_left
 
 @pytest.mark.parametrize("pages", [2**40, 2**20])
 def test_a_file_larger_than_memory_is_left_out_without_reading_it(tmp_path, caplog, pages):
-    """A sparse file, of zeros that nobody wrote: one page of tokens, and as many bytes of pages as a disk has."""
+    """A sparse file of unwritten zeros: one page of tokens, and as many bytes of pages as a disk has."""
     forge(tmp_path / "honest")
     with safe_open(tmp_path / "honest", framework="np") as file:
         metadata = file.metadata()
@@ -585,5 +584,5 @@ def test_a_scope_that_is_none_is_not_saved(rng, tmp_path):
 
 @pytest.mark.parametrize("tokens", [[[1, 2], [3]], np.array([2**64 - 1] * 4, np.uint64), [2**31] * 4, [1.0] * 4])
 def test_tokens_that_are_none_are_refused(tokens):
-    with pytest.raises(ShapeError, match="token_ids"):
-        FORM.check_tokens(tokens)
+    with pytest.raises(ShapeError, match=r"token[_ ]id"):
+        FORM.check_pages(tokens, 0, np.zeros((1, *FORM.page_shape), FORM.dtype))

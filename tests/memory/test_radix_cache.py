@@ -36,7 +36,7 @@ def insert(cache, tokens, scope=SCOPE):
     """Inserts a sequence as a request would that computed all of it, and returns its pages."""
     pages = take(cache.allocator, len(tokens) // PAGE)
     cache.insert(scope, tokens, pages)
-    cache.allocator.release(pages)
+    cache.allocator.pages.release(pages)
     return pages
 
 
@@ -48,7 +48,16 @@ def state(cache):
         for node in tree.nodes()
     ]
     counters = (cache.evictable_pages, cache.protected_pages, cache.query_tokens, cache.hit_tokens, cache.evicted_pages)
-    return nodes, counters, cache.allocator.ref_count(np.arange(PAGES + 1)).tolist()
+    return nodes, counters, cache.allocator.pages.ref_count(np.arange(PAGES + 1)).tolist()
+
+
+def test_a_whole_match_finds_every_page(cache, tokens):
+    pages = insert(cache, tokens)
+    for length in range(len(tokens) + 1):
+        match = cache.match(SCOPE, tokens[:length], whole=True)
+        assert match.num_tokens == length // PAGE * PAGE
+        assert match.pages.tolist() == pages[: length // PAGE].tolist()
+    assert cache.match(SCOPE, np.append(tokens, tokens), whole=True).num_tokens == len(tokens)
 
 
 def test_a_match_leaves_one_token_to_compute(cache, tokens):
@@ -71,9 +80,9 @@ def test_duplicates_stay_the_callers(cache, allocator, tokens):
     first = insert(cache, tokens[: 4 * PAGE])
     mine = take(allocator, 6)
     assert cache.insert(SCOPE, tokens[: 6 * PAGE], mine) == 4 * PAGE
-    assert allocator.ref_count(mine).tolist() == [1, 1, 1, 1, 2, 2]
-    allocator.release(mine)
-    assert allocator.ref_count(mine).tolist() == [0, 0, 0, 0, 1, 1]
+    assert allocator.pages.ref_count(mine).tolist() == [1, 1, 1, 1, 2, 2]
+    allocator.pages.release(mine)
+    assert allocator.pages.ref_count(mine).tolist() == [0, 0, 0, 0, 1, 1]
     assert cache.match(SCOPE, tokens).pages.tolist() == [*first, *mine[4:]]
     cache.check_integrity()
 
@@ -108,10 +117,10 @@ def test_any_integers_serve_as_tokens(cache, tokens):
 def test_no_two_scopes_share_a_page(cache, allocator, tokens, other):
     pages = insert(cache, tokens)
     assert cache.match(other, tokens).num_tokens == 0
-    allocator.retain(pages)
+    allocator.pages.retain(pages)
     with pytest.raises(ShapeError, match="another scope"):
         cache.insert(other, tokens, pages)
-    allocator.release(pages)
+    allocator.pages.release(pages)
     theirs = insert(cache, tokens, other)
     assert set(theirs.tolist()).isdisjoint(pages.tolist())
     assert cache.match(SCOPE, tokens).pages.tolist() == pages[:7].tolist()
@@ -144,11 +153,11 @@ def test_a_lock_protects_the_matched_pages_and_no_more(cache, allocator, tokens)
     cache.lock(match)
     assert (cache.protected_pages, cache.evictable_pages) == (3, 5)
     assert cache.evict(100) == 5
-    assert allocator.ref_count(pages).tolist() == [1] * 3 + [0] * 5
+    assert allocator.pages.ref_count(pages).tolist() == [1] * 3 + [0] * 5
     assert cache.evict(1) == 0
     cache.unlock(match)
     assert cache.evict(100) == 3
-    assert allocator.available_pages() == PAGES
+    assert allocator.pages.available == PAGES
     cache.check_integrity()
 
 
@@ -245,7 +254,7 @@ def test_reset_hides_everything_and_frees_what_is_not_locked(cache, allocator, t
     cache.unlock(match)
     assert cache.evict(2) == 2
     assert cache.match(SCOPE, tokens).pages.tolist() == fresh[:7].tolist()
-    assert allocator.available_pages() == PAGES - 8
+    assert allocator.pages.available == PAGES - 8
     assert cache.reset() == 8
     cache.check_integrity()
 
@@ -254,7 +263,7 @@ def test_what_old_weights_computed_is_not_cached_any_more(cache, allocator, toke
     cache.raise_weights_epoch("model", 2)
     pages = take(allocator, 8)
     assert cache.insert(SCOPE, tokens, pages) == 0
-    assert (cache.cached_pages, allocator.ref_count(pages).max()) == (0, 1)
+    assert (cache.cached_pages, allocator.pages.ref_count(pages).max()) == (0, 1)
     with pytest.raises(ConfigError, match="from 2 to 1"):
         cache.raise_weights_epoch("model", 1)
 
@@ -263,7 +272,7 @@ def test_evicted_pages_are_shown_before_they_are_released(allocator, tokens):
     shown = []
 
     def look(runs):
-        shown.extend((run, allocator.ref_count(run.pages).tolist()) for run in runs)
+        shown.extend((run, allocator.pages.ref_count(run.pages).tolist()) for run in runs)
 
     cache = RadixCache(allocator, PAGE, on_evict=look)
     pages = insert(cache, tokens)
@@ -282,7 +291,7 @@ def test_an_error_in_on_evict_leaks_nothing(allocator, tokens):
     insert(cache, tokens)
     with pytest.raises(OSError, match="disk full"):
         cache.evict(3)
-    assert (cache.cached_pages, allocator.available_pages()) == (5, PAGES - 5)
+    assert (cache.cached_pages, allocator.pages.available) == (5, PAGES - 5)
     cache.check_integrity()
 
 
@@ -298,7 +307,7 @@ def test_an_error_in_on_evict_leaks_nothing(allocator, tokens):
         (ShapeError, "page -1", {"pages": lambda pages: np.append(pages[:7], -1)}),
         (ShapeError, "page 33", {"pages": lambda pages: np.append(pages[:7], PAGES + 1)}),
         (ShapeError, "page 4294967297", {"pages": lambda pages: np.append(pages[:7].astype(np.int64), 2**32 + 1)}),
-        (ShapeError, "nobody holds", {"pages": lambda pages: np.append(pages[:7], 31)}),
+        (ShapeError, "has no holder", {"pages": lambda pages: np.append(pages[:7], 31)}),
         (ShapeError, "beyond int32", {"tokens": lambda tokens: tokens.astype(np.int64) + 2**32}),
         (ShapeError, "one axis", {"tokens": lambda tokens: tokens[None]}),
         (ShapeError, "integers", {"tokens": lambda tokens: tokens * 0.5}),
@@ -356,10 +365,10 @@ def test_scopes_that_come_and_go_leave_nothing_behind(cache, tokens):
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda cache, node: cache.allocator.release(node.pages[:1]),
+        lambda cache, node: cache.allocator.pages.release(node.pages[:1]),
         lambda cache, node: setattr(node, "pages", node.pages[::-1][[0, 0, 1, 2, 3, 4, 5, 6]]),
         lambda cache, node: node.tree.order.remove(node),
-        lambda cache, node: setattr(cache._nodes, "evictable", 7),
+        lambda cache, node: setattr(cache._forest, "evictable", 7),
         lambda cache, node: setattr(node, "locks", 1),
     ],
     ids=["released behind its back", "page twice", "not in the order", "counter", "lock"],

@@ -6,7 +6,7 @@ import pytest
 from engine.memory.pages.slot_allocator import PagedTokenToKVPoolAllocator
 from engine.memory.prefix.cache import RadixCache
 from engine.memory.prefix.eviction import EvictionOrder
-from engine.memory.prefix.tree import RadixNode, RadixTree
+from engine.memory.prefix.tree import PrefixForest, RadixNode, RadixTree
 from engine.memory.scope import CacheScope, LayoutKey
 
 PAGE, LEAVES = 2, 500
@@ -22,7 +22,7 @@ def cache(request):
     for leaf in range(LEAVES):
         pages = allocator.alloc(3 * PAGE)[::PAGE] // PAGE
         cache.insert(SCOPE, sequence(leaf), pages, priority=int(rng.integers(5)))
-        allocator.release(pages)
+        allocator.pages.release(pages)
     for leaf in rng.permutation(LEAVES).tolist():
         cache.record(cache.match(SCOPE, np.append(sequence(leaf), 0)))
     return cache
@@ -50,9 +50,9 @@ def visits(monkeypatch):
         (EvictionOrder, "append"),
         (EvictionOrder, "remove"),
         (EvictionOrder, "oldest"),
-        (RadixTree, "attach"),
-        (RadixTree, "split"),
-        (RadixTree, "trim"),
+        (PrefixForest, "attach"),
+        (PrefixForest, "split"),
+        (PrefixForest, "cut"),
         (RadixNode, "path"),
     ]:
         count(owner, name)
@@ -70,7 +70,7 @@ def test_evicting_costs_a_few_steps_a_page_whatever_was_used_since(cache, visits
     while cache.evict(1):
         most = max(most, len(visits))
         visits.clear()
-    assert most <= 3  # oldest, trim, remove
+    assert most <= 3  # oldest, cut, remove
 
 
 def test_match_lock_and_unlock_visit_their_own_path(cache, visits):

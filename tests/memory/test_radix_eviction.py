@@ -36,12 +36,12 @@ class Bench:
 
     def insert(self, *names, scope=None, priority=0):
         known = self.cache.match(scope or self.scope(), np.append(self.tokens(*names), 0)).pages
-        self.allocator.retain(known)
+        self.allocator.pages.retain(known)
         need = (len(names) - len(known)) * PAGE
         fresh = self.allocator.alloc(need)[::PAGE] // PAGE
         pages = np.concatenate([known, fresh])
         self.cache.insert(scope or self.scope(), self.tokens(*names), pages, priority=priority)
-        self.allocator.release(pages)
+        self.allocator.pages.release(pages)
 
     def match(self, *names, scope=None):
         return self.cache.match(scope or self.scope(), np.append(self.tokens(*names), 0))

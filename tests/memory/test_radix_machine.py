@@ -67,7 +67,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             for prefix, page in zip(prefixes, run.pages.tolist(), strict=True):
                 entry = self.live[run.scope].pop(prefix)
                 assert (entry.page, entry.locks) == (page, 0)
-                assert self.allocator.ref_count([page])[0] == 1, "released before its contents could be saved"
+                assert self.allocator.pages.ref_count([page])[0] == 1, "released before its contents could be saved"
             self.told += len(prefixes)
 
     def lose(self, scope):
@@ -91,13 +91,13 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         mine = [entry.page for entry in known] if reuse else []
         need = count - len(mine)
         # The pages that the request reuses get it as a holder before anything else.
-        self.allocator.retain(np.array(mine, np.int32))
+        self.allocator.pages.retain(np.array(mine, np.int32))
         fresh = self.allocator.alloc(need * self.page_size)[:: self.page_size] // self.page_size
         pages = np.array([*mine, *fresh], np.int32)
         cached = self.cache.insert(scope, tokens, pages, priority=priority)
         assert cached == len(known) * self.page_size
         self.insert_model(scope, tokens, pages)
-        self.allocator.release(pages)
+        self.allocator.pages.release(pages)
 
     def insert_model(self, scope, tokens, pages):
         if scope.weights_epoch == self.epoch:
@@ -131,7 +131,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             self.remember(grown)
         else:
             assert match is held.match
-        self.allocator.release(pages)
+        self.allocator.pages.release(pages)
         self.forget_released()
 
     @rule(tenant=tenants, tokens=sequences)
@@ -144,7 +144,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         self.remember(Held(match, entries, scope, tokens[: match.num_tokens]))
 
     def remember(self, held):
-        """Keeps a few handles; the oldest goes, or what nobody gives back would soon fill the pool."""
+        """Keeps a few handles; the oldest is released, or unreleased pages would soon fill the pool."""
         self.matches.append(held)
         if len(self.matches) > 5:
             oldest = self.matches.pop(0)
@@ -206,30 +206,30 @@ class PrefixCacheMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(0, 8))
     def evict(self, count):
-        free, lost = self.allocator.available_pages(), [entry for entry in self.lost if entry.locks == 0]
+        free, lost = self.allocator.pages.available, [entry for entry in self.lost if entry.locks == 0]
         wanted, self.told = min(count, self.cache.evictable_pages), 0
         assert self.cache.evict(count) == wanted
-        assert self.allocator.available_pages() == free + wanted
+        assert self.allocator.pages.available == free + wanted
         assert wanted - self.told == min(wanted, len(lost)), "what cannot be reached goes first"
         self.forget_released()
 
     def make_room(self, pages):
         """Evicts what is short; whether there are so many pages now."""
-        short = pages - self.allocator.available_pages()
+        short = pages - self.allocator.pages.available
         if 0 < short <= self.cache.evictable_pages:
             self.evict(short)
-        return pages <= self.allocator.available_pages()
+        return pages <= self.allocator.pages.available
 
     @rule(tenant=st.none() | tenants, chance=seldom)
     def reset(self, tenant, chance):
         if chance:
             return
-        free = self.allocator.available_pages()
+        free = self.allocator.pages.available
         scope = None if tenant is None else self.scope(tenant)
         released = self.cache.reset(scope)
         for each in [scope] if scope else list(self.live):
             self.lose(each)
-        assert self.allocator.available_pages() == free + released
+        assert self.allocator.pages.available == free + released
         self.forget_released()
 
     @rule(chance=seldom)
@@ -244,8 +244,8 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         assert self.cache.cached_pages == cached
 
     def forget_released(self):
-        """A lost entry has left when its page is free, for nobody else holds pages between two rules."""
-        gone = [entry for entry in self.lost if self.allocator.ref_count([entry.page])[0] == 0]
+        """A lost entry has left when its page is free, because nothing else holds pages between two rules."""
+        gone = [entry for entry in self.lost if self.allocator.pages.ref_count([entry.page])[0] == 0]
         assert all(entry.locks == 0 for entry in gone)
         self.lost = [entry for entry in self.lost if entry not in gone]
 
@@ -255,7 +255,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         assert self.cache.cached_pages == len(entries)
         assert self.cache.protected_pages == sum(entry.locks > 0 for entry in entries)
         assert self.cache.evictable_pages == sum(entry.locks == 0 for entry in entries)
-        assert self.allocator.available_pages() + self.cache.cached_pages == TOTAL_PAGES
+        assert self.allocator.pages.available + self.cache.cached_pages == TOTAL_PAGES
         assert (self.cache.query_tokens, self.cache.hit_tokens) == (self.queries, self.hits)
         self.cache.check_integrity()
         self.allocator.check_integrity(holders=[entry.page for entry in entries])

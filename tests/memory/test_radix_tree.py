@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import IntegrityError
-from engine.memory.prefix.eviction import EvictionOrder
-from engine.memory.prefix.tree import RadixTree
+from engine.memory.prefix.tree import PrefixForest
 from engine.memory.scope import CacheScope, LayoutKey
 
 SCOPE = CacheScope("m", 0, None, "", LayoutKey.of({"page_size": 4}))
@@ -18,8 +17,9 @@ def int32(values):
 
 
 def tree_of(page_size, sequences):
-    """A tree with the whole pages of each sequence, pages numbered as they come; and every prefix's pages."""
-    tree, pages_of, next_page = RadixTree(SCOPE, EvictionOrder(), page_size), {(): ()}, 1
+    """A forest of one tree with the whole pages of each sequence, numbered as they come; and every prefix's pages."""
+    forest, pages_of, next_page = PrefixForest(page_size), {(): ()}, 1
+    tree = forest.plant(SCOPE)
     for sequence in sequences:
         whole = int32(sequence[: len(sequence) // page_size * page_size])
         walk = tree.walk(whole)
@@ -27,14 +27,14 @@ def tree_of(page_size, sequences):
         if fresh:
             node = walk.node
             if node.end > walk.num_pages:
-                node = tree.split(node, walk.num_pages - node.start)
+                node = forest.split(node, walk.num_pages - node.start)
             pages = np.arange(next_page, next_page + fresh)
             next_page += fresh
-            tree.attach(node, whole[walk.num_pages * page_size :], int32(pages))
+            forest.attach(node, whole[walk.num_pages * page_size :], int32(pages), 0)
             for page in pages.tolist():
                 prefix = tuple(whole[: page_size * (walk.num_pages + 1 + page - pages[0])].tolist())
                 pages_of[prefix] = (*pages_of[prefix[:-page_size]], page)
-    return tree, pages_of
+    return forest, tree, pages_of
 
 
 sequences = st.lists(st.lists(st.integers(-1, 1), max_size=20), max_size=8)
@@ -42,7 +42,7 @@ sequences = st.lists(st.lists(st.integers(-1, 1), max_size=20), max_size=8)
 
 @given(page_size=st.sampled_from([1, 2, 5]), cached=sequences, query=st.lists(st.integers(-1, 1), max_size=20))
 def test_a_walk_finds_the_longest_cached_prefix_in_whole_pages(page_size, cached, query):
-    tree, pages_of = tree_of(page_size, cached)
+    _, tree, pages_of = tree_of(page_size, cached)
     tree.check_integrity()
     for sequence in [*cached, query]:
         whole = sequence[: len(sequence) // page_size * page_size]
@@ -56,10 +56,10 @@ def test_a_walk_finds_the_longest_cached_prefix_in_whole_pages(page_size, cached
 
 
 def test_a_split_keeps_the_lower_half_and_covers_both_with_the_locks():
-    tree, _ = tree_of(4, [range(16)])
+    forest, tree, _ = tree_of(4, [range(16)])
     (node,) = tree.nodes()
     node.locks, node.level, node.stamp = 2, 3, 4
-    upper = tree.split(node, 1)
+    upper = forest.split(node, 1)
     assert (upper.start, upper.end, node.start, node.end) == (0, 1, 1, 4)
     assert (upper.locks, upper.level, upper.stamp) == (2, 3, 4)
     assert list(node.path()) == [node, upper]
@@ -67,37 +67,37 @@ def test_a_split_keeps_the_lower_half_and_covers_both_with_the_locks():
     tree.check_integrity()
 
 
-def test_tokens_with_a_stride_walk_alike():
-    tree, _ = tree_of(4, [range(16)])
+def test_tokens_with_a_stride_match_alike():
+    _, tree, _ = tree_of(4, [range(16)])
     assert tree.walk(int32(range(16)).repeat(2)[::2]).num_pages == 4
     assert tree.walk(int32([*range(9), *[0] * 7]).repeat(2)[::2]).num_pages == 2
 
 
 def test_what_is_not_a_leaf_does_not_leave_the_tree():
-    tree, _ = tree_of(4, [range(16)])
+    forest, tree, _ = tree_of(4, [range(16)])
     (node,) = tree.nodes()
-    upper = tree.split(node, 2)
+    upper = forest.split(node, 2)
     for wrong in (upper, tree.root):
         with pytest.raises(IntegrityError):
-            tree.detach(wrong)
+            forest.cut(wrong, wrong.num_pages)
     with pytest.raises(IntegrityError):
-        tree.split(tree.root, 0)
+        forest.split(tree.root, 0)
     tree.check_integrity()
 
 
 def test_trimming_takes_pages_from_the_end():
-    tree, _ = tree_of(4, [range(16)])
+    forest, tree, _ = tree_of(4, [range(16)])
     (leaf,) = tree.nodes()
-    assert tree.trim(leaf, 1).tolist() == [4]
+    assert forest.cut(leaf, 1).tolist() == [4]
     assert tree.walk(int32(range(16))).num_pages == 3
-    assert tree.trim(leaf, 2).tolist() == [2, 3]
+    assert forest.cut(leaf, 2).tolist() == [2, 3]
     assert (leaf.pages.tolist(), leaf.only_page, leaf.attached) == ([1], 1, True)
     assert tree.walk(int32(range(16))).num_pages == 1
 
 
 def test_a_walk_joins_nodes_of_one_page_and_of_several():
     sequences = [range(4), range(8), range(20), range(24), range(28)]  # nodes of 1, 1, 3, 1 and 1 pages
-    tree, _ = tree_of(4, sequences)
+    _, tree, _ = tree_of(4, sequences)
     assert [node.num_pages for node in tree.nodes()] == [1, 1, 3, 1, 1]
     for length in range(33):
         walk = tree.walk(int32(range(length // 4 * 4)))
@@ -118,9 +118,9 @@ def test_a_walk_joins_nodes_of_one_page_and_of_several():
     ],
 )
 def test_damage_to_a_tree_is_found(damage):
-    tree, _ = tree_of(4, [range(16), range(8)])
+    forest, tree, _ = tree_of(4, [range(16), range(8)])
     (node,) = tree.nodes()
-    tree.split(node, 2)
+    forest.split(node, 2)
     damage(node)
     with pytest.raises(IntegrityError, match="is wrong"):
         tree.check_integrity()

@@ -44,13 +44,24 @@ def cache():
         row = cache.admit(SCOPE, tokens).row
         missing = count - int(cache.page_table.kv_len(row))
         cache.grow([row], [missing])
+        cache.mark_computed([row], [count])
         cache.publish(row, SCOPE, tokens)
     return cache
 
 
 def picture(cache):
-    table, ledger = cache.page_table, cache.allocator._ledger
-    arrays = table._table, table._kv_lens, table._in_use, table._taken, ledger._ref_count, ledger._births
+    table, ledger = cache.page_table, cache.allocator.pages
+    arrays = (
+        table._table,
+        table._granted,
+        table._computed,
+        table._known,
+        table._most,
+        table._in_use,
+        table._told,
+        ledger._ref_count,
+        ledger._births,
+    )
     prefix = cache.prefix
     counts = (
         prefix.evictable_pages,
@@ -80,24 +91,29 @@ VECTOR_CALLS = {
     "admit": lambda c, v: c.admit(SCOPE, v),
     "cached_tokens": lambda c, v: c.cached_tokens(SCOPE, v),
     "publish": lambda c, v: c.publish(0, SCOPE, v),
-    "plan_growth rows": lambda c, v: c.plan_growth(v, [1]),
-    "plan_growth counts": lambda c, v: c.plan_growth([0], v),
+    "share": lambda c, v: c.share(0, SCOPE, v),
+    "grow rows": lambda c, v: c.grow(v, [1]),
+    "grow rows by one": lambda c, v: c.grow(v, 1),
+    "grow counts": lambda c, v: c.grow([0], 1.5 if isinstance(v, int) else v),
+    "has_room_to_grow rows": lambda c, v: c.has_room_to_grow(v, 1),
+    "has_room_to_grow counts": lambda c, v: c.has_room_to_grow([0], 1.5 if isinstance(v, int) else v),
+    "mark_computed rows": lambda c, v: c.mark_computed(v, [1]),
+    "mark_computed tokens": lambda c, v: c.mark_computed([0], v),
     "append_pages": lambda c, v: c.page_table.append_pages(c.page_table.alloc_row(), v),
     "write_slots": lambda c, v: c.page_table.write_slots([0], [9], [1], v),
     "last_loc": lambda c, v: c.page_table.last_loc([0], v),
     "kv_lens": lambda c, v: c.page_table.kv_lens(v),
     "rows": lambda c, v: c.page_table.rows(v),
-    "decoding_rows": lambda c, v: c.page_table.decoding_rows(v),
     "take_new_pages": lambda c, v: c.page_table.take_new_pages(v),
     "alloc_extend": lambda c, v: c.allocator.alloc_extend([0], v, [-1]),
     "alloc_extend prefix": lambda c, v: c.allocator.alloc_extend(v, [3], [-1]),
     "alloc_extend last": lambda c, v: c.allocator.alloc_extend([0], [1], v),
     "alloc_decode": lambda c, v: c.allocator.alloc_decode(v, [-1]),
-    "alloc_pages": lambda c, v: c.allocator.alloc_pages(v),
+    "take": lambda c, v: c.allocator.pages.take(v),
     "free": lambda c, v: c.allocator.free(v),
-    "retain": lambda c, v: c.allocator.retain(v),
-    "release": lambda c, v: c.allocator.release(v),
-    "ref_count": lambda c, v: c.allocator.ref_count(v),
+    "retain": lambda c, v: c.allocator.pages.retain(v),
+    "release": lambda c, v: c.allocator.pages.release(v),
+    "ref_count": lambda c, v: c.allocator.pages.ref_count(v),
 }
 
 
@@ -110,11 +126,12 @@ def test_what_is_no_vector_of_int64_is_refused(cache, name, value):
 COUNT_CALLS = {
     "evict": lambda c, v: c.prefix.evict(v),
     "alloc": lambda c, v: c.allocator.alloc(v),
-    "alloc_single_pages": lambda c, v: c.allocator.alloc_single_pages(v),
+    "take_singles": lambda c, v: c.allocator.pages.take_singles(v),
     "alloc_rows": lambda c, v: c.page_table.alloc_rows(v),
     "full_pages": lambda c, v: c.page_table.full_pages(0, v),
     "slots start": lambda c, v: c.page_table.slots(0, v, 2),
     "slots stop": lambda c, v: c.page_table.slots(0, 0, v),
+    "truncate": lambda c, v: c.truncate(0, v),
     "fork": lambda c, v: c.fork(0, v),
     "can_fork": lambda c, v: c.can_fork(0, v),
     "most_tokens": lambda c, v: c.admit(SCOPE, [7], most_tokens=0 if v is None else v),
@@ -139,7 +156,12 @@ ROW_CALLS = {
     "release": lambda c, v: c.release(v, SCOPE, [1]),
     "fork": lambda c, v: c.fork(v, 0),
     "can_fork": lambda c, v: c.can_fork(v, 0),
-    "plan_growth": lambda c, v: c.plan_growth([v], [1]),
+    "share": lambda c, v: c.share(v, SCOPE, [1]),
+    "truncate": lambda c, v: c.truncate(v, 0),
+    "grow": lambda c, v: c.grow([v], [1]),
+    "grow by one": lambda c, v: c.grow([v], 1),
+    "has_room_to_grow": lambda c, v: c.has_room_to_grow([v], [1]),
+    "mark_computed": lambda c, v: c.mark_computed([v], [0]),
 }
 
 
@@ -161,11 +183,13 @@ def test_numbers_that_wrap_round_hit_nothing(cache):
     token_ids = np.array([-1, -2, -3, -4], np.int32)
     row = cache.admit(SCOPE, np.append(token_ids, 5)).row
     cache.grow([row], [5])
+    cache.mark_computed([row], [5])
     cache.publish(row, SCOPE, np.append(token_ids, 5))
     assert cache.cached_tokens(SCOPE, np.append(token_ids, 6)) == 4
     refused(cache, lambda: cache.cached_tokens(SCOPE, np.append(token_ids, 6).astype(np.int64).astype(np.uint64)))
     for count in (2**63 - 1, 2**62, 2**31):
-        refused(cache, lambda count=count: cache.plan_growth([row], [count]))
+        refused(cache, lambda count=count: cache.grow([row], [count]))
+        refused(cache, lambda count=count: cache.grow([row], count))
         refused(cache, lambda count=count: cache.page_table.write_slots([row], [5], [count], []))
     refused(cache, lambda: cache.page_table.write_slots([row, 0], [5, 9], [2**63 - 1, 2**63 - 1], [1] * 6))
 
@@ -187,9 +211,8 @@ def test_numbers_that_wrap_round_hit_nothing(cache):
         lambda: ReqToTokenPool(2**31 - 1, 2**31 - 1, 1),
         lambda: CacheManager(64, 4, 2, 1.5),
         lambda: CacheManager(64, 4, 2, 32, policy="fifo"),
-        lambda: CacheManager(64, 4, 2, 32).attach_host_tier(None, None),
-        lambda: CacheManager(64, 4, 2, 32).attach_host_tier(HostTier(FORM.page_bytes, FORM), object()),
-        lambda: CacheManager(64, 8, 2, 32).attach_host_tier(HostTier(FORM.page_bytes, FORM), WholeMover()),
+        lambda: CacheManager(64, 4, 2, 32).attach_host_tier(None),
+        lambda: CacheManager(64, 8, 2, 32).attach_host_tier(HostTier(FORM.page_bytes, FORM)),
         lambda: HostTier(FORM, 1024),
         lambda: HostTier(1e6, FORM),
         lambda: HostTier(True, FORM),
@@ -203,14 +226,6 @@ def test_numbers_that_wrap_round_hit_nothing(cache):
 def test_wrong_arguments_of_constructors_are_refused_by_the_contract(make):
     with pytest.raises(ConfigError):
         make()
-
-
-class WholeMover:
-    def read(self, pages): ...
-
-    def write(self, pages, data): ...
-
-    def copy(self, sources, targets): ...
 
 
 @pytest.mark.parametrize("match", [None, 4, "match", [1]])
@@ -265,44 +280,41 @@ class TestViews:
     def test_of_the_allocator(self):
         allocator = PagedTokenToKVPoolAllocator(40 * PAGE, PAGE)
         state = allocator.backup_state()
-        for taken in (allocator.alloc_pages([5]), allocator.alloc_single_pages(7), allocator.alloc(2 * PAGE)):
+        for taken in (allocator.pages.take([5]), allocator.pages.take_singles(7), allocator.alloc(2 * PAGE)):
             taken[:] = 7
-        allocator.free_pages()[:] = 7
-        allocator.ref_count(np.arange(40))[:] = 7
-        for array in (state.ledger.ref_count, state.ledger.births, state.ledger.free.singles, *state.ledger.free.loose):
+        allocator.pages.free_pages()[:] = 7
+        allocator.pages.ref_count(np.arange(40))[:] = 7
+        for array in (state.ref_count, state.births, state.free.singles, *state.free.loose):
             assert not array.flags.writeable
         allocator.restore_state(state)
         allocator.check_integrity([])
-        assert sorted(allocator.alloc_pages([40]).tolist()) == list(range(1, 41))
+        assert sorted(allocator.pages.take([40]).tolist()) == list(range(1, 41))
 
     def test_of_single_pages_that_were_given_back(self):
         allocator = PagedTokenToKVPoolAllocator(40 * PAGE, PAGE)
-        pages = allocator.alloc_single_pages(9)
-        allocator.release(pages)
+        pages = allocator.pages.take_singles(9)
+        allocator.pages.release(pages)
         state = allocator.backup_state()
         pages[:] = 7
-        for part in (state.ledger.free.singles, *state.ledger.free.loose):
+        for part in (state.free.singles, *state.free.loose):
             with pytest.raises(ValueError, match="read-only"):
                 part[:] = 7
         allocator.check_integrity([])
 
     def test_of_rows(self, cache):
         table = cache.page_table
-        growth, decoding = cache.plan_growth([0], [3]), table.decoding_rows([0, 1])
-        for array in (growth.rows, growth.lens, growth.ends, growth.held, growth.fresh, decoding.lens):
-            with pytest.raises(ValueError, match="read-only"):
-                array[:] = 1
+        with pytest.raises(ValueError, match="read-only"):  # the table's own, of which it knows that they are in use
+            table.plan_growth(np.array([0, 1]), [3, 4]).rows[:] = 1
         copies = table.rows([0]), table.kv_lens([0]), table.row_pages(0), table.full_pages(0, 9), table.held_pages()
         for array in (*copies, *table.take_new_pages([0]), table.slots(0, 0, 9), table.last_loc([0], [9])):
             array[:] = 1
         cache.check_integrity()
-        while not decoding.beginning().size:
-            cache.grow_decoding(decoding)
-        pages = cache.allocator.alloc_single_pages(decoding.beginning().size)
+        growth = table.plan_growth([0, 1], [9, 9])
+        pages = cache.allocator.pages.take(growth.runs)
         kept = pages.copy()
-        decoding.grow(decoding.beginning(), pages)
+        table.grow(growth, pages)
         pages[:] = 1
-        assert decoding.take_new_pages()[1].tolist()[-kept.size :] == kept.tolist()
+        assert set(kept.tolist()) <= set(table.rows([0, 1]).reshape(-1).tolist())
         cache.check_integrity()
 
     def test_of_the_prefix_cache(self):
@@ -311,10 +323,10 @@ class TestViews:
         tree = RadixCache(allocator, PAGE, on_evict=told.extend)
         token_ids = np.random.default_rng().integers(0, 99, 5 * PAGE).astype(np.int32)
         for end in (3, 5):  # the second lengthens
-            pages = allocator.alloc_pages([end])
+            pages = allocator.pages.take([end])
             mine = token_ids[: end * PAGE].copy()
             tree.insert(SCOPE, mine, pages)
-            allocator.release(pages)
+            allocator.pages.release(pages)
             pages[:], mine[:] = 7, 7
         found = tree.match(SCOPE, np.append(token_ids, 1))
         assert found.num_tokens == 5 * PAGE

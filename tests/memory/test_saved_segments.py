@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from prefix_pages import PAGE_SIZE, page_format, scope
+from pretend_pool import PretendPool
 
 from engine.memory import saved_segments
 from engine.memory.manager import CacheManager
@@ -11,24 +12,6 @@ from engine.memory.offload.store import PrefixStore
 from engine.memory.saved_segments import cached_segments
 
 FORM = page_format(np.int32, layer_num=1)
-
-
-class Device:
-    """Pages whose contents are their tokens, so that a page read for another is seen."""
-
-    def __init__(self, pages):
-        self.pages = np.zeros((pages + 1, *FORM.page_shape), np.int32)
-        self.largest_read = 0
-
-    def read(self, pages):
-        self.largest_read = max(self.largest_read, len(pages))
-        return self.pages[pages].copy()
-
-    def write(self, pages, data):
-        self.pages[pages] = data
-
-    def copy(self, sources, targets):
-        self.pages[targets] = self.pages[sources]
 
 
 def content(tokens):
@@ -40,8 +23,15 @@ def make(pages=64, *, tier_pages, replicas=1):
     tier = HostTier(tier_pages * FORM.page_bytes, FORM)
     caches = [CacheManager(pages * PAGE_SIZE, PAGE_SIZE, 4, pages * PAGE_SIZE) for _ in range(replicas)]
     for cache in caches:
-        cache.attach_host_tier(tier, Device(pages))
+        cache.attach_host_tier(tier)
+        cache.pool = PretendPool(cache, FORM.page_shape, np.int32)
     return caches
+
+
+def segments_of(caches):
+    for cache in caches:
+        cache.pool.make_moves()
+    return cached_segments(caches, lambda replica, pages: caches[replica].pool.read(pages))
 
 
 def serve(cache, tokens, of=None):
@@ -50,10 +40,11 @@ def serve(cache, tokens, of=None):
     admitted = cache.admit(of, tokens)
     known = admitted.cached_tokens + admitted.loaded_tokens
     cache.grow(np.array([admitted.row], np.int32), np.array([len(tokens) - known]))
+    cache.pool.run_step(admitted.row, len(tokens))
     for index, page in enumerate(cache.page_table.row_pages(admitted.row).tolist()):
         end = (index + 1) * PAGE_SIZE
         if known < end <= len(tokens):
-            cache.host.mover.pages[page] = content(tokens[:end])
+            cache.pool.content[page] = content(tokens[:end])
     cache.release(admitted.row, of, tokens)
     return known
 
@@ -101,9 +92,9 @@ def test_all_that_is_on_the_device_is_saved_and_stays_there_however_small_the_ti
     sequences = random_sequences(rng, 6, 6)
     for tokens in sequences:
         serve(cache, tokens)
-    before = (cache.prefix.cached_pages, cache.host.tier.held_pages, cache.prefix.evicted_pages)
-    assert saved_pages(cached_segments([cache])) == every_page(sequences)
-    assert (cache.prefix.cached_pages, cache.host.tier.held_pages, cache.prefix.evicted_pages) == before
+    before = (cache.prefix.cached_pages, cache.host_tier.held_pages, cache.prefix.evicted_pages)
+    assert saved_pages(segments_of([cache])) == every_page(sequences)
+    assert (cache.prefix.cached_pages, cache.host_tier.held_pages, cache.prefix.evicted_pages) == before
     cache.check_integrity()
     assert [serve(cache, [*tokens, 1]) for tokens in sequences] == [len(tokens) for tokens in sequences]
 
@@ -113,8 +104,8 @@ def test_what_is_on_the_host_is_saved_beside_what_is_on_the_device_and_what_is_o
     sequences = random_sequences(rng, 12, 5)
     for tokens in [*sequences, *sequences[:3]]:  # some come back from the host, and stay there
         serve(cache, tokens)
-    assert cache.host.tier.held_pages > 0
-    assert saved_pages(cached_segments([cache])) == every_page(sequences)
+    assert cache.host_tier.held_pages > 0
+    assert saved_pages(segments_of([cache])) == every_page(sequences)
     cache.check_integrity()
 
 
@@ -125,8 +116,8 @@ def test_replicas_that_hold_the_same_prefix_save_it_once(rng):
         for index in rng.permutation(9)[:6]:
             serve(cache, sequences[index])
     serve(caches[0], sequences[0])
-    cached = set().union(*(saved_pages(cached_segments([cache])) for cache in caches))
-    assert saved_pages(cached_segments(caches)) == cached
+    cached = set().union(*(saved_pages(segments_of([cache])) for cache in caches))
+    assert saved_pages(segments_of(caches)) == cached
 
 
 def test_scopes_are_kept_apart_and_what_cannot_be_found_any_more_is_not_saved(rng):
@@ -135,9 +126,9 @@ def test_scopes_are_kept_apart_and_what_cannot_be_found_any_more_is_not_saved(rn
     for of in (scope(), scope(salt="a"), scope(epoch=1)):
         serve(cache, tokens, of)
     kept = every_page([tokens], scope(epoch=1))
-    assert saved_pages(cached_segments([cache])) == kept | every_page([tokens]) | every_page([tokens], scope(salt="a"))
+    assert saved_pages(segments_of([cache])) == kept | every_page([tokens]) | every_page([tokens], scope(salt="a"))
     cache.prefix.raise_weights_epoch("m", 1)
-    assert saved_pages(cached_segments([cache])) == kept
+    assert saved_pages(segments_of([cache])) == kept
 
 
 def test_a_save_reads_and_holds_one_batch_at_a_time(rng, monkeypatch):
@@ -146,11 +137,11 @@ def test_a_save_reads_and_holds_one_batch_at_a_time(rng, monkeypatch):
     sequences = [rng.integers(0, 2**31, 20 * PAGE_SIZE).tolist() for _ in range(3)]
     for tokens in sequences:
         serve(cache, tokens)
-    assert cache.host.tier.held_pages > 3
-    cache.host.mover.largest_read = 0
-    segments = list(cached_segments([cache]))
+    assert cache.host_tier.held_pages > 3
+    cache.pool.largest_read = 0
+    segments = list(segments_of([cache]))
     assert max(len(segment.data) for segment in segments) == 3
-    assert cache.host.mover.largest_read == 3
+    assert cache.pool.largest_read == 3
     assert saved_pages(segments) == every_page(sequences)
 
 
@@ -160,7 +151,7 @@ def test_a_chain_of_small_nodes_is_saved_as_one_run(rng):
     tokens = rng.integers(0, 2**31, 60 * PAGE_SIZE).tolist()
     for end in range(PAGE_SIZE, len(tokens) + 1, PAGE_SIZE):
         assert cache.prefix.insert(scope(), tokens[:end], pages_of(cache, tokens[:end])) == end - PAGE_SIZE
-    (segment,) = cached_segments([cache])
+    (segment,) = segments_of([cache])
     assert len(segment.data) == 60
 
 
@@ -168,7 +159,7 @@ def pages_of(cache, tokens):
     held = cache.prefix.match(scope(), [*tokens, 0]).pages
     fresh = cache.allocator.alloc(len(tokens) - held.size * PAGE_SIZE)[::PAGE_SIZE] // PAGE_SIZE
     for page in fresh:
-        cache.host.mover.pages[page] = content(np.asarray(tokens, np.int32))
+        cache.pool.content[page] = content(np.asarray(tokens, np.int32))
     return np.append(held, fresh)
 
 
@@ -181,12 +172,12 @@ def test_a_tier_that_is_smaller_takes_back_what_was_used_last_from_its_beginning
     sequences = [rng.integers(0, 2**31, 10 * PAGE_SIZE).tolist() for _ in range(3)]
     for tokens in sequences:
         serve(cache, tokens)
-    PrefixStore(tmp_path, FORM).save(cached_segments([cache]))
+    PrefixStore(tmp_path, FORM).save(segments_of([cache]))
     (again,) = make(tier_pages=tier_pages)
     for segment in PrefixStore(tmp_path, FORM).load():
-        again.host.tier.put(segment.scope, segment.token_ids, segment.first_page, segment.data)
-    again.host.tier.check_integrity()
-    assert again.host.tier.held_pages == min(tier_pages, 30)
-    found = [again.host.tier.match(scope(), tokens, 0) for tokens in reversed(sequences)]
+        again.host_tier.put(segment.scope, segment.token_ids, segment.first_page, segment.data)
+    again.host_tier.check_integrity()
+    assert again.host_tier.held_pages == min(tier_pages, 30)
+    found = [again.host_tier.match(scope(), tokens, 0) for tokens in reversed(sequences)]
     assert sum(found) == min(tier_pages, 30)  # no page without those before it
     assert found == [min(10, max(0, tier_pages - start)) for start in (0, 10, 20)]

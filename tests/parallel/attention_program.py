@@ -1,4 +1,4 @@
-"""Attention over meshes against the float64 oracle: one line of JSON a case."""
+"""Attention over meshes against the float64 oracle: one line of JSON per case."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import numpy as np
 from attention_oracle import Geometry, make_case
 from jax.sharding import NamedSharding
 
-from engine.attention.backend import FlashAttentionBackend
-from engine.attention.metadata import AttentionMetadata
-from engine.attention.sharded import MeshAttention
+from engine.attention import AttentionMetadata, FlashAttentionBackend, MeshAttention
 from engine.distributed.mesh import axis_size, make_mesh, named
 from engine.kv.split import buffer_spec, in_slot_order, new_tokens_spec
 

@@ -1,4 +1,4 @@
-"""Pool, layout, scatter and attention over jax's own meshes, against one device: one line of JSON a case."""
+"""Pool, layout, scatter and attention over jax's own meshes, against one device: one line of JSON per case."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generates over meshes and on one device, and reports how the two compare: one line of JSON a case."""
+"""Generates over meshes and on one device, and reports how the two compare: one line of JSON per case."""
 
 from __future__ import annotations
 

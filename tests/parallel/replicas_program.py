@@ -1,4 +1,4 @@
-"""Serves hard traffic with several replicas and with one device, and reports how they compare: a line of JSON a case.
+"""Serves hard traffic with several replicas and with one device, and reports how they compare: a line of JSON per case.
 
 Little memory, prompts that begin alike, several answers to a prompt, priorities, aborts, time limits, a host tier.
 """

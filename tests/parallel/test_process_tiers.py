@@ -53,4 +53,4 @@ def test_a_process_that_reads_other_saved_prefixes_than_the_first_is_refused(sav
     ended = run_processes(2, "open_directories", options, [options["prefix_cache_dir"], str(tmp_path)])
     assert ended[1].code == 2, ended[1].errors[-3000:]
     message = ended[1].printed[-1]["refused"]
-    assert f"process 1 has not what process 0 has: saved prefixes from prefix_cache_dir={tmp_path};" in message
+    assert f"process 1 does not have what process 0 has: saved prefixes from prefix_cache_dir={tmp_path};" in message

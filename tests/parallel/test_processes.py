@@ -82,7 +82,7 @@ def test_every_process_sizes_the_pool_by_the_device_with_least_memory():
     ended = run_processes(2, "size", reports, options)
     assert [process.code for process in ended] == [0, 0], ended[0].errors[-3000:]
     sizes = {process.printed[-1]["size"] for process in ended}
-    # 2 layers of 2 KV heads of 12 float32 on two devices: 192 bytes a token on each, and the null page beside.
+    # 2 layers of 2 KV heads of 12 float32 on two devices: 192 bytes per token on each, and the null page beside.
     assert sizes == {(int(600_000 * 0.85) - 100_000) // (8 * 192) * 8 - 8}
 
 

@@ -53,7 +53,7 @@ def test_a_pool_that_cannot_hold_a_page_is_refused_with_the_arithmetic():
 
 
 def test_the_plan_of_llama_3_8b_is_what_the_arithmetic_says():
-    # 8 KV heads of 128 in bf16, K and V: 4 KiB a token and layer, 128 KiB a token.
+    # 8 KV heads of 128 in bf16, K and V: 4 KiB per token and layer, 128 KiB per token.
     plan = PoolPlan(size_tokens=8192 * 4, page_size=16, layers=32, token_bytes=4096, context_length=8192)
     assert plan.pages == 2048
     assert plan.layer_bytes == (8192 * 4 + 16) * 4096
@@ -70,7 +70,7 @@ def test_concurrency_counts_whole_pages():
 @pytest.mark.parametrize(
     ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (2**30 * 3 // 2, "1.50 GiB")]
 )
-def test_bytes_are_told_in_the_largest_unit(count, text):
+def test_bytes_are_printed_in_the_largest_unit(count, text):
     assert format_bytes(count) == text
 
 
@@ -80,7 +80,7 @@ def plan_of(size_tokens, **changes):
 
 
 def test_a_request_that_the_memory_cannot_hold_is_refused_with_the_longest_context_that_fits():
-    # 64 KiB a token: 2 GiB less 1 GiB hold 16 Ki tokens, the null page's 16 among them.
+    # 64 KiB per token: 2 GiB less 1 GiB hold 16 Ki tokens, the null page's 16 among them.
     options = {"page_size": 16, "layers": 16, "token_bytes": 4096, "wanted_tokens": 10**9, "device_bytes": 4 * GIB}
     options |= {"weight_bytes": GIB, "mem_fraction_static": 0.5}
     assert size_pool(**options, request_tokens=16_368) == 16_368

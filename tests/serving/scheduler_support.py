@@ -7,6 +7,8 @@ from engine.memory.manager import CacheManager
 from engine.memory.scope import CacheScope, LayoutKey
 from engine.serving.device.batcher import Batcher
 from engine.serving.device.parcel import LAST_SAMPLED, NOWHERE
+from engine.serving.plan.queue import RequestQueue
+from engine.serving.plan.replica import Replica
 from engine.serving.plan.scheduler import Scheduler
 from engine.serving.request import Request, SamplingParams
 
@@ -25,7 +27,20 @@ class Clock:
 
 def make(size=64, slots=3, budget=16, policy="lru"):
     cache = CacheManager(size, PAGE, slots, CONTEXT, policy=policy)
-    return cache, Scheduler(cache, max_running_requests=slots, max_step_tokens=budget, clock=Clock())
+    queue = RequestQueue()
+    replica = Replica(cache, queue, max_running_requests=slots, max_step_tokens=budget)
+    return cache, Scheduler([replica], queue, Clock())
+
+
+def plan_every_step_anew(scheduler):
+    """Makes a scheduler never repeat the step before."""
+    for replica in scheduler.replicas:
+
+        def plan(replica=replica, plan_running=replica.plan_running, **options):
+            replica._repeats = 0
+            return plan_running(**options)
+
+        replica.plan_running = plan
 
 
 def request(number, prompt_len, new=4, *, prompt=None, **params):
@@ -49,11 +64,11 @@ class PretendDevice:
 
     def __init__(self, page_table, shapes):
         self.host = page_table
-        self.batcher = Batcher(page_table, shapes)
+        self.batcher = Batcher(shapes)
         self.page_table = np.zeros((page_table.max_requests, page_table.max_pages), np.int32)
 
     def receive(self, step):
-        return self.take(step, *self.batcher.fill(step))
+        return self.take(step.parts[0], *self.batcher.fill(step))
 
     def take(self, step, parcel, shape, earlier):
         for places, pages in [*earlier, (parcel.update_at, parcel.update_page)]:

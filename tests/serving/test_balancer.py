@@ -1,4 +1,4 @@
-"""Several schedulers behind one front, on the host alone: who goes where, one queue, and their parcels as one."""
+"""Several replicas under one scheduler, on the host alone: where requests go, one queue, and one parcel."""
 
 import numpy as np
 import pytest
@@ -8,12 +8,12 @@ from scheduler_support import CONTEXT, PAGE, Clock, PretendDevice, check_step, c
 
 from engine.errors import RequestTooLarge
 from engine.memory.manager import CacheManager
-from engine.serving.device.batcher import ReplicaBatcher, parcel_shapes
+from engine.serving.device.batcher import Batcher, parcel_shapes
 from engine.serving.device.parcel import FIELDS, FLOAT_FIELDS, StepParcel
-from engine.serving.plan.balancer import Balancer
 from engine.serving.plan.queue import RequestQueue
+from engine.serving.plan.replica import Replica
 from engine.serving.plan.scheduler import Scheduler
-from engine.serving.request import FinishReason
+from engine.serving.request import FinishReason, RequestState
 from engine.serving.watch.exporter import EngineCollector
 from engine.serving.watch.metrics import collect_metrics
 from engine.serving.watch.stats import EngineStats
@@ -23,8 +23,8 @@ def make(replicas=2, size=64, slots=3, budget=16, policy="lru"):
     queue = RequestQueue()
     caches = [CacheManager(size, PAGE, slots, CONTEXT, policy=policy) for _ in range(replicas)]
     options = {"max_running_requests": slots, "max_step_tokens": budget, "pool_name": "the pool of a replica"}
-    schedulers = [Scheduler(cache, queue=queue, **options) for cache in caches]
-    return Balancer(schedulers, queue, Clock())
+    members = [Replica(cache, queue, index=index, **options) for index, cache in enumerate(caches)]
+    return Scheduler(members, queue, Clock())
 
 
 def run_step(balancer, token=7):
@@ -57,6 +57,23 @@ def test_requests_go_to_the_emptiest_replica():
     assert places(balancer) == {1: 0, 2: 1, 3: 1, 4: 1}  # 20 tokens against 15
 
 
+def test_a_request_that_waits_for_another_is_in_no_step_wherever_the_next_one_goes():
+    balancer = make(size=128)
+    prompt = np.arange(13, dtype=np.int32)
+    leader, follower = request(1, 0, new=4, prompt=prompt), request(2, 0, new=4, prompt=np.arange(15, dtype=np.int32))
+    balancer.add(leader)
+    under_way = balancer.next_step()
+    balancer.add(follower)
+    balancer.add(request(3, 6))  # for which the replicas are compared once the follower has its row
+    step = balancer.next_step(settled=False)
+    assert places(balancer) == {1: 0, 2: 0, 3: 1}
+    assert list(step.parts[0].requests) == [leader]
+    assert step.parts[0].membership is None
+    for each in (under_way, step):
+        commit(balancer, each, np.full(6, 7, np.int32))
+    assert sorted(finish(balancer)) == [1, 2, 3]
+
+
 def test_a_prompt_goes_where_it_is_cached_unless_that_replica_is_much_fuller():
     balancer = make(size=128, slots=4, budget=64)
     shared = np.arange(20, dtype=np.int32)
@@ -79,7 +96,7 @@ def test_a_prompt_goes_where_it_is_cached_unless_that_replica_is_much_fuller():
     finish(balancer)
 
 
-def test_a_replica_without_a_slot_sends_nobody_away_from_the_others():
+def test_a_replica_without_a_slot_does_not_keep_requests_from_the_others():
     balancer = make(slots=1)
     shared = np.arange(12, dtype=np.int32)
     balancer.add(request(1, 0, new=20, prompt=shared))
@@ -89,7 +106,7 @@ def test_a_replica_without_a_slot_sends_nobody_away_from_the_others():
     assert (cached_elsewhere.replica, cached_elsewhere.cached_tokens) == (1, 0)
 
 
-def test_one_queue_in_order_of_rank_and_nobody_overtakes():
+def test_one_queue_in_order_of_rank_and_no_request_overtakes():
     balancer = make(size=32, slots=2)
     for number, length in enumerate([20, 20, 20, 2], start=1):
         balancer.add(request(number, length))
@@ -99,7 +116,7 @@ def test_one_queue_in_order_of_rank_and_nobody_overtakes():
     assert finish(balancer) == [1, 2, 4, 3]  # the fourth came with the third and has less to compute
 
 
-def test_who_is_retracted_on_one_replica_may_go_on_on_another():
+def test_a_request_retracted_on_one_replica_may_continue_on_another():
     balancer = make(size=48, policy=None)
     # The first two share a replica until its pool is full; the other one is free by then.
     for number, length, new in ((1, 8, 36), (2, 20, 1), (3, 8, 30)):
@@ -119,8 +136,9 @@ def test_a_fork_stays_with_its_parent():
     balancer.add(parent := request(2, 11))
     run_step(balancer)
     child = request(3, 0, prompt=np.arange(11, dtype=np.int32) + 200)
-    copy = balancer.fork(parent, child)
-    assert (parent.replica, child.replica, copy.replica) == (1, 1, 1)
+    balancer.fork(parent, child)
+    (copy,) = balancer.replicas[1].cache.take_moves()
+    assert (parent.replica, child.replica) == (1, 1)
     table = balancer.replicas[1].cache.page_table
     assert table.row_pages(child.req_pool_idx)[2] == copy.targets[0]
     finish(balancer)
@@ -148,7 +166,7 @@ def test_time_that_is_up_ends_requests_wherever_they_are():
 
 
 @pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.parametrize("where", ["alloc_pages", "evict"])
+@pytest.mark.parametrize("where", ["take", "evict"])
 def test_a_step_that_one_replica_cannot_take_is_taken_by_none(monkeypatch, which, where):
     balancer = make(size=32)
     for number in (1, 2):
@@ -162,14 +180,14 @@ def test_a_step_that_one_replica_cannot_take_is_taken_by_none(monkeypatch, which
         raise OSError("the host tier is gone")
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache.allocator if where == "alloc_pages" else cache.prefix, where, boom)
+        patched.setattr(cache.allocator.pages if where == "take" else cache.prefix, where, boom)
         with pytest.raises(OSError, match="gone"):
             balancer.next_step()
     balancer.restart([*balancer.running, *balancer.waiting])
     for replica in balancer.replicas:
         replica.cache.check_integrity()
     assert not balancer.running
-    assert [r.num_computed for r in balancer.waiting] == [0, 0]
+    assert {r.state for r in balancer.waiting} == {RequestState.WAITING}
     assert sorted(finish(balancer)) == [3, 4]
 
 
@@ -214,7 +232,7 @@ def test_a_step_that_cannot_be_cached_on_one_replica_is_taken_back_on_all(monkey
         patched.setattr(balancer.replicas[0].cache.prefix, "finish", boom)
         balancer.restart(balancer.running)
     assert not balancer.running
-    assert [r.num_computed for r in balancer.waiting] == [0] * 4
+    assert [r.state for r in balancer.waiting] == [RequestState.WAITING] * 4
     assert balancer.held_tokens == 0
     assert sorted(finish(balancer)) == [1, 2, 3, 4]
 
@@ -267,7 +285,7 @@ def test_every_request_finishes_and_no_replica_idles_while_others_queue(data):
     balancer = make(replicas, size, slots, budget)
     shapes = parcel_shapes(slots, balancer.replicas[0].max_step_tokens, PAGE)
     tables = [replica.cache.page_table for replica in balancer.replicas]
-    batcher = ReplicaBatcher(tables, shapes)
+    batcher = Batcher(shapes, replicas)
     devices = [PretendDevice(table, shapes) for table in tables]
     shared = np.arange(size - 8, dtype=np.int32)
     coming = []
@@ -292,10 +310,15 @@ def test_every_request_finishes_and_no_replica_idles_while_others_queue(data):
         if flights and (len(flights) > 1 or data.draw(st.booleans(), label="in turn") or step is None):
             landed = flights.pop(0)
             rows = balancer.sampled_rows(landed)
-            live = [replica.still_run(part) for replica, part in zip(balancer.replicas, landed.parts, strict=True)]
+            live = [replica._still_run(part) for replica, part in zip(balancer.replicas, landed.parts, strict=True)]
             assert {r.request_id for r, _ in rows} == {
                 r.request_id
-                for r, on, out in zip(landed.requests, np.concatenate(live), landed.samples, strict=True)
+                for r, on, out in zip(
+                    landed.requests,
+                    np.concatenate(live),
+                    np.concatenate([part.samples for part in landed.parts]),
+                    strict=True,
+                )
                 if on and out
             }
             tokens = np.arange(replicas * slots, dtype=np.int32)
@@ -313,7 +336,7 @@ def test_every_request_finishes_and_no_replica_idles_while_others_queue(data):
 
 
 def test_siblings_of_a_leader_that_moved_to_another_replica_in_mid_prompt_wait_their_turn():
-    """The leader is retracted from a full replica in the plan that books its first token, and let in by the other."""
+    """The leader is retracted from a full replica in the plan that books its first token, and admitted by the other."""
     balancer = make(replicas=2, size=96, slots=2, budget=16)
     leader, sibling = request(1, 48, new=12, n=2), request(2, 48, new=12)
     balancer.add(leader)
@@ -325,6 +348,7 @@ def test_siblings_of_a_leader_that_moved_to_another_replica_in_mid_prompt_wait_t
         replica.cache.reset_prefix_cache()
     run_step(balancer)
     assert leader.req_pool_idx is not None
-    assert balancer.fork(leader, sibling) is None
+    balancer.fork(leader, sibling)
+    assert sibling in balancer.waiting
     finish(balancer)
     assert [len(r.output) for r in (leader, sibling)] == [12, 12]

@@ -44,7 +44,7 @@ def ended_after(connection, since):
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /metr", b"GET /metrics HTTP/1.1\r\nHost: x\r\n"])
-def test_who_connects_and_says_nothing_more_is_cut_off(monkeypatch, sent):
+def test_a_connection_that_sends_nothing_more_is_cut_off(monkeypatch, sent):
     server, scrape_it = quiet_server(monkeypatch, seconds=0.5)
     with server.running(), socket.create_connection(server.server_address[:2]) as connection:
         since = time.monotonic()
@@ -54,7 +54,7 @@ def test_who_connects_and_says_nothing_more_is_cut_off(monkeypatch, sent):
         assert scrape_it() == b"well"
 
 
-def test_who_sends_a_header_drop_by_drop_is_cut_off_all_the_same(monkeypatch):
+def test_a_connection_that_sends_its_header_byte_by_byte_is_cut_off_too(monkeypatch):
     server, scrape_it = quiet_server(monkeypatch, seconds=0.5)
     with server.running(), socket.create_connection(server.server_address[:2]) as connection:
         since = time.monotonic()
@@ -67,7 +67,7 @@ def test_who_sends_a_header_drop_by_drop_is_cut_off_all_the_same(monkeypatch):
         assert scrape_it() == b"well"
 
 
-def test_who_does_not_read_the_answer_is_cut_off(monkeypatch):
+def test_a_connection_that_does_not_read_the_answer_is_cut_off(monkeypatch):
     def endless(environ, start_response):
         start_response("200 OK", [])
         return iter(lambda: b"x" * (1 << 16), None)
@@ -110,7 +110,7 @@ def test_a_reader_that_hangs_does_not_make_more_threads_than_are_bounded(monkeyp
         go_on.set()
 
 
-def test_the_end_is_prompt_whoever_is_connected_and_frees_the_port(monkeypatch):
+def test_the_end_is_prompt_with_open_connections_and_frees_the_port(monkeypatch):
     server, scrape_it = quiet_server(monkeypatch)
     threads = threading.active_count()
     with contextlib.ExitStack() as stack:

@@ -93,7 +93,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.take(self.llm.step())
 
     @rule(
-        where=st.sampled_from(["step", "copy", "read", "write"]),
+        where=st.sampled_from(["step", "copy", "start_reading", "write"]),
         steps=st.integers(1, 6),
         late=st.booleans(),
         loses=st.booleans(),

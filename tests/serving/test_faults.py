@@ -37,6 +37,11 @@ def boom(*_, **__):
     raise Boom
 
 
+def step_until_it_fails(llm, finished):
+    while True:
+        finished |= llm.step()
+
+
 def finish(llm, finished=()):
     finished = dict(finished)
     while llm.scheduler.has_work:
@@ -58,21 +63,22 @@ def test_a_request_that_ran_out_of_time_in_a_step_that_failed_is_reported_by_the
 def test_a_fork_whose_copy_failed_computes_its_prompt_itself_and_none_is_forgotten(llm, dense_greedy, monkeypatch):
     llm.cache.reset_prefix_cache()
     prompt = random_prompts([30], seed=41)[0]
-    ended = llm.add_request([3], SamplingParams(max_new_tokens=1))  # ends in the step whose copy fails
+    ended = llm.add_request([3], SamplingParams(max_new_tokens=1))  # ends in the step before the one whose copy fails
     request_id = llm.add_request(prompt, SamplingParams(max_new_tokens=5, n=4))
+    finished = {}
     with monkeypatch.context() as patched:
         patched.setattr(llm._runner, "copy", boom)
         with pytest.raises(Boom):
-            finish(llm)
+            step_until_it_fails(llm, finished)
     llm.cache.check_integrity()
-    finished = finish(llm)
+    finished = finish(llm, finished)
     answers = [finished[request_id], *finished[request_id].siblings]
     assert [answer.token_ids for answer in answers] == [dense_greedy(prompt, 5)] * 4
     assert finished[ended].finish_reason == "length"
     assert llm.cache.held_tokens == 0
 
 
-def test_who_is_aborted_while_generate_runs_gets_what_there_is(llm):
+def test_a_request_aborted_while_generate_runs_gets_the_tokens_so_far(llm):
     def abort_first(done, total):
         if llm.scheduler.running and llm.scheduler.running[0].output:
             llm.abort(llm.scheduler.running[0].request_id)
@@ -84,7 +90,7 @@ def test_who_is_aborted_while_generate_runs_gets_what_there_is(llm):
     assert llm.cache.held_tokens == 0
 
 
-def test_who_is_aborted_after_it_ended_in_a_failed_step_is_forgotten(llm, monkeypatch):
+def test_a_request_aborted_after_it_ended_in_a_failed_step_was_reset(llm, monkeypatch):
     late = llm.add_request([1] * 30, SamplingParams(timeout=1e-6))
     llm.add_request([2], SamplingParams(max_new_tokens=1))
     with monkeypatch.context() as patched:
@@ -146,7 +152,7 @@ def test_new_weights_get_nothing_of_the_old_ones_from_the_host_either(llama):
     prompts, params = random_prompts([60, 60], seed=43), SamplingParams(max_new_tokens=2)
     for prompt in prompts:
         llm.generate([prompt], params)
-    assert llm.cache.host.tier.held_pages > 0
+    assert llm.cache.host_tier.held_pages > 0
     llm.replace_weights(make_llama(seed=5))
     assert [llm.generate([prompt], params)[0].cached_tokens for prompt in prompts] == [0, 0]
     llm.cache.check_integrity()
@@ -303,7 +309,7 @@ def test_a_step_whose_prefixes_cannot_be_cached_is_booked_all_the_same(llm, dens
         except Boom:
             failures += 1
         llm.cache.check_integrity()
-    finished |= llm.step()  # who ended in a step that failed is reported by the next
+    finished |= llm.step()  # a request that ended in a step that failed is reported by the next
     assert failures > 0
     for request_id, prompt, new in zip(ids, prompts, lengths, strict=True):
         assert finished[request_id].token_ids == dense_greedy(prompt, new)
@@ -365,18 +371,18 @@ def test_a_device_that_always_fails_ends_every_request_with_the_error(llm, dense
     assert llm.generate(prompts[:1], SamplingParams(max_new_tokens=3))[0].token_ids == dense_greedy(prompts[0], 3)
 
 
-@pytest.mark.parametrize("where", ["admit", "fill", "plan_growth"])
+@pytest.mark.parametrize("where", ["admit", "fill", "grow"])
 def test_one_culprit_ends_with_its_error_and_never_stops_the_others(llm, dense_greedy, monkeypatch, where):
     """Whatever raises for it: where it is let in, in the parcel of a step of several, or where rows grow."""
     llm.reset_prefix_cache()
     prompts, bad = random_prompts([9, 40, 14], seed=54), [96] * 13
-    owner = {"admit": llm.cache, "fill": llm._stepper._batcher, "plan_growth": llm.cache}[where]
+    owner = {"admit": llm.cache, "fill": llm._stepper._batcher, "grow": llm.cache}[where]
     original = getattr(owner, where)
 
     def concerns_bad(first, *rest):
         if where == "admit":
             return list(rest[0][:13]) == bad
-        rows = first.req_pool_idx if where == "fill" else first
+        rows = first.parts[0].req_pool_idx if where == "fill" else first
         return any(r.req_pool_idx in set(rows.tolist()) and list(r.prompt) == bad for r in llm.scheduler.running)
 
     def failing(*arguments, **named):
@@ -457,7 +463,7 @@ def test_a_fault_of_the_prefix_cache_that_breaks_the_books_is_put_right(llm, den
     llm.reset_prefix_cache()
 
     def half_way(*_, **__):
-        llm.cache.allocator.alloc(4)  # pages that nobody knows of
+        llm.cache.allocator.alloc(4)  # pages that are in no row and in no cache
         raise Boom
 
     with monkeypatch.context() as patched:

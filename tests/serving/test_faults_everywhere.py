@@ -32,6 +32,8 @@ class Tracer:
 
     def call(self, frame, event, _):
         name = frame.f_code.co_filename
+        if frame.f_code.co_name == "forget":  # what a weak reference calls cannot raise
+            return None
         return self.line if name.startswith(ROOMS) and not name.endswith(OUTSIDE) else None
 
     def line(self, frame, event, _):

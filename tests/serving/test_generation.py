@@ -83,7 +83,7 @@ def shuffle_free_pages(llm, seed):
             allocator.free(part * page_size)
 
 
-def test_a_sequence_does_not_feel_who_shares_its_batch(llm):
+def test_an_answer_does_not_depend_on_other_requests_in_the_batch(llm):
     prompts = random_prompts([5, 40, 17, 80, 1], seed=3)
     params = SamplingParams(max_new_tokens=6, temperature=0.9, top_k=40, top_p=0.95, seed=11)
     together = llm.generate(prompts, params, return_logits=True)
@@ -182,7 +182,7 @@ def test_logprobs_are_those_of_the_dense_model(llm, dense):
         assert got.chosen == pytest.approx(row[token], abs=LOGIT_TOLERANCE)
 
 
-def test_only_who_asks_for_logprobs_gets_them(llm):
+def test_only_requests_that_ask_for_logprobs_get_them(llm):
     params = [SamplingParams(max_new_tokens=2, logprobs=2), SamplingParams(max_new_tokens=2)]
     asked, silent = llm.generate(random_prompts([3, 3], 1), params)
     assert len(asked.logprobs) == 2
@@ -393,7 +393,7 @@ def test_pages_come_back_from_the_host_and_the_answer_is_the_same(tiered, dense_
     params = SamplingParams(max_new_tokens=5)
     compiles = tiered.compiles_after_warmup
     cold = [tiered.generate([prompt], params)[0] for prompt in prompts]
-    assert tiered.cache.host.tier.held_pages > 0  # two prompts do not fit the pool
+    assert tiered.cache.host_tier.held_pages > 0  # two prompts do not fit the pool
     warm = [tiered.generate([prompt], params, return_logits=True)[0] for prompt in prompts]
     assert [o.cached_tokens for o in warm] == [56, 56, 56]
     assert [o.token_ids for o in warm] == [o.token_ids for o in cold] == [dense_greedy(p, 5) for p in prompts]
@@ -428,6 +428,20 @@ def test_a_save_takes_what_the_device_holds_past_the_tier_and_leaves_it_cached(t
     llm.check_integrity()
     again = small_llm(llama, host_tier_bytes=100 * page, **options).generate(prompt, params)[0]
     assert (again.cached_tokens, again.token_ids) == (56, expected.token_ids)
+
+
+def test_a_save_takes_what_is_on_its_way_to_the_host(tiered, llama):
+    tiered.reset_prefix_cache()
+    first, second = random_prompts([60, 90], seed=30)
+    tiered.generate([first], SamplingParams(max_new_tokens=5))
+    tiered.add_request(second, SamplingParams(max_new_tokens=5))
+    while not tiered._stepper._mover._saves:  # the second pushes the first out
+        tiered.step()
+    tiered.save_prefix_cache()
+    restored = LLM(llama, **{f.name: getattr(tiered.config, f.name) for f in dataclasses.fields(tiered.config)[1:]})
+    assert restored.generate([first], SamplingParams(max_new_tokens=5))[0].cached_tokens == 56
+    while tiered.scheduler.has_work:
+        tiered.step()
 
 
 def test_several_answers_share_the_pages_of_one_prompt(llm, dense):

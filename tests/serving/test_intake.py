@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from engine.distributed.agreement import Agreement
 from engine.errors import EngineError, RequestError
 from engine.models.llama_config import LlamaConfig
-from engine.serving.agreement import Agreement
 from engine.serving.intake import Intake
 from engine.serving.request import SamplingParams
 
@@ -198,8 +198,8 @@ def test_processes_draw_with_the_seeds_of_process_0(intake):
     sent = []
     first, other = (Agreement(End(leads, sent)) for leads in (True, False))
     params = SamplingParams(temperature=1.0, stop_token_ids=np.array([3, 4]), n=2)
-    ours = first.on_requests(lambda: intake.check(([token] for token in range(5)), params))
-    theirs = other.on_requests(lambda: pytest.fail("only process 0 checks"))
+    ours = intake.check_in_all(first, ([token] for token in range(5)), params)
+    theirs = intake.check_in_all(other, None, None)  # which process 0's check would refuse
     assert [ids.tolist() for ids, _ in theirs] == [[token] for token in range(5)]
     assert [params for _, params in theirs] == [params for _, params in ours]
     assert len({params.seed for _, params in theirs}) == 5
@@ -213,6 +213,6 @@ def test_whatever_stops_the_check_in_process_0_stops_all(intake):
     sent = []
     first, other = (Agreement(End(leads, sent)) for leads in (True, False))
     with pytest.raises(OSError, match="the file of prompts is gone"):
-        first.on_requests(lambda: intake.check(prompts(), None))
+        intake.check_in_all(first, prompts(), None)
     with pytest.raises(EngineError, match="the file of prompts is gone"):
-        other.on_requests(list)
+        intake.check_in_all(other, [], None)

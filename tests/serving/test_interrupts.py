@@ -27,7 +27,7 @@ def handler_stays():
 
 
 def interrupted(call):
-    """What does its work, and is interrupted before anyone has the result, once."""
+    """A call that does its work, and once is interrupted before it returns the result."""
     calls = []
 
     def wrapper(*arguments, **named):
@@ -45,12 +45,13 @@ def interrupt(llm, where, monkeypatch):
         steps = {shape: interrupted(step) for shape, step in llm._runner._steps.items()}
         monkeypatch.setattr(llm._runner, "_steps", steps)
     else:
-        owner = {"alloc_pages": llm.cache.allocator, "fill": llm._stepper._batcher}
-        owner = owner.get(where, llm.scheduler)
+        (replica,), pages = llm.scheduler.replicas, llm.cache.allocator.pages
+        owners = {"take_singles": pages, "_still_run": replica, "release": replica}
+        owner = {**owners, "fill": llm._stepper._batcher}.get(where, llm.scheduler)
         monkeypatch.setattr(owner, where, interrupted(getattr(owner, where)))
 
 
-PLACES = ["steps", "alloc_pages", "fill", "still_run", "commit", "_release", "add"]
+PLACES = ["steps", "take_singles", "fill", "_still_run", "commit", "release", "add"]
 
 
 @pytest.mark.parametrize("where", PLACES)
@@ -100,7 +101,7 @@ def test_the_first_waits_and_a_second_does_not(times):
     assert len(done) == (1 if times == 1 else 0)
 
 
-def test_who_ignores_them_is_left_alone():
+def test_ignored_interrupts_stay_ignored():
     held, before = HeldInterrupts(), signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with held:

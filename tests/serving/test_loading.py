@@ -56,7 +56,7 @@ def test_auto_is_float32_on_a_cpu_and_says_why(checkpoint, caplog):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_16_bits_on_a_cpu_are_a_warning_who_ever_chose_them(checkpoint, caplog, dtype):
+def test_16_bits_on_a_cpu_give_a_warning_in_every_case(checkpoint, caplog, dtype):
     for model, options in ((checkpoint, {"dtype": dtype}), (make_model(dtype), {})):
         caplog.clear()
         with caplog.at_level(logging.WARNING):

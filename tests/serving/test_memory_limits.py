@@ -114,7 +114,7 @@ def test_a_pool_larger_than_the_memory_of_its_device_is_refused(monkeypatch):
         TokenToKVPool(4096, 16, "float32", 2, 12, 2)
 
 
-def test_a_device_that_runs_out_as_a_pool_is_made_is_told_as_such(monkeypatch):
+def test_a_pool_that_a_device_has_no_memory_for_raises_config_error(monkeypatch):
     monkeypatch.setattr(room, "require_host_memory", lambda *_: None)
     with pytest.raises(ConfigError, match="which is more than is free; make it smaller"):
         TokenToKVPool(2**31 - 32, 16, "float32", 64, 256, 1)  # 256 TiB

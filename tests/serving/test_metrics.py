@@ -13,8 +13,9 @@ from test_scheduler import PAGE, make, request, run_step
 
 from engine.errors import ConfigError, IntegrityError
 from engine.memory.pool_snapshot import snapshot_pool
-from engine.serving.gate import Gate, SnapshotBoard
+from engine.serving.gate import Gate
 from engine.serving.request import SamplingParams
+from engine.serving.watch.board import SnapshotBoard
 from engine.serving.watch.exporter import PREFIX, serve_metrics
 from engine.serving.watch.metrics import collect_metrics
 from engine.serving.watch.stats import EngineStats
@@ -65,7 +66,7 @@ def test_fragmentation_is_seen():
     assert (snapshot_pool(cache).free_runs, snapshot_pool(cache).largest_free_run_pages) == (1, 16)
     pages = cache.allocator.alloc(64)[::PAGE] // PAGE
     assert (snapshot_pool_runs(cache)) == (0, 0)
-    cache.allocator.release(np.concatenate([pages[0:2], pages[5:9], pages[15:]]))
+    cache.allocator.pages.release(np.concatenate([pages[0:2], pages[5:9], pages[15:]]))
     assert (snapshot_pool_runs(cache)) == (3, 4)
 
 
@@ -78,18 +79,18 @@ def snapshot_pool_runs(cache):
 
 
 def held_outside(cache):
-    every = np.arange(1, cache.allocator.num_pages + 1, dtype=np.int32)
-    return every[cache.allocator.ref_count(every) > 0]
+    every = np.arange(1, cache.allocator.pages.num_pages + 1, dtype=np.int32)
+    return every[cache.allocator.pages.ref_count(every) > 0]
 
 
 def test_a_lost_page_is_an_error_and_no_figure():
     cache, _ = make(size=64)
-    cache.allocator.alloc(PAGE)  # held by nobody that the manager knows
+    cache.allocator.alloc(PAGE)  # held by no row and no cache of the manager
     with pytest.raises(IntegrityError, match="15 free, 0 private, 0 locked and 0 evictable pages are 15"):
         snapshot_pool(cache)
 
 
-def test_who_is_retracted_and_comes_back_queries_the_cache_once():
+def test_a_request_that_is_retracted_and_admitted_again_queries_the_cache_once():
     cache, scheduler = make(size=48)
     for n in (1, 2, 3):
         scheduler.add(request(n, 8, new=30))
@@ -110,7 +111,7 @@ def test_a_scrape_over_http_says_what_the_engine_says(llm):
         llm.reset_prefix_cache()
         second = scrape(port)
     metrics = llm.metrics()
-    assert first["num_preemptions_total",] == metrics.preemptions > before.preemptions
+    assert first["num_preemptions_total",] == metrics.retractions > before.retractions
     assert first["prefix_cache_queries_total",] - before.prefix_cache.queried_tokens == 10 + 12 + 9 + 11 + 10
     assert first["prefix_cache_hits_total",] == metrics.prefix_cache.hit_tokens
     assert first["requests_finished_total", "length"] - before.finished.get("length", 0) == 5
@@ -202,7 +203,7 @@ def test_a_busy_engine_makes_a_snapshot_where_one_is_wanted_and_not_for_every_re
 
     with gate.entered():
         pass
-    assert read() == [1, 1]  # nobody drives, so after a while the reader looks for itself, once
+    assert read() == [1, 1]  # no thread drives, so after a while the reader makes one snapshot itself
     with gate.entered():
         pass
     assert read()[-1] == made[-1] == 2
@@ -257,7 +258,7 @@ def test_the_line_for_a_log_has_the_figures(llm):
     assert "tokens hit" in line
 
 
-def test_unless_told_only_this_machine_is_listened_to(llm):
+def test_by_default_the_server_listens_to_this_machine_only(llm):
     with serve_metrics(llm.metrics, 0) as port, socket.socket() as probe:
         probe.bind(("127.0.0.2", port))  # would be refused if every address were taken
         assert scrape(port)

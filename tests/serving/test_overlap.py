@@ -1,4 +1,4 @@
-"""Steps that overlap: the host runs one step ahead of the device, and nobody can tell from the answers."""
+"""Steps that overlap: the host runs one step ahead of the device, and the answers are the same."""
 
 import dataclasses
 import time
@@ -62,7 +62,7 @@ def finish(llm):
 
 def poison_unowned(llm):
     """Fills every slot that no row and no cached prefix holds with NaN."""
-    pages = llm.cache.allocator.free_pages()
+    pages = llm.cache.allocator.pages.free_pages()
     slots = (pages[:, None] * llm.config.page_size + np.arange(llm.config.page_size)).reshape(-1)
     llm.pool.replace_buffers([buffer.at[slots].set(jnp.nan) for buffer in llm.pool.buffers])
 
@@ -123,7 +123,7 @@ def test_answers_are_the_same_with_and_without_overlap(tight, in_turn, dense_gre
 
 
 def test_what_follows_a_stop_token_is_dropped_and_its_page_serves_another(tight, dense_greedy):
-    """The surplus token begins a page, which goes to who waits for it; nothing else may be in that page."""
+    """The surplus token begins a page, which goes to the waiting request; nothing else may be in that page."""
     tight.reset_prefix_cache()
     poison_unowned(tight)
     prompts = random_prompts([6, 34, 30], seed=52)
@@ -140,7 +140,7 @@ def test_what_follows_a_stop_token_is_dropped_and_its_page_serves_another(tight,
     assert tight.scheduler.retractions == retracted
 
 
-def test_an_abort_between_dispatch_and_commit_harms_nobody(llm, dense_greedy):
+def test_an_abort_between_dispatch_and_commit_changes_no_other_answer(llm, dense_greedy):
     prompts = random_prompts([9, 14, 11], seed=53)
     ids = run_to_flight(llm, prompts, SamplingParams(max_new_tokens=8))
     llm.abort(ids[1])
@@ -152,7 +152,7 @@ def test_an_abort_between_dispatch_and_commit_harms_nobody(llm, dense_greedy):
         assert finished[request_id].token_ids == dense_greedy(prompt, 8)
 
 
-def test_when_the_last_is_aborted_its_step_is_forgotten_and_idle_time_is_nobodys(llm):
+def test_when_the_last_request_is_aborted_its_step_was_reset_and_idle_time_is_not_counted(llm):
     (request_id,) = run_to_flight(llm, [[1, 2, 3]], SamplingParams(max_new_tokens=9))
     llm.abort(request_id)
     assert not flights(llm)
@@ -165,7 +165,7 @@ def test_when_the_last_is_aborted_its_step_is_forgotten_and_idle_time_is_nobodys
     assert worked <= time.perf_counter() - resumed
 
 
-def test_who_runs_out_of_time_with_a_step_under_way_keeps_what_was_committed(llm, dense_greedy):
+def test_a_timeout_with_a_step_under_way_keeps_the_committed_tokens(llm, dense_greedy):
     prompts = random_prompts([9, 14], seed=54)
     ids = run_to_flight(llm, prompts, SamplingParams(max_new_tokens=8, timeout=1e9), tokens=3)
     llm.scheduler.clock = lambda: 1e12
@@ -183,13 +183,14 @@ def test_who_runs_out_of_time_with_a_step_under_way_keeps_what_was_committed(llm
 
 def test_a_retraction_waits_for_the_step_under_way(tight, dense_greedy, monkeypatch):
     settled = []
-    retract = tight.scheduler._retract
+    (replica,) = tight.scheduler.replicas
+    retract = replica._retract
 
     def note(request):
         settled.append(len(flights(tight)))
         retract(request)
 
-    monkeypatch.setattr(tight.scheduler, "_retract", note)
+    monkeypatch.setattr(replica, "_retract", note)
     prompts = random_prompts([10, 12, 9, 11], seed=55)
     outputs = tight.generate(prompts, SamplingParams(max_new_tokens=20))
     assert [o.token_ids for o in outputs] == [dense_greedy(p, 20) for p in prompts]
@@ -250,13 +251,15 @@ def test_the_devices_page_table_is_the_hosts_after_every_step(tight, seed, lengt
 
 def check_device_rows(llm, step):
     table = np.asarray(llm._runner.rows.page_table)
-    live = llm.scheduler.still_run(step)
-    for row in step.req_pool_idx[live].tolist():
-        held = llm.cache.page_table.row_pages(row)
-        np.testing.assert_array_equal(table[row, : held.size], held)
+    (part,) = step.parts
+    live = llm.scheduler.replicas[0]._still_run(part)
+    for row in part.req_pool_idx[live].tolist():
+        # A row that has taken cached pages for its own at a commit tells the device with its next step.
+        told = llm.cache.page_table._told[row]
+        np.testing.assert_array_equal(table[row, :told], llm.cache.page_table.row_pages(row)[:told])
 
 
-def test_the_parcel_is_nobodys_but_the_devices(llm, dense_greedy, monkeypatch):
+def test_the_host_does_not_change_a_parcel_after_it_is_sent(llm, dense_greedy, monkeypatch):
     """On the CPU jax may alias an aligned NumPy argument: a vector that is filled again would change a running step."""
     sent = []
     run = llm._runner.step

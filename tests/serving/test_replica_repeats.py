@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scheduler_support import PAGE, PretendDevice, commit, request
+from scheduler_support import PAGE, PretendDevice, commit, plan_every_step_anew, request
 from test_balancer import finish, make, parcels_of, run_step
 
-from engine.serving.device.batcher import ReplicaBatcher, parcel_shapes
+from engine.serving.device.batcher import Batcher, parcel_shapes
 from engine.serving.device.parcel import FIELDS
 from engine.serving.request import FinishReason
 
 
 @pytest.mark.parametrize("requests", [1, 2, 3, 5])
-def test_while_nobody_comes_or_goes_no_replica_plans_anew(monkeypatch, requests):
-    """Also where one of them has nobody to serve, or a request waits that no replica has a slot for."""
+def test_while_no_request_begins_or_ends_no_replica_plans_anew(monkeypatch, requests):
+    """Also where one of them has no request, or a request waits that no replica has a slot for."""
     balancer = make(slots=2, size=128)
     for number in range(1, requests + 1):
         balancer.add(request(number, 5 + number, new=20))
@@ -22,14 +22,15 @@ def test_while_nobody_comes_or_goes_no_replica_plans_anew(monkeypatch, requests)
         run_step(balancer)
     with monkeypatch.context() as patched:
         for replica in balancer.replicas:
-            patched.setattr(replica.cache, "plan_growth", None)
+            if replica.running:
+                patched.setattr(replica, "_next_rows", None)
         for _ in range(10):
             step, _ = run_step(balancer)
-            assert all(part.growth is not None for part in step.parts)
+            assert all(part.repeats for part in step.parts if part.requests)
             assert len(step.requests) == min(requests, 4)
     balancer.end(balancer.running[0], FinishReason.ABORT)
     step, _ = run_step(balancer)
-    assert all(part.growth is None for part in step.parts)
+    assert not step.parts[0].repeats
     finish(balancer)
 
 
@@ -39,14 +40,14 @@ def test_a_repeated_step_that_one_replica_cannot_take_is_taken_by_none(monkeypat
     requests = [request(number, 6, new=12) for number in (1, 2, 3)]
     for each in requests:
         balancer.add(each)
-    while run_step(balancer)[0].parts[0].growth is None:
+    while not run_step(balancer)[0].parts[0].repeats:
         pass
 
     def boom(*_):
         raise OSError("the host tier is gone")
 
     with monkeypatch.context() as patched:
-        patched.setattr(balancer.replicas[which].cache, "grow_decoding", boom)
+        patched.setattr(balancer.replicas[which].cache, "grow", boom)
         with pytest.raises(OSError, match="gone"):
             balancer.next_step()
     balancer.restart(balancer.running)
@@ -64,11 +65,10 @@ def test_a_repeated_step_of_replicas_is_the_one_that_planning_anew_would_make(da
     replicas, size = data.draw(st.integers(1, 3), label="replicas"), data.draw(st.sampled_from([32, 64, 256]))
     slots, overlap = data.draw(st.integers(1, 3), label="slots"), data.draw(st.booleans(), label="overlap")
     sides = [make(replicas, size, slots) for _ in range(2)]
-    for replica in sides[1].replicas:
-        replica.can_repeat = lambda: False
+    plan_every_step_anew(sides[1])
     tables = [[replica.cache.page_table for replica in side.replicas] for side in sides]
     shapes = parcel_shapes(slots, 16, PAGE)
-    batchers = [ReplicaBatcher(each, shapes) for each in tables]
+    batchers = [Batcher(shapes, replicas) for _ in sides]
     devices = [[PretendDevice(table, shapes) for table in each] for each in tables]
     coming, flights = [(data.draw(st.integers(1, 8)), data.draw(st.integers(1, 24))) for _ in range(6)], []
     while coming or sides[0].has_work:

@@ -7,12 +7,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import event as hypothesis_event
 from hypothesis import strategies as st
-from scheduler_support import CONTEXT, PAGE, SCOPE, PretendDevice, check_step, commit, make, request, run_step
+from scheduler_support import (
+    CONTEXT,
+    PAGE,
+    SCOPE,
+    PretendDevice,
+    check_step,
+    commit,
+    make,
+    plan_every_step_anew,
+    request,
+    run_step,
+)
 
 from engine.errors import RequestTooLarge, ShapeError
 from engine.serving.device.batcher import parcel_shapes, token_buckets
 from engine.serving.device.parcel import FIELDS
-from engine.serving.request import AGING_SECONDS, FinishReason, Request, SamplingParams
+from engine.serving.request import AGING_SECONDS, FinishReason, Request, RequestState, SamplingParams
 
 
 def test_decoding_requests_come_first_and_a_long_prompt_takes_the_rest_in_chunks():
@@ -77,7 +88,7 @@ def test_a_request_larger_than_the_pool_is_refused_at_the_door():
     assert not run_step(scheduler)[1] or scheduler.has_work
 
 
-def test_a_full_pool_retracts_the_youngest_and_everyone_finishes():
+def test_a_full_pool_retracts_the_youngest_request_and_all_requests_finish():
     cache, scheduler = make(size=48)
     requests = [request(n, 8, new=30) for n in (1, 2, 3)]  # each needs 10 of 12 pages in the end
     for each in requests:
@@ -94,7 +105,7 @@ def test_a_full_pool_retracts_the_youngest_and_everyone_finishes():
     assert all(len(r.output) == 30 for r in requests)
 
 
-def test_who_was_retracted_does_not_come_straight_back():
+def test_a_retracted_request_is_not_admitted_at_once():
     _, scheduler = make(size=48)
     for n in (1, 2, 3):
         scheduler.add(request(n, 8, new=30))
@@ -128,7 +139,7 @@ def test_a_prompt_cached_whole_still_computes_its_last_page():
                 assert (step.rows[0].start, step.rows[0].count) == (12, 4)
 
 
-def test_a_prompt_under_way_is_shared_with_who_comes_next():
+def test_a_prompt_under_way_is_shared_with_the_next_request():
     _, scheduler = make(size=128, budget=8)
     shared = np.arange(40, dtype=np.int32)
     scheduler.add(request(1, 0, prompt=shared))
@@ -181,7 +192,8 @@ def test_a_fork_shares_full_pages_and_copies_the_partial_one():
     parent, child = request(1, 11), request(2, 0, prompt=np.arange(11, dtype=np.int32) + 100)
     scheduler.add(parent)
     run_step(scheduler)
-    copy = scheduler.fork(parent, child)
+    scheduler.fork(parent, child)
+    (copy,) = cache.take_moves()
     mine, theirs = cache.page_table.row_pages(parent.req_pool_idx), cache.page_table.row_pages(child.req_pool_idx)
     assert mine[:2].tolist() == theirs[:2].tolist()
     assert (copy.sources.tolist(), copy.targets.tolist()) == ([mine[2]], [theirs[2]])
@@ -195,12 +207,14 @@ def test_a_fork_shares_full_pages_and_copies_the_partial_one():
 
 
 def test_a_fork_at_a_page_boundary_copies_nothing():
-    _, scheduler = make(size=128)
+    cache, scheduler = make(size=128)
     parent, child = request(1, 9), request(2, 0, prompt=np.arange(9, dtype=np.int32) + 100)
     scheduler.add(parent)
     run_step(scheduler)
-    assert scheduler.fork(parent, child) is None
-    assert (child.num_computed, child.num_pending) == (8, 1)
+    scheduler.fork(parent, child)
+    assert cache.take_moves() == []
+    assert child.state is RequestState.RUNNING
+    assert cache.page_table.computed_len(child.req_pool_idx) == 8
 
 
 def test_a_fork_without_room_waits_its_turn():
@@ -208,7 +222,7 @@ def test_a_fork_without_room_waits_its_turn():
     parent, child = request(1, 9), request(2, 0, prompt=np.arange(9, dtype=np.int32) + 100)
     scheduler.add(parent)
     run_step(scheduler)
-    assert scheduler.fork(parent, child) is None
+    scheduler.fork(parent, child)
     assert scheduler.waiting == [child]
     while scheduler.has_work:
         run_step(scheduler)
@@ -265,7 +279,7 @@ def test_a_repeated_step_is_the_one_that_planning_anew_would_make(data):
     slots, overlap = data.draw(st.integers(1, 5), label="slots"), data.draw(st.booleans(), label="overlap")
     sides = [make(size, slots, 16) for _ in range(2)]
     planner = sides[1][1]
-    planner.can_repeat = lambda: False
+    plan_every_step_anew(planner)
     devices = [PretendDevice(cache.page_table, parcel_shapes(slots, 16, PAGE)) for cache, _ in sides]
     stop_at = data.draw(st.integers(2, 60), label="stop at")
     shapes = [(data.draw(st.integers(1, 8)), data.draw(st.integers(1, 24))) for _ in range(5)]
@@ -284,7 +298,7 @@ def test_a_repeated_step_is_the_one_that_planning_anew_would_make(data):
         steps = [scheduler.next_step(settled=not flights) for _, scheduler in sides]
         if steps[0] is not None and steps[0].requests:
             assert_same(*steps)
-            repeats += steps[0].growth is not None
+            repeats += steps[0].parts[0].repeats
             parcels = [device.receive(step) for device, step in zip(devices, steps, strict=True)]
             for name in FIELDS:
                 if not name.startswith("update"):  # pages may be others, but lead to the same tokens
@@ -316,27 +330,28 @@ def stoppable(number, prompt_len, new):
 def assert_same(step, other):
     assert [r.request_id for r in step.requests] == [r.request_id for r in other.requests]
     assert [r.output for r in step.requests] == [r.output for r in other.requests]
-    assert [r.num_computed for r in step.requests] == [r.num_computed for r in other.requests]
-    for name in ("req_pool_idx", "starts", "counts", "is_decode", "on_device", "samples", "ends", "tenancies"):
-        np.testing.assert_array_equal(getattr(step, name), getattr(other, name), name)
     assert (step.num_tokens, step.num_decode_tokens) == (other.num_tokens, other.num_decode_tokens)
-    assert step.num_tokens == step.counts.sum()
-    assert step.num_decode_tokens == step.counts[step.is_decode].sum()
+    (part,), (other_part,) = step.parts, other.parts
+    for name in ("req_pool_idx", "starts", "counts", "on_device", "samples", "ends", "generations"):
+        np.testing.assert_array_equal(getattr(part, name), getattr(other_part, name), name)
+    assert step.num_tokens == part.counts.sum()
+    assert step.num_decode_tokens == part.counts[part.on_device].sum()
+    assert not other_part.repeats
 
 
-def test_while_nobody_comes_or_goes_a_step_is_not_planned_anew(monkeypatch):
+def test_while_no_request_begins_or_ends_a_step_is_not_planned_anew(monkeypatch):
     cache, scheduler = make(size=128)
     for number in (1, 2, 3):
         scheduler.add(request(number, 5 + number, new=20))
     for _ in range(5):
         run_step(scheduler)
-    monkeypatch.setattr(cache, "plan_growth", None)
+    monkeypatch.setattr(scheduler.replicas[0], "_next_rows", None)
     for _ in range(10):
         step, _ = run_step(scheduler)
-        assert step.growth is not None
+        assert step.parts[0].repeats
     monkeypatch.undo()
     scheduler.end(scheduler.running[1], FinishReason.ABORT)
-    assert run_step(scheduler)[0].growth is None
+    assert not run_step(scheduler)[0].parts[0].repeats
     while scheduler.has_work:
         run_step(scheduler)
     assert cache.held_tokens == 0
@@ -349,7 +364,7 @@ def test_a_repeated_step_waits_for_no_room_and_retracts():
         scheduler.add(each)
     kinds = []
     while scheduler.has_work:
-        kinds.append(run_step(scheduler)[0].growth is not None)
+        kinds.append(run_step(scheduler)[0].parts[0].repeats)
         cache.check_integrity()
     assert scheduler.retractions
     assert True in kinds
@@ -412,7 +427,7 @@ def test_a_step_that_did_not_run_is_taken_back():
     scheduler.next_step()
     scheduler.restart(scheduler.running)
     assert [r.request_id for r in scheduler.waiting] == [1, 2]
-    assert [r.num_computed for r in scheduler.waiting] == [0, 0]
+    assert [r.state for r in scheduler.waiting] == [RequestState.WAITING] * 2
     assert cache.held_tokens == 0
     cache.check_integrity()
     while scheduler.has_work:
@@ -420,9 +435,9 @@ def test_a_step_that_did_not_run_is_taken_back():
     cache.check_integrity()
 
 
-def test_twins_in_a_tight_pool_get_on_though_each_holds_its_own_copy_of_the_prompt():
+def test_twins_in_a_tight_pool_share_the_prompt_that_one_of_them_computes():
     cache, scheduler = make(size=64, budget=64)
-    prompt = np.arange(20, dtype=np.int32)  # both compute it in the same step; the second's pages are duplicates
+    prompt = np.arange(20, dtype=np.int32)
     for number, new in ((1, 2), (2, 40)):
         scheduler.add(request(number, 0, new=new, prompt=prompt))
     finished = []
@@ -432,11 +447,11 @@ def test_twins_in_a_tight_pool_get_on_though_each_holds_its_own_copy_of_the_prom
         finished += [r.request_id for r in done]
         cache.check_integrity()
     assert finished == [1, 2]
-    assert scheduler.retractions == 1  # the copy is given up for the cached pages
+    assert scheduler.retractions == 0
 
 
 @pytest.mark.parametrize("decoding", [False, True])
-def test_a_request_for_which_no_token_can_be_chosen_ends_and_its_pages_are_nobodys(decoding):
+def test_a_request_for_which_no_token_can_be_chosen_ends_and_its_pages_are_free(decoding):
     cache, scheduler = make(size=128)
     requests = [request(number, 9, new=12) for number in (1, 2, 3)]
     for each in requests:
@@ -466,11 +481,11 @@ def test_a_parent_that_was_retracted_after_its_first_token_is_not_forked_half_co
     scheduler.add(parent)
     while not parent.output:
         run_step(scheduler)
-    scheduler._retract(parent)
+    scheduler.replicas[0]._retract(parent)
     cache.reset_prefix_cache()
     run_step(scheduler)  # it runs again, and has computed 8 of its 20 tokens
     assert parent.req_pool_idx is not None
-    assert scheduler.fork(parent, child) is None
+    scheduler.fork(parent, child)
     assert child in scheduler.waiting
     while scheduler.has_work:
         run_step(scheduler)

@@ -34,7 +34,7 @@ def check(llama, trace, page_size, tier=0, **options):
 def test_a_small_trace_through_a_third_of_the_pool_is_answered_as_without_limit(llama):
     tight, served = check(llama, make_trace(SMALL, 3), 4)
     metrics = tight.metrics()
-    assert metrics.preemptions > 0
+    assert metrics.retractions > 0
     assert metrics.prefix_cache.hit_tokens > 0
     assert metrics.finished["abort"] > 0
     assert tail_waste(served) == pytest.approx(1.5, rel=0.25)

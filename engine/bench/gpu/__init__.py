@@ -1,1 +1,1 @@
-"""What can be known of the GPU kernels with no GPU: they are compiled ahead of time, and the machine code is read."""
+"""Compiles the GPU kernels ahead of time without a GPU, and reads the machine code."""

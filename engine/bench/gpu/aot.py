@@ -1,4 +1,4 @@
-"""Compiles for a Hopper GPU on a machine that has none, in a process of its own."""
+"""Compiles for a Hopper GPU in a separate process, on a machine that has none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from engine.bench.compiling import compile_cases
 from engine.bench.gpu.toolchain import SITE, require_compiler
 
-# What XLA must know of a device to compile for it: the data sheets' values.
+# The properties of a device that XLA needs to compile for it, from the data sheets.
 _COMMON = {
     "threads_per_block_limit": 1024,
     "threads_per_warp": 32,
@@ -40,18 +40,18 @@ TARGETS: dict[str, tuple[str, dict[str, float]]] = {
 
 
 def compile_each(target: str, cases: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Calls ``target`` once a case in one process of its own, and yields what it returns as it comes.
+    """Calls ``target`` once per case, all in one separate process, and yields each result when it arrives.
 
     Args:
-        target: "module:function"; takes keyword arguments and returns a dict, both of JSON's types. What Mosaic makes
-            of the kernels lies in the folder that ``MOSAIC_GPU_DUMP_TO`` names.
-        cases: the keyword arguments.
+        target: "module:function"; takes keyword arguments and returns a dict, both of JSON's types. Mosaic writes
+            what it makes of the kernels to the folder that ``MOSAIC_GPU_DUMP_TO`` names.
+        cases: the keyword arguments of each call.
 
     Yields:
         The function's dict, or ``{"failed": message}`` where it raised.
 
     Raises:
-        BackendUnsupported: there is no compiler here, or the process died.
+        BackendUnsupported: the compiler is not installed, or the process died.
     """
     require_compiler()
     with tempfile.TemporaryDirectory() as folder:
@@ -60,11 +60,11 @@ def compile_each(target: str, cases: Sequence[dict[str, Any]]) -> Iterator[dict[
 
 
 def hopper_devices(name: str, count: int = 1) -> list[Any]:
-    """Devices to lower for, as jax describes those that are there; ``name`` is a key of ``TARGETS``."""
+    """Devices to lower for, described as jax describes real ones; ``name`` is a key of ``TARGETS``."""
     from jax.experimental import topologies
-    from jax.experimental.pallas import mosaic_gpu  # noqa: F401  (sets the variable below to what it finds itself)
+    from jax.experimental.pallas import mosaic_gpu  # noqa: F401  (at import it sets the variable below to the path that it finds)
 
-    os.environ["MOSAIC_GPU_CUDA_ROOT"] = str(SITE / "nvidia" / "cu13")  # where the disassembler is
+    os.environ["MOSAIC_GPU_CUDA_ROOT"] = str(SITE / "nvidia" / "cu13")  # directory of the disassembler
     kind, more = TARGETS[name]
     values = "\n".join(f"  {key}: {value}" for key, value in (_COMMON | more).items())
     config = (

@@ -1,4 +1,4 @@
-"""Static figures kept by the version of jax, so that a change which makes a kernel worse is seen."""
+"""Compares static figures with a baseline per jax version, to detect changes that make a kernel worse."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 ALLOWED = 0.05
 GUARDED = (
-    "decode instructions a step", "prefill instructions a step", "prefill instructions a masked step", "launches"
+    "decode instructions per step", "prefill instructions per step", "prefill instructions per masked step", "launches"
 )  # fmt: skip
 
 
 def regressions(expected: Figures, found: dict[str, Any]) -> list[str]:
-    """What is worse than the baseline by more than ``ALLOWED``, one line each."""
+    """The figures that are worse than the baseline by more than ``ALLOWED``, one line each."""
     return [
         f"{name}: {expected[name]:,.0f} before, {found[name]:,.0f} now"
         for name in GUARDED

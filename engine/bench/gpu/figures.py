@@ -1,4 +1,4 @@
-"""What a compiled program takes, and what the loops of its kernels cost."""
+"""Memory and resources of a compiled program, and the cost of its kernels' loops."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WARPS = 4  # of a warpgroup
 
 
 def footprint(compiled: Any, cache_bytes: int, kernels: Iterable[Kernel]) -> dict[str, Any]:
-    """What a compiled program over a donated cache takes, moves and launches, and what each kernel takes."""
+    """Memory, moves and launches of a compiled program over a donated cache, and the resources of each kernel."""
     memory = compiled.memory_analysis()
     text = compiled.as_text() or ""
     return {
@@ -36,10 +36,10 @@ def footprint(compiled: Any, cache_bytes: int, kernels: Iterable[Kernel]) -> dic
 
 
 def decode_figures(kernel: Kernel, *, group: int, head_dim: int) -> dict[str, float]:
-    """What decode costs a KV token of one head: instructions that a warp issues, products, and copies of its pages.
+    """The cost of decode per KV token of one head: instructions that a warp issues, products, and page copies.
 
     Args:
-        kernel: of decode.
+        kernel: the decode kernel.
         group: query heads per KV head: the rows that count, of 64.
         head_dim: D.
     """
@@ -47,28 +47,28 @@ def decode_figures(kernel: Kernel, *, group: int, head_dim: int) -> dict[str, fl
     (fetch,) = _loops(kernel, "UTMALDG")
     tokens = hot.flops / (4 * ROWS * head_dim)  # of context, a turn
     return {
-        "decode instructions a step": hot.instructions,
-        "decode instructions a KV token": hot.instructions / tokens,
-        "decode FLOPs an instruction": hot.flops * group / ROWS / (WARPS * hot.instructions),
-        "decode products a step": hot.counts["HGMMA"],
-        "decode copies a step": fetch.counts["UTMALDG"],
+        "decode instructions per step": hot.instructions,
+        "decode instructions per KV token": hot.instructions / tokens,
+        "decode FLOPs per instruction": hot.flops * group / ROWS / (WARPS * hot.instructions),
+        "decode products per step": hot.counts["HGMMA"],
+        "decode copies per step": fetch.counts["UTMALDG"],
         "decode spills in the loop": _spills(hot),
     }
 
 
 def prefill_figures(kernel: Kernel) -> dict[str, float]:
-    """What prefill costs a step of 64 rows and 128 keys, without a mask and with one."""
+    """The cost of prefill per step of 64 rows and 128 keys, without a mask and with one."""
     loops = sorted(_loops(kernel, "HGMMA"), key=lambda loop: loop.instructions)
     if len(loops) != 2:
-        raise BackendUnsupported(f"{kernel.name} has {len(loops)} loops with products; one with a mask was expected")
+        raise BackendUnsupported(f"{kernel.name} has {len(loops)} loops with products; expected two, one with a mask")
     plain, masked = loops
     fetches = _loops(kernel, "UTMALDG")
     return {
-        "prefill instructions a step": plain.instructions,
-        "prefill instructions a masked step": masked.instructions,
-        "prefill FLOPs an instruction": plain.flops / (WARPS * plain.instructions),
-        "prefill products a step": plain.counts["HGMMA"],
-        "prefill copies a step": max(loop.counts["UTMALDG"] for loop in fetches),
+        "prefill instructions per step": plain.instructions,
+        "prefill instructions per masked step": masked.instructions,
+        "prefill FLOPs per instruction": plain.flops / (WARPS * plain.instructions),
+        "prefill products per step": plain.counts["HGMMA"],
+        "prefill copies per step": max(loop.counts["UTMALDG"] for loop in fetches),
         "prefill spills in the loop": _spills(plain) + _spills(masked),
     }
 
@@ -76,7 +76,7 @@ def prefill_figures(kernel: Kernel) -> dict[str, float]:
 def _loops(kernel: Kernel, opcode: str) -> list[Loop]:
     found = kernel.innermost(opcode)
     if not found:
-        raise BackendUnsupported(f"{kernel.name} has no loop with {opcode}: this compiler makes something else of it")
+        raise BackendUnsupported(f"{kernel.name} has no loop with {opcode}: this compiler compiles it differently")
     return found
 
 

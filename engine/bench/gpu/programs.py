@@ -1,4 +1,4 @@
-"""Attention of this package, and jax's own, compiled for a GPU that need not be there."""
+"""Attention of this package, and jax's own, compiled for a GPU that need not be present."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from engine.attention.api import ragged_paged_attention
+from engine.attention import ragged_paged_attention
 from engine.bench.gpu.aot import hopper_devices
 from engine.bench.gpu.figures import decode_figures, footprint, prefill_figures
 from engine.bench.gpu.sass import Kernel, read_kernel
@@ -23,14 +23,14 @@ _seen: set[Path] = set()
 
 
 def fresh_kernels() -> list[Kernel]:
-    """The kernels that were compiled since the last call, by name."""
+    """The kernels that were compiled since the last call of this function, by name."""
     found = set(Path(os.environ["MOSAIC_GPU_DUMP_TO"]).glob("*.sass_ctrl")) - _seen
     _seen.update(found)
     return sorted((read_kernel(path) for path in found), key=lambda kernel: kernel.name)
 
 
 class _Target:
-    """A device that shapes are for, and that a program is lowered for."""
+    """A device for which programs are lowered."""
 
     def __init__(self, name: str) -> None:
         (self.device,) = hopper_devices(name)
@@ -63,20 +63,20 @@ def compile_attention(
 
     Args:
         target: a key of ``TARGETS``.
-        page_size: tokens a page.
+        page_size: tokens per page.
         q_heads: query heads.
         kv_heads: KV heads.
-        head_dim: elements a head.
-        dtype: of queries and cache.
+        head_dim: elements per head.
+        dtype: dtype of queries and cache.
         tokens: new tokens of the step, T.
         batch: sequences, B.
         context: longest context in tokens.
         window: sliding window in tokens, or None.
-        extras: with sinks, a soft cap, scales and the log-sum-exp.
+        extras: whether the call has sinks, a soft cap, scales and the log-sum-exp.
 
     Returns:
-        Bytes of cache, temporaries and alias, what is moved of the cache's size; of each kernel what it takes; and what
-        its loops cost.
+        Bytes of cache, temporaries and alias; instructions that move an array of the cache's size; the resources of
+        each kernel; and the cost of its loops.
     """
     at = _Target(target)
     pages = -(-context // page_size)
@@ -112,7 +112,8 @@ def compile_scatter(
     """Compiles one ``set_kv_buffer`` of ``tokens`` into a donated cache of ``slots``; the rest as for attention.
 
     Returns:
-        Bytes of cache, temporaries and alias, what is moved of the cache's size, and what each kernel takes.
+        Bytes of cache, temporaries and alias; instructions that move an array of the cache's size; and the resources of
+        each kernel.
     """
     at = _Target(target)
     new = at.like((tokens, kv_heads, head_dim), dtype)
@@ -125,7 +126,7 @@ def compile_step(*, target: str, tp: int = 1, **sizes: Any) -> dict[str, Any]:
     """Compiles the serving runner's step of a Llama for ``tp`` GPUs; ``sizes`` are those of ``compile_step_on``.
 
     Returns:
-        What ``compile_step_on`` does, and the names of the kernels that were compiled for it.
+        The results of ``compile_step_on``, and the names of the kernels that were compiled for it.
     """
     from engine.bench.tpu.step import compile_step_on
 
@@ -136,15 +137,15 @@ def compile_step(*, target: str, tp: int = 1, **sizes: Any) -> dict[str, Any]:
 
 
 def compile_yardstick(*, target: str, q_heads: int, kv_heads: int, head_dim: int, tokens: int) -> dict[str, Any]:
-    """Compiles jax's own FlashAttention-3 for Mosaic GPU, causal, one dense sequence in float16, all that it takes.
+    """Compiles jax's own FlashAttention-3 for Mosaic GPU: causal, one dense sequence in float16.
 
     Returns:
-        What the kernel takes and what its loops cost.
+        The resources of the kernel and the cost of its loops.
     """
     from jax.experimental.pallas.ops.gpu import attention_mgpu
 
     at = _Target(target)
-    # It asks which CUDA is there, for the sake of a bug of one version; here none is.
+    # The kernel asks for the CUDA version, to work around a bug of one version; here there is no CUDA.
     attention_mgpu.cuda_versions = types.SimpleNamespace(cuda_runtime_get_version=lambda: 13_000)
     config = attention_mgpu.TuningConfig(block_q=64, block_kv=128, max_concurrent_steps=2, causal=True)
     q, k = (at.like((1, tokens, heads, head_dim), jnp.float16) for heads in (q_heads, kv_heads))

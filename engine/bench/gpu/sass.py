@@ -1,4 +1,4 @@
-"""Reads what Mosaic GPU dumps of a kernel: the assembler's report, the resources, and the machine code's loops."""
+"""Reads the dumps of a Mosaic GPU kernel: the assembler's report, the resources, and the machine code's loops."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.errors import BackendUnsupported
 _LABEL = re.compile(r"^\.(L_x_\d+):")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)([^\n]*)")
 _JUMP = re.compile(r"\.(L_x_\d+)\)")
-_PRODUCT = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)")  # rows, columns, and what is summed over
+_PRODUCT = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)")  # rows, columns, summed-over elements
 _USED = re.compile(r"Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _WARNING = re.compile(r"C75\d\d[^\n]*|[Ss]etmaxnreg[^\n]*ignored[^\n]*")
@@ -23,13 +23,13 @@ _BARRIERS = re.compile(r"num_barriers=(\d+)[^:]*: (\d+)")
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop: from where a branch jumps back to, to the branch.
+    """A loop: from the target of a backward branch to the branch.
 
     Attributes:
         first: number of its first instruction.
         last: number of the branch.
-        counts: how often each opcode stands in it, without what follows a dot.
-        products: how often each shape of product stands in it, by rows, columns, and what is summed over.
+        counts: number of instructions by opcode, which is taken without the part after a dot.
+        products: number of products by shape: rows, columns, summed-over elements.
     """
 
     first: int
@@ -48,7 +48,7 @@ class Loop:
         return self.last - self.first + 1
 
     def holds(self, other: Loop) -> bool:
-        """Whether the other is inside of this one."""
+        """Whether the other loop is inside this one."""
         return self != other and self.first <= other.first and other.last <= self.last
 
 
@@ -57,11 +57,11 @@ class Kernel:
     """One kernel as compiled.
 
     Attributes:
-        name: what the program calls it.
-        registers: of a thread, at its start.
-        spilled_bytes: stored to or loaded from local memory.
-        shared_bytes: of shared memory, barriers included.
-        warnings: of the assembler, of those that make a kernel slower than it is written.
+        name: its name in the program.
+        registers: registers of a thread at its start.
+        spilled_bytes: bytes stored to or loaded from local memory.
+        shared_bytes: bytes of shared memory, barriers included.
+        warnings: the assembler's warnings that mean a slower kernel.
         loops: every loop, the innermost of several first.
     """
 
@@ -73,7 +73,7 @@ class Kernel:
     loops: list[Loop]
 
     def innermost(self, opcode: str) -> list[Loop]:
-        """The loops with an opcode that hold no other such loop; waiting loops out of line are none."""
+        """The innermost loops with an opcode; waiting loops out of line do not count."""
         having = [loop for loop in self.loops if loop.counts.get(opcode) and not loop.counts.get("NANOSLEEP")]
         return [loop for loop in having if not any(loop.holds(other) for other in having)]
 
@@ -81,10 +81,10 @@ class Kernel:
 def read_kernel(sass: Path) -> Kernel:
     """Reads ``NAME_N.sass_ctrl``, the ``.ptxas`` beside it, and the last ``NAME_M.resources.txt`` with M up to N.
 
-    Newer versions number the two apart, once a kernel comes again.
+    Newer versions number the two separately when a kernel is compiled again.
 
     Raises:
-        BackendUnsupported: the assembler's report or the resources do not say what a kernel takes.
+        BackendUnsupported: the assembler's report or the resources have an unknown form.
     """
     report, name, number = sass.with_suffix(".ptxas").read_text(), *sass.stem.rsplit("_", 1)
     numbers = (int(path.name.split(".")[0].rsplit("_", 1)[1]) for path in sass.parent.glob(f"{name}_*.resources.txt"))
@@ -93,8 +93,8 @@ def read_kernel(sass: Path) -> Kernel:
     used, spills = _USED.search(report), _SPILLS.findall(report)
     shared = _SHARED.search(resources)
     if not (used and spills and shared):
-        # Taken for zeros they would pass every check.
-        raise BackendUnsupported(f"cannot read what {name} takes: this compiler reports it in other words:\n{report}")
+        # Zeros instead would pass every check.
+        raise BackendUnsupported(f"cannot read the resources of {name}: the report has another form:\n{report}")
     barriers = sum(int(number) * int(times) for number, times in _BARRIERS.findall(resources))
     return Kernel(
         name=name,

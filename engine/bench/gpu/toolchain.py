@@ -1,9 +1,9 @@
 """Where jax's compiler for NVIDIA GPUs is.
 
-``python -m engine.bench.gpu.toolchain`` installs what compiles ahead of time, of the installed jax's version: jax's
-CUDA plugin with its PJRT, and NVIDIA's disassembler, 150 MB to fetch and 420 MB on disk, into a directory of its own in
-the environment. Where jax found them it would look for a GPU at every start; only processes that compile ahead of time
-are shown them.
+``python -m engine.bench.gpu.toolchain`` installs what ahead-of-time compiles need, for the installed jax's version:
+jax's CUDA plugin with its PJRT, and NVIDIA's disassembler, 150 MB to download and 420 MB on disk, into a separate
+directory in the environment. If jax found them there it would look for a GPU at every start, so only the processes that
+compile ahead of time can import them.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def require_compiler() -> None:
 
 
 def install() -> None:
-    """Installs the compiler of the installed jax's version into ``SITE`` where none is.
+    """Installs the compiler for the installed jax's version into ``SITE`` unless one is installed.
 
     Raises:
-        BackendUnsupported: it cannot be had here.
+        BackendUnsupported: it cannot be installed here.
     """
     if missing_compiler() is None:
         return
@@ -62,4 +62,4 @@ if __name__ == "__main__":
         require_compiler()
         print(f"jax {jax.__version__} compiles for GPUs here")
     except BackendUnsupported as error:
-        sys.exit(f"{error}\nwhat compiles ahead of time for a GPU is skipped by the tests")
+        sys.exit(f"{error}\ntests that compile ahead of time for a GPU are skipped")

@@ -1,4 +1,4 @@
-"""The pools that timed calls run over: several, so that no call finds its cache in the L2 of the call before."""
+"""The pools that timed calls use: several, so that no call finds its cache in L2 from the call before."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import jax
 
-from engine.attention.metadata import AttentionMetadata
+from engine.attention import AttentionMetadata
 from engine.bench.gpu_device.shapes import Shape
 
 
@@ -19,11 +19,11 @@ def normal(seed: int, *, shape: tuple[int, ...], dtype: str) -> jax.Array:
 
 @dataclass
 class Arena:
-    """Random pools of equal shape on the device, kept from task to task; programs donate them and give them back.
+    """Random pools of equal shape on the device, kept from task to task; programs get them by donation and return them.
 
     Attributes:
-        shape: ``[slots, 2H, D]`` of each.
-        dtype: of each.
+        shape: ``[slots, 2H, D]`` of each pool.
+        dtype: dtype of each pool.
         pools: the pools.
     """
 
@@ -32,7 +32,7 @@ class Arena:
     pools: list[jax.Array] = field(default_factory=list)
 
     def lend(self, shape: tuple[int, int, int], dtype: str, count: int) -> tuple[jax.Array, ...]:
-        """``count`` pools, made where there are none of that shape that are whole."""
+        """``count`` pools; new ones are made where those of that shape do not exist or were deleted."""
         kept = self.pools[:count] if (self.shape, self.dtype) == (shape, dtype) else []
         kept = [pool for pool in kept if not pool.is_deleted()]
         self.shape, self.dtype, self.pools = shape, dtype, []
@@ -40,11 +40,11 @@ class Arena:
         return (*kept, *made)
 
     def take_back(self, pools: tuple[jax.Array, ...]) -> None:
-        """What a program made of the pools that it was lent."""
+        """Takes back the pools that a program returned."""
         self.pools = list(pools)
 
 
-arena = Arena()  # one a process: two would not fit a small device
+arena = Arena()  # one per process: two would not fit a small device
 
 
 def metadata_of(shape: Shape, slots: int) -> AttentionMetadata:

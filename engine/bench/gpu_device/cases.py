@@ -1,4 +1,4 @@
-"""What the correctness section tries: steps that touch each option, edge and geometry, and what they must give."""
+"""The cases of the correctness section: steps for each option, edge and geometry, with their expected results."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Case:
     """A step, its options, and what surrounds the live tokens.
 
     Attributes:
-        name: what it tries.
+        name: what it tests.
         shape: the step; a sequence without new tokens is a padding row.
-        window: tokens a query sees, itself included.
+        window: number of tokens that a query sees, itself included; None: all.
         soft_cap: bound of the logits.
         sinks: whether there is an extra logit per head.
         scales: whether the cache holds keys and values divided by a factor per head.
-        lse: whether log-sum-exps are wanted and checked.
-        padding: tokens past the last sequence's.
-        columns: spare entries of every row of the page table.
+        lse: whether log-sum-exps are requested and checked.
+        padding: number of tokens after the last sequence's.
+        columns: number of unused entries in every row of the page table.
     """
 
     name: str
@@ -43,17 +43,17 @@ class Case:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Case:
-        """From what ``values`` gave."""
+        """The case whose ``values`` these are."""
         return cls(**values | {"shape": Shape.of(values["shape"])})
 
     def values(self) -> dict[str, Any]:
-        """As plain values."""
+        """Its fields as plain values."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A case's arrays, all dead memory NaN, and the K and V of each sequence as the cache keeps them.
+    """The arrays of a case, with NaN in all dead memory, and the K and V of each sequence as the cache stores them.
 
     Attributes:
         q: ``[T, Hq, D]``, NaN in padding tokens; so are k and v.
@@ -66,7 +66,7 @@ class Inputs:
         sinks: ``[Hq]`` float32, or None.
         k_scale: ``[H]`` float32, or None.
         v_scale: ``[H]`` float32, or None.
-        written: ``[T]`` slot of each live token, in order.
+        written: ``[T]`` the slot of each live token, in order.
         contexts: K and V of each sequence, ``[L, H, D]``.
         expected_pool: ``[S, 2H, D]``, the pool after the step, bit for bit.
     """
@@ -87,7 +87,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, seed: int) -> Inputs:
-    """Normal numbers; the pages of all sequences dealt out in random order, with as many again that nobody owns."""
+    """Normally distributed numbers; pages in random order, in a pool with as many unused pages as used ones."""
     rng, shape = np.random.default_rng(seed), case.shape
     dtype = np.dtype(getattr(ml_dtypes, shape.dtype, shape.dtype))
     tokens, heads, dim = shape.tokens, shape.kv_heads, shape.head_dim
@@ -98,7 +98,7 @@ def make_inputs(case: Case, seed: int) -> Inputs:
     q, k, v = (normal(tokens + case.padding, n, dim) for n in (shape.q_heads, heads, heads))
     for array in (q, k, v):
         array[tokens:] = np.nan
-    # A quarter to four: far from 1, and the stored values stay in the range of float16.
+    # From a quarter to 4: far from 1, and the stored values stay in the range of float16.
     k_scale, v_scale = (2 ** rng.uniform(-2, 2, heads).astype(np.float32) if case.scales else None for _ in range(2))
     owned = int((-(-shape.kv_lens // shape.page_size)).sum())
     table = shape.page_table(1 + 2 * owned, seed)
@@ -136,12 +136,12 @@ def make_inputs(case: Case, seed: int) -> Inputs:
 
 
 def _stored(rows: Array, scale: Array | None, dtype: np.dtype[Any]) -> Array:
-    """``[n, H, D]`` as the cache keeps it."""
+    """``[n, H, D]`` as the cache stores it."""
     return rows if scale is None else (rows.astype(np.float32) * (np.float32(1) / scale)[:, None]).astype(dtype)
 
 
 def expected_attention(case: Case, inputs: Inputs) -> Attended:
-    """Of all tokens; in padding, zeros and log-sum-exps of minus infinity."""
+    """Attention of all tokens; padding tokens have zeros and log-sum-exps of minus infinity."""
     shape = inputs.q.shape
     expected = Attended(np.zeros(shape), np.full(shape[:2], -np.inf), np.zeros(shape))
     for row, (keys, values) in enumerate(inputs.contexts):
@@ -164,7 +164,7 @@ def expected_attention(case: Case, inputs: Inputs) -> Attended:
 
 
 def _each(new: int | None, lengths: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
-    """One sequence a length, with ``new`` tokens, or all of them new."""
+    """One sequence per length, with ``new`` new tokens, or all tokens new."""
     return tuple((1, length if new is None else new, length) for length in lengths)
 
 
@@ -176,7 +176,7 @@ CHUNKS = ((1, 64, 128), (1, 100, 433), (1, 256, 1256), (1, 1, 900))
 
 
 def all_cases() -> list[Case]:
-    """The cases, the plainest first, so that what breaks early says most."""
+    """The cases, the simplest first, so that the first failure says most."""
     every: dict[str, Any] = {"window": 90, "soft_cap": 20.0, "sinks": True, "scales": True, "lse": True, "padding": 9}
     return [
         Case("decode at tile edges, page 16", Shape(_each(1, EDGES))),
@@ -210,7 +210,7 @@ def all_cases() -> list[Case]:
 
 
 def small_cases() -> list[Case]:
-    """Cases that a CPU does in seconds."""
+    """Cases that take seconds on a CPU."""
     few = Shape(((1, 1, 20), (1, 9, 9), (1, 0, 0), (1, 5, 30)), 8, 4, 2, 16, "float32")
     every: dict[str, Any] = {"window": 7, "soft_cap": 20.0, "sinks": True, "scales": True, "lse": True, "padding": 3}
     return [Case("mixed", few), Case("every option, bfloat16", Shape(few.rows, 8, 4, 2, 16), **every)]

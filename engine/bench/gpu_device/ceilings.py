@@ -1,4 +1,4 @@
-"""Section ``ceilings``: what the device itself reaches, by torch: a copy, a read, and a matrix product."""
+"""Section ``ceilings``: the rates that the device reaches with torch, for a copy, a read and a matrix product."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engine.bench.gpu_device.torch_clock import time_torch, torch_device
 
 
 def tasks(impl: str, *, small: bool) -> list[dict[str, Any]]:
-    """The three; ``impl`` is of no account."""
+    """The three tasks; ``impl`` is not used."""
     size = 1 << 20 if small else 4 << 30
     return [
         {"what": "copy", "bytes": size},
@@ -20,12 +20,12 @@ def tasks(impl: str, *, small: bool) -> list[dict[str, Any]]:
 
 
 def prepare(task: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-    """Nothing to compile."""
+    """Returns the task's measurement; there is nothing to compile."""
     return functools.partial(_measure, task)
 
 
 def _measure(task: dict[str, Any]) -> dict[str, Any]:
-    """Random data throughout: zeros run faster."""
+    """Makes the call and its operands; all data is random, because zeros run faster."""
     import torch
 
     device = torch_device()
@@ -45,7 +45,7 @@ def _measure(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def line(task: dict[str, Any], result: dict[str, Any]) -> str:
-    """One ceiling."""
+    """One ceiling, as a line."""
     size = f"bfloat16 {task['n']}^3" if "n" in task else f"{task['bytes'] / 1e9:.2g} GB"
     rate = f"{result['tflop_per_s']:,.0f} TFLOP/s" if "n" in task else f"{result['gb_per_s']:,.0f} GB/s"
     return f"{task['what']} {size}: {rate} ({result['us']:,.0f} µs)"

@@ -1,4 +1,4 @@
-"""A program of several attention calls, each after the one before, as the layers of a model make it."""
+"""A program of several attention calls, one after the other, like the layers of a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from engine.attention.backend import AttentionMetadata, FlashAttentionBackend
+from engine.attention import AttentionMetadata, FlashAttentionBackend
 from engine.bench.gpu_device.arena import arena, metadata_of, new_tokens
 from engine.bench.gpu_device.shapes import Shape
 
@@ -15,7 +15,7 @@ Pools = tuple[jax.Array, ...]
 
 
 def chain_task(shape: Shape, impl: str, *, slots: int, pools: int, calls: int) -> dict[str, Any]:
-    """A task: ``calls`` in one program over ``pools`` pools of ``slots``, in turn."""
+    """A task: ``calls`` calls in one program, which use ``pools`` pools of ``slots`` slots in turn."""
     return {"shape": shape.values(), "impl": impl, "slots": slots, "pools": pools, "calls": calls}
 
 
@@ -23,10 +23,10 @@ class Chain:
     """A compiled chain, and the state that it donates to itself once it is loaded.
 
     Attributes:
-        shape: of each call's step.
-        calls: in one program.
+        shape: the step of each call.
+        calls: number of calls in one program.
         compiled: the program.
-        out: ``[T, Hq, D]`` of the last call.
+        out: ``[T, Hq, D]`` output of the last call.
     """
 
     def __init__(self, task: dict[str, Any]) -> None:
@@ -57,7 +57,7 @@ class Chain:
             for i in range(self.calls):
                 pool = i % len(written)
                 out, written[pool] = backend(q, k, v, written[pool], metadata)
-                # One element, in place: no call can begin before the last is done, at the price of a tiny kernel.
+                # Writes one element in place, so that no call can begin before the last one ends; costs a tiny kernel.
                 k = k.at[0, 0, 0].set(out[0, 0, 0])
             return out, k, tuple(written)
 
@@ -74,10 +74,10 @@ class Chain:
         self.out, self._k, self._pools = self.compiled(self._q, self._k, self._v, self._pools, self._on_device)
 
     def wait(self) -> None:
-        """Returns when all that is queued is done."""
+        """Returns when all queued programs are done."""
         jax.block_until_ready((self.out, self._pools))
 
     def unload(self) -> None:
-        """Gives the pools back."""
+        """Returns the pools to the arena."""
         arena.take_back(self._pools)
         del self._q, self._k, self._v, self._pools, self._on_device

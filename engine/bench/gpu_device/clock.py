@@ -1,4 +1,4 @@
-"""Device time of a call, from a host that can only wait: the slope over how many programs are queued before a wait."""
+"""Device time of a call, measured by the host: the slope of time over the number of programs queued before a wait."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-MOST_PROGRAMS = 96  # a quarter of them stays below what jax lets the host queue
+MOST_PROGRAMS = 96  # a quarter of them stays below the limit of jax's queue
 
 
 def time_queued(
@@ -19,21 +19,22 @@ def time_queued(
     seconds: float = 0.15,
     repeats: int = 5,
 ) -> dict[str, Any]:
-    """Times what one program does on the device.
+    """Times one program on the device.
 
-    What starts a queue and what ends it is the same for few programs and for many, so the difference is the device's
-    time alone, as long as the host queues faster than the device works.
+    The time to start and to end a queue is the same for few programs and for many. So the difference is the device's
+    time alone, provided that the host queues faster than the device works.
 
     Args:
         dispatch: queues one program, which depends on the one before, and returns at once.
         wait: returns when all queued programs are done.
-        calls: what is measured, in each program.
-        seconds: how long one measurement is to take, about.
-        repeats: measurements.
+        calls: number of measured calls in each program.
+        seconds: approximate time of one measurement.
+        repeats: number of measurements.
 
     Returns:
-        ``us`` a call, the median; ``low_us`` and ``high_us``; ``host_us``, in which the host queued a call; whether
-        ``host_bound``, that the host was no faster than the device; ``one_us``, from dispatch to done of one program.
+        ``us``, median microseconds per call; ``low_us`` and ``high_us``, the extremes; ``host_us``, in which the host
+        queued a call; ``host_bound``, whether the host was no faster than the device; ``one_us``, of one program from
+        dispatch to end.
     """
 
     def run(programs: int) -> tuple[float, float]:
@@ -44,7 +45,7 @@ def time_queued(
         wait()
         return time.perf_counter() - start, (queued - start) / programs
 
-    run(2)  # loads the program and its kernels
+    run(2)  # the first run loads the program and its kernels
     once = min(run(1)[0] for _ in range(3))
     many = min(max(math.ceil(seconds / once), 4), MOST_PROGRAMS)
     few = max(1, many // 4)

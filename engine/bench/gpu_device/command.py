@@ -1,7 +1,7 @@
-"""Everything that only a GPU can tell, in one command: right results, device times, and torch's beside them.
+"""All checks that need a GPU, in one command: correctness, device times, and torch for comparison.
 
-Each section runs in a process of its own, so that a kernel that never ends, or breaks the device, costs one task. Times
-are the device's own, over scattered pages and caches that are not in L2. No setting of the device is changed.
+Each section runs in a separate process, so that a kernel that never ends, or breaks the device, costs one task. Times
+are device times, with scattered pages and caches that are not in L2. No setting of the device is changed.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from engine.bench.gpu_device.tables import print_tables
 from engine.errors import ConfigError
 from engine.terminal import positive
 
-MOST_TOLD = 300  # characters of an error; the file has more
+MOST_TOLD = 300  # characters of an error that are printed; the file has all of it
 NAMES = tuple(section.name for section in SECTIONS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this benchmark's options."""
     parser.add_argument("--only", metavar="SECTION,…", help=f"of {', '.join(NAMES)}; all by default")
-    parser.add_argument("--budget", type=positive, default=420.0, help="seconds in all (default: %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON, written anew after every task")
+    parser.add_argument("--budget", type=positive, default=420.0, help="seconds in total (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file, rewritten after every task")
     parser.add_argument("--impl", default="gpu", help="ours: gpu, xla, cpu or reference (default: %(default)s)")
-    parser.add_argument("--small", action="store_true", help="sizes for a CPU, to try the command itself")
+    parser.add_argument("--small", action="store_true", help="small sizes, to try the command on a CPU")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the sections, tells each result as it comes, and ends with tables.
+    """Runs the sections, prints each result when it arrives, and ends with tables.
 
     Returns:
         1 where a result was wrong, else 0.
 
     Raises:
-        ConfigError: ``--only`` names what is no section.
+        ConfigError: ``--only`` names an unknown section.
     """
     wanted = args.only.split(",") if args.only else list(NAMES)
     if unknown := set(wanted) - set(NAMES):

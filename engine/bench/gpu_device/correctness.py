@@ -1,4 +1,4 @@
-"""Section ``correctness``: outputs, log-sum-exps and the whole written pool, against float64 over separate K and V."""
+"""Section ``correctness``: outputs, log-sum-exps and the whole written pool, checked with float64 attention."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from engine.attention.api import ragged_paged_attention
+from engine.attention import ragged_paged_attention
 from engine.bench.gpu_device.cases import Case, Inputs, all_cases, expected_attention, make_inputs, small_cases
 from engine.bench.gpu_device.oracle import Attended, Float64
 
@@ -19,7 +19,7 @@ POOL = 3  # its place among the arguments
 
 
 def tasks(impl: str, *, small: bool) -> list[dict[str, Any]]:
-    """One a case."""
+    """One task per case."""
     cases = small_cases() if small else all_cases()
     return [{"case": case.values(), "impl": impl, "seed": seed} for seed, case in enumerate(cases)]
 
@@ -27,18 +27,18 @@ def tasks(impl: str, *, small: bool) -> list[dict[str, Any]]:
 def tolerance(case: Case, expected: Attended) -> Float64:
     """``[T, Hq, D]`` largest difference that rounding explains.
 
-    The result is rounded to the dtype, and before it each weight: by a sixth of eps, root mean square. Six times what
-    such errors sum to if they are independent is never met by chance. Scales are taken into q, which is rounded anew:
-    that moves each logit, which here are of order 4, by as much again for each unit of it.
+    The result is rounded to the dtype, and before that each weight, with a root mean square error of a sixth of eps.
+    The bound is six times the sum of such errors if they are independent, which chance does not reach. Scales are
+    multiplied into q, which is rounded again: this changes each logit (here of order 4) by as much for each unit of it.
     """
     eps = _eps(case)
     return eps * (0.55 * np.abs(expected.out) + (6 if case.scales else 1.25) * expected.spread) + 2e-5
 
 
 def lse_tolerance(case: Case) -> float:
-    """Logits are float32 sums of products of the dtype.
+    """Bound for log-sum-exps: logits are float32 sums of products of the dtype.
 
-    Scales make one more rounding of q to it, and a hardware tanh is right to 11 bits.
+    Scales add one more rounding of q to the dtype, and a hardware tanh is accurate to 11 bits.
     """
     return 1e-3 + (4 * _eps(case) if case.scales else 0.0) + (case.soft_cap or 0.0) * 2**-11
 
@@ -49,7 +49,7 @@ def _eps(case: Case) -> float:
 
 
 def prepare(task: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-    """Makes the inputs and what they must give, and compiles the call with the pool donated."""
+    """Makes the inputs and expected results, and compiles the call with the pool donated."""
     case = Case.of(task["case"])
     inputs = make_inputs(case, task["seed"])
     expected = expected_attention(case, inputs)
@@ -68,7 +68,7 @@ def prepare(task: dict[str, Any]) -> Callable[[], dict[str, Any]]:
 
 
 def program(case: Case, impl: str) -> Callable[..., tuple[jax.Array, ...]]:
-    """The call of a case, of ``arguments_of`` its inputs."""
+    """The call of a case; its arguments are ``arguments_of`` the inputs."""
 
     def call(
         q: jax.Array,
@@ -100,25 +100,25 @@ def program(case: Case, impl: str) -> Callable[..., tuple[jax.Array, ...]]:
 
 
 def arguments_of(inputs: Inputs) -> tuple[Any, ...]:
-    """A program's arguments, the pool at ``POOL``."""
+    """The arguments of the call, with the pool at index ``POOL``."""
     metadata = {"page_table": inputs.page_table, "cu_q_lens": inputs.cu_q_lens, "kv_lens": inputs.kv_lens}
     heads = {"sinks": inputs.sinks, "k_scale": inputs.k_scale, "v_scale": inputs.v_scale}
     return inputs.q, inputs.k, inputs.v, inputs.pool, metadata, heads
 
 
 def poison_memory() -> None:
-    """Fills what the next results will be allocated from with NaN, so that an element nobody wrote is seen."""
+    """Fills the memory of the next results with NaN, so that an element that no kernel writes is detected."""
     size = POISON_BYTES if jax.default_backend() == "gpu" else 1 << 20
     jnp.full(size // 4, jnp.nan, jnp.float32).block_until_ready().delete()
 
 
 def judge(case: Case, inputs: Inputs, expected: Attended, results: list[Any]) -> dict[str, Any]:
-    """Compares one call's results with what they must be.
+    """Compares the results of one call with the expected ones.
 
     Returns:
-        ``ok``; ``error``, the largest difference of out, and ``of_bound``, the largest over what is allowed; the same
-        of the log-sum-exps where they are wanted; ``pool_slots``, the number of slots whose bits are wrong; and where
-        something is wrong, ``where``: the rows and slots, in words.
+        ``ok``; ``error``, the largest difference of out, and ``of_bound``, the largest ratio of a difference to its
+        bound; the same for the log-sum-exps where they are requested; ``pool_slots``, the number of slots whose bits
+        are wrong; and where something is wrong, ``where``: the rows and slots, as text.
     """
     out, pool, *lse = results
     live = int(inputs.cu_q_lens[-1])
@@ -142,7 +142,7 @@ def judge(case: Case, inputs: Inputs, expected: Attended, results: list[Any]) ->
 
 
 def _difference(got: Any, expected: Float64) -> Float64:
-    """Magnitudes, infinite for what is NaN where it should not be; equal infinities do not differ."""
+    """Absolute differences; infinite for an unexpected NaN, 0 for equal infinities."""
     got = np.asarray(got, np.float64)
     with np.errstate(invalid="ignore"):
         difference = np.where(got == expected, 0.0, np.abs(got - expected))
@@ -150,7 +150,7 @@ def _difference(got: Any, expected: Float64) -> Float64:
 
 
 def _bad_rows(inputs: Inputs, name: str, of_bound: Float64) -> list[str]:
-    """In words, the sequences of which ``of_bound[T, Hq]`` passes 1, six at the most."""
+    """As text, at most six sequences with an ``of_bound[T, Hq]`` above 1."""
     lines = []
     for row, (first, last) in enumerate(zip(inputs.cu_q_lens[:-1], inputs.cu_q_lens[1:], strict=True)):
         bad = np.argwhere(of_bound[first:last] > 1)
@@ -168,7 +168,7 @@ def _bits(array: Any) -> Any:
 
 
 def line(task: dict[str, Any], result: dict[str, Any]) -> str:
-    """One case's result."""
+    """The result of one case, as a line."""
     told = f"{'ok  ' if result['ok'] else 'FAIL'} {task['case']['name']}: "
     told += f"out off by {result['error']:.1e}, {result['of_bound']:.2f} of the bound"
     if "lse_error" in result:

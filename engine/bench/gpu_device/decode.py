@@ -11,11 +11,11 @@ from engine.bench.gpu_device.speed import line, prepare
 __all__ = ["SHAPES", "line", "prepare", "tasks"]
 
 SHAPES = ((32, 2048), (32, 4096), (8, 32_768))  # sequences, tokens of context
-SLOTS = (1 << 18) + 128  # what the largest shape fills: 1.07 GB a pool
+SLOTS = (1 << 18) + 128  # as many as the largest shape uses: 1.07 GB per pool
 
 
 def tasks(impl: str, *, small: bool) -> list[dict[str, Any]]:
-    """Each shape with small and large pages, and what XLA alone makes of one."""
+    """Each shape with small and large pages, and one shape with plain XLA."""
     if small:
         return [chain_task(Shape(((2, 1, 32),), 8, 4, 2, 16), impl, slots=128, pools=2, calls=2)]
     sizes = {"slots": SLOTS, "pools": 4, "calls": 8}

@@ -1,7 +1,7 @@
-"""Section ``flex``: torch's flex attention over a paged cache, compiled; the nearest that torch has to ours.
+"""Section ``flex``: torch's flex attention over a paged cache, compiled; the closest that torch has to ours.
 
-Its cache is ``[H, slots, D]`` of K and of V apart; the block mask names the pages of each sequence. New tokens are in
-the cache already. Sequences are whole pages long, so that all blocks but those on the diagonal need no mask.
+Its caches are ``[H, slots, D]``, one for K and one for V; the block mask names the pages of each sequence. The new
+tokens are in the cache already. Sequences are whole pages long, so that only the blocks on the diagonal need a mask.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from engine.bench.gpu_device.shapes import Shape
 from engine.bench.gpu_device.speed import rates
 from engine.bench.gpu_device.torch_clock import time_torch, torch_device
 
-QUERY_BLOCK = 128  # of flex's masks, by default
-COPIES = 3  # of the cache, in turn
+QUERY_BLOCK = 128  # the default block size of flex's masks
+COPIES = 3  # copies of the cache, used in turn
 
 
 def tasks(impl: str, *, small: bool) -> list[dict[str, Any]]:
-    """Every shape of ours with pages as large as flex's own blocks, then decode with smaller ones."""
+    """Every shape with pages as large as flex's own blocks, then decode with smaller pages."""
     if small:
         shapes = [Shape(((2, 1, 32),), 16, 4, 2, 16), Shape(((2, 8, 32),), 16, 4, 2, 16)]
         return [{"shape": shape.values(), "compile": False} for shape in shapes]
@@ -33,7 +33,7 @@ def tasks(impl: str, *, small: bool) -> list[dict[str, Any]]:
 
 
 def prepare(task: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-    """Nothing to compile yet: torch does it at the first call."""
+    """Returns the task's measurement; torch compiles at the first call."""
     return functools.partial(_measure, task)
 
 
@@ -69,10 +69,10 @@ def paged_mask(table: Any, new: int, length: int, pages: int, page_size: int) ->
 
     Args:
         table: ``[B, P]`` int32 page ids, P whole pages of context.
-        new: queries of each, the last of its tokens.
-        length: tokens of context of each.
-        pages: of the cache.
-        page_size: tokens of each, and keys of a block.
+        new: queries per sequence, its last tokens.
+        length: tokens of context per sequence.
+        pages: pages of the cache.
+        page_size: tokens per page, and keys of a block.
     """
     import torch
     from torch.nn.attention.flex_attention import BlockMask
@@ -88,7 +88,7 @@ def paged_mask(table: Any, new: int, length: int, pages: int, page_size: int) ->
 
     first = torch.arange(0, new, QUERY_BLOCK, device=device) + length - new  # position of each block's first query
     last = torch.clamp(first + QUERY_BLOCK - 1, max=length - 1)
-    full = (first + 1) // page_size  # pages that all its queries see whole
+    full = (first + 1) // page_size  # pages that all queries of the block see whole
     partial = last // page_size + 1 - full
     indices = torch.zeros(2, batch, 1, len(first), pages, dtype=torch.int32, device=device)
     for block, (whole, some) in enumerate(zip(full.tolist(), partial.tolist(), strict=True)):
@@ -114,7 +114,7 @@ def _gathered(half: Any, table: Any, page_size: int) -> Any:
 
 
 def line(task: dict[str, Any], result: dict[str, Any]) -> str:
-    """One measurement."""
+    """One measurement, as a line."""
     shape = Shape.of(task["shape"])
     return (
         f"{shape.name}, torch flex, page {shape.page_size}: {result['us']:,.1f} µs, {result['gb_per_s']:,.0f} GB/s, "

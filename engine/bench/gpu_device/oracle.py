@@ -1,4 +1,4 @@
-"""What attention over separate K and V means, in float64 and with NumPy alone: what a device's results are held to."""
+"""Attention over separate K and V, in float64 with NumPy: the expected results for a device."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Float64 = npt.NDArray[np.float64]
 
 
 class Attended(NamedTuple):
-    """What some tokens' attention gives.
+    """The attention of some tokens.
 
     Attributes:
-        out: ``[n, Hq, D]``.
+        out: ``[n, Hq, D]`` the output.
         lse: ``[n, Hq]`` the log of each denominator.
-        spread: ``[n, Hq, D]`` the root of the sum of squares of the weighted values: times the relative error of one
-            weight, the error of their sum, where the weights' errors are independent.
+        spread: ``[n, Hq, D]`` the root of the sum of squares of the weighted values. Times the relative error of one
+            weight it is the error of their sum, where the errors of the weights are independent.
     """
 
     out: Float64
@@ -37,18 +37,18 @@ def attend_row(
     k_scale: npt.NDArray[Any] | None = None,
     v_scale: npt.NDArray[Any] | None = None,
 ) -> Attended:
-    """One sequence: its last ``n`` tokens attend causally to all of its ``L``.
+    """Attention of one sequence: its last ``n`` tokens attend causally to all of its ``L`` tokens.
 
     Args:
         q: ``[n, Hq, D]`` queries.
-        keys: ``[L, H, D]`` as the cache keeps them, those of the new tokens included.
-        values: as ``keys``.
+        keys: ``[L, H, D]`` as the cache stores them, those of the new tokens included.
+        values: like ``keys``.
         sm_scale: factor on the logits.
-        window: tokens a query sees, itself included; None sees all before it.
+        window: number of tokens that a query sees, itself included; None: all before it.
         soft_cap: logits ``s`` become ``soft_cap * tanh(s / soft_cap)``.
         sinks: ``[Hq]`` an extra logit per query head, in the denominator only.
-        k_scale: ``[H]`` what the cached keys are times, to be the true ones; None is 1.
-        v_scale: as ``k_scale``, of the values.
+        k_scale: ``[H]`` factors from cached keys to true keys; None is 1.
+        v_scale: like ``k_scale``, for the values.
     """
     (n, q_heads, _), (length, kv_heads, _) = q.shape, keys.shape
     group = q_heads // kv_heads

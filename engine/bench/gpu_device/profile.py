@@ -1,4 +1,4 @@
-"""Section ``profile``: the device's time in each kernel of our calls, by name, as jax's profiler sees it."""
+"""Section ``profile``: device time of each kernel of our calls, by name, from jax's profiler."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from engine.bench.gpu_device.chain import Chain, chain_task
 from engine.bench.gpu_device.decode import SLOTS
 from engine.bench.gpu_device.shapes import Shape
 
-MOST_KERNELS = 8  # told of each; all are written down
+MOST_KERNELS = 8  # kernels printed per call; the file has all
 LONGEST_NAME = 60
 
 
@@ -49,7 +49,7 @@ def prepare(task: dict[str, Any]) -> Callable[[], dict[str, Any]]:
 
 
 def kernel_times(planes: Iterable[Any], calls: int) -> list[dict[str, Any]]:
-    """Kernels on the streams of a GPU, by falling time: ``name``, ``us`` a call, ``times`` a call."""
+    """Kernels on the streams of a GPU, longest first: ``name``, ``us`` per call, ``times`` per call."""
     found: dict[str, list[float]] = defaultdict(list)
     for plane in planes:
         for line in plane.lines if plane.name.startswith("/device:GPU") else ():
@@ -60,10 +60,10 @@ def kernel_times(planes: Iterable[Any], calls: int) -> list[dict[str, Any]]:
 
 
 def line(task: dict[str, Any], result: dict[str, Any]) -> str:
-    """The kernels that take most."""
+    """The kernels that take most time, as lines."""
     shape, kernels = Shape.of(task["shape"]), result["kernels"]
     total = sum(kernel["us"] for kernel in kernels)
-    lines = [f"{shape.name}, {task['impl']}: {total:,.1f} µs a call in {len(kernels)} kernels"]
+    lines = [f"{shape.name}, {task['impl']}: {total:,.1f} µs per call in {len(kernels)} kernels"]
     for kernel in kernels[:MOST_KERNELS]:
         lines.append(f"    {kernel['us']:8,.1f} µs, {kernel['times']:.2f} times  {kernel['name'][:LONGEST_NAME]}")
     return "\n".join(lines)

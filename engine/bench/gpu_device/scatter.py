@@ -20,7 +20,7 @@ WRITERS: dict[str, Write] = {"ours": set_kv_buffer, ".at[].set": write_plainly}
 
 
 def tasks(impl: str, *, small: bool) -> list[dict[str, Any]]:
-    """A decode's tokens, each alone, and a prompt's, in whole pages; the backend writes, whatever ``impl`` is."""
+    """Single tokens of a decode, and whole pages of a prompt; ``impl`` is not used, since the platform decides."""
     heads = {"heads": 2, "head_dim": 16} if small else {"heads": 8, "head_dim": 128}
     sizes = {"slots": 128, "calls": 2} if small else {"slots": SLOTS, "calls": 16}
     steps = [(8, 1), (16, 8)] if small else [(256, 1), (8192, 16)]
@@ -32,7 +32,7 @@ def tasks(impl: str, *, small: bool) -> list[dict[str, Any]]:
 
 
 def prepare(task: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-    """Compiles a program of several writes into one pool, each to other slots, so that L2 does not hold them all."""
+    """Compiles a program of several writes into one pool, each to other slots, so that L2 cannot hold them all."""
     calls, tokens, slots, dtype = task["calls"], task["tokens"], task["slots"], task["dtype"]
     write = WRITERS[task["writer"]]
     shape = (slots, 2 * task["heads"], task["head_dim"])
@@ -60,14 +60,14 @@ def prepare(task: dict[str, Any]) -> Callable[[], dict[str, Any]]:
 
         timed = time_queued(dispatch, lambda: jax.block_until_ready(pool), calls)
         arena.take_back((pool,))
-        moved = 2 * tokens * shape[1] * shape[2] * jnp.dtype(dtype).itemsize  # read once, written once
+        moved = 2 * tokens * shape[1] * shape[2] * jnp.dtype(dtype).itemsize  # each byte is read once and written once
         return timed | {"gb_per_s": moved / timed["us"] / 1e3} | memory_of(compiled)
 
     return run
 
 
 def _slots(task: dict[str, Any], seed: int) -> Any:
-    """``[T]`` int32: runs of ``run`` slots at random places, none in the first run, which is the null page's."""
+    """``[T]`` int32: runs of ``run`` slots at random places, none in the null page."""
     runs = (
         1 + np.random.default_rng(seed).permutation(task["slots"] // task["run"] - 1)[: task["tokens"] // task["run"]]
     )
@@ -75,7 +75,7 @@ def _slots(task: dict[str, Any], seed: int) -> Any:
 
 
 def line(task: dict[str, Any], result: dict[str, Any]) -> str:
-    """One measurement."""
+    """One measurement, as a line."""
     return (
         f"{task['tokens']} tokens in runs of {task['run']}, {task['writer']}: {result['us']:,.1f} µs, "
         f"{result['gb_per_s']:,.0f} GB/s read and written; host {result['host_us']:,.1f} µs, temp "

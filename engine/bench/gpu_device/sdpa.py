@@ -1,6 +1,6 @@
-"""Section ``sdpa``: torch's scaled_dot_product_attention over a contiguous cache, by each of its backends.
+"""Section ``sdpa``: torch's scaled_dot_product_attention over a contiguous cache, with each of its backends.
 
-It has no pages to follow and no new token to write: what it takes is what attention alone takes.
+It reads no page table and writes no new token: its time is that of attention alone.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from engine.bench.gpu_device.speed import rates
 from engine.bench.gpu_device.torch_clock import time_torch, torch_device
 
 BACKENDS = ("flash_attention", "cudnn_attention", "math")
-ROTATED_BYTES = 1 << 30  # of K and V: many times any L2
+ROTATED_BYTES = 1 << 30  # bytes of K and V: many times the size of any L2
 
 
 def tasks(impl: str, *, small: bool) -> list[dict[str, Any]]:
-    """Every shape of ours by each fast backend; ``impl`` is of no account.
+    """Every shape with each fast backend; ``impl`` is not used.
 
-    In decoding also with each KV head's queries folded into one sequence of queries, which some backends like better.
+    Decode also runs with the queries of each KV head folded into one sequence, which is faster in some backends.
     """
     if small:
         rows = [(2, 1, 32), (2, 8, 24)]
@@ -38,7 +38,7 @@ def _task(shape: Shape, backend: str, *, folded: bool = False) -> dict[str, Any]
 
 
 def prepare(task: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-    """Nothing to compile."""
+    """Returns the task's measurement; there is nothing to compile."""
     return functools.partial(_measure, task)
 
 
@@ -69,10 +69,10 @@ def attend(q: Any, k: Any, v: Any, *, folded: bool = False) -> Any:
     """Causal attention of the last ``n`` of ``L`` tokens.
 
     Args:
-        q: ``[B, Hq, n, D]``.
-        k: ``[B, H, L, D]``.
-        v: as ``k``.
-        folded: with one new token, whether the queries of a KV head stand as if they were a sequence.
+        q: ``[B, Hq, n, D]`` queries.
+        k: ``[B, H, L, D]`` keys.
+        v: ``[B, H, L, D]`` values.
+        folded: with one new token, whether the queries of a KV head form a sequence.
 
     Returns:
         ``[B, Hq, n, D]``, or ``[B, H, Hq / H, D]`` where folded.
@@ -89,7 +89,7 @@ def attend(q: Any, k: Any, v: Any, *, folded: bool = False) -> Any:
 
 
 def line(task: dict[str, Any], result: dict[str, Any]) -> str:
-    """One measurement."""
+    """One measurement, as a line."""
     how = task["backend"].removesuffix("_attention") + (", folded" if task["folded"] else "")
     return (
         f"{Shape.of(task['shape']).name}, torch {how}: {result['us']:,.1f} µs, {result['gb_per_s']:,.0f} GB/s, "

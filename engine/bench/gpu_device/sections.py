@@ -1,4 +1,4 @@
-"""The sections in the order in which they run: what tells most comes first."""
+"""The sections in the order in which they run: the most informative first."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ class Section:
     """A part of the benchmark.
 
     Attributes:
-        name: on the command line; also that of its module.
-        limit: seconds for all its tasks, so that what hangs again and again leaves time for others.
-        patience: seconds without a word after which a running task is given up.
-        compiles_ahead: whether all its tasks are compiled, side by side, before the first is timed.
-        workers: processes that share the tasks, where nothing is timed: a compile is mostly Python, one a process.
+        name: its name on the command line and the name of its module.
+        limit: seconds for all its tasks, so that repeated hangs leave time for other sections.
+        patience: seconds without output after which a running task is given up.
+        compiles_ahead: whether all its tasks are compiled, in parallel, before the first is timed.
+        workers: number of processes that share the tasks, where nothing is timed; a compile runs mostly in Python, so
+            each process compiles one task at a time.
     """
 
     name: str
@@ -27,7 +28,7 @@ class Section:
 
     @property
     def module(self) -> Any:
-        """What has ``tasks``, ``prepare`` and ``line``."""
+        """The module with ``tasks``, ``prepare`` and ``line``."""
         return importlib.import_module(f"engine.bench.gpu_device.{self.name}")
 
 
@@ -46,5 +47,5 @@ SECTIONS = (
 
 
 def section_named(name: str) -> Section:
-    """One of ``SECTIONS``."""
+    """The section of ``SECTIONS`` with this name."""
     return next(section for section in SECTIONS if section.name == name)

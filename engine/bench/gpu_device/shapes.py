@@ -1,4 +1,4 @@
-"""The shape of a step: how many sequences bring how many new tokens to contexts of what length."""
+"""The shape of a step: its sequences with their numbers of new tokens and context lengths."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Shape:
     """A step of attention over one layer's cache.
 
     Attributes:
-        rows: groups of equal sequences, each (sequences, new tokens, tokens of context with the new ones).
-        page_size: tokens a page.
+        rows: groups of equal sequences, each (sequences, new tokens, tokens of context including the new ones).
+        page_size: tokens per page.
         q_heads: query heads.
         kv_heads: KV heads.
-        head_dim: elements a head.
-        dtype: of q, k, v and the cache.
+        head_dim: elements per head.
+        dtype: dtype of q, k, v and the cache.
     """
 
     rows: tuple[tuple[int, int, int], ...]
@@ -32,16 +32,16 @@ class Shape:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Shape:
-        """From what ``values`` gave, also after a way through JSON."""
+        """The shape whose ``values`` these are, also after a round trip through JSON."""
         return cls(**values | {"rows": tuple((int(n), int(new), int(length)) for n, new, length in values["rows"])})
 
     def values(self) -> dict[str, Any]:
-        """As plain values."""
+        """Its fields as plain values."""
         return asdict(self)
 
     @property
     def name(self) -> str:
-        """Such as ``32 x 1 of 2048``."""
+        """Its name, such as ``32 x 1 of 2048``."""
         return " + ".join(f"{n} x {new} of {length}" for n, new, length in self.rows)
 
     @property
@@ -61,7 +61,7 @@ class Shape:
 
     @property
     def itemsize(self) -> int:
-        """Bytes an element; bfloat16 is a dtype of ml_dtypes."""
+        """Bytes per element; bfloat16 is a dtype of ml_dtypes."""
         return np.dtype(getattr(ml_dtypes, self.dtype, self.dtype)).itemsize
 
     @property
@@ -71,12 +71,12 @@ class Shape:
 
     @property
     def flops(self) -> int:
-        """Of both products, over the pairs of query and key that are visible: 4 a pair, head and element."""
+        """FLOPs of both products over the visible pairs of query and key: 4 per pair, head and element."""
         pairs = int((self.q_lens * (self.kv_lens - self.q_lens) + self.q_lens * (self.q_lens + 1) // 2).sum())
         return 4 * self.head_dim * self.q_heads * pairs
 
     def page_table(self, pages: int, seed: int = 0) -> npt.NDArray[np.int32]:
-        """``[B, P]`` pages of each sequence, drawn from a whole pool of ``pages`` in random order, never page 0."""
+        """``[B, P]`` page ids of each sequence, in random order from a pool of ``pages`` pages, never page 0."""
         counts = -(-self.kv_lens // self.page_size)
         drawn = 1 + np.random.default_rng(seed).permutation(pages - 1)[: counts.sum()]
         table = np.zeros((len(counts), counts.max()), np.int32)

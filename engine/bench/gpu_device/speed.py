@@ -1,4 +1,4 @@
-"""How fast a chain of our calls is: what the sections of decode, prefill and layers have in common."""
+"""Times a chain of our calls: the common part of the sections decode, prefill and layers."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def prepare(task: dict[str, Any]) -> Callable[[], dict[str, Any]]:
 
 
 def rates(shape: Shape, us: float) -> dict[str, float]:
-    """What a call of ``us`` microseconds comes to: GB/s of K and V read once, and TFLOP/s of the visible pairs."""
+    """The rates of a call of ``us`` microseconds: GB/s of K and V read once, and TFLOP/s of the visible pairs."""
     return {"gb_per_s": shape.kv_bytes / us / 1e3, "tflop_per_s": shape.flops / us / 1e6}
 
 
 def memory_of(compiled: Any) -> dict[str, int]:
-    """Bytes of temporaries and of what is updated in place in a compiled program."""
+    """Bytes of temporaries and of arrays updated in place in a compiled program."""
     usage = compiled.memory_analysis()
     return {"temp_bytes": int(usage.temp_size_in_bytes), "alias_bytes": int(usage.alias_size_in_bytes)}
 
 
 def line(task: dict[str, Any], result: dict[str, Any]) -> str:
-    """One measurement."""
+    """One measurement, as a line."""
     shape = Shape.of(task["shape"])
     spread = f"{result['low_us']:,.1f} to {result['high_us']:,.1f}"
     notes = [

@@ -1,4 +1,4 @@
-"""Runs tasks in worker processes, and outlives them: a task that kills or hangs one is given up, the rest go on."""
+"""Runs tasks in worker processes: a task that kills or hangs a worker is given up, and the others continue."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from typing import Any
 from engine.bench.compiling import pipes_of
 from engine.bench.gpu_device.sections import Section
 
-COMPILE_PATIENCE = 120.0  # seconds without a word while nothing runs: a start and a compile
+COMPILE_PATIENCE = 120.0  # seconds without output while no task runs: start and compile
 NONE = -1  # no task
-MOST_STARTS = 6  # of one worker's successors
-# jax and torch share the device's memory, one worker after the other.
+MOST_STARTS = 6  # starts of one worker and its successors
+# jax and torch workers run one after the other and share the device's memory.
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
 WORKER = (sys.executable, "-m", "engine.bench.gpu_device.worker")
 
@@ -39,12 +39,12 @@ def run_tasks(
     """Runs a section's tasks; each ends in one call of ``told``, and one such call at a time.
 
     Args:
-        section: whose tasks they are; its workers take turns in taking them.
-        tasks: to be run, each worker's in order.
+        section: the section of the tasks, which are dealt to its workers in turn.
+        tasks: the tasks to run; each worker runs its tasks in order.
         told: called with a task's number and ``{"result": …}``, ``{"error": …}`` or ``{"skipped": …}``.
-        deadline: of ``time.monotonic``: what has not begun by then is skipped, and what runs is given up.
+        deadline: value of ``time.monotonic`` at which tasks not yet begun are skipped and the running one is given up.
         worker: the command of a worker, before the section's name.
-        compile_patience: seconds that a worker may be silent while it runs nothing.
+        compile_patience: seconds that a worker may be silent while it runs no task.
     """
     telling, stopped = threading.Lock(), threading.Event()
 
@@ -62,7 +62,7 @@ def run_tasks(
         try:
             for future in running:
                 future.result()
-        finally:  # Ctrl-C ends the workers too: none is to follow them
+        finally:  # Ctrl-C ends the workers too, and no successor may start
             stopped.set()
 
 
@@ -75,7 +75,7 @@ def _run(
     compile_patience: float,
     stopped: threading.Event,
 ) -> None:
-    """One worker's share of the tasks, by it and its successors."""
+    """Runs the tasks of one worker, by it and its successors."""
 
     def done(number: int, outcome: dict[str, Any]) -> None:
         del left[number]
@@ -90,9 +90,9 @@ def _run(
         number, reason = _Worker(section, left, [*command, *options], compile_patience).serve(done, deadline)
         if number in left:
             done(number, {"error": reason})
-        elif len(left) == before and side_by_side:  # one of several compiles: the next worker shows which
+        elif len(left) == before and side_by_side:  # one of several compiles failed: the next worker finds out which
             side_by_side = False
-        elif len(left) == before:  # it never came to a task: it will not the next time
+        elif len(left) == before:  # it did not reach a task, and its successor would not either
             for number in list(left):
                 done(number, {"error": reason})
     reason = "out of time" if time.monotonic() >= deadline else f"{MOST_STARTS} workers have died"
@@ -116,7 +116,7 @@ class _Worker:
             json.dump(list(left.items()), stdin)
             stdin.close()
         except BrokenPipeError:
-            pass  # its end is seen below
+            pass  # the end of its output is handled below
 
     def _read(self) -> None:
         with self._stdout as lines:
@@ -125,10 +125,10 @@ class _Worker:
         self._lines.put(None)
 
     def serve(self, done: Told, deadline: float) -> tuple[int, str]:
-        """Passes results on until the worker is done, dead, silent for too long, or out of time.
+        """Passes results on until the worker ends, dies, is silent for too long, or runs out of time.
 
         Returns:
-            The task that was running or the only one that was compiled, -1 if there is no such; and what ended it.
+            The task that was running, or the only one in compilation, or -1 if there is none; and the reason.
         """
         running, compiling = NONE, set[int]()
         try:

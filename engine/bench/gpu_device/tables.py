@@ -1,4 +1,4 @@
-"""The last words: ours beside torch's and XLA's on each shape, and how near to the device's own ceilings."""
+"""The final tables: ours, torch and XLA on each shape, as a fraction of the device's own ceilings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Ceilings = dict[str, tuple[float, str]]
 
 
 def print_tables(report: Report) -> None:
-    """Prints what there is of: verdicts, ceilings, and a table for each section that was timed."""
+    """Prints verdicts, ceilings, and a table for each section that was timed, as far as there are results."""
     _print_verdicts(report)
     ceiling = ceilings(report)
     if ceiling:
@@ -24,7 +24,7 @@ def print_tables(report: Report) -> None:
 
 
 def ceilings(report: Report) -> Ceilings:
-    """What the device itself reached, with the unit: GB/s of copy and read, TFLOP/s of matmul."""
+    """The rates that the device reached, with units: GB/s of copy and read, TFLOP/s of matmul."""
     found = {}
     for task, result in report.results("ceilings"):
         key, unit = ("tflop_per_s", "TFLOP/s") if task["what"] == "matmul" else ("gb_per_s", "GB/s")
@@ -44,7 +44,7 @@ def _print_verdicts(report: Report) -> None:
 
 
 def _print_speed(report: Report, section: str, rate: str, shares: tuple[str, ...], ceiling: Ceilings) -> None:
-    """Every contender on each of a section's shapes; ``x ours`` is its time over that of our fastest."""
+    """Every contender on each shape of a section; ``x ours`` is its time divided by that of our fastest."""
     names = dict.fromkeys(Shape.of(task["shape"]).name for task, _ in report.results(section))
     rows = []
     for name in names:
@@ -61,7 +61,7 @@ def _print_speed(report: Report, section: str, rate: str, shares: tuple[str, ...
 
 
 def _contenders(report: Report, section: str, name: str) -> list[tuple[str, dict[str, Any]]]:
-    """Label and result of all that did the shape of this name, our own first."""
+    """Label and result of every contender on the shape of this name, ours first."""
     found = []
     for task, result in report.results(section):
         if Shape.of(task["shape"]).name == name:
@@ -79,7 +79,7 @@ def _whose(task: dict[str, Any]) -> str:
 
 
 def _marks(result: dict[str, Any]) -> str:
-    """What makes a time worth less."""
+    """Marks of a time that is not reliable."""
     return (", host-bound" if result["host_bound"] else "") + ("" if result["finite"] else ", NOT FINITE")
 
 
@@ -90,7 +90,7 @@ def _rival(task: dict[str, Any]) -> str:
 
 
 def _print_layers(report: Report, ceiling: Ceilings) -> None:
-    """A layer's time in a program of many, what reading its cache alone takes, and the program's from start to end."""
+    """Time per layer in a program of many layers, time to only read its cache, and time of the whole program."""
     rows = []
     for task, result in report.results("layers"):
         shape = Shape.of(task["shape"])
@@ -100,7 +100,7 @@ def _print_layers(report: Report, ceiling: Ceilings) -> None:
         rows.append([name, f"{result['us']:,.1f}", floor, f"{whole / 1e3:,.2f}"])
     if rows:
         print()
-        print_table(["layers", "µs a layer", "µs to read", "ms in all"], rows)
+        print_table(["layers", "µs per layer", "µs to read", "ms in all"], rows)
 
 
 def _print_scatter(report: Report) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 def torch_device() -> str:
     """The GPU, or the CPU where there is none."""
-    import torch  # here, because it takes seconds and only worker processes of their own load it
+    import torch  # here, because the import takes seconds and only some workers need it
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -19,12 +19,13 @@ def time_torch(calls: Sequence[Callable[[], Any]], *, seconds: float = 0.15, rep
     """Times calls that do the same over different data, one after the other.
 
     Args:
-        calls: what to time.
-        seconds: how long one measurement is to take, about.
-        repeats: measurements.
+        calls: the calls to time.
+        seconds: approximate time of one measurement.
+        repeats: number of measurements.
 
     Returns:
-        ``us`` a call, the median; ``low_us`` and ``high_us``; and whether a ``graph`` was replayed.
+        ``us``, median microseconds per call; ``low_us`` and ``high_us``, the extremes; ``graph``, whether one was
+        replayed.
     """
     import torch
 
@@ -54,7 +55,7 @@ def time_torch(calls: Sequence[Callable[[], Any]], *, seconds: float = 0.15, rep
 
 
 def _captured(calls: Sequence[Callable[[], Any]]) -> tuple[Callable[[], Any], bool]:
-    """The calls as one graph, or as they are where they cannot be captured."""
+    """The calls as one graph, or one by one where they cannot be captured."""
     import torch
 
     def plainly() -> None:

@@ -1,4 +1,4 @@
-"""Section ``versions``: the device and the software, as they are found."""
+"""Section ``versions``: the device, and versions of the software."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ QUERIES = "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,p
 
 
 def tasks(impl: str, *, small: bool) -> list[dict[str, Any]]:
-    """One; neither argument is of account."""
+    """One task; neither argument is used."""
     return [{}]
 
 
 def prepare(task: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-    """Nothing to compile."""
+    """Returns the task's function; there is nothing to compile."""
     return functools.partial(_read, task)
 
 
@@ -41,5 +41,5 @@ def _read(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def line(task: dict[str, Any], result: dict[str, Any]) -> str:
-    """All of it."""
+    """All names and values, as a line."""
     return ", ".join(f"{name} {value}" for name, value in result.items())

@@ -1,7 +1,7 @@
-"""A process that runs one section's tasks, telling each step of it in a line of JSON on stdout.
+"""A process that runs the tasks of one section and reports each event as a line of JSON on stdout.
 
-``python -m engine.bench.gpu_device.worker SECTION [--one-by-one]`` reads a JSON list of [number, task] from stdin, and
-compiles them one by one where it is told to, so that what ends the process is known. Lines are
+``python -m engine.bench.gpu_device.worker SECTION [--one-by-one]`` reads a JSON list of [number, task] from stdin. With
+``--one-by-one`` it compiles one task at a time, so that a task which ends the process is identified. Lines are
 ``{"task": number, "phase": "compiling" | "compiled" | "running"}``, and last ``{"task": number, "result": {...}}`` or
 ``{"task": number, "error": "...", "trace": "..."}``.
 """
@@ -24,7 +24,7 @@ from engine.terminal import keep_stdout_for_answers
 
 MOST_COMPILERS = 8
 DEVICE_FAILED = 3  # exit code
-LONGEST_MESSAGE, LONGEST_TRACE = 500, 6000  # characters; a compiler's may be a whole program
+LONGEST_MESSAGE, LONGEST_TRACE = 500, 6000  # characters; a compiler's message may contain a whole program
 Task = tuple[int, dict[str, Any]]
 Runner = Callable[[], dict[str, Any]]
 
@@ -45,13 +45,13 @@ def tell(**event: Any) -> None:
 
 
 def run_section(section: Section, tasks: list[Task], tell: Callable[..., None], compilers: int = 1) -> None:
-    """Compiles tasks, ``compilers`` side by side, and runs them one after the other; what one raises is its result.
+    """Compiles tasks, ``compilers`` in parallel, and runs them one after the other; an exception is a task's result.
 
-    Where a failure has broken the device for this process, it ends here: the rest need another.
+    Where a failure has broken the device for this process, the process ends: the other tasks need a new one.
     """
     with ThreadPoolExecutor(compilers) as pool:
         prepared = [(task, pool.submit(_prepare, section, task, tell)) for task in tasks]
-        if section.compiles_ahead:  # a compiler beside it would disturb what is timed
+        if section.compiles_ahead:  # a compile in parallel would disturb the timing
             for _, future in prepared:
                 future.exception()
         for task, future in prepared:
@@ -60,7 +60,7 @@ def run_section(section: Section, tasks: list[Task], tell: Callable[..., None], 
 
 
 def _prepare(section: Section, task: Task, tell: Callable[..., None]) -> tuple[Runner, float]:
-    """What runs the task, and the seconds it took to compile."""
+    """The function that runs the task, and the seconds that its compile took."""
     tell(task=task[0], phase="compiling")
     start = time.perf_counter()
     try:
@@ -71,11 +71,11 @@ def _prepare(section: Section, task: Task, tell: Callable[..., None]) -> tuple[R
 
 
 def _run(section: Section, task: Task, future: Future[tuple[Runner, float]], tell: Callable[..., None]) -> bool:
-    """Whether the device is still good for others."""
+    """Whether the device is still usable for other tasks."""
     number, running = task[0], False
     try:
         if future.exception() and not isinstance(future.exception(), EngineError):
-            runner, compile_s = _prepare(section, task, tell)  # once more, alone: a compiler may not like company
+            runner, compile_s = _prepare(section, task, tell)  # once more, alone: some compiles fail only in parallel
         else:
             runner, compile_s = future.result()
         running = True
@@ -91,7 +91,7 @@ def _run(section: Section, task: Task, future: Future[tuple[Runner, float]], tel
 
 
 def _device_works() -> bool:
-    """Whether this process can still use the device: some failures leave it broken for good."""
+    """Whether this process can still use the device: some failures break it permanently."""
     try:
         if "torch" in sys.modules:
             import torch

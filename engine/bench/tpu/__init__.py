@@ -1,1 +1,1 @@
-"""Compiling for TPUs with no TPU at hand, and reading what came out."""
+"""Compiles for TPUs without a TPU, and reads the compiled programs."""

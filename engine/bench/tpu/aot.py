@@ -1,4 +1,4 @@
-"""Runs compiles for a TPU in a process of their own, on a machine that has libtpu and no TPU."""
+"""Compiles for a TPU in a separate process, on a machine that has libtpu and no TPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.bench.tpu.libtpu import SITE, require_compiler
 
 # The smallest topology of each generation; kernels are compiled for its first device.
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
-# What libtpu must find before jax is imported, to compile where no TPU is.
+# Environment that libtpu needs before jax is imported, to compile where no TPU is.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v6e-4",
@@ -20,7 +20,7 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "JAX_PLATFORMS": "cpu",
 }
-# Without the last of these a dump is hundreds of megabytes.
+# Without the last of these flags a dump is hundreds of megabytes.
 DUMP_FLAGS = (
     "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true "
     "--xla_jf_dump_llo_pass_label_regex=.*final.*"
@@ -28,12 +28,12 @@ DUMP_FLAGS = (
 
 
 def compile_each(target: str, cases: Sequence[dict[str, Any]], *, dump: bool = False) -> Iterator[dict[str, Any]]:
-    """Calls ``target`` once a case in one process of its own, and yields what it returns as it comes.
+    """Calls ``target`` once per case, all in one separate process, and yields each result when it arrives.
 
     Args:
         target: "module:function"; takes keyword arguments and returns a dict, both of JSON's types.
-        cases: the keyword arguments.
-        dump: pass each call ``folder=``, where libtpu leaves the bundles of what is compiled.
+        cases: the keyword arguments of each call.
+        dump: whether each call gets ``folder=``, the directory where libtpu writes the bundles of compiled programs.
 
     Yields:
         The function's dict, or ``{"failed": message}`` where it raised.

@@ -1,4 +1,4 @@
-"""Static figures kept by the version of the compiler, so that a change which makes the kernel worse is seen."""
+"""Compares static figures with a baseline per compiler version, to detect changes that make the kernel worse."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "v6e page 128, float8": {"gen": "v6e", "page_size": 128, "dtype": "float8_e4m3fn"},
 }
 ALLOWED = 0.10
-SLACK_SPILLS = 64  # a register allocator's noise, not a change of the kernel
+SLACK_SPILLS = 64  # noise of the register allocator, not a change of the kernel
 SLACK_VMEM_BYTES = 1 << 20
-# Which way each guarded figure is better, and what of it is noise.
+# For each compared figure, the direction that is better, and how much of it is noise.
 GUARDED = {
-    "decode bundles a token": (-1, 0),
-    "prefill FLOPs a bundle": (+1, 0),
+    "decode bundles per token": (-1, 0),
+    "prefill FLOPs per bundle": (+1, 0),
     "decode hot loop spills": (-1, SLACK_SPILLS),
     "prefill hot loop spills": (-1, SLACK_SPILLS),
     "VMEM bytes": (-1, SLACK_VMEM_BYTES),
@@ -28,7 +28,7 @@ GUARDED = {
 
 
 def regressions(expected: Figures, found: Figures) -> list[str]:
-    """What is worse than the baseline by more than ``ALLOWED`` and its slack, one line each.
+    """The figures that are worse than the baseline by more than ``ALLOWED`` and their slack, one line each.
 
     A figure that the baseline has and ``found`` lacks is a regression too.
     """

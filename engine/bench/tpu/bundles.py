@@ -1,6 +1,6 @@
 """Loops of a compiled TPU program, from the VLIW bundles and the slot table that libtpu dumps.
 
-Predicated code counts as executed, and stalls and waits for DMA are not seen: read what is counted here beside the
+Predicated code counts as executed, and stalls and waits for DMA are not counted: compare the counts with the
 bytes-over-bandwidth floor.
 """
 
@@ -20,10 +20,10 @@ class Loop:
     """A loop of a compiled program; the program itself is the outermost.
 
     Attributes:
-        first: its first bundle.
-        last: the bundle after its last.
-        depth: how many loops it lies in.
-        slots: instructions by slot, nested loops included once.
+        first: number of its first bundle.
+        last: number of the bundle after its last.
+        depth: how many loops enclose it.
+        slots: instructions by slot, nested loops counted once.
         children: the loops directly inside.
     """
 
@@ -35,12 +35,12 @@ class Loop:
 
     @property
     def bundles(self) -> int:
-        """Bundles from the first to the last, nested loops included once."""
+        """Bundles from the first to the last, nested loops counted once."""
         return self.last - self.first
 
     @property
     def own_bundles(self) -> int:
-        """Bundles that lie in no nested loop."""
+        """Bundles that are in no nested loop."""
         return self.bundles - sum(child.bundles for child in self.children)
 
     @property
@@ -60,7 +60,7 @@ class Program:
     """A dumped program.
 
     Attributes:
-        root: all of it, as one loop.
+        root: the whole program, as one loop.
         capacity: instructions that one bundle can hold, by slot.
     """
 
@@ -68,7 +68,7 @@ class Program:
     capacity: dict[str, int]
 
     def use(self, loop: Loop) -> dict[str, float]:
-        """Share of each slot that a loop fills, from 0 to 1."""
+        """Fraction of each slot that a loop uses, from 0 to 1."""
         return {name: loop.slots[name] / (loop.bundles * most) for name, most in self.capacity.items()}
 
 
@@ -105,7 +105,7 @@ def _slot_name(name: str) -> str:
 
 
 def _end(marks: list[tuple[bool, int]], first: int) -> int:
-    """The bundle after the last of a loop: it ends where another of its depth begins, or depth falls for good."""
+    """The bundle after a loop's last: where another loop of its depth begins, or the depth stays below its own."""
     depth, last = marks[first][1], first + 1
     for index in range(first + 1, len(marks)):
         begins, here = marks[index]

@@ -1,7 +1,8 @@
-"""What the loops of an attention kernel cost: bundles a KV token in decode, FLOPs a bundle in prefill.
+"""The cost of an attention kernel's loops: bundles per KV token in decode, FLOPs per bundle in prefill.
 
-Both kernels are counted alike: one turn of the loop over fetched blocks, with the turns that the compute loop inside
-takes, the DMAs that it issues and all other bundles of the block; over the tokens, or the FLOPs, of that block.
+Both kernels are counted in the same way: one turn of the loop over fetched blocks, with the turns of the compute loop
+inside, the DMAs that it issues and all other bundles of the block. That is set against the tokens, or the FLOPs, of
+the block.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from engine.bench.tpu.bundles import Loop, Program
 from engine.errors import BackendUnsupported
 
 if TYPE_CHECKING:
-    from engine.attention.tpu.kernel.geometry import Geometry
+    from engine.attention.impl.tpu.kernel.geometry import Geometry
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,10 @@ class Lane:
     """The loops of decode, or of prefill.
 
     Attributes:
-        block: one turn a fetched block.
-        fetch: issues the DMAs of a block, one turn a run of pages; pages one by one in loops inside.
-        chunk: one turn a compute chunk that needs no mask.
-        hot: the innermost loop of the chunk: one turn a head where the heads are a loop.
+        block: the loop with one turn per fetched block.
+        fetch: the loop that issues the DMAs of a block, one turn per run of pages; single pages are in loops inside.
+        chunk: the loop with one turn per compute chunk that needs no mask.
+        hot: the innermost loop of the chunk; one turn per head where the heads are a loop.
     """
 
     block: Loop
@@ -50,17 +51,17 @@ class Lane:
 
 
 def find_lanes(program: Program, kinds: int) -> list[Lane]:
-    """The loops of this package's kernel, one lane a kind of item: decode first, whole blocks of queries last.
+    """The loops of this package's kernel, one lane per kind of item: decode first, whole blocks of queries last.
 
-    A loop over blocks is one that holds, side by side, a loop that issues DMAs and loops with matrix work, first for
-    the chunks that need no mask and then for the edges.
+    A loop over blocks contains a loop that issues DMAs and loops with matrix work, first for the chunks that need no
+    mask and then for the edges.
 
     Args:
-        program: the kernel's.
-        kinds: how many kinds of item it has.
+        program: the kernel's program.
+        kinds: how many kinds of item the kernel has.
 
     Raises:
-        BackendUnsupported: the program has not as many such loops; the kernel has changed, and this must follow.
+        BackendUnsupported: the program has another number of such loops, because the kernel has changed.
     """
     lanes = []
     for block in program.root.walk():
@@ -72,8 +73,8 @@ def find_lanes(program: Program, kinds: int) -> list[Lane]:
             lanes.append(Lane(block, fetch[0], chunk, inner[-1]))
     if len(lanes) != kinds:
         raise BackendUnsupported(
-            f"cannot read the kernel's loops: {len(lanes)} loops over blocks where its items are of {kinds} kinds; "
-            "engine/bench/tpu/figures.py must follow what the kernel does now"
+            f"cannot read the kernel's loops: {len(lanes)} loops over blocks, but {kinds} kinds of item; "
+            "adapt engine/bench/tpu/figures.py to the kernel"
         )
     return lanes
 
@@ -85,10 +86,10 @@ def our_figures(program: Program, geo: Geometry) -> dict[str, float]:
     chunks, groups = tile.fetch_pages // tile.chunk_pages, tile.fetch_pages // geo.run_pages
     tokens = tile.fetch_pages * size
     found = {
-        f"decode bundles a token{name}": decode.bundles(chunks, groups, 1, scattered=scattered) / tokens
+        f"decode bundles per token{name}": decode.bundles(chunks, groups, 1, scattered=scattered) / tokens
         for name, scattered in (("", False), (", scattered pages", True))
     }
-    found["decode bundles a token, compute alone"] = decode.chunk.bundles / (tile.chunk_pages * size)
+    found["decode bundles per token, compute alone"] = decode.chunk.bundles / (tile.chunk_pages * size)
     found |= _hot_loop("decode", program, decode.hot)
     tile = geo.tiles[-1]
     chunks, groups = tile.fetch_pages // tile.chunk_pages, tile.fetch_pages // geo.run_pages
@@ -97,8 +98,8 @@ def our_figures(program: Program, geo: Geometry) -> dict[str, float]:
     block = prefill.bundles(chunks, groups, turns, scattered=False)
     for short in shorter:
         found["short extend over a whole block"] = short.bundles(chunks, groups, turns, scattered=False) / block
-    found["prefill FLOPs a bundle"] = flops * chunks * geo.heads / block
-    found["prefill FLOPs a bundle, compute alone"] = flops * geo.heads / turns / prefill.hot.bundles
+    found["prefill FLOPs per bundle"] = flops * chunks * geo.heads / block
+    found["prefill FLOPs per bundle, compute alone"] = flops * geo.heads / turns / prefill.hot.bundles
     found |= _hot_loop("prefill", program, prefill.hot)
     return found
 
@@ -109,7 +110,7 @@ def rival_figures(
     """Figures of tpu-inference's kernels.
 
     Args:
-        decode: its decode program, whose compute loop takes a block whole.
+        decode: its decode program, in which one turn of the compute loop takes a whole block.
         prefill: its mixed program.
         decode_tokens: tokens of a decode block.
         prefill_flops: FLOPs of one turn of the prefill program's compute loop, all heads.
@@ -117,21 +118,21 @@ def rival_figures(
     """
     hot, around = _innermost(decode.root)
     found = {
-        "decode bundles a token": around.bundles / decode_tokens,
-        "decode bundles a token, scattered pages": around.bundles / decode_tokens,
-        "decode bundles a token, compute alone": hot.bundles / decode_tokens,
+        "decode bundles per token": around.bundles / decode_tokens,
+        "decode bundles per token, scattered pages": around.bundles / decode_tokens,
+        "decode bundles per token, compute alone": hot.bundles / decode_tokens,
     } | _hot_loop("decode", decode, hot)
     hot, around = _innermost(prefill.root)
     block = around.bundles + (chunks - 1) * hot.bundles
     found |= {
-        "prefill FLOPs a bundle": prefill_flops * chunks / block,
-        "prefill FLOPs a bundle, compute alone": prefill_flops / hot.bundles,
+        "prefill FLOPs per bundle": prefill_flops * chunks / block,
+        "prefill FLOPs per bundle, compute alone": prefill_flops / hot.bundles,
     }
     return found | _hot_loop("prefill", prefill, hot)
 
 
 def _innermost(root: Loop) -> tuple[Loop, Loop]:
-    """The deepest loop with matrix work, the larger where two are as deep, and the loop around it."""
+    """The deepest loop with matrix work (the larger of two equally deep ones), and the loop around it."""
     pairs = [(child, loop) for loop in root.walk() for child in loop.children if child.has_matrix_work]
     return max(pairs, key=lambda pair: (pair[0].depth, pair[0].bundles))
 

@@ -17,10 +17,10 @@ _ALIAS = re.compile(r"\{[\d, ]*\}: \(\d+, \{[\d, ]*\}, (?:may|must)-alias\)")
 _CALLED = re.compile(r"\b(?:to_apply|body|true_computation|false_computation)=%?([\w.\-<>]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-# They name memory, and move and compute nothing.
+# These name memory; they move and compute nothing.
 _NAMES = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
 _CALLERS = {"while", "conditional", "call"}
-# They make no array anew.
+# These make no new array.
 _FREE = (_NAMES - {"constant"}) | _CALLERS | {"custom-call"}
 ENTRY = "ENTRY"
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -36,7 +36,7 @@ class Instruction:
         largest: the largest array among its results, e.g. "bf16[8,128]".
         largest_bytes: its bytes.
         line: its whole line.
-        computation: the computation it stands in; ``ENTRY`` is the program's own.
+        computation: the computation that contains it; ``ENTRY`` is the program's own.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Instruction:
 
 
 def instructions(text: str) -> Iterator[Instruction]:
-    """Instructions of a program in the order of its text, but for those inside fusions, whose values are no arrays."""
+    """Instructions of a program in the order of its text, except those inside fusions, whose values are not arrays."""
     fused, inside, computation = set(_CALLS.findall(text)), False, ENTRY
     for line in text.splitlines():
         if header := _HEADER.match(line):
@@ -62,9 +62,9 @@ def instructions(text: str) -> Iterator[Instruction]:
 
 
 def moves_of_at_least(text: str, size: int) -> list[str]:
-    """What makes an array of at least ``size`` bytes anew: copies, transposes, gathers, fusions; for messages.
+    """The instructions that make a new array of at least ``size`` bytes, such as copies and fusions; for messages.
 
-    A result that aliases an operand is no new array: kernels and loops that update in place are left out.
+    A result that aliases an operand is not a new array: kernels and loops that update in place are left out.
     """
     return [
         f"{found.opcode} {found.name}: {found.largest_bytes:,} bytes"
@@ -76,7 +76,8 @@ def moves_of_at_least(text: str, size: int) -> list[str]:
 def launches(text: str) -> int:
     """How many kernels and copies one run of a GPU's program launches, one after the other.
 
-    A loop counts the turns it is known to take, else one; of branches the longest counts; a call of a library is one.
+    A loop counts as its known number of turns, else as one; of several branches the longest counts; a library call
+    counts as one.
     """
     bodies = defaultdict(list)
     for found in instructions(text):
@@ -100,12 +101,12 @@ def kernel_vmem_bytes(text: str) -> dict[str, int]:
 
 
 def aliases(text: str) -> int:
-    """How many results of a program lie in the memory of an argument."""
+    """How many results of a program are in the memory of an argument."""
     return len(_ALIAS.findall(text.split("\n", 1)[0]))
 
 
 def collectives(text: str) -> list[str]:
-    """The collectives of a program, each as "opcode shape"; one that is started and awaited counts once."""
+    """The collectives of a program, each as "opcode shape"; a pair of start and done counts once."""
     found = ((i.opcode.removesuffix("-start"), i.largest) for i in instructions(text))
     return [f"{opcode} {shape}" for opcode, shape in found if opcode in COLLECTIVES]
 

@@ -1,8 +1,8 @@
 """Where libtpu is, the compiler for TPUs.
 
-``python -m engine.bench.tpu.libtpu`` installs the version that the installed jax pins, into a directory of its own in
-the environment. It is not installed like other packages: on a machine with no TPU jax would then look for one at every
-start, which takes seconds and prints warnings. Only the processes that compile ahead of time are shown it.
+``python -m engine.bench.tpu.libtpu`` installs the version that the installed jax pins, into a separate directory in the
+environment. It is not installed like other packages: on a machine without a TPU jax would then look for one at every
+start, which takes seconds and prints warnings. Only the processes that compile ahead of time can import it.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def require_compiler() -> None:
 
 
 def libtpu_version() -> str:
-    """The version of the compiler, e.g. "0.0.50.1"; what it emits differs from one to the next.
+    """The version of the compiler, e.g. "0.0.50.1"; the compiled code differs between versions.
 
     Raises:
-        BackendUnsupported: there is none here.
+        BackendUnsupported: libtpu is not installed.
     """
     require_compiler()
     apart = list(importlib.metadata.distributions(name="libtpu", path=[str(SITE)]))
@@ -58,10 +58,10 @@ def pinned_requirement() -> str:
 
 
 def install() -> None:
-    """Installs the pinned version into ``SITE`` where none is.
+    """Installs the pinned version into ``SITE`` unless one is installed.
 
     Raises:
-        BackendUnsupported: it cannot be had here.
+        BackendUnsupported: it cannot be installed here.
     """
     if missing_compiler() is None:
         return
@@ -78,4 +78,4 @@ if __name__ == "__main__":
         install()
         print(f"libtpu {libtpu_version()} compiles for TPUs here")
     except BackendUnsupported as error:
-        sys.exit(f"{error}\nwhat compiles ahead of time for a TPU is skipped by the tests")
+        sys.exit(f"{error}\ntests that compile ahead of time for a TPU are skipped")

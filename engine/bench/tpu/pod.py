@@ -1,4 +1,4 @@
-"""What a Llama's step takes on each device of a pod, planned and compiled."""
+"""Memory of a Llama's step on each device of a pod, as planned and as compiled."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from engine.planning.sizing import PoolPlan
 from engine.serving.build import plan_pool
 
 PAGE_SIZE = 128
-LAYERS = 2  # compiled; all layers are alike, so what each takes is known from these
+LAYERS = 2  # compiled; all layers are equal, so these show what each one takes
 MEMORY_SHARE = 0.9
 
 
 def compile_pod(*, topology: str, model: dict[str, Any], device_bytes: int, rows: int, context: int) -> dict[str, Any]:
     """Plans the pool that fits beside the weights, and compiles a decode step of ``LAYERS`` layers over it.
 
-    One KV head lies on each device of a tensor group; where the weights would not fit, twice as many devices share the
-    heads, and each KV head lies on two. All other devices are replicas.
+    Each device of a tensor group holds one KV head; where the weights would not fit, twice as many devices share the
+    heads, and each KV head is on two. The remaining axis has replicas.
 
     Args:
         topology: name of the TPU slice.
         model: the geometry, a ``[model]`` table.
         device_bytes: memory of one device.
         rows: sequences of each replica.
-        context: tokens of each.
+        context: tokens of each sequence.
 
     Returns:
-        ``compile_step``'s findings; how the mesh is made; bytes and tokens of the whole model as planned, with no
+        The results of ``compile_step``; the sizes of the mesh; bytes and tokens of the whole model as planned, with 0
         tokens where the weights do not fit.
     """
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -66,7 +66,7 @@ def compile_pod(*, topology: str, model: dict[str, Any], device_bytes: int, rows
         "model weight bytes": _weights(config, devices, tp),
         "model pool bytes": plan.device_bytes if plan else 0,
         "tokens": plan.size_tokens if plan else 0,
-        # An embedding table that is not the output projection is read by the row.
+        # Of an embedding table that is not the output projection a step reads only some rows.
         "unread bytes": 0 if config.tie_word_embeddings else embedding // tp,
         "context bytes": rows * context * token_bytes * config.num_hidden_layers,
     }
@@ -78,9 +78,9 @@ def _weights(config: LlamaConfig, devices: Any, tp: int) -> int:
 
 
 def _plan(config: LlamaConfig, devices: Any, tp: int, device_bytes: int, context: int) -> PoolPlan | None:
-    """The largest pool beside the weights, or None where there is no room for one request a replica."""
+    """The largest pool beside the weights, or None where there is no room for one request per replica."""
     dp = len(devices) // tp
-    unlimited = dp * (1 << 10)  # requests: memory is what limits the pool
+    unlimited = dp * (1 << 10)  # requests: so many that memory limits the pool
     engine = EngineConfig(
         page_size=PAGE_SIZE,
         mem_fraction_static=MEMORY_SHARE,

@@ -1,4 +1,4 @@
-"""Attention of this package, compiled for a TPU that need not be there."""
+"""Attention of this package, compiled for a TPU that need not be present."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from engine.attention.api import ragged_paged_attention
-from engine.attention.spec import AttentionSpec
-from engine.attention.tpu.api import make_geometry
+from engine.attention import ragged_paged_attention
+from engine.attention.impl.tpu.tpu_step import make_geometry
+from engine.attention.options import AttentionOptions
 from engine.bench.tpu.aot import TOPOLOGIES, fresh_dumps
 from engine.bench.tpu.bundles import read_program
 from engine.bench.tpu.figures import our_figures
@@ -46,20 +46,22 @@ def compile_attention(
 
     Args:
         gen: target, a key of ``TOPOLOGIES``.
-        page_size: tokens a page.
+        page_size: tokens per page.
         q_heads: query heads.
         kv_heads: KV heads.
-        head_dim: elements a head.
-        dtype: of the cache; queries are float32 beside float32, else bfloat16. One of 8 bits has scales, as arguments.
+        head_dim: elements per head.
+        dtype: dtype of the cache. Queries are float32 for a float32 cache, else bfloat16. An 8-bit cache has scales, as
+            arguments.
         tokens: new tokens of the step, T.
         batch: sequences, B.
         context: longest context in tokens.
         window: sliding window in tokens, or None.
-        extras: with sinks, a soft cap and the log-sum-exp.
-        folder: where libtpu dumps bundles, to count them; None counts none.
+        extras: whether the call has sinks, a soft cap and the log-sum-exp.
+        folder: directory where libtpu dumps bundles, to count them; None: no count.
 
     Returns:
-        Bytes of cache, temporaries, alias and VMEM, what is moved of the cache's size; counts by ``our_figures``.
+        Bytes of cache, temporaries, alias and VMEM; instructions that move an array of the cache's size; and the counts
+        of ``our_figures``.
     """
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[gen]).devices[0]
     layout = KVLayout.create(head_num=kv_heads, head_dim=head_dim, dtype=dtype, page_size=page_size, platform="tpu")
@@ -94,8 +96,8 @@ def compile_attention(
     found["VMEM bytes"] = max(kernel_vmem_bytes(compiled.as_text() or "").values())
     if folder:
         (dump,) = fresh_dumps(Path(folder), "ragged_paged_attention", _seen)
-        spec = AttentionSpec(page_size, head_dim**-0.5, window)
-        found |= our_figures(read_program(dump), make_geometry(queries, kv_heads, cache, spec, pages, generation=gen))
+        layer = AttentionOptions(page_size, head_dim**-0.5, window)
+        found |= our_figures(read_program(dump), make_geometry(queries, kv_heads, cache, layer, pages, generation=gen))
     return found
 
 
@@ -105,7 +107,8 @@ def compile_scatter(
     """Compiles one ``set_kv_buffer`` of ``tokens`` into a donated cache of ``slots``; arguments as for attention.
 
     Returns:
-        Bytes of cache, temporaries and alias, what is moved of the cache's size, and whether the kernel is in it.
+        Bytes of cache, temporaries and alias; instructions that move an array of the cache's size; and whether the
+        program has the kernel.
     """
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[gen]).devices[0]
     layout = KVLayout.create(head_num=kv_heads, head_dim=head_dim, dtype=dtype, page_size=page_size, platform="tpu")
@@ -121,7 +124,7 @@ def compile_scatter(
 
 
 def _footprint(compiled: Any, cache_bytes: int) -> dict[str, Any]:
-    """What a compiled program over a donated cache takes and moves, in bytes."""
+    """Memory of a compiled program over a donated cache, and what it moves, in bytes."""
     memory = compiled.memory_analysis()
     return {
         "cache bytes": cache_bytes,

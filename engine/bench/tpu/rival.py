@@ -1,13 +1,12 @@
-"""tpu-inference's ragged paged attention kernel (v3), fetched from PyPI and compiled beside this package's.
+"""tpu-inference's ragged paged attention kernel (v3), fetched from PyPI and compiled for comparison.
 
-It is installed without its dependencies into a cache directory of the user, never into the environment that runs. Its
-package's ``__init__`` pulls in a serving engine, so the kernel's module is imported around it.
+It is installed without its dependencies into a cache directory of the user, never into the running environment. The
+``__init__`` of its package imports a serving engine, so the kernel's module is imported without it.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 import subprocess
 import sys
 import types
@@ -19,10 +18,11 @@ from engine.bench.tpu.bundles import read_program
 from engine.bench.tpu.figures import rival_figures
 from engine.bench.tpu.hlo import kernel_vmem_bytes
 from engine.errors import BackendUnsupported
+from engine.user_files import cache_directory
 
 REQUIREMENT = "tpu-inference==0.32.0"
 KERNEL = "tpu_inference.kernels.ragged_paged_attention.v3.kernel"
-VERSIONS = {"v5e": 5, "v6e": 6, "v7x": 7}  # what its get_tpu_version would say on each
+VERSIONS = {"v5e": 5, "v6e": 6, "v7x": 7}  # what its get_tpu_version returns on each generation
 
 _seen: set[Path] = set()
 
@@ -33,8 +33,7 @@ def install() -> Path:
     Raises:
         BackendUnsupported: pip cannot fetch it.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    target = cache / "fused-kv-engine" / REQUIREMENT.replace("==", "-")
+    target = cache_directory() / REQUIREMENT.replace("==", "-")
     if not (target / "tpu_inference").is_dir():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
         options = ["--ignore-requires-python", "--target", str(target), REQUIREMENT]
@@ -45,7 +44,7 @@ def install() -> Path:
 
 
 class Shape(NamedTuple):
-    """What is compiled: the arguments of ``programs.compile_attention``."""
+    """The shape that is compiled: the arguments of ``programs.compile_attention``."""
 
     gen: str
     page_size: int
@@ -64,12 +63,12 @@ class Shape(NamedTuple):
 
     @property
     def query_dtype(self) -> str:
-        """float32 beside a float32 cache, else bfloat16."""
+        """float32 for a float32 cache, else bfloat16."""
         return "float32" if self.dtype == "float32" else "bfloat16"
 
 
 class Blocks(NamedTuple):
-    """Its block sizes, in the order in which its call takes them."""
+    """The rival's block sizes, in the order of its call."""
 
     queries: int
     keys: int
@@ -77,7 +76,7 @@ class Blocks(NamedTuple):
     computed_keys: int
 
     def shrunk(self, by: int) -> Blocks:
-        """Smaller ones, which compute as many keys at once as before."""
+        """Smaller block sizes, which compute as many keys at once as before."""
         keys = max(self.keys // by, self.computed_keys)
         return Blocks(self.queries // by, keys, self.computed_queries // by, self.computed_keys)
 
@@ -88,11 +87,11 @@ def compile_rival(*, site: str, shrink: int = 1, folder: str | None = None, **sh
     Args:
         site: the directory that ``install`` returned.
         shrink: divides its default prefill blocks, for a target whose VMEM does not hold them.
-        folder: where libtpu dumps bundles, to count them; None counts none.
+        folder: directory where libtpu dumps bundles, to count them; None: no count.
         shape: the fields of ``Shape``.
 
     Returns:
-        Bytes of temporaries and VMEM, the prefill blocks, and counts by ``rival_figures``.
+        Bytes of temporaries and VMEM, the prefill blocks, and the counts of ``rival_figures``.
     """
     one = Shape(**shape)
     kernel = _import_kernel(Path(site), one.gen)
@@ -126,7 +125,7 @@ def _default_blocks(kernel: Any, one: Shape, case: Any) -> Blocks:
 
 
 def _lower(kernel: Any, one: Shape, decode: Blocks, prefill: Blocks) -> Any:
-    """Its call over a cache that holds the whole batch, lowered for the target."""
+    """The rival's call over a cache that holds the whole batch, lowered for the target."""
     import jax
     from jax.experimental import topologies
     from jax.sharding import Mesh, SingleDeviceSharding

@@ -1,4 +1,4 @@
-"""The serving runner's own step of a Llama, parcel to tokens, compiled for TPUs or a GPU that need not be there."""
+"""The serving runner's own step of a Llama, parcel to tokens, compiled for TPUs or a GPU that need not be present."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from engine.attention.backend import FlashAttentionBackend
-from engine.attention.sharded import MeshAttention
+from engine.attention import FlashAttentionBackend, MeshAttention
 from engine.bench.tpu.hlo import aliases, collectives, kernel_vmem_bytes, launches, moves_of_at_least
 from engine.distributed.mesh import DATA_AXIS, TENSOR_AXIS, make_mesh, named
+from engine.distributed.placement import Placement
 from engine.kv.pool import TokenToKVPool
 from engine.kv.split import buffer_spec
 from engine.models.llama import Llama
@@ -26,7 +26,6 @@ from engine.models.sharding import abstract_llama, split_config, weight_bytes
 from engine.serving.device.batcher import parcel_shapes
 from engine.serving.device.device_rows import DeviceRows
 from engine.serving.device.runner import forward_step
-from engine.serving.placement import Placement
 
 DTYPE = jnp.bfloat16
 
@@ -45,14 +44,14 @@ def compile_step(
     dp: int = 1,
     cp: int = 1,
 ) -> dict[str, Any]:
-    """Compiles one step of bfloat16 weights over a donated bfloat16 pool: the runner's own.
+    """Compiles the runner's own step with bfloat16 weights over a donated bfloat16 pool.
 
     Args:
         topology: name of the TPU slice, e.g. "v5e:2x4".
         model: the geometry, a ``[model]`` table.
-        layers: how many of its layers; all are alike, so a few are enough to see what each does.
+        layers: how many of its layers; all are equal, so a few are enough to see what each one does.
         pool_tokens: usable token slots of each replica.
-        page_size: tokens a page.
+        page_size: tokens per page.
         tokens: new tokens of each replica, T.
         rows: sequences of each replica, B.
         context: longest context in tokens.
@@ -61,9 +60,9 @@ def compile_step(
         cp: devices that share the tokens of a page.
 
     Returns:
-        Bytes a device: planned for weights and pool, and as compiled for arguments, alias and temporaries; how many
-        arrays are donated and how many results lie in their argument's memory; kernels, collectives (opcode and shape
-        to count), and what is moved of a layer's buffer's size.
+        Bytes per device, as planned for weights and pool, and as compiled for arguments, alias and temporaries; how
+        many arrays are donated and how many results are in their argument's memory; kernels; collectives (opcode and
+        shape to count); and instructions that move an array as large as a layer's buffer.
     """
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(tp=tp, dp=dp, cp=cp, devices=devices)
@@ -86,7 +85,7 @@ def compile_step_on(
     rows: int,
     context: int,
 ) -> dict[str, Any]:
-    """As ``compile_step``, over a mesh or on the first of some devices; ``platform`` is "tpu" or "gpu"."""
+    """Like ``compile_step``, over a mesh or on the first of some devices; ``platform`` is "tpu" or "gpu"."""
     tp, dp = (1, 1) if mesh is None else (mesh.shape.get(TENSOR_AXIS, 1), mesh.shape.get(DATA_AXIS, 1))
     config = dataclasses.replace(split_config(LlamaConfig.from_mapping(model), tp), num_hidden_layers=layers)
     place = _Places(mesh, devices[0], platform)
@@ -129,7 +128,7 @@ def compile_step_on(
 
 @dataclasses.dataclass(frozen=True)
 class _Places:
-    """Shapes that say where they lie: over a mesh, or on one device."""
+    """Shapes with their placement: over a mesh, or on one device."""
 
     mesh: Mesh | None
     device: jax.Device

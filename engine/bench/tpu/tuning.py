@@ -1,4 +1,4 @@
-"""Which block sizes to try for the TPU kernel, what was found so far, and the table that ``choose_blocks`` reads."""
+"""Block sizes to try for the TPU kernel, the journal of trials, and the table that ``choose_blocks`` reads."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from engine.attention.spec import AttentionSpec
-from engine.attention.tpu.block_sizes import (
+from engine.attention.impl.tpu.block_sizes import (
     OVERRIDE_KEYS,
     VMEM_BYTES,
     VMEM_SHARE,
@@ -23,12 +22,13 @@ from engine.attention.tpu.block_sizes import (
     choose_blocks,
     load_overrides,
 )
+from engine.attention.options import AttentionOptions
 from engine.errors import BackendUnsupported
 from engine.kv.layout import KVLayout
 
 Mode = Literal["decode", "prefill"]
 MODES: tuple[Mode, ...] = ("decode", "prefill")
-CONTEXT = 8192  # tokens of the longest context that is tuned for
+CONTEXT = 8192  # tokens of the longest context that the tuner measures
 FETCH_TOKENS = (512, 1024, 2048, 4096)
 CHUNK_TOKENS = (256, 512, 1024, 2048)
 PREFILL_ROWS = (256, 512, 1024, 2048)
@@ -36,15 +36,15 @@ PREFILL_ROWS = (256, 512, 1024, 2048)
 
 @dataclass(frozen=True)
 class Target:
-    """What one entry of the table is for.
+    """The geometry of one entry of the table.
 
     Attributes:
         generation: "v5e", "v6e" or "v7x".
         heads: KV heads on a device.
         group: query heads a KV head.
-        head_dim: elements a head.
-        page_size: tokens a page.
-        dtype: of the cache, by name.
+        head_dim: elements per head.
+        page_size: tokens per page.
+        dtype: name of the cache's dtype.
     """
 
     generation: str
@@ -56,18 +56,18 @@ class Target:
 
     @property
     def layout(self) -> KVLayout:
-        """How a pool on a TPU stores it."""
+        """The layout of a pool on a TPU."""
         return KVLayout.create(
             head_num=self.heads, head_dim=self.head_dim, dtype=self.dtype, page_size=self.page_size, platform="tpu"
         )
 
     @property
     def query_dtype(self) -> Any:
-        """float32 beside a float32 cache, else bfloat16."""
+        """float32 for a float32 cache, else bfloat16."""
         return jnp.float32 if self.dtype == "float32" else jnp.bfloat16
 
     def entry(self, blocks: BlockSizes) -> dict[str, Any]:
-        """Its entry in the table of overrides."""
+        """The key of its entry in the table of overrides."""
         values = dataclasses.asdict(self) | {"lanes": self.layout.lanes}
         return {key: values[key] for key in OVERRIDE_KEYS} | {"blocks": dataclasses.asdict(blocks)}
 
@@ -77,7 +77,7 @@ Timer = Callable[[Target, Mode, BlockSizes], float]
 
 
 def formula(target: Target) -> BlockSizes:
-    """What the kernel takes today: where the search begins."""
+    """The sizes that the kernel uses now: the start of the search."""
     return choose_blocks(
         generation=target.generation,
         heads=target.heads,
@@ -90,10 +90,10 @@ def formula(target: Target) -> BlockSizes:
 
 
 def candidates(target: Target, mode: Mode, start: BlockSizes) -> list[BlockSizes]:
-    """``start`` and the sizes of one mode to try in its place; decode and prefill do not feel each other's.
+    """``start`` and the sizes of one mode to try in its place; sizes of decode do not affect prefill, nor the reverse.
 
-    Chunks divide their fetch block and are whole pages, and all of the kernel's scratch fits the share of VMEM that the
-    formula keeps to. Where not even ``start`` can be had, its trial fails and says why.
+    Chunks divide their fetch block and are whole pages, and all of the kernel's scratch fits the part of VMEM that the
+    formula allows. Where not even ``start`` fits, its trial fails and says why.
     """
     found: list[BlockSizes] = []
     for fetch, chunk in product(FETCH_TOKENS, CHUNK_TOKENS):
@@ -114,7 +114,7 @@ def candidates(target: Target, mode: Mode, start: BlockSizes) -> list[BlockSizes
 
 
 def fits(target: Target, blocks: BlockSizes) -> bool:
-    """Whether the kernel's buffers keep to the share of VMEM that the formula keeps to."""
+    """Whether the kernel's buffers fit the part of VMEM that the formula allows."""
     try:
         return scratch_bytes(target, blocks) <= VMEM_BYTES[target.generation] * VMEM_SHARE
     except BackendUnsupported:
@@ -124,21 +124,21 @@ def fits(target: Target, blocks: BlockSizes) -> bool:
 def scratch_bytes(target: Target, blocks: BlockSizes) -> int:
     """VMEM that the kernel's buffers take with these sizes; BackendUnsupported where the core has less."""
     # Only here: Pallas takes long to import, and no other benchmark needs it.
-    from engine.attention.tpu import api
+    from engine.attention.impl.tpu import tpu_step
 
     layout = target.layout
     cache = jax.ShapeDtypeStruct(layout.buffer_shape(2 * target.page_size), layout.dtype)
     q = jax.ShapeDtypeStruct((blocks.prefill_queries, target.heads * target.group, target.head_dim), target.query_dtype)
-    geo = api.make_geometry(
+    geo = tpu_step.make_geometry(
         q,
         target.heads,
         cache,
-        AttentionSpec(target.page_size, 1.0),
+        AttentionOptions(target.page_size, 1.0),
         CONTEXT // target.page_size,
         generation=target.generation,
         blocks=blocks,
     )
-    return api.scratch_bytes(geo)
+    return tpu_step.scratch_bytes(geo)
 
 
 @dataclass(frozen=True)
@@ -153,10 +153,10 @@ class Trial:
 
 
 class Journal:
-    """Trials on disk, a line each as soon as it is done, so that an interrupted search goes on where it was.
+    """Trials on disk, one line as soon as each is done, so that an interrupted search continues where it was.
 
     Args:
-        path: the file; made where there is none. A last line that was cut off is left out, and measured again.
+        path: the file; made where there is none. A truncated last line is ignored, and its trial is measured again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -172,20 +172,20 @@ class Journal:
             path.write_text(text[: text.rfind("\n") + 1])
 
     def find(self, target: Target, mode: Mode, blocks: BlockSizes) -> Trial | None:
-        """The trial of these sizes, if it was made."""
+        """The trial of these sizes, or None."""
         return next((t for t in self.trials if (t.target, t.mode, t.blocks) == (target, mode, blocks)), None)
 
     def add(self, trial: Trial) -> None:
-        """Remembers a trial, on disk too."""
+        """Adds a trial, in memory and on disk."""
         self.trials.append(trial)
         with self._path.open("a") as file:
             file.write(json.dumps(dataclasses.asdict(trial)) + "\n")
 
 
 def search(targets: Sequence[Target], timer: Timer, journal: Journal) -> Iterator[tuple[Target, Trial]]:
-    """Makes every trial that the journal does not have, and yields each, old ones too.
+    """Makes every trial that the journal does not have, and yields all trials, old ones too.
 
-    Prefill's are made with the fastest sizes of decode. What fails to compile is noted and passed over.
+    The trials of prefill use the fastest sizes of decode. A trial that does not compile is recorded as failed.
     """
     for target in targets:
         start = formula(target)
@@ -202,7 +202,7 @@ def search(targets: Sequence[Target], timer: Timer, journal: Journal) -> Iterato
 def _try(target: Target, mode: Mode, blocks: BlockSizes, timer: Timer) -> Trial:
     try:
         return Trial(target, mode, blocks, timer(target, mode, blocks))
-    except Exception as error:  # the compiler's refusals have no type of their own
+    except Exception as error:  # the compiler's errors have no type of their own
         return Trial(target, mode, blocks, None, f"{type(error).__name__}: {error}"[:500])
 
 
@@ -213,10 +213,10 @@ def best(journal: Journal, target: Target, mode: Mode) -> BlockSizes | None:
 
 
 def write_overrides(path: Path, targets: Sequence[Target], journal: Journal) -> int:
-    """Puts the fastest sizes of each target into the table, whole or not at all; entries of others stay.
+    """Writes the fastest sizes of each target into the table, atomically; entries of other targets stay.
 
     Returns:
-        Targets that have an entry now: those of which a trial of prefill, the last mode, compiled.
+        Number of targets that have an entry now: those with a compiled trial of prefill, the last mode.
     """
     found = [target.entry(blocks) for target in targets if (blocks := best(journal, target, MODES[-1]))]
     keys = [[entry[key] for key in OVERRIDE_KEYS] for entry in found]

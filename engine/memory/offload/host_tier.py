@@ -1,7 +1,7 @@
 """The host tier: pages that left the device wait in host memory, keyed as the prefix cache keys them.
 
-What the prefix cache evicts or a retracted request leaves is put here and loaded back when its prefix comes again.
-Which tokens a page stands for is compared token by token, and what it contains is checked by CRC-32 on its way back.
+Pages that the prefix cache evicts are put here and loaded back when their prefix comes again.
+The tokens that a page stands for are compared one by one, and its contents are checked by CRC-32 on the way back.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import ConfigError, IntegrityError, ShapeError
-from engine.memory.integers import is_integer
-from engine.memory.offload.page_format import Int32, PageFormat, Pages
+from engine.memory.integers import Int32, is_integer
+from engine.memory.offload.page_format import PageFormat, Pages, PrefixSegment
 from engine.memory.offload.page_trie import NOT_HELD, PageNode, PageTrie, path_to, tokens_of
-from engine.memory.offload.segment import PrefixSegment
 from engine.memory.one_caller import OneCaller
-from engine.memory.prefix.match import checked_scope
+from engine.memory.prefix import checked_scope, token_vector
 from engine.memory.scope import CacheScope
 from engine.planning.host_memory import require_host_memory
 
@@ -30,32 +29,32 @@ class HostTierCounters:
     """What has happened since the tier was made, in pages.
 
     Attributes:
-        queried_pages: asked of ``get``.
-        hit_pages: returned by ``get``; never more than queried.
-        stored_pages: copied in by ``put``, without those that were there already.
-        evicted_pages: dropped to keep the budget.
-        corrupt_pages: dropped because their checksum did not match.
+        queried_pages: pages that ``get`` was asked for.
+        loaded_pages: pages that ``get`` returned; never more than queried.
+        stored_pages: pages that ``put`` copied in, without those that were there already.
+        evicted_pages: pages dropped to keep the budget.
+        rejected_pages: pages dropped because their checksum did not match.
     """
 
     queried_pages: int = 0
-    hit_pages: int = 0
+    loaded_pages: int = 0
     stored_pages: int = 0
     evicted_pages: int = 0
-    corrupt_pages: int = 0
+    rejected_pages: int = 0
 
 
 class HostTier:
-    """Pages in host memory under a byte budget; the least recently used give way.
+    """Pages in host memory under a byte budget; the least recently used are evicted first.
 
-    A page is never more recently used than the pages before it in its prefix, so a prefix gives way from its end.
+    A page is never more recently used than the pages before it in its prefix, so a prefix is evicted from its end.
     The page at position ``i`` can be held without those before it, which are then on the device as a rule.
 
     Args:
-        budget_bytes: most bytes of page data; the index (tokens and a node a page) comes on top.
-        page_format: of the pages; ``page_format.require_same`` is for whoever wants to join another pool.
+        budget_bytes: most bytes of page data; the index (tokens and one node per page) comes on top.
+        page_format: format of the pages; ``page_format.require_same`` tells whether another pool may share the tier.
 
     Raises:
-        ConfigError: the budget is not an integer, does not hold one page, or the machine has less memory
+        ConfigError: the budget is not an integer, does not hold one page, or is more memory than the machine has
             available.
     """
 
@@ -95,7 +94,7 @@ class HostTier:
 
     @property
     def capacity_bytes(self) -> int:
-        """Bytes of the pages that it may hold."""
+        """Most bytes of pages held."""
         return self.capacity_pages * self.page_format.page_bytes
 
     def put(self, scope: CacheScope, token_ids: npt.ArrayLike, first_page: int, data: Pages) -> int:
@@ -104,7 +103,7 @@ class HostTier:
         Pages that are here already are kept as they are. Of more pages than the budget holds the first are taken.
 
         Args:
-            scope: whose prefix it is, as in the prefix cache.
+            scope: the scope of the prefix, as in the prefix cache.
             token_ids: every token from the start of the sequence to the end of the last page.
             first_page: how many pages of the prefix come before ``data``.
             data: ``[n, layers, page_size, 2H, D]``.
@@ -117,11 +116,6 @@ class HostTier:
         """
         self.caller.enter()
         checked_scope(scope)
-        if not isinstance(data, np.ndarray) or not is_integer(first_page):
-            raise ShapeError(
-                f"cannot put a {type(data).__name__} at first_page={first_page!r}: pages are an array [n, layers, "
-                "page_size, 2H, D], and first_page is an integer"
-            )
         tokens = self.page_format.check_pages(token_ids, first_page, data)
         taken = min(len(data), self.capacity_pages)
         if not taken:
@@ -153,9 +147,9 @@ class HostTier:
         The mark keeps them from giving way to what is evicted to make room for them on the device.
 
         Args:
-            scope: whose prefix it is.
+            scope: the scope of the prefix.
             token_ids: the sequence, or as much of it as may be taken from a cache; its whole pages count.
-            start_page: pages of it that need not come from here.
+            start_page: how many pages of it need not come from here.
 
         Raises:
             ShapeError: ``token_ids`` are not integers, or have fewer than ``start_page`` whole pages.
@@ -170,33 +164,33 @@ class HostTier:
             raise
 
     def get(self, scope: CacheScope, token_ids: npt.ArrayLike, start_page: int) -> Pages:
-        """Returns a fresh copy of the consecutive pages held from ``start_page`` on, and counts hits and queries.
+        """Returns a fresh copy of the consecutive pages held from ``start_page`` on, and counts them.
 
         A page whose checksum does not match is dropped and counted, and ends the run.
 
         Args:
-            scope: whose prefix it is.
-            token_ids: as in ``match``; call it once a request, when the pages on the device have been allocated.
+            scope: the scope of the prefix.
+            token_ids: as in ``match``; call it once per request, when the pages on the device have been allocated.
             start_page: as in ``match``.
 
         Returns:
-            ``[n, layers, page_size, 2H, D]``, n ≥ 0: as many as ``match`` said, unless something was put or was
-            found corrupt since.
+            ``[n, layers, page_size, 2H, D]``, n ≥ 0: as many as ``match`` said, unless something was put or rejected
+            since.
 
         Raises:
             ShapeError: as ``match``.
         """
         tokens, counted = self._check_query(scope, token_ids, start_page), self.counters
-        before = counted.queried_pages, counted.hit_pages
+        before = counted.queried_pages, counted.loaded_pages
         try:
             path = self._held_path(scope, tokens, start_page)
             data = self._load(path[start_page:])
             self._touch(path[: start_page + len(data)])
             counted.queried_pages += tokens.size // self.page_format.page_size - start_page
-            counted.hit_pages += len(data)
+            counted.loaded_pages += len(data)
             return data
         except BaseException:
-            counted.queried_pages, counted.hit_pages = before
+            counted.queried_pages, counted.loaded_pages = before
             self._mend()
             raise
 
@@ -208,7 +202,7 @@ class HostTier:
             for each in self._trie.scopes() if wanted is None else [wanted]:
                 for node in _held(self._trie.nodes(each)):
                     self._drop(node)
-        except BaseException:  # it goes on to the end
+        except BaseException:  # completes the change
             for node in list(self._used):
                 if wanted in (None, node.scope):
                     del self._used[node]
@@ -216,7 +210,7 @@ class HostTier:
             raise
 
     def clear(self) -> None:
-        """Drops every page, whatever state the books are in; counters stay."""
+        """Drops every page, in any state of the tier; counters stay."""
         self.caller.enter()
         self._trie = PageTrie(self.page_format.page_size)
         self._used: OrderedDict[PageNode, None] = OrderedDict()  # held pages, the least recently used first
@@ -225,11 +219,11 @@ class HostTier:
     def segments(self, most_pages: int | None = None) -> Iterator[PrefixSegment]:
         """All pages, as the longest unbranched runs, the least recently used run first.
 
-        Put into another tier in this order they are all there again, or the most recently used if it is smaller.
+        Put into another tier in this order they are all there again, or the most recently used ones if it is smaller.
         The tier must not be changed between the items.
 
         Args:
-            most_pages: of an item; a longer run comes in several, its end first. None is no bound.
+            most_pages: most pages of one item; a longer run comes in several, its end first. None is no bound.
         """
         for head in [node for node in self._used if _begins_run(node)]:
             run = [head]
@@ -249,7 +243,7 @@ class HostTier:
     def _check_query(self, scope: CacheScope, token_ids: npt.ArrayLike, start_page: int) -> Int32:
         self.caller.enter()
         checked_scope(scope)
-        tokens = self.page_format.check_tokens(token_ids)
+        tokens = token_vector(token_ids)
         whole = tokens.size // self.page_format.page_size
         if not is_integer(start_page) or not 0 <= start_page <= whole:
             raise ShapeError(
@@ -267,7 +261,7 @@ class HostTier:
         return path[:end] if end > start_page else []
 
     def _touch(self, path: list[PageNode]) -> None:
-        for node in reversed(path):  # the last page first, so that a prefix gives way from its end
+        for node in reversed(path):  # the last page first, so that a prefix is evicted from its end
             if node.held:
                 self._used.move_to_end(node)
 
@@ -287,7 +281,7 @@ class HostTier:
         for index, node in enumerate(run):
             if _checksum(data[index]) != node.checksum:
                 self._drop(node)
-                self.counters.corrupt_pages += 1
+                self.counters.rejected_pages += 1
                 return data[:index]
         return data
 
@@ -301,14 +295,14 @@ class HostTier:
         """Whether ``check_integrity`` passes."""
         try:
             self.check_integrity()
-        except Exception:  # broken books break the check itself in any way
+        except Exception:  # a broken index breaks the check itself in any way
             return False
         return True
 
     def _mend(self) -> None:
-        """Works out all else anew from which nodes are held, in which row and order, after a fault half way.
+        """Derives everything else from the held nodes, their rows and their order, after a fault half way.
 
-        A use that was broken off is a use of what comes before it too.
+        An interrupted use of a page counts as a use of the pages before it too.
         """
         self._trie.keep_only(self._used)
         last_use: dict[PageNode, tuple[int, int]] = {}
@@ -355,5 +349,5 @@ def _begins_run(node: PageNode) -> bool:
 
 
 def _checksum(page: Pages) -> int:
-    # CRC-32 finds every change of up to 32 consecutive bits; zlib's runs at gigabytes a second and frees the GIL.
+    # CRC-32 finds every change of up to 32 consecutive bits; zlib's runs at gigabytes per second and frees the GIL.
     return zlib.crc32(np.ascontiguousarray(page).reshape(-1).view(np.uint8).data)

@@ -1,4 +1,4 @@
-"""What the bytes of a page mean where pages leave the pool: the host tier, a saved cache, a peer."""
+"""What the bytes of a page mean where pages leave the pool (host tier, saved cache, a peer), and pages with tokens."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import ConfigError, ShapeError
+from engine.memory.integers import Int32, is_integer
+from engine.memory.prefix import token_vector
+from engine.memory.scope import CacheScope
 
-Int32 = npt.NDArray[np.int32]
 Pages = npt.NDArray[Any]  # [n, layers, page_size, 2H, D], dtype of the pool
 
 _SIZES = ("page_size", "head_num", "head_dim")
@@ -23,8 +25,8 @@ class PageFormat:
 
     Attributes:
         layer_num: layers whose buffers a page spans.
-        dtype: of the elements; what NumPy takes for one.
-        layout: the pool's layout descriptor, as its ``to_dict`` gives it; ``page_size``, ``head_num``, ``head_dim`` and
+        dtype: dtype of the elements, in any form that NumPy takes.
+        layout: the pool's layout descriptor, from its ``to_dict``; ``page_size``, ``head_num``, ``head_dim`` and
             ``dtype`` are read, the other fields only compared.
 
     Raises:
@@ -42,7 +44,7 @@ class PageFormat:
         try:
             object.__setattr__(self, "dtype", np.dtype(self.dtype))
         except TypeError as error:
-            raise ConfigError(f"dtype={self.dtype!r} of a page is none; pass the pool's") from error
+            raise ConfigError(f"dtype={self.dtype!r} of a page is no dtype; pass the pool's") from error
         sizes = {"layer_num": self.layer_num} | {name: self.layout.get(name) for name in _SIZES}
         for name, value in sizes.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -55,7 +57,7 @@ class PageFormat:
 
     @property
     def page_size(self) -> int:
-        """Tokens a page."""
+        """Tokens per page."""
         return int(self.layout["page_size"])
 
     @property
@@ -76,8 +78,8 @@ class PageFormat:
         """Refuses pages of another format.
 
         Args:
-            theirs: ``to_dict`` of the other side.
-            what: whose it is, for the message.
+            theirs: ``to_dict`` of the other format.
+            what: what has that format, for the message.
 
         Raises:
             ConfigError: they differ; the message lists each field that does.
@@ -93,38 +95,22 @@ class PageFormat:
             )
             raise ConfigError(f"the page format of {what} is another: {differing}; make both with the same settings")
 
-    def check_tokens(self, token_ids: npt.ArrayLike) -> Int32:
-        """Returns token ids as contiguous int32 ``[n]``.
-
-        Raises:
-            ShapeError: they are not a vector of integers that fit in 32 bits.
-        """
-        try:
-            tokens = np.asarray(token_ids)
-        except (ValueError, OverflowError) as error:
-            raise ShapeError(f"token_ids are not a flat list of integers: {error}") from error
-        if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
-            raise ShapeError(f"token_ids must be a vector of integers; got {tokens.dtype}{list(tokens.shape)}")
-        if tokens.size and (tokens.min() < -(2**31) or tokens.max() >= 2**31):
-            raise ShapeError(f"token_ids must fit in int32; got values from {tokens.min()} to {tokens.max()}")
-        return np.ascontiguousarray(tokens, np.int32)
-
     def check_pages(self, token_ids: npt.ArrayLike, first_page: int, data: Pages) -> Int32:
         """Checks pages against the prefix that they end, and returns its token ids as int32.
 
         Args:
-            token_ids: every token from the start of the sequence to the end of the last page, whole pages.
+            token_ids: ``[(first_page + n) * page_size]``, from the start of the sequence to the end of the last page.
             first_page: how many pages of the prefix come before ``data``.
             data: ``[n, layers, page_size, 2H, D]``.
 
         Raises:
             ShapeError: a part has the wrong shape or dtype, or they do not fit together.
         """
-        tokens = self.check_tokens(token_ids)
-        if isinstance(first_page, bool) or not isinstance(first_page, int | np.integer):
+        tokens = np.ascontiguousarray(token_vector(token_ids))
+        if not is_integer(first_page):
             raise ShapeError(f"first_page={first_page!r} must be an integer: how many pages come before the data")
         if not isinstance(data, np.ndarray):
-            raise ShapeError(f"pages must be a NumPy array of this pool's pages; got a {type(data).__name__}")
+            raise ShapeError(f"pages are a {type(data).__name__}; they must be a NumPy array of this pool's pages")
         if not data.ndim or data.shape[1:] != self.page_shape or data.dtype != self.dtype:
             raise ShapeError(
                 f"pages {data.dtype}{list(data.shape)} do not fit: a page here is {self.dtype}{list(self.page_shape)}; "
@@ -136,3 +122,20 @@ class PageFormat:
                 "the tokens must reach from the start of the sequence to the end of the last page"
             )
         return tokens
+
+
+@dataclass(frozen=True)
+class PrefixSegment:
+    """Consecutive pages of one prefix with its tokens, as the host tier hands them out and a store keeps them.
+
+    Attributes:
+        scope: the scope of the prefix.
+        token_ids: int32, from the start of the sequence to the end of the last page.
+        first_page: how many pages of the prefix come before ``data``.
+        data: ``[n, layers, page_size, 2H, D]``.
+    """
+
+    scope: CacheScope
+    token_ids: Int32
+    first_page: int
+    data: Pages

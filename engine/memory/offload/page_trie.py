@@ -1,4 +1,4 @@
-"""A trie over whole pages of tokens: which prefixes of which scope the host tier knows.
+"""A trie over whole pages of tokens: the prefixes that the host tier has, by scope.
 
 An edge is the bytes of one page's tokens, so a lookup compares the tokens of the whole prefix and trusts no hash.
 """
@@ -9,21 +9,21 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from engine.memory.offload.page_format import Int32
+from engine.memory.integers import Int32
 from engine.memory.scope import CacheScope
 
 NOT_HELD = -1
 
 
 class PageNode:
-    """One page of a prefix; it is held while ``row`` says where its data lies, else only a step on the way to others.
+    """One page of a prefix; it is held while ``row`` has its data, else it is only on the path to others.
 
     Attributes:
-        scope: whose prefix it is; no two scopes share a node.
+        scope: the scope of the prefix; no two scopes share a node.
         parent: the page before, or the scope's root; None for a root.
         key: the bytes of the page's int32 tokens; empty for a root.
         children: the pages that may follow, by key.
-        row: where the data lies, or ``NOT_HELD``.
+        row: row of the tier with its data, or ``NOT_HELD``.
         checksum: CRC-32 of the data, while held.
     """
 
@@ -46,10 +46,10 @@ class PageNode:
 class PageTrie:
     """The nodes of all scopes.
 
-    Every leaf is held: a node that is neither held nor on the way to a held one is taken out at once.
+    Every leaf is held: a node that is neither held nor on the path to a held one is removed at once.
 
     Args:
-        page_size: tokens a page.
+        page_size: tokens per page.
     """
 
     def __init__(self, page_size: int) -> None:
@@ -57,7 +57,7 @@ class PageTrie:
         self._roots: dict[CacheScope, PageNode] = {}
 
     def walk(self, scope: CacheScope, tokens: Int32) -> list[PageNode]:
-        """Returns the nodes of the longest known prefix of ``tokens``, a node a page, the first page first."""
+        """Returns the nodes of the longest known prefix of ``tokens``, one node per page, the first page first."""
         path: list[PageNode] = []
         children = self._roots[scope].children if scope in self._roots else {}
         for key in self._keys(tokens):
@@ -90,7 +90,7 @@ class PageTrie:
             node = node.parent
 
     def keep_only(self, held: Iterable[PageNode]) -> None:
-        """Takes out all but these held nodes and the way to them, whatever state the links are in."""
+        """Removes all nodes except these held ones and the paths to them, in any state of the links."""
         kept = dict.fromkeys(held)
         way: dict[PageNode, None] = {}
         for node in kept:

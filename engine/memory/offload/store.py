@@ -1,12 +1,13 @@
 """Prefixes on disk: pages saved by one process and taken up by another.
 
-One safetensors file a segment, each complete in itself. A file appears under its name only when all of it has reached
+One safetensors file per segment, each complete in itself. A file appears under its name only when all of it has reached
 the disk (temporary file, fsync, rename, fsync of the directory), and is believed only if its digest, version and page
 format are right and no other user can have written it, so neither a crash nor a damaged or foreign file can bring wrong
-keys and values back. Files and the directory that is made for them are their user's alone: they hold prompts and salts.
+keys and values back. Only their user can read the files and the directory that is made for them: they hold prompts
+and salts.
 
-Who writes holds a lock (``flock``) of the directory, which ends with its process. Readers take none: a file is whole at
-any moment, or gone. Only under the lock is a temporary file removed, for then nobody is at work on it.
+A process that writes holds a lock (``flock``) of the directory, which ends with the process. Readers take none: a file
+is whole at any moment, or gone. A temporary file is removed only under the lock, when no process works on it.
 """
 
 from __future__ import annotations
@@ -31,19 +32,18 @@ from safetensors import safe_open
 from safetensors.numpy import save as serialize
 
 from engine.errors import ConfigError
-from engine.memory.offload.page_format import PageFormat
-from engine.memory.offload.segment import PrefixSegment
-from engine.memory.prefix.match import checked_scope
+from engine.memory.offload.page_format import PageFormat, PrefixSegment
+from engine.memory.prefix import checked_scope
 from engine.memory.scope import CacheScope
 from engine.user_files import flaw_of
 
 FORMAT = "engine-kv-prefix"
 VERSION = 2  # 1: scopes named by a part of the weights
 _NAME = "prefix-{:08d}.safetensors"
-_PATTERN = "prefix-" + "[0-9]" * 8 + ".safetensors"  # whatever else lies in the directory is not touched
+_PATTERN = "prefix-" + "[0-9]" * 8 + ".safetensors"  # other files in the directory are not touched
 _TEMPORARY = ".tmp"
 _LOCK_SECONDS, _POLL_SECONDS = 60.0, 0.05
-_OLD_SECONDS = 3600.0  # of a temporary file that names no writer: nobody is at work on it any more
+_OLD_SECONDS = 3600.0  # a temporary file that names no writer and is older is no longer written to
 
 _logger = logging.getLogger(__name__)
 
@@ -57,13 +57,13 @@ class _Lock(Enum):
 class PrefixStore:
     """A directory of saved segments. Many processes may read it; those that save do it one after the other.
 
-    Whether the model is still the one that the pages were made with is the scope's to say: let ``CacheScope.model``
-    name it in a way that holds across processes, such as a digest of all its weights, its configuration and its dtype.
+    The scope says whether the model is still the one that the pages were made with: let ``CacheScope.model`` name it in
+    a way that holds across processes, such as a digest of all its weights, its configuration and its dtype.
 
     Args:
-        directory: made if it is missing, with mode 0700; one that is there is left as it is, with a warning where other
+        directory: made if it is missing, with mode 0700; an existing one is left as it is, with a warning where other
             users can write to it.
-        page_format: of the pages to save, and the only one that is restored.
+        page_format: format of the pages to save, and the only one that is restored.
 
     Attributes:
         loaded: digest of everything that ``load`` has returned.
@@ -134,7 +134,7 @@ class PrefixStore:
                 segment, digest = self._decode(path)
             except FileNotFoundError:
                 continue  # a save that runs meanwhile has removed it
-            except Exception as error:  # whatever a file that anybody may have made does to those who read it
+            except Exception as error:  # a file that anybody may have made can raise anything
                 _logger.warning("saved prefix %s is not restored: %.500s", path.name, error)
             else:
                 self.loaded = hashlib.blake2b((self.loaded + digest).encode(), digest_size=32).hexdigest()
@@ -144,7 +144,7 @@ class PrefixStore:
         return sorted(self.directory.glob(_PATTERN))
 
     def _free_names(self) -> Iterator[str]:
-        """Names to write under, in order: all but those of what a rename could or should not replace."""
+        """Names to write under, in order: all but those of files that a rename cannot or must not replace."""
         for name in map(_NAME.format, itertools.count()):
             path = self.directory / name
             if (path.is_file() and not path.is_symlink()) or not os.path.lexists(path):
@@ -162,7 +162,7 @@ class PrefixStore:
             os.close(descriptor)
 
     def _remove_leftovers(self) -> None:
-        """Removes what writers that have died were writing; what cannot be removed is named in the log."""
+        """Removes the temporary files of dead writers; the log names what cannot be removed."""
         for path in self.directory.glob(f"{_PATTERN}*{_TEMPORARY}"):
             try:
                 status = path.lstat()
@@ -232,7 +232,7 @@ class PrefixStore:
         self.page_format.require_same(header["page_format"], name)
 
     def _check_sizes(self, first_page: int, tokens: Any, pages: Any) -> None:
-        """Refuses parts that do not belong together before they are read: they may be larger than the memory."""
+        """Refuses parts that do not fit together, before they are read: they may be larger than the memory."""
         if tokens.get_dtype() != "I32" or pages.get_dtype() != "U8":
             raise ConfigError(f"it holds {tokens.get_dtype()} and {pages.get_dtype()}, not int32 and bytes; delete it")
         (token_count,), (byte_count,) = tokens.get_shape(), pages.get_shape()
@@ -253,7 +253,7 @@ def _digest(header: str, tokens: np.ndarray, pages: np.ndarray) -> str:
 
 
 def _make_private(directory: Path) -> None:
-    """Makes a directory that is its user's alone, or says in the log that one that is there is not."""
+    """Makes a directory that only its user can read, or logs how an existing one is not."""
     try:
         directory.mkdir(mode=0o700, parents=True)
     except FileExistsError:

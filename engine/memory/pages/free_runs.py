@@ -1,12 +1,12 @@
-"""The free pages, kept as runs of neighbours, so that what is taken together lies together.
+"""The free pages, kept as runs of neighbours, so that pages taken together lie together.
 
-    runs      by length, then by place: a taking comes from the smallest run that holds it (best fit)
-    singles   cut from the ends of the shortest runs, a stock at a time: what decoding takes, a page here and there
-    loose     given back since the runs were last put in order
+    runs      by length, then by place; pages are taken from the smallest run that holds them (best fit)
+    singles   a stock of single pages for decoding, cut from the ends of the shortest runs
+    loose     pages given back since the runs were last put in order
 
-Giving back is an append, and a single page is a slice: neither looks at the rest of the pool. Loose pages and the
-stock of singles join the runs before a run is taken, where that is little work or they are many: so the fit is exact in
-a pool of up to ``CHEAP_WORK`` times ``PAGES_A_RUN`` pages in few runs, and beyond that the cost a page stays constant.
+Giving back is an append, and taking a single page is a slice: neither looks at the rest of the pool. Loose pages and
+singles join the runs before a run is taken, where that is little work or they are many. So the fit is exact in a pool
+of up to ``CHEAP_WORK`` times ``PAGES_PER_RUN`` pages in few runs; in a larger one the cost per page stays constant.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 
 from engine.memory.integers import Bool, Int32, Int64, ranges
 
-# Putting all in order costs a look at each run and, at a fraction of that, at each page of the pool. So much is done
-# whenever a run is taken; more, once this share of it is pages that are not in order.
-CHEAP_WORK, PAGES_A_RUN, LOOSE_SHARE = 4_096, 64, 8
+# Putting all pages in order costs a look at each run and, at a fraction of that, at each page of the pool. CHEAP_WORK
+# is done whenever a run is taken; more, once the pages that are not in order exceed a LOOSE_SHARE-th of the work.
+CHEAP_WORK, PAGES_PER_RUN, LOOSE_SHARE = 4_096, 64, 8
 SINGLES_AT_ONCE = 256  # pages, at least, that the stock of singles is filled up to
 _PLACE_BITS = 32  # a run is one integer, its length above its first page: they sort by length
 _PLACE = (1 << _PLACE_BITS) - 1
@@ -36,24 +36,24 @@ class FreePagesState:
 
 
 class FreePages:
-    """A bag of the pages that nobody holds.
+    """The set of pages without a holder.
 
-    It trusts its caller: pages given back are distinct and were taken before. After an error in a call it is to be
-    refilled.
+    It trusts its caller: pages given back are distinct and were taken before. After a call that raised, the caller
+    calls ``refill``.
 
     Args:
-        num_pages: pages 1 to ``num_pages`` are free at first.
+        num_pages: pages; 1 to ``num_pages`` are free at first.
     """
 
     def __init__(self, num_pages: int) -> None:
-        self._work = num_pages // PAGES_A_RUN
-        self._is_in_runs: Bool = np.zeros(num_pages + 2, np.bool_)  # by page, with one that never is at either end
+        self._work = num_pages // PAGES_PER_RUN
+        self._is_in_runs: Bool = np.zeros(num_pages + 2, np.bool_)  # by page; the entries at both ends stay False
         self._is_in_runs[1:-1] = True
         self._singles: Int32 = np.empty(0, np.int32)
         self.restore(FreePagesState((num_pages << _PLACE_BITS | 1,) if num_pages else (), self._singles, ()))
 
     def refill(self, pages: Int32) -> None:
-        """Makes ``pages`` the free ones, whatever they were."""
+        """Makes ``pages`` the free ones, and no others."""
         self.restore(FreePagesState((), pages[:0], (pages,)))
         self._put_in_order()
 
@@ -67,7 +67,7 @@ class FreePages:
         return np.concatenate([_pages_of(self._runs), self._singles, *self._loose])
 
     def put(self, pages: Int32) -> None:
-        """Gives pages back; keeps the array."""
+        """Gives pages back; keeps the array itself."""
         if pages.size:
             self._loose.append(pages)
             self._loose_count += pages.size
@@ -87,10 +87,10 @@ class FreePages:
         Where none does, the longest runs are joined.
 
         Args:
-            lengths: pages per sequence, ``[B]``, none negative.
+            lengths: ``[B]`` pages per sequence, none negative.
 
         Returns:
-            int32 ``[sum(lengths)]``, one sequence's pages after the other's.
+            int32 ``[sum(lengths)]`` page ids, one sequence after the other.
         """
         total, aside = int(lengths.sum()), self._loose_count + self._singles.size
         if not total:
@@ -114,7 +114,7 @@ class FreePages:
         return FreePagesState(tuple(self._runs), self._singles, tuple(self._loose))
 
     def restore(self, state: FreePagesState) -> None:
-        """Returns to a snapshot of a bag of the same size."""
+        """Returns to a snapshot of a set for as many pages."""
         self._runs = list(state.runs)  # ascending
         self._is_in_runs[:] = False
         self._is_in_runs[_pages_of(self._runs)] = True
@@ -145,7 +145,7 @@ class FreePages:
         return _pages_of(taken)
 
     def _stock_up(self, count: int) -> None:
-        """Fills the stock of singles from the shortest runs, these last."""
+        """Fills the stock of singles from the shortest runs, the shortest last."""
         left_over = self._singles
         if self._loose:
             self._put_in_order()

@@ -1,1 +1,24 @@
-"""The prefix cache: pages of past sequences, found by their tokens."""
+"""The prefix cache: pages of past sequences, found by their tokens.
+
+It knows scopes, tokens and page ids; it never knows a request or a page-table row, and never reads a page.
+
+    cache       RadixCache: match, lock, insert, advance, evict; holds a reference to each page that it keeps
+    null_cache  NullPrefixCache: a RadixCache that keeps nothing
+    match       what goes in and out: matches, evicted pages, checked arguments
+    tree        the nodes, the radix tree of one scope, and the forest that makes every change of a node
+    eviction    in which order nodes are evicted
+"""
+
+from engine.memory.prefix.cache import EvictionPolicyName, RadixCache
+from engine.memory.prefix.match import EvictedPages, PrefixMatch, checked_scope, token_vector
+from engine.memory.prefix.null_cache import NullPrefixCache
+
+__all__ = [
+    "EvictedPages",
+    "EvictionPolicyName",
+    "NullPrefixCache",
+    "PrefixMatch",
+    "RadixCache",
+    "checked_scope",
+    "token_vector",
+]

@@ -1,9 +1,9 @@
-"""In which order cached nodes are evicted, at constant cost a node.
+"""In which order cached nodes are evicted, at constant cost per node.
 
-Nodes stand in lists by last use, one list a level, lowest level first. There is no heap and nothing is ever scanned,
-because three rules keep the first node of the lowest list a leaf: a use of a node is a use of its ancestors and is
-entered from the node upwards, a node's level is never above its parent's, and locks cover ancestors, so that what is
-missing from the lists is never below what stands in them. Hence every child stands before its parent.
+Nodes stand in lists by last use, one list per level, lowest level first. There is no heap and no scan, because three
+rules keep the first node of the lowest list a leaf: a use of a node is a use of its ancestors and is entered from the
+node upwards; a node's level is never above its parent's; locks cover ancestors, so a node that is missing from the
+lists is never below one that stands in them. Hence every child stands before its parent.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from engine.errors import IntegrityError
 
 
 class Evictable:
-    """What can stand in an eviction order, in at most one at a time.
+    """A node that can stand in an eviction order, in at most one at a time.
 
     Attributes:
         level: lower levels are evicted first.
         stamp: logical time of the last use.
-        older: the neighbour that is evicted before; set only while in a list.
-        newer: the neighbour that is evicted after; likewise.
+        older, newer: the neighbours that are evicted before and after; set only while in a list.
     """
 
     __slots__ = ("level", "newer", "older", "stamp")
@@ -78,10 +77,10 @@ class UseList(Generic[NodeT]):
 
 
 class EvictionOrder(Generic[NodeT]):
-    """The nodes that may be evicted: one ``UseList`` a level, empty ones not kept.
+    """The nodes that may be evicted: one ``UseList`` per level that has a node.
 
-    Once retired it keeps no list of its own: what it held, and what is entered later, stands in the list that it was
-    retired to.
+    Once retired it keeps no list of its own: its nodes, and those entered later, stand in the list that it was retired
+    to.
     """
 
     __slots__ = ("_levels", "_lists", "_retired_to")
@@ -125,7 +124,7 @@ class EvictionOrder(Generic[NodeT]):
             del self._levels[bisect_left(self._levels, node.level)]
 
     def retire(self, to: UseList[NodeT]) -> None:
-        """Moves everything to the end of ``to``, in order of eviction, at a constant cost a level, for good."""
+        """Moves everything to the end of ``to``, in order of eviction, at a constant cost per level, permanently."""
         for level in self._levels:
             to.absorb(self._lists[level])
         self._levels.clear()

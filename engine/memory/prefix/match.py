@@ -1,4 +1,4 @@
-"""What the prefix cache hands out and takes in: matches, evicted pages, token vectors."""
+"""Results and arguments of the prefix cache: matches, evicted pages, checked arguments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import ConfigError, ShapeError
-from engine.memory.integers import Int32, Int64, integer_vector
+from engine.memory.integers import Int32, integer_vector
+from engine.memory.pages import PageIds
 from engine.memory.prefix.tree import RadixNode
 from engine.memory.scope import CacheScope
 
@@ -18,15 +19,15 @@ class PrefixMatch:
     """What ``RadixCache.match`` found: a handle to lock, to record and to unlock.
 
     Attributes:
-        pages: int32 ``[n]`` page ids of the cached prefix, read-only.
+        pages: int32 ``[n]`` page ids of the cached prefix, in the order of the tokens, read-only.
         num_tokens: tokens in those pages.
-        num_queried: tokens that were asked for.
-        owner: the trees of the cache that may use it; a cleared cache has others. The cache's own.
-        node: where it ends, or the node around that point; None if nothing of its scope is cached. The cache's own.
-        locks: how often it is locked. The cache's own.
+        num_queried: tokens that were looked up.
+        owner: the forest of the cache that may use it; a cleared cache has another one. Internal to the cache.
+        node: the node at which or within which it ends; None if nothing of its scope is cached. Internal to the cache.
+        locks: how often it is locked. Internal to the cache.
     """
 
-    pages: Int32
+    pages: PageIds
     num_tokens: int
     num_queried: int
     owner: object
@@ -39,20 +40,20 @@ class EvictedPages:
     """Pages that are about to be released, their contents still in place.
 
     Attributes:
-        scope: in which they were cached.
+        scope: scope in which they were cached.
         token_ids: int32, the whole prefix up to the end of the last page.
-        first_page: pages of the prefix before them.
+        first_page: number of pages of the prefix before them.
         pages: int32 ``[n]`` page ids.
     """
 
     scope: CacheScope
     token_ids: Int32
     first_page: int
-    pages: Int32
+    pages: PageIds
 
 
 def checked_scope(scope: CacheScope) -> CacheScope:
-    """Refuses what is not a scope, with a ConfigError."""
+    """The scope itself; raises ConfigError where it is none."""
     if not isinstance(scope, CacheScope):
         raise ConfigError(f"scope is a {type(scope).__name__}; it must be a CacheScope, with every field given")
     return scope
@@ -64,25 +65,29 @@ def token_vector(token_ids: npt.ArrayLike) -> Int32:
     Raises:
         ShapeError: not a vector, not integers, or an integer beyond int32.
     """
-    if isinstance(token_ids, np.ndarray) and token_ids.dtype == np.int32 and token_ids.ndim == 1:
-        return token_ids
-    wide = integer_vector("token_ids", token_ids)
-    tokens = wide.astype(np.int32)
-    if (tokens != wide).any():
-        raise ShapeError(f"token id {wide[(tokens != wide).argmax()]} is beyond int32; token ids are int32")
-    return tokens
+    return _int32_vector("token_ids", token_ids, "token id")
 
 
-def whole_pages(token_ids: npt.ArrayLike, pages: npt.ArrayLike, page_size: int) -> tuple[Int32, Int64]:
+def whole_pages(token_ids: npt.ArrayLike, pages: npt.ArrayLike, page_size: int) -> tuple[Int32, PageIds]:
     """A sequence's whole pages of tokens, and as many page ids.
 
     Raises:
         ShapeError: arrays of a wrong shape or dtype, or another number of pages.
     """
-    tokens, page_ids = token_vector(token_ids), integer_vector("pages", pages)
+    tokens, page_ids = token_vector(token_ids), PageIds(_int32_vector("pages", pages, "page"))
     if page_ids.size != tokens.size // page_size:
         raise ShapeError(
             f"{page_ids.size} pages of {page_size} for {tokens.size} tokens; pass the {tokens.size // page_size} full "
             "ones, without the partial last page"
         )
     return tokens[: page_ids.size * page_size], page_ids
+
+
+def _int32_vector(name: str, values: npt.ArrayLike, each: str) -> Int32:
+    if isinstance(values, np.ndarray) and values.dtype == np.int32 and values.ndim == 1:
+        return values
+    wide = integer_vector(name, values)
+    vector = wide.astype(np.int32)
+    if (vector != wide).any():
+        raise ShapeError(f"{each} {wide[(vector != wide).argmax()]} is beyond int32; {name} are int32")
+    return vector

@@ -18,7 +18,7 @@ from engine.planning.host_memory import available_bytes, require_host_memory
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Of the device that has least: bytes in all, and bytes in use."""
+    """Bytes in all of the device that has least, and bytes in use of the device that uses most."""
 
     limit_bytes: int
     used_bytes: int
@@ -27,19 +27,19 @@ class DeviceMemory:
 def device_memory(devices: Sequence[jax.Device], *, weight_bytes: int = 0, host_bytes: int = 0) -> DeviceMemory | None:
     """The least memory and the largest use over the devices of all processes.
 
-    Every process must call it, at the same point of its work, and all get the same answer. CPU devices share what their
-    machine still has available, in equal parts, and use what the weights take.
+    Every process must call it, at the same point of its work, and all get the same answer. CPU devices divide what
+    their machine has available equally, and use what the weights take.
 
     Args:
-        devices: what the pool will lie on; of those of other processes, their own report counts.
-        weight_bytes: of the weights that each device holds already.
-        host_bytes: of the host's memory that each process will take for something else.
+        devices: the devices that the pool will lie on; each process reports its own.
+        weight_bytes: bytes of weights that each device holds already.
+        host_bytes: bytes of host memory that each process will take for other purposes.
 
     Returns:
-        None where neither device nor system says its memory.
+        None where neither device nor system reports its memory.
 
     Raises:
-        ConfigError: the host has not even ``host_bytes``.
+        ConfigError: the host has less than ``host_bytes`` for each process.
     """
     local = [device for device in devices if device.process_index == jax.process_index()]
     reports = [report_of(device) for device in local]
@@ -53,7 +53,7 @@ def device_memory(devices: Sequence[jax.Device], *, weight_bytes: int = 0, host_
     if not limit and available is not None and all(device.platform == "cpu" for device in local):
         limit, used = (available - processes * host_bytes) // max(sharing, 1) + weight_bytes, weight_bytes
     if jax.process_count() > 1:
-        # Halves of 32 bits: without jax_enable_x64 jax would cut a number of bytes in two.
+        # In halves, since without jax_enable_x64 jax would truncate a number of bytes to 32 bits.
         gathered = _of_all([divmod(limit, 2**31), divmod(used, 2**31)])
         totals = gathered[..., 0] * 2**31 + gathered[..., 1]
         limit, used = int(totals[:, 0].min()), int(totals[:, 1].max())
@@ -61,18 +61,18 @@ def device_memory(devices: Sequence[jax.Device], *, weight_bytes: int = 0, host_
 
 
 def _on_this_host(devices: int) -> tuple[int, int]:
-    """How many processes of this engine share this process's machine, and how many of its devices.
+    """How many of the engine's processes run on this process's machine, and how many of its devices they hold.
 
-    Returns once all have loaded what they load, so that what is available then is the same for all of them.
+    Returns once all processes have loaded their weights, so that all then see the same memory available.
     """
     if jax.process_count() == 1:
         return 1, devices
     host = zlib.crc32(gethostname().encode()) >> 1
-    everyone = _of_all([host, devices])
-    here = everyone[everyone[:, 0] == host]
+    processes = _of_all([host, devices])
+    here = processes[processes[:, 0] == host]
     return len(here), int(here[:, 1].sum())
 
 
 def _of_all(numbers: object) -> npt.NDArray[np.int64]:
-    """The same numbers of every process, ``[processes, ...]``; each below 2**31."""
+    """Every process's ``numbers``, each below 2**31, as ``[processes, ...]``."""
     return np.asarray(multihost_utils.process_allgather(np.array(numbers, np.int32))).astype(np.int64)

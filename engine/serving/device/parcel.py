@@ -1,7 +1,7 @@
-"""The parcel: everything one step tells the device, packed into one array so that it moves in one transfer.
+"""The parcel: everything that one step sends to the device, packed into one array so that it moves in one transfer.
 
-Where tokens stand and which slots they go to is not in it: the device keeps the page table and works that out. Only
-the pages that are new go there, and the tokens that the device did not choose itself.
+Positions and slots of tokens are not in it: the device keeps the page table and works them out. Of pages and tokens it
+has only those that the device does not know yet.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 Int32 = npt.NDArray[np.int32]
 
 NOWHERE = int(np.iinfo(np.int32).max)  # a row or place beyond every table: reads the null page, writes nothing
-SHARED_PAGES = 256  # new pages that a parcel has room for beside those that its tokens can begin
-LAST_SAMPLED = -1  # instead of a token id: the token that the row sampled last, which the device has
-NOT_A_TOKEN = -2  # instead of a token that was chosen: the row's logits were not numbers to choose by
+SHARED_PAGES = 256  # new pages that fit into a parcel in addition to those that its tokens can begin
+LAST_SAMPLED = -1  # in place of a token id: the token that the row sampled last, which the device has
+NOT_A_TOKEN = -2  # in place of a chosen token: the row's logits were not numbers
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ParcelShape:
     Attributes:
         tokens: T, new tokens, padding included.
         rows: B, sequences, padding included.
-        updates: U, page-table entries that are new to the device, padding included.
+        updates: U, page-table entries that the device does not know yet, padding included.
     """
 
     tokens: int
@@ -42,7 +42,7 @@ class ParcelShape:
 
     @cached_property
     def bounds(self) -> tuple[tuple[int, int], ...]:
-        """Where each field of StepParcel begins and ends in the packed parcel, in their order."""
+        """Start and end of each field of StepParcel in the packed parcel, in the order of the fields."""
         rows, updates = self.rows, self.updates
         sizes = (rows, rows, rows, rows, rows, rows, 1, rows + 1, self.tokens, updates, updates)
         return tuple(pairwise(accumulate(sizes, initial=0)))
@@ -54,7 +54,7 @@ class ParcelShape:
 
     @property
     def sampling_size(self) -> int:
-        """Words that it begins with, in which is all that the sampler reads; they depend on ``rows`` alone."""
+        """Words at the beginning of the packed parcel that hold all the sampler reads; ``rows`` alone decides it."""
         return self.bounds[SAMPLING_FIELDS - 1][1]
 
 
@@ -62,18 +62,19 @@ class ParcelShape:
 class StepParcel:
     """What the host decides for one step: views of one vector, ``packed``.
 
-    All int32 but ``temperature`` and ``top_p``, which are float32.
+    All fields are int32 but ``temperature`` and ``top_p``, which are float32.
 
     Attributes:
-        kv_lens: ``[B]`` cached plus new tokens, which is also the position of the token to be sampled; 0 in padding.
-        req_pool_idx: ``[B]`` page-table rows; ``NOWHERE`` in padding.
-        top_k, seed, temperature, top_p: ``[B]`` as in SamplingParams.
-        wants_logprobs: ``[1]`` whether any request of the step wants log-probabilities.
-        cu_q_lens: ``[B + 1]`` running sum of new tokens per sequence, from 0.
-        token_ids: ``[T]`` new tokens of all sequences, one sequence after the other; ``LAST_SAMPLED`` where the device
-            has it.
-        update_at: ``[U]`` places in the page table, row by row, that get a page; ``NOWHERE`` in padding.
-        update_page: ``[U]`` those pages.
+        kv_lens: ``[B]``, cached plus new tokens, which is also the position of the token to be sampled; 0 in padding.
+        req_pool_idx: ``[B]``, page-table rows; ``NOWHERE`` in padding.
+        top_k, seed, temperature, top_p: ``[B]``, as in SamplingParams.
+        wants_logprobs: ``[1]``, whether any request of the step wants log-probabilities.
+        cu_q_lens: ``[B + 1]``, running sum of new tokens per sequence, from 0.
+        token_ids: ``[T]``, new tokens of all sequences, one sequence after the other; ``LAST_SAMPLED`` for a token that
+            only the device knows.
+        update_at: ``[U]``, places of the flattened page table that get a page; ``NOWHERE`` in padding.
+        update_page: ``[U]``, the pages for these places.
+        packed: int32 ``[packed_size]``, all of the above one after the other.
     """
 
     kv_lens: Int32
@@ -94,7 +95,7 @@ class StepParcel:
         """A parcel of ``shape`` that holds no sequence.
 
         Its memory is fresh, because the CPU backend may alias a NumPy argument: filling a vector that was sent before
-        would change the step that is running.
+        would change a step that still runs.
         """
         parcel = cls.over(np.zeros(shape.packed_size, np.int32), shape)
         parcel.req_pool_idx.fill(NOWHERE)
@@ -104,7 +105,7 @@ class StepParcel:
 
     @classmethod
     def over(cls, packed: Int32, shape: ParcelShape) -> StepParcel:
-        """The fields of packed parcels of ``shape``, ``[..., packed_size]``, as views of them."""
+        """The fields, as views, of packed parcels ``[..., packed_size]`` of ``shape``."""
         views: dict[str, Any] = {
             name: packed[..., start:stop] for name, (start, stop) in zip(FIELDS, shape.bounds, strict=True)
         }
@@ -117,8 +118,8 @@ class StepParcel:
         """The parcels of several replicas, each of ``shape``, as one.
 
         Returns:
-            ``packed`` of one after the other; the fields have an axis of replicas before their own, but
-            ``wants_logprobs``, which is whether any of them does.
+            A parcel whose ``packed`` holds the parcels one after the other. Its fields have an axis of replicas before
+            their own; only ``wants_logprobs`` has none, and tells whether any replica wants log-probabilities.
         """
         every = cls.over(np.stack([parcel.packed for parcel in parcels]), shape)
         return replace(every, wants_logprobs=every.wants_logprobs.max(axis=0), packed=every.packed.reshape(-1))
@@ -133,10 +134,13 @@ def unpack(packed: jax.Array, shape: ParcelShape) -> dict[str, jax.Array]:
     """Takes a packed parcel apart on the device.
 
     Args:
-        packed: int32 ``[shape.packed_size]``, or no more of it than the ``[shape.sampling_size]`` of the sampler.
-        shape: of the parcel.
+        packed: int32 ``[shape.packed_size]``, or its beginning ``[shape.sampling_size]``, which the sampler reads.
+        shape: the parcel's static shape.
+
+    Returns:
+        The fields that are in it, by name, in their dtypes.
     """
-    from jax import lax  # the host half of this module stays free of jax
+    from jax import lax  # the batcher, which is free of jax, imports this module
     from jax import numpy as jnp
 
     names = FIELDS if packed.size == shape.packed_size else FIELDS[:SAMPLING_FIELDS]

@@ -13,24 +13,31 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from engine.attention.backend import FlashAttentionBackend
-from engine.attention.metadata import AttentionMetadata, locate_new_tokens, sequence_of_tokens
-from engine.attention.sharded import MeshAttention
+from engine.attention import AttentionMetadata, FlashAttentionBackend, MeshAttention
+from engine.attention.metadata import locate_new_tokens, sequence_of_tokens
+from engine.distributed.placement import Placement
 from engine.errors import ConfigError
-from engine.kv.page_copy import PAGE_BUCKETS, HostPages, Int32, copy_pages, read_pages, write_pages
+from engine.kv.page_copy import (
+    PAGE_BUCKETS,
+    Int32,
+    PageData,
+    PageRead,
+    copy_pages,
+    start_reading,
+    write_pages,
+)
 from engine.kv.pool import TokenToKVPool
 from engine.models.fingerprint import settings_of
 from engine.models.llama import Llama
 from engine.serving.device.device_rows import DeviceRows
 from engine.serving.device.parcel import SHARED_PAGES, ParcelShape, StepParcel, unpack
 from engine.serving.device.sampler import Sampled, SamplingInputs, most_likely, sample
-from engine.serving.placement import Placement
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class CompileCounter:
-    """Counts the programs that XLA compiles in this process, whoever asks, from when the counter is made."""
+    """Counts every program that XLA compiles in this process after the counter was made."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -42,12 +49,12 @@ class CompileCounter:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step comes to, on the device; ready when the step has run.
+    """A step's results on the device, ready when the step has run.
 
     Attributes:
-        tokens: int32 ``[B]``, a token a row; B is of all replicas, one after the other.
-        sampled: beside them the log-probabilities, where the parcel asked for them; None in a greedy step.
-        logits: float32 ``[B, vocab]``; ``ModelRunner.to_read`` makes them whole.
+        tokens: int32 ``[B]``, one token per row; B counts the rows of all replicas, one replica after the other.
+        sampled: the sampler's result, with log-probabilities where the parcel asked for them; None in a greedy step.
+        logits: float32 ``[B, vocab]``, perhaps split over devices; see ``ModelRunner.to_read``.
     """
 
     tokens: jax.Array
@@ -58,11 +65,11 @@ class StepResult:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ToSample:
-    """What a step leaves for the sampler: two arrays, since every result of a program costs the host microseconds.
+    """What a step leaves for the sampler: two arrays only, since every result of a program costs the host microseconds.
 
     Attributes:
-        logits: float32 ``[B, vocab]``, split over a mesh by replicas and by the vocabulary.
-        words: int32 ``[sampling_size]``, how and for which rows to choose: what the packed parcel begins with.
+        logits: float32 ``[B, vocab]``, split over a mesh by replica and by vocabulary.
+        words: int32 ``[sampling_size]``, the beginning of the packed parcel: how and for which rows to choose.
     """
 
     logits: jax.Array
@@ -70,15 +77,15 @@ class ToSample:
 
 
 class ModelRunner:
-    """The device half of a step: the model's weights, the pool, what the device keeps of rows, the compiled programs.
+    """The device half of a step: the model's weights, the pool, the device's rows and the compiled programs.
 
     Args:
         model: the weights.
-        pool: its buffers; donated to every step and replaced by the step's result.
-        backend: the attention all layers share.
+        pool: donated to every step and replaced by the step's result.
+        backend: the attention that all layers share.
         shapes: the static shapes of each replica's parcel; all have the same number of rows.
-        max_pages: pages a row.
-        moves_pages: whether pages will go to the host and back.
+        max_pages: pages per page-table row.
+        moves_pages: whether pages will move to the host and back.
     """
 
     def __init__(
@@ -93,7 +100,7 @@ class ModelRunner:
     ) -> None:
         graph, weights = nnx.split(model)
         self._settings = settings_of(model)
-        # Leaves, not the tree: flattening a tree of Python nodes at every call takes longer than the call.
+        # Kept as leaves: to flatten a tree of Python nodes at every call would take longer than the call.
         self._weights, structure = jax.tree.flatten(weights)
         self.pool = pool
         self._shapes = shapes
@@ -106,13 +113,13 @@ class ModelRunner:
         self._sample: Callable[..., tuple[Sampled, DeviceRows]] | None = None
         self._update_rows: Callable[..., DeviceRows] | None = None
         self._gather: Callable[[jax.Array], jax.Array] | None = None
-        self.parcels = 0  # checksum of all parcels, where other processes must have sent the same
-        self._copies_ahead = jax.default_backend() != "cpu"  # a CPU's arrays are the host's to read, no copy needed
+        self.parcels = 0  # checksum of all parcels, where several processes must send the same
+        self._copies_ahead = jax.default_backend() != "cpu"  # the host reads a CPU's arrays without a copy
         self._copies_ready = 0
         pages = pool.size // pool.page_size
         self._copies = [partial(self.copy, np.array([1], np.int32), np.array([2], np.int32))] if pages > 1 else []
         if moves_pages:
-            # A bucket serves every count above the one before it.
+            # A bucket serves every count above the bucket before it.
             counts = [
                 min(n, pages) for n, before in zip(PAGE_BUCKETS, (0, *PAGE_BUCKETS), strict=False) if before < pages
             ]
@@ -124,7 +131,7 @@ class ModelRunner:
         return len(self._shapes) + 2 + self._placement.is_split + len(self._copies)
 
     def compile_all(self, on_compile: Callable[[int, int], None] | None) -> None:
-        """Compiles a program for every step shape; calls ``on_compile`` with (done, in all) after each."""
+        """Compiles every program; calls ``on_compile`` with (programs compiled, programs in all) after each."""
 
         def compiled() -> None:
             if on_compile:
@@ -138,7 +145,8 @@ class ModelRunner:
             lowered = _lowered(step, self._weights, self.pool, self.rows, packed)
             self._steps[shape] = program = lowered.compile()
             compiled()
-        # Apart from the step, which is greedy: the sort takes longer to compile than a small model, for every shape.
+        # The sampler is not part of the step, which is greedy: its sort takes longer to compile than a small model, and
+        # would be compiled for every shape.
         to_sample = jax.tree.map(_placed, lowered.out_info[0], program.output_shardings[0])
         sampler = jax.jit(partial(_sample, self._placement, shape), donate_argnums=0)
         self._sample = _lowered(sampler, self.rows, to_sample).compile()
@@ -152,29 +160,29 @@ class ModelRunner:
             compiled()
         self._warm_up_copies(compiled)
 
-    def read(self, pages: Int32, *, replica: int = 0) -> HostPages:
-        """Copies pages of a replica's pool to the host, as PageMover."""
-        return read_pages(self.pool, pages, replica=replica)
+    def start_reading(self, pages: Int32, *, replica: int = 0) -> PageRead:
+        """Starts to copy pages of a replica's pool to the host."""
+        return start_reading(self.pool, pages, replica=replica)
 
-    def write(self, pages: Int32, data: HostPages, *, replica: int = 0) -> None:
-        """Copies pages from the host into a replica's pool, in place, as PageMover."""
+    def write(self, pages: Int32, data: PageData, *, replica: int = 0) -> None:
+        """Copies pages from the host into a replica's pool, in place."""
         write_pages(self.pool, pages, data, replica=replica)
 
     def copy(self, sources: Int32, targets: Int32, *, replica: int = 0) -> None:
-        """Copies pages within a replica's pool, in place, as PageMover."""
+        """Copies pages within a replica's pool, in place."""
         copy_pages(self.pool, sources, targets, replica=replica)
 
     def to_read(self, logits: jax.Array) -> jax.Array:
-        """A step's logits as the host can read them, in every process."""
+        """A step's logits, gathered so that the host of every process can read them."""
         return logits if self._gather is None else self._gather(logits)
 
     def step(self, parcel: StepParcel, shape: ParcelShape, earlier_updates: Sequence[Int32] = ()) -> StepResult:
         """Sends a step to the device and returns without waiting for it.
 
         Args:
-            parcel: what the host decided; not to be changed any more.
-            shape: its static shape, one of those compiled.
-            earlier_updates: see ``Batcher.fill``.
+            parcel: what the host decided; it must not be changed any more.
+            shape: the parcel's static shape, one of those compiled.
+            earlier_updates: page-table updates to apply first, see ``Batcher.fill``.
         """
         if self._sample is None or self._update_rows is None:
             raise ConfigError("nothing is compiled; call compile_all before the first step")
@@ -194,13 +202,13 @@ class ModelRunner:
         return StepResult(tokens, sampled, to_sample.logits)
 
     def recover(self) -> bool:
-        """After a step that failed: makes anew the pool and the rows where that step has taken them with it.
+        """Makes the pool and the rows anew where a step that failed has consumed them.
 
         Returns:
-            Whether the pages still hold what they did.
+            Whether the pages still hold what they held before the step.
 
         Raises:
-            Exception: what the device raises where it cannot make them.
+            Exception: whatever the device raises where it cannot make them.
         """
         if not _is_usable(self.rows):
             self.rows = self._empty_rows()
@@ -210,18 +218,18 @@ class ModelRunner:
         return False
 
     def weights_of(self, model: Llama) -> list[jax.Array]:
-        """Another model's weights, of the same shapes, for ``replace_weights``.
+        """The weights of another model with the same shapes, for ``replace_weights``.
 
         Raises:
-            ConfigError: a setting of the model is another.
+            ConfigError: a setting of the model differs.
         """
         if settings_of(model) != self._settings:
-            raise ConfigError("the new model has other settings than the one that was compiled; make a new LLM for it")
+            raise ConfigError("the new model has other settings than the compiled one; make a new LLM for it")
         weights: list[jax.Array] = jax.tree.leaves(nnx.split(model)[1])
         return weights
 
     def replace_weights(self, weights: list[jax.Array]) -> None:
-        """Takes what ``weights_of`` returned; every program stays compiled."""
+        """Takes the weights that ``weights_of`` returned; every program stays compiled."""
         self._weights = weights
 
     def _warm_up_copies(self, compiled: Callable[[], None]) -> None:
@@ -232,27 +240,7 @@ class ModelRunner:
             compiled()
 
     def _move(self, pages: Int32) -> None:
-        self.write(pages, self.read(pages))
-
-
-@dataclass(frozen=True)
-class ReplicaMover:
-    """Moves pages of one replica's pool, as PageMover."""
-
-    runner: ModelRunner
-    replica: int
-
-    def read(self, pages: Int32) -> HostPages:
-        """As ``ModelRunner.read``."""
-        return self.runner.read(pages, replica=self.replica)
-
-    def write(self, pages: Int32, data: HostPages) -> None:
-        """As ``ModelRunner.write``."""
-        self.runner.write(pages, data, replica=self.replica)
-
-    def copy(self, sources: Int32, targets: Int32) -> None:
-        """As ``ModelRunner.copy``."""
-        self.runner.copy(sources, targets, replica=self.replica)
+        self.write(pages, self.start_reading(pages).wait())
 
 
 def forward_step(
@@ -266,24 +254,25 @@ def forward_step(
     rows: DeviceRows,
     packed: jax.Array,
 ) -> tuple[ToSample, jax.Array, TokenToKVPool, DeviceRows]:
-    """The traced step: new pages, where tokens stand, the layers through the paged cache, each row's best token.
+    """The traced step: enters new pages, locates tokens, runs the layers over the cache, picks each row's best token.
 
     The first five arguments are static.
 
     Args:
         graph: the model's ``nnx.split`` graph.
-        structure: the tree of its weights, as ``jax.tree.structure`` has it.
-        backend: the attention all layers share.
-        placement: where the step's arrays lie.
-        shape: T tokens, B rows and U new pages of each replica; what follows is of all, one after the other.
-        weights: the leaves of that tree.
-        pool: to be donated.
-        rows: page table ``[R, P]`` and last tokens ``[R]``; to be donated.
+        structure: the tree structure of the weights, as from ``jax.tree.structure``.
+        backend: the attention that all layers share.
+        placement: placement of the step's arrays.
+        shape: T tokens, B rows and U new pages of each replica; the arrays below hold all replicas, one after the
+            other.
+        weights: the leaves of ``structure``.
+        pool: buffers of the pool, donated.
+        rows: page table ``[R, P]`` and last tokens ``[R]``, donated.
         packed: int32 ``[shape.packed_size]``, a packed StepParcel.
 
     Returns:
-        What the sampler takes (logits ``[B, vocab]``), greedy tokens int32 ``[B]``, and the pool and the rows as they
-        are then.
+        What the sampler takes (logits ``[B, vocab]``), greedy tokens int32 ``[B]``, and the pool and the rows after the
+        step.
     """
     model: Llama = nnx.merge(graph, jax.tree.unflatten(structure, weights))
     read = placement.each_replica(partial(_read_parcel, shape, pool.page_size))
@@ -307,7 +296,7 @@ def forward_step(
 def _read_parcel(
     shape: ParcelShape, page_size: int, rows: DeviceRows, packed: jax.Array
 ) -> tuple[DeviceRows, jax.Array, jax.Array, AttentionMetadata, jax.Array]:
-    """One replica's rows with their new pages, token ids, rows of the batch, where tokens stand, and what samples."""
+    """One replica's rows with their new pages, token ids, row ids, attention metadata, and the sampler's words."""
     parts = unpack(packed, shape)
     bounds, kv_lens, row_ids = parts["cu_q_lens"], parts["kv_lens"], parts["req_pool_idx"]
     rows = rows.with_pages(parts["update_at"], parts["update_page"])
@@ -328,7 +317,7 @@ def _sample(placement: Placement, shape: ParcelShape, rows: DeviceRows, step: To
 
 
 def _sample_rows(shape: ParcelShape, rows: DeviceRows, step: ToSample) -> tuple[Sampled, DeviceRows]:
-    """One replica's tokens; it draws and counts only what its own rows ask for."""
+    """One replica's tokens; drawing and log-probabilities run only where its own rows ask for them."""
     parts = unpack(step.words, shape)
     how = SamplingInputs(parts["temperature"], parts["top_k"], parts["top_p"], parts["seed"], position=parts["kv_lens"])
     sampled = sample(step.logits, how, parts["wants_logprobs"][0] != 0)
@@ -344,16 +333,16 @@ def _update(placement: Placement, rows: DeviceRows, updates: jax.Array) -> Devic
 
 
 def _is_usable(tree: Any) -> bool:
-    """Whether arrays were neither donated to a program that failed nor computed by one."""
+    """Whether no array was donated to a program that failed, or computed by one."""
     try:
         jax.block_until_ready(tree)
-    except Exception:  # whatever the failed program raised; of a deleted array jax's own RuntimeError
+    except Exception:  # what the failed program raised, or jax's RuntimeError for a deleted array
         return False
     return not any(array.is_deleted() for array in jax.tree.leaves(tree))
 
 
 def _lowered(program: Any, *arguments: Any) -> Any:
-    """Traces and lowers a jitted program in 32 bits, whatever jax is set to: kernels for a TPU know no more."""
+    """Traces and lowers a jitted program in 32 bits whatever jax is set to, as TPU kernels need."""
     with jax.enable_x64(False):
         return program.lower(*arguments)
 

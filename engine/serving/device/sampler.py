@@ -1,9 +1,9 @@
 """Chooses the next token of every row on the device.
 
-A draw is the best of the kept tokens' logits, each with noise of its own added (Gumbel-max). The noise belongs to the
-token: it follows from seed, position and token id alone, so logits that move by a rounding change a draw only where two
-tokens' scores lie within it. Its bits are Threefry-2x32's, called by name, so they are the same whatever generator or
-number of bits jax is set to; the noise is always float32.
+A draw is the kept token with the largest sum of logit and noise (Gumbel-max). The noise of a token follows from seed,
+position and token id alone, so a rounding of logits changes a draw only where two sums lie within that rounding. The
+bits are those of Threefry-2x32, called by name, so jax's settings of generator and precision do not change them; the
+noise is always float32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BELOW_ONE = np.float32(1 - 2**-24)  # the float32 before 1
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplingInputs:
-    """Per row what SamplingParams says; float32 ``temperature`` and ``top_p``, int32 the rest, all ``[B]``."""
+    """SamplingParams of each row, all ``[B]``: ``temperature`` and ``top_p`` are float32, the others int32."""
 
     temperature: jax.Array
     top_k: jax.Array
@@ -38,10 +38,13 @@ class SamplingInputs:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampled:
-    """The tokens chosen, int32 ``[B]``, their log-probabilities and the most likely tokens'.
+    """The chosen tokens with log-probabilities; where a token is ``NOT_A_TOKEN`` the rest of its row means nothing.
 
-    ``logprob`` is float32 ``[B]``; ``top_ids`` and ``top_logprobs`` are ``[B, min(MAX_LOGPROBS, vocab)]``. Where a
-    token is ``NOT_A_TOKEN`` the rest of its row means nothing.
+    Attributes:
+        tokens: int32 ``[B]``.
+        logprob: float32 ``[B]``, log-probabilities of these tokens.
+        top_ids: int32 ``[B, min(MAX_LOGPROBS, vocab)]``, the most likely tokens, best first.
+        top_logprobs: float32, of the same shape, their log-probabilities.
     """
 
     tokens: jax.Array
@@ -51,16 +54,16 @@ class Sampled:
 
 
 def sample(logits: jax.Array, inputs: SamplingInputs, wants_logprobs: jax.Array) -> Sampled:
-    """Chooses a token a row.
+    """Chooses one token per row.
 
     A row's draw depends on its logits, seed and position alone, never on its place in the batch. What no row of the
-    step needs is not run: drawing where every row is greedy, the sort where no row that draws leaves tokens out,
-    log-probabilities where nobody wants them.
+    step needs is skipped: drawing where every row is greedy, the sort where no row that draws leaves tokens out,
+    log-probabilities where no request wants them.
 
     Args:
         logits: float32 ``[B, vocab]``; -inf is a token that cannot be chosen.
         inputs: how each row chooses.
-        wants_logprobs: bool scalar; log-probabilities are zeros without it.
+        wants_logprobs: bool scalar; where it is false, log-probabilities are zeros.
 
     Returns:
         Tokens; ``NOT_A_TOKEN`` for a row whose logits are not usable, see ``most_likely``.
@@ -71,21 +74,21 @@ def sample(logits: jax.Array, inputs: SamplingInputs, wants_logprobs: jax.Array)
 
 
 def most_likely(logits: jax.Array) -> jax.Array:
-    """The greedy choice: int32 ``[B]`` of float32 ``[B, vocab]``; of equal ones the lowest id.
+    """The greedy choice: int32 ``[B]`` from float32 ``[B, vocab]``; of equal logits the lowest id.
 
     ``NOT_A_TOKEN`` where a row has a NaN or +inf, or nothing but -inf.
     """
-    # One pass for token and logit: a maximum of its own, of several devices' parts, may lose a NaN. What spoils a row
-    # goes by the name of no token, so that the winner's says all and its logit is not exchanged for another look.
+    # One reduction over pairs of logit and id, because a maximum over several devices' parts may lose a NaN. A NaN or
+    # +inf carries NOT_A_TOKEN as its id, so the winner's id says all and no second look at its logit is needed.
     spoils = jnp.isnan(logits) | jnp.isposinf(logits)
     ids = jnp.where(spoils, NOT_A_TOKEN, lax.broadcasted_iota(jnp.int32, logits.shape, 1))
-    least = (np.float32(-np.inf), np.int32(NOT_A_TOKEN))  # of a tie with nothing but -inf the lower name is left
+    least = (np.float32(-np.inf), np.int32(NOT_A_TOKEN))  # wins a tie with -inf, its id being the lowest
     best: jax.Array = lax.reduce((logits, ids), least, _better, dimensions=(1,))[1]
     return best
 
 
 def _better(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """The larger logit with its id: a NaN before any number, and of equal ones the lower id."""
+    """The larger logit with its id: a NaN beats any number, and of equal logits the lower id wins."""
     (logit, token), (rival, rival_token) = one, other
     wins = (logit > rival) | (logit != logit) | ((logit == rival) & (token < rival_token))
     return jnp.where(wins, logit, rival), jnp.where(wins, token, rival_token)
@@ -108,7 +111,7 @@ def _draw_all(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
 
 
 def _divisor(temperature: jax.Array) -> jax.Array:
-    """The temperature, no hotter or colder than what float32 can divide -inf and 0 by, also through a reciprocal."""
+    """The temperature within what float32 can divide -inf and 0 by, also by way of a reciprocal."""
     return jnp.clip(temperature, 1e-30, 1e30)
 
 
@@ -117,9 +120,9 @@ def _all_kept(logits: jax.Array, _: SamplingInputs) -> jax.Array:
 
 
 def _kept(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
-    """Which tokens of one row may be drawn: top-k, then top-p (the nucleus, arXiv 1904.09751) of what that keeps.
+    """Which tokens of one row may be drawn: top-k, then top-p (the nucleus, arXiv 1904.09751) of those kept.
 
-    Of equal logits at the edge those with the lower ids are kept.
+    Of equal logits at the edge, those with the lower ids are kept.
     """
     ranked = -jnp.sort(-logits)
     rank = lax.iota(jnp.int32, logits.size)
@@ -127,7 +130,7 @@ def _kept(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
     scaled = (ranked - ranked[0]) / _divisor(inputs.temperature)
     probabilities = jax.nn.softmax(jnp.where(in_top_k, scaled, -jnp.inf))
     before = jnp.cumsum(probabilities) - probabilities
-    # By name, since rounding may bring the sum to 1 before the last token; and the first stays whatever is asked.
+    # top_p >= 1 apart, since rounding may bring the sum to 1 before the last token; the first token always stays.
     in_nucleus = (inputs.top_p >= 1) | (before < inputs.top_p) | (rank == 0)
     count = jnp.sum(in_top_k & in_nucleus, dtype=jnp.int32)
     edge = ranked[count - 1]
@@ -137,17 +140,17 @@ def _kept(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
 
 
 def _noise(inputs: SamplingInputs, vocab: int) -> jax.Array:
-    """Every row's standard Gumbel noise for every token, float32 ``[B, vocab]``: finite, between -2.9 and 22.9."""
+    """Standard Gumbel noise for every row and token, float32 ``[B, vocab]``: finite, between -2.9 and 22.9."""
     none = jnp.zeros((1, 1), jnp.uint32)
     seed, position = (x.astype(jnp.uint32)[:, None] for x in (inputs.seed, inputs.position))
     high, low = _hash(*_hash(none, seed, none, position), none, lax.broadcasted_iota(jnp.uint32, (1, vocab), 1))
-    # Large noise comes of small fractions, where float32 keeps every bit apart: few ties however many tokens.
+    # Large noise comes from small fractions, where float32 keeps every bit: few ties, however many tokens.
     fraction = jnp.minimum(((high ^ low).astype(jnp.float32) + 0.5) * np.float32(2**-32), _BELOW_ONE)
     return -jnp.log(-jnp.log1p(-fraction))
 
 
 def _hash(*keys_and_counts: jax.Array) -> Sequence[jax.Array]:
-    """Threefry-2x32 of two words of key and two of count, uint32 each, broadcast: two words."""
+    """Threefry-2x32 of two key words and two count words, uint32, broadcast together: two words."""
     words: Sequence[jax.Array] = threefry2x32_p.bind(*jnp.broadcast_arrays(*keys_and_counts))
     return words
 

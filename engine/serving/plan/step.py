@@ -1,13 +1,15 @@
-"""What a scheduler decides: a step while it is planned, a step as it is to run, and what must be copied before it."""
+"""A step as it is decided: what each replica runs, what the device must copy before it; and a plan of one under way."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engine.memory.decoding_rows import DecodingRows
+import numpy as np
+import numpy.typing as npt
+
 from engine.memory.integers import Bool, Int32, Int64
-from engine.memory.row_growth import RowGrowth
+from engine.memory.page_moves import PageMove
 from engine.serving.request import Request
 
 
@@ -16,7 +18,7 @@ class ScheduledRow:
     """One request's part of a step: ``count`` tokens from position ``start``.
 
     Attributes:
-        is_decode: whether it feeds back a generated token.
+        is_decode: whether it feeds back a token that the device has sampled.
         samples: whether its last token is the last one known, so that the next is to be chosen.
     """
 
@@ -28,72 +30,153 @@ class ScheduledRow:
 
 
 @dataclass(frozen=True, eq=False)
-class ScheduledStep:
-    """A step's requests, and for each, ``[n]``, what it feeds; empty where nothing is to run.
+class SamplingColumns:
+    """How the requests of some rows choose tokens, as in SamplingParams; ``[n]`` each.
 
     Attributes:
-        requests: one a row of the batch.
+        top_k, seed: int32.
+        temperature, top_p: float32.
+        wants_logprobs: bool.
+    """
+
+    top_k: Int32
+    seed: Int32
+    temperature: npt.NDArray[np.float32]
+    top_p: npt.NDArray[np.float32]
+    wants_logprobs: Bool
+
+    @classmethod
+    def of_rows(cls, rows: int) -> SamplingColumns:
+        """Columns for ``rows`` rows, to be entered as requests come."""
+        int32s, float32s = np.zeros((2, rows), np.int32), np.zeros((2, rows), np.float32)
+        return cls(int32s[0], int32s[1], float32s[0], float32s[1], np.zeros(rows, np.bool_))
+
+    def enter(self, row: int, request: Request) -> None:
+        """Enters the request that has got ``row``."""
+        params = request.params
+        self.top_k[row], self.seed[row] = params.top_k, request.seed
+        self.temperature[row], self.top_p[row] = params.temperature, params.top_p
+        self.wants_logprobs[row] = params.logprobs is not None
+
+    def at(self, rows: Int32) -> SamplingColumns:
+        """The columns of ``rows``, fresh."""
+        return SamplingColumns(
+            self.top_k[rows], self.seed[rows], self.temperature[rows], self.top_p[rows], self.wants_logprobs[rows]
+        )
+
+
+@dataclass(eq=False, slots=True)
+class ReplicaStep:
+    """The requests of one replica in a step, and for each, ``[n]``, what it feeds; empty where nothing is to run.
+
+    Attributes:
+        requests: one per row of the batch.
         req_pool_idx: int32, their page-table rows.
         starts: int64, position of the first token fed.
         counts: int64, tokens fed.
-        is_decode: whether a generated token is fed back.
-        on_device: whether that token was sampled since the request was admitted, so that the device has it.
+        on_device: whether the token fed was sampled since the request was admitted, so that the device has it.
         samples: whether the next token is to be chosen.
         ends: whether that token is the last by the request's length.
-        tenancies: int64, see ``RunningRows.tenancy``.
-        num_tokens: tokens fed.
-        num_decode_tokens: those of them that are generated ones, fed back.
-        growth: where this is the step before it a token further: its rows in the page table, else None.
-        parts: the steps of the replicas, where this is all of them, one after the other; else empty.
+        generations: int64, see ``ReqToTokenPool.generations``: tell whether a row is still the request's.
+        sampling: how the next tokens are chosen.
+        new_pages: int32 places in the page table, and page ids there, that have not been sent to the device.
+        membership: the row table's number, where these are all running requests in order of admission; else None.
+        repeats: whether this is the step before it, a token further.
     """
 
     requests: Sequence[Request]
     req_pool_idx: Int32
     starts: Int64
     counts: Int64
-    is_decode: Bool
     on_device: Bool
     samples: Bool
     ends: Bool
-    tenancies: Int64
+    generations: Int64
+    sampling: SamplingColumns
+    new_pages: tuple[Int32, Int32]
     num_tokens: int
     num_decode_tokens: int
-    growth: DecodingRows | None = None
-    parts: tuple[ScheduledStep, ...] = ()
+    membership: int | None
+    repeats: bool = False
+
+    def further(self, ends: Bool, new_pages: tuple[Int32, Int32]) -> ReplicaStep:
+        """The same step a token further."""
+        return ReplicaStep(
+            self.requests,
+            self.req_pool_idx,
+            self.starts + 1,
+            self.counts,
+            self.on_device,
+            self.samples,
+            ends,
+            self.generations,
+            self.sampling,
+            new_pages,
+            self.num_tokens,
+            self.num_decode_tokens,
+            self.membership,
+            repeats=True,
+        )
 
     @property
     def rows(self) -> list[ScheduledRow]:
-        """The same, an object a row."""
-        columns = (self.starts, self.counts, self.is_decode, self.samples)
-        parts = zip(self.requests, *(column.tolist() for column in columns), strict=True)
-        return [ScheduledRow(*part) for part in parts]
+        """The same, one object per row."""
+        columns = (self.starts, self.counts, self.on_device, self.samples)
+        rows = zip(self.requests, *(column.tolist() for column in columns), strict=True)
+        return [ScheduledRow(*row) for row in rows]
 
 
-@dataclass(frozen=True)
-class PageCopy:
-    """Pages of a replica, int32 ``[n]``, that the device must copy before the next step: answers share a prompt."""
+@dataclass(frozen=True, eq=False)
+class ScheduledStep:
+    """A step of every replica.
 
-    sources: Int32
-    targets: Int32
-    replica: int
+    Attributes:
+        parts: the replicas' steps.
+        moves: page moves that the device makes before it, in this order, each with the index of its replica.
+    """
+
+    parts: tuple[ReplicaStep, ...]
+    moves: tuple[tuple[int, PageMove], ...] = ()
+
+    @property
+    def requests(self) -> list[Request]:
+        """The requests of all parts."""
+        return [request for part in self.parts for request in part.requests]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens fed."""
+        return sum(part.num_tokens for part in self.parts)
+
+    @property
+    def num_decode_tokens(self) -> int:
+        """Tokens fed that the device has sampled itself."""
+        return sum(part.num_decode_tokens for part in self.parts)
+
+    @property
+    def rows(self) -> list[ScheduledRow]:
+        """What every request of all parts does."""
+        return [row for part in self.parts for row in part.rows]
 
 
 @dataclass
 class StepPlan:
-    """A step while it is being planned: what running requests do, and whom it admits.
+    """A replica's step while it is being planned.
 
     Attributes:
-        rows: int32 ``[n]`` of those who ran before.
+        rows: int32 ``[n]`` of the requests that ran before.
         counts: int64 ``[n]`` tokens that they feed.
-        growth: what that takes.
-        may_admit: whether others may join.
-        admitted: rows of those who have joined.
+        is_all: whether these are all running requests, in order of admission.
+        repeats: whether this is the step before it, a token further, unless others join.
+        may_admit: whether other requests may join.
+        admitted: rows of the requests that have joined.
         chunks: tokens that these feed.
     """
 
     rows: Int32
     counts: Int64
-    growth: RowGrowth
-    may_admit: bool
+    is_all: bool = False
+    repeats: bool = False
+    may_admit: bool = True
     admitted: list[int] = field(default_factory=list)
     chunks: list[int] = field(default_factory=list)

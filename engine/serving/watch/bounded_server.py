@@ -16,27 +16,27 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
 MOST_CONNECTIONS = 16
-CONNECTION_SECONDS = 5.0  # from the first byte of the request to the last of the answer
+CONNECTION_SECONDS = 5.0  # a connection's whole life
 _TICK_SECONDS = 0.1
-_SLOT_SECONDS = 0.2  # for a connection that gives way to end
+_SLOT_SECONDS = 0.2  # time for a connection that is cut off to end
 
 _logger = logging.getLogger(__name__)
 
 
 class BoundedServer(ThreadingMixIn, WSGIServer):
-    """Answers one request a connection, each in a thread.
+    """Answers one request per connection, each in a thread.
 
-    There are ``MOST_CONNECTIONS`` at most: another one takes the place of the one that has been open for longest. Each
-    is cut off after ``CONNECTION_SECONDS``, whatever it has sent or read by then.
+    At most ``MOST_CONNECTIONS`` are open: one more takes the place of the one that has been open for longest. Each is
+    cut off after ``CONNECTION_SECONDS``, whatever it has sent or read until then.
 
     Args:
-        address: of this machine to listen on.
-        port: to listen on; 0 takes a free one.
+        address: address of this machine to listen on.
+        port: TCP port to listen on; 0 takes a free one.
         application: answers the requests.
 
     Raises:
-        OSError: the address or the port cannot be had.
-        OverflowError: the port is none.
+        OSError: the address or the port cannot be used.
+        OverflowError: the number is no port.
     """
 
     daemon_threads = True
@@ -47,13 +47,13 @@ class BoundedServer(ThreadingMixIn, WSGIServer):
         family, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         self.address_family = family
         self._slots = threading.BoundedSemaphore(MOST_CONNECTIONS)
-        self._opened: dict[socket.socket, float] = {}  # the longest open first
+        self._opened: dict[socket.socket, float] = {}  # to the time it was opened, oldest first
         super().__init__((str(place[0]), port), _QuietHandler)
         self.set_app(application)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Serves as long as the context lasts; then the port is free again and every connection cut off."""
+        """Serves while the context lasts; then closes the port and every connection."""
         thread = threading.Thread(target=self.serve_forever, args=(_TICK_SECONDS,), name="metrics", daemon=True)
         thread.start()
         try:
@@ -66,14 +66,14 @@ class BoundedServer(ThreadingMixIn, WSGIServer):
                 _cut_off(connection)
 
     def service_actions(self) -> None:
-        """Cuts off whoever has been connected for too long; called every tick."""
+        """Cuts off connections that have been open for too long; called every tick."""
         latest = time.monotonic() - CONNECTION_SECONDS
         for connection, opened in list(self._opened.items()):
             if opened < latest:
                 _cut_off(connection)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Starts the thread of a connection, in the place of the oldest where there are too many."""
+        """Starts a connection's thread; where there are too many connections, the oldest makes room."""
         if not self._slots.acquire(blocking=False):
             for oldest in list(self._opened)[:1]:
                 _cut_off(oldest)
@@ -83,7 +83,7 @@ class BoundedServer(ThreadingMixIn, WSGIServer):
         self._opened[request] = time.monotonic()
         try:
             super().process_request(request, client_address)
-        except BaseException:  # its thread could not start
+        except BaseException:  # the thread could not start
             self._end(request)
             raise
 
@@ -99,15 +99,15 @@ class BoundedServer(ThreadingMixIn, WSGIServer):
         self._slots.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that broke is its client's matter: a line for who debugs."""
+        """Logs a broken connection at debug level: it is its client's matter."""
         _logger.debug("a connection to the metrics broke", exc_info=True)
 
 
 class _QuietHandler(WSGIRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
-        """Writes no line a request."""
+        """Writes no line per request."""
 
 
 def _cut_off(connection: socket.socket) -> None:
-    with suppress(OSError):  # it has ended by itself
+    with suppress(OSError):  # the connection has ended by itself
         connection.shutdown(socket.SHUT_RDWR)

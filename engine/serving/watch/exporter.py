@@ -1,7 +1,7 @@
 """Serves an engine's metrics over HTTP for Prometheus; reads a snapshot when it is scraped, and never in between.
 
-Names follow the conventions of serving engines, under one prefix. Hits and queries are counters of tokens: a rate is
-the reader's to take.
+Where vLLM exports a figure its name is kept, under another prefix: hence "preemptions" for what is called a retraction
+everywhere else. Hits and queries are counters of tokens, of which the reader takes the rate.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class EngineCollector:
     """A collector in the sense of prometheus_client.
 
     Args:
-        read: makes a snapshot; called by the scraping thread.
+        read: returns a snapshot; called by the scraping thread.
     """
 
     def __init__(self, read: Callable[[], EngineMetrics]) -> None:
@@ -42,18 +42,18 @@ class EngineCollector:
 
 @contextmanager
 def serve_metrics(read: Callable[[], EngineMetrics], port: int, address: str = "127.0.0.1") -> Iterator[int]:
-    """Runs a thread that answers scrapes, as long as the context lasts; see ``BoundedServer`` for its bounds.
+    """Runs a thread that answers scrapes while the context lasts; see ``BoundedServer`` for its bounds.
 
     Args:
-        read: makes a snapshot.
-        port: to listen on; 0 takes a free one.
-        address: of this machine to listen on.
+        read: returns a snapshot.
+        port: TCP port to listen on; 0 takes a free one.
+        address: address of this machine to listen on.
 
     Yields:
         The port.
 
     Raises:
-        ConfigError: prometheus-client is not installed, or the port cannot be had.
+        ConfigError: prometheus-client is not installed, or the port cannot be used.
     """
     try:
         from prometheus_client import CollectorRegistry, make_wsgi_app
@@ -71,22 +71,27 @@ def serve_metrics(read: Callable[[], EngineMetrics], port: int, address: str = "
 
 def _pool(metrics: EngineMetrics) -> Iterator[Metric]:
     pool = metrics.pool
-    yield _gauge("kv_cache_usage_perc", "Share of the pool that cannot be handed out now, 0 to 1", pool.usage)
+    yield _gauge("kv_cache_usage_perc", "Fraction of the pool that cannot be allocated now, 0 to 1", pool.usage)
     states = {
         "free": pool.free_pages,
         "held": pool.private_pages,
         "cached_locked": pool.locked_pages,
         "cached_evictable": pool.evictable_pages,
     }
-    yield _gauge("kv_pages", "Pages by state; the states make up the pool", states, label="state")
+    yield _gauge("kv_pages", "Pages by state; all states together are the pool", states, label="state")
     yield _gauge("kv_pages_total_size", "Pages of the pool", pool.total_pages)
-    yield _gauge("kv_page_size_tokens", "Tokens a page", pool.page_size)
+    yield _gauge("kv_page_size_tokens", "Tokens per page", pool.page_size)
     yield _gauge("kv_tail_waste_tokens", "Slots of last pages that hold no token yet", pool.tail_waste_tokens)
     yield _gauge("kv_free_runs", "Runs of consecutive free pages", pool.free_runs)
-    yield _gauge("kv_largest_free_run_pages", "Pages of the longest such run", pool.largest_free_run_pages)
+    yield _gauge("kv_largest_free_run_pages", "Pages in the longest run of free pages", pool.largest_free_run_pages)
     if pool.replicas:
         usage = {str(index): replica.usage for index, replica in enumerate(pool.replicas)}
-        yield _gauge("kv_cache_replica_usage_perc", "The same share of each replica's pool", usage, label="replica")
+        yield _gauge(
+            "kv_cache_replica_usage_perc",
+            "The same fraction by replica",
+            usage,
+            label="replica",
+        )
     locking = sum(request.locked_pages > 0 for request in metrics.requests)
     yield _gauge("num_requests_locking", "Running requests that keep cached pages from eviction", locking)
 
@@ -96,29 +101,29 @@ def _traffic(metrics: EngineMetrics) -> Iterator[Metric]:
     if metrics.pool.replicas:
         running = Counter(str(request.replica) for request in metrics.requests)
         by_replica = {str(index): running[str(index)] for index in range(len(metrics.pool.replicas))}
-        yield _gauge("num_requests_replica_running", "Those of each replica", by_replica, label="replica")
+        yield _gauge("num_requests_replica_running", "The same by replica", by_replica, label="replica")
     yield _gauge("num_requests_waiting", "Requests that wait for pages or a slot", metrics.waiting)
-    yield _counter("num_preemptions", "Times a running request gave its pages back", metrics.preemptions)
-    yield _counter("prompt_tokens", "Prompt tokens computed", metrics.prompt_tokens)
-    yield _counter("generation_tokens", "Generated tokens fed back", metrics.generation_tokens)
+    yield _counter("num_preemptions", "Retractions: a running request lost its pages", metrics.retractions)
+    yield _counter("prompt_tokens", "Tokens fed by prefill", metrics.prompt_tokens)
+    yield _counter("generation_tokens", "Tokens fed by decode", metrics.generation_tokens)
     yield _counter("steps", "Steps run", metrics.steps)
-    yield _counter("requests_finished", "Answers by why they ended", metrics.finished, label="finished_reason")
+    yield _counter("requests_finished", "Answers by finish reason", metrics.finished, label="finished_reason")
 
 
 def _prefix_cache(metrics: EngineMetrics) -> Iterator[Metric]:
     if metrics.prefix_cache:
         prefix = metrics.prefix_cache
-        yield _counter("prefix_cache_queries", "Known tokens of requests as they were admitted", prefix.queried_tokens)
-        yield _counter("prefix_cache_hits", "Those of them found on the device", prefix.hit_tokens)
+        yield _counter("prefix_cache_queries", "Known tokens of admitted requests", prefix.queried_tokens)
+        yield _counter("prefix_cache_hits", "Known tokens of admitted requests found on the device", prefix.hit_tokens)
         yield _counter("prefix_cache_evicted_pages", "Cached pages given up to make room", prefix.evicted_pages)
 
 
 def _host_tier(metrics: EngineMetrics) -> Iterator[Metric]:
     if metrics.host_tier:
         tier = metrics.host_tier
-        yield _gauge("host_tier_bytes", "Bytes of the pages held", tier.held_bytes)
-        yield _gauge("host_tier_capacity_bytes", "Most that it may hold", tier.capacity_bytes)
-        yield _counter("host_tier_queried_pages", "Pages asked for as requests were admitted", tier.queried_pages)
+        yield _gauge("host_tier_bytes", "Bytes of the pages held by the host tier", tier.held_bytes)
+        yield _gauge("host_tier_capacity_bytes", "Most bytes that the host tier may hold", tier.capacity_bytes)
+        yield _counter("host_tier_queried_pages", "Pages looked up when requests were admitted", tier.queried_pages)
         yield _counter("host_tier_loaded_pages", "Pages brought back to the device", tier.loaded_pages)
         yield _counter("host_tier_stored_pages", "Pages taken in", tier.stored_pages)
         yield _counter("host_tier_evicted_pages", "Pages dropped to keep the budget", tier.evicted_pages)

@@ -1,26 +1,26 @@
-"""What an engine does and holds, as one value: for embedding, for log lines and for the exporter."""
+"""What an engine does and holds, as one value: for embedders, for log lines and for the exporter."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from engine.memory.offload.page_mover import HostPages
+from engine.memory.offload.host_tier import HostTier
 from engine.memory.pool_snapshot import PoolSnapshot, add_snapshots, snapshot_pool
 from engine.memory.prefix.cache import RadixCache
-from engine.serving.plan.balancer import Balancer
+from engine.serving.plan.replica import Replica
 from engine.serving.plan.scheduler import Scheduler
 from engine.serving.watch.stats import EngineStats
 
 
 @dataclass(frozen=True)
 class PrefixCacheMetrics:
-    """Since the engine was made; a request that comes back after a retraction is not counted again.
+    """Counts since the engine was made; a request that is admitted again after a retraction is not counted again.
 
     Attributes:
         queried_tokens: known tokens of the requests that were admitted.
-        hit_tokens: those of them whose pages were found on the device.
-        evicted_pages: given up to make room.
+        hit_tokens: the part of ``queried_tokens`` whose pages were found on the device.
+        evicted_pages: pages given up to make room.
     """
 
     queried_tokens: int
@@ -33,13 +33,13 @@ class HostTierMetrics:
     """The host tier: what it holds, and what has happened since the engine was made.
 
     Attributes:
-        held_bytes: pages held now.
-        capacity_bytes: most that it may hold.
-        queried_pages: asked for when requests were admitted.
-        loaded_pages: brought back to the device.
-        stored_pages: taken in.
-        evicted_pages: dropped to keep the budget.
-        rejected_pages: dropped because their checksum did not match.
+        held_bytes: bytes of the pages held now.
+        capacity_bytes: most bytes that it may hold.
+        queried_pages: pages looked up when requests were admitted.
+        loaded_pages: pages brought back to the device.
+        stored_pages: pages taken in.
+        evicted_pages: pages dropped to keep the budget.
+        rejected_pages: pages dropped because their checksum did not match.
     """
 
     held_bytes: int
@@ -53,7 +53,15 @@ class HostTierMetrics:
 
 @dataclass(frozen=True)
 class RequestMemory:
-    """What one running request has of the pool: tokens in slots, pages that hold them, cached pages that it locks."""
+    """One running request's part of the pool.
+
+    Attributes:
+        request_id: the request.
+        tokens: tokens with a slot.
+        pages: pages that hold them, shared ones included.
+        locked_pages: cached pages that the request keeps from eviction.
+        replica: index of the replica that runs it.
+    """
 
     request_id: int
     tokens: int
@@ -64,25 +72,26 @@ class RequestMemory:
 
 @dataclass(frozen=True)
 class EngineMetrics:
-    """An engine at one moment. Counts run from when the engine was made and never go down.
+    """An engine at one moment. Counts start when the engine is made and never decrease.
 
     Attributes:
-        pool: where every page is, of all replicas together.
+        pool: the state of every page, for all replicas together.
         running: requests that hold pages.
-        waiting: requests that do not.
-        preemptions: how often a request was retracted.
+        waiting: requests without pages: not admitted yet, or retracted.
+        retractions: how often a running request lost its pages and was queued again.
         prefix_cache: None where it is disabled.
         host_tier: None where there is none.
-        requests: the running ones' parts of the pool.
-        prompt_tokens, generation_tokens: tokens fed, as prompt and one at a time.
+        requests: the running requests' parts of the pool.
+        prompt_tokens: tokens fed by prefill.
+        generation_tokens: tokens fed by decode, one per sequence and step.
         steps: steps run.
-        finished: answers by why they ended.
+        finished: number of answers by finish reason.
     """
 
     pool: PoolSnapshot
     running: int
     waiting: int
-    preemptions: int
+    retractions: int
     prefix_cache: PrefixCacheMetrics | None
     host_tier: HostTierMetrics | None
     requests: tuple[RequestMemory, ...]
@@ -98,7 +107,7 @@ class EngineMetrics:
             f"Running: {self.running} reqs, Waiting: {self.waiting} reqs, KV cache usage: {pool.usage:.1%}",
             f"pages: {pool.free_pages:,} free in {pool.free_runs:,} runs, {pool.private_pages:,} held, "
             f"{pool.locked_pages:,} cached and locked, {pool.evictable_pages:,} cached of {pool.total_pages:,}",
-            f"tail waste: {pool.tail_waste_tokens:,} tokens, preemptions: {self.preemptions:,}",
+            f"tail waste: {pool.tail_waste_tokens:,} tokens, retractions: {self.retractions:,}",
         ]
         if self.prefix_cache:
             queried, hit = self.prefix_cache.queried_tokens, self.prefix_cache.hit_tokens
@@ -109,7 +118,7 @@ class EngineMetrics:
         return "; ".join(parts)
 
 
-def collect_metrics(scheduler: Scheduler | Balancer, stats: EngineStats) -> EngineMetrics:
+def collect_metrics(scheduler: Scheduler, stats: EngineStats) -> EngineMetrics:
     """Reads everything; raises IntegrityError where the parts of the pool do not add up."""
     replicas = scheduler.replicas
     pools = [snapshot_pool(replica.cache) for replica in replicas]
@@ -117,9 +126,9 @@ def collect_metrics(scheduler: Scheduler | Balancer, stats: EngineStats) -> Engi
         pool=pools[0] if len(pools) == 1 else add_snapshots(pools),
         running=len(scheduler.running),
         waiting=len(scheduler.waiting),
-        preemptions=scheduler.retractions,
-        prefix_cache=_prefix_cache([replica.cache.prefix for replica in replicas if replica.cache.prefix]),
-        host_tier=_host_tier(replicas[0].cache.host),  # the replicas share one
+        retractions=scheduler.retractions,
+        prefix_cache=_prefix_cache([replica.cache.prefix for replica in replicas if replica.cache.shares_prefixes]),
+        host_tier=_host_tier(replicas[0].cache.host_tier),  # the replicas share one
         requests=tuple(
             request
             for index, (replica, pool) in enumerate(zip(replicas, pools, strict=True))
@@ -132,7 +141,7 @@ def collect_metrics(scheduler: Scheduler | Balancer, stats: EngineStats) -> Engi
     )
 
 
-def _requests(scheduler: Scheduler, pool: PoolSnapshot, replica: int) -> list[RequestMemory]:
+def _requests(scheduler: Replica, pool: PoolSnapshot, replica: int) -> list[RequestMemory]:
     of_row = {request.req_pool_idx: request.request_id for request in scheduler.running}
     return [
         RequestMemory(of_row[row.row], row.tokens, row.pages, row.locked_pages, replica)
@@ -151,16 +160,16 @@ def _prefix_cache(caches: list[RadixCache]) -> PrefixCacheMetrics | None:
     )
 
 
-def _host_tier(host: HostPages | None) -> HostTierMetrics | None:
-    if host is None:
+def _host_tier(tier: HostTier | None) -> HostTierMetrics | None:
+    if tier is None:
         return None
-    tier, counters = host.tier, host.tier.counters
+    counters = tier.counters
     return HostTierMetrics(
         held_bytes=tier.held_bytes,
         capacity_bytes=tier.capacity_bytes,
         queried_pages=counters.queried_pages,
-        loaded_pages=counters.hit_pages,
+        loaded_pages=counters.loaded_pages,
         stored_pages=counters.stored_pages,
         evicted_pages=counters.evicted_pages,
-        rejected_pages=counters.corrupt_pages,
+        rejected_pages=counters.rejected_pages,
     )

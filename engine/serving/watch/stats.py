@@ -1,4 +1,4 @@
-"""What an engine has done, counted where it happens."""
+"""What an engine has done, counted where it is done."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from engine.serving.plan.step import ScheduledStep
 class EngineStats:
     """Running totals.
 
-    A step that prefills and decodes counts its seconds to each by its tokens.
+    The seconds of a step that prefills and decodes are divided between both in proportion to their tokens.
 
     Attributes:
         steps: steps run.
-        prefill_tokens, decode_tokens: tokens fed.
-        prefill_seconds, decode_seconds: time from a step's commit, or its dispatch if that was later, to the next's.
-        peak_held_tokens: most tokens in held pages after any step.
-        finished: answers by why they ended.
+        prefill_tokens: tokens fed by prefill.
+        decode_tokens: tokens fed by decode.
+        prefill_seconds: time of the steps' prefill; a step takes from its dispatch, or from the commit of the step
+            before it if that was later, to its own commit.
+        decode_seconds: time of the steps' decode.
+        peak_held_tokens: most token slots in held pages after any step.
+        finished: number of answers by finish reason.
     """
 
     steps: int = 0
@@ -31,7 +34,7 @@ class EngineStats:
     finished: Counter[str] = field(default_factory=Counter)
 
     def note(self, step: ScheduledStep, seconds: float, held_tokens: int) -> None:
-        """Counts a step that has run."""
+        """Counts a step that took ``seconds``; ``held_tokens`` are the slots in held pages after it."""
         total, decode = step.num_tokens, step.num_decode_tokens
         self.steps += 1
         self.decode_tokens += decode

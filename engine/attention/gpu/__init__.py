@@ -1,1 +1,0 @@
-"""The GPU backend: Pallas kernels for Hopper (docs/gpu-attention.md)."""

@@ -1,1 +1,0 @@
-"""The kernels themselves: what runs on a streaming multiprocessor. Imports nothing around them."""

@@ -1,0 +1,96 @@
+"""What a kernel knows when it is compiled: heads, dtypes, and the sizes of its blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from engine.kv.layout import LANES
+from engine.kv.tpu_view import TILE_ROWS, word_of
+
+
+class Tile(NamedTuple):
+    """How one kind of item is computed.
+
+    Attributes:
+        queries: the most query tokens of an item.
+        rows: rows of q per KV head, row ``t * G + g``, in whole sublanes; those past the queries hold anything.
+        fetch_pages: pages of one DMA block.
+        chunk_pages: pages of one compute chunk; divides ``fetch_pages``.
+    """
+
+    queries: int
+    rows: int
+    fetch_pages: int
+    chunk_pages: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Static sizes of one kernel.
+
+    Attributes:
+        heads: KV heads H.
+        group: query heads per KV head, G.
+        lanes: stored elements per row, D', a multiple of 128.
+        words: stored 32-bit words of 128 lanes per token (engine/kv/tpu_view.py).
+        page_size: tokens per page.
+        run_pages: pages that one DMA moves where they are contiguous.
+        table_pages: page-table entries per sequence, a multiple of ``run_pages``.
+        kv_dtype: dtype of the cache.
+        compute_dtype: dtype of the matrix operands: bfloat16, or float32 where q or the cache is.
+        io_dtype: dtype of q and out in HBM; float32 where an odd group does not fill a word.
+        soft_cap: cap of the logits, or None.
+        window: sliding window in tokens, or None.
+        has_lse: whether log-sum-exp leaves the kernel.
+        tiles: the kinds of item, by queries: decode rows, perhaps short extends, and whole blocks.
+        interpret: whether the kernel runs in the interpreter (see ``packed_rows``).
+    """
+
+    heads: int
+    group: int
+    lanes: int
+    words: int
+    page_size: int
+    run_pages: int
+    table_pages: int
+    kv_dtype: np.dtype[Any]
+    compute_dtype: np.dtype[Any]
+    io_dtype: np.dtype[Any]
+    soft_cap: float | None
+    window: int | None
+    has_lse: bool
+    tiles: tuple[Tile, ...]
+    interpret: bool
+
+    @property
+    def pack(self) -> int:
+        """Cache rows that share a 32-bit word."""
+        return 4 // self.kv_dtype.itemsize
+
+    @property
+    def folds(self) -> int:
+        """Words that a row of p heads' K or V takes."""
+        return self.lanes // LANES
+
+    def word(self, row_word: Any, fold: int) -> Any:
+        """Index of the word that holds the ``row_word``-th p rows of a token, lanes ``128 * fold …``."""
+        return word_of(row_word, fold, self.folds, min(self.words // self.folds, TILE_ROWS // self.pack))
+
+    @property
+    def io_pack(self) -> int:
+        """Rows of q that share a 32-bit word."""
+        return 4 // self.io_dtype.itemsize
+
+    @property
+    def stride(self) -> int:
+        """32-bit rows between two tokens in VMEM: odd, so that a strided load uses no bank twice."""
+        return self.words | 1
+
+    @property
+    def precision(self) -> str:
+        """Matrix precision: float32 operands need more than one bf16 pass."""
+        return "highest" if self.compute_dtype == jnp.float32 else "default"

@@ -1,1 +1,0 @@
-"""Ragged paged flash attention on TPU: ``kernel``, and all that is around it; see ``docs/tpu-kernel.md``."""
