@@ -33,6 +33,7 @@ from engine.memory.pages import NO_PAGES, PageIds, Slots
 
 NO_ROWS = np.empty(0, np.int64)
 _ONE = np.int32(1)
+_NO_PLACES = np.empty(0, np.int64)
 
 
 class RequestLens(NamedTuple):
@@ -122,6 +123,9 @@ class ReqToTokenPool:
         # The rows that were last found in use and distinct; at which membership, and what they were passed as.
         self._checked = NO_ROWS
         self._checked_at: tuple[int, np.dtype[Any], bytes] | None = None
+        # The change, and the checked rows, at which all their pages were told; and what the growth after it has added.
+        self._told_at: tuple[int, object] | None = None
+        self._news = -1, _NO_PLACES, NO_PAGES
         self.caller = OneCaller()
 
     # What rows hold.
@@ -407,6 +411,12 @@ class ReqToTokenPool:
             if growth.places.size:
                 self._table.reshape(-1)[growth.places] = pages
             self._granted[growth.rows] = growth.ends
+            if (
+                growth.runs is None
+                and growth.rows is self._checked
+                and self._told_at == (growth.change, self._checked_at)
+            ):
+                self._news = self._changes, growth.places, PageIds(pages.copy())
         except BaseException:
             self._table.reshape(-1)[growth.places] = 0
             self._granted[growth.rows] = growth.lens
@@ -493,18 +503,23 @@ class ReqToTokenPool:
         """
         self.caller.enter()
         index = self._checked_rows(rows)
-        told, held = self._told[index], self._pages_of(self._granted[index])
-        grown = (held > told).nonzero()[0]
-        if not grown.size:
-            return np.empty(0, np.int32), np.empty(0, np.int32)
-        first, fresh = index[grown] * self.max_pages + told[grown], held[grown] - told[grown]
-        places = first if grown.size == fresh.sum() else ranges(first, fresh)
-        new = places.astype(np.int32), self._table.reshape(-1)[places]
+        change, places, pages = self._news
+        if change == self._changes and index is self._checked:  # these rows have grown, and nothing else has changed
+            changed, held = places // self.max_pages, None
+        else:
+            told, held = self._told[index], self._pages_of(self._granted[index])
+            grown = (held > told).nonzero()[0]
+            first, fresh = index[grown] * self.max_pages + told[grown], held[grown] - told[grown]
+            places = first if grown.size == fresh.sum() else ranges(first, fresh)
+            changed, pages = index, PageIds(self._table.reshape(-1)[places])
+        before, told_at, news = self._told[changed], self._told_at, self._news
         try:
-            self._told[index] = held
-            return new
+            self._told_at = (self._changes, self._checked_at) if index is self._checked else None
+            self._news = -1, _NO_PLACES, NO_PAGES
+            self._told[changed] = before + 1 if held is None else held
+            return places.astype(np.int32), pages
         except BaseException:
-            self._told[index] = told
+            self._told[changed], self._told_at, self._news = before, told_at, news
             raise
 
     def check_integrity(self) -> None:

@@ -83,7 +83,8 @@ class Stepper:
         """
         while (step := self._scheduler.next_step(settled=not self._flights)) is None:
             self._land(finished)
-        self._mover.make(step.moves)
+        if step.moves:
+            self._mover.make(step.moves)
         has_requests = step.num_tokens > 0
         if has_requests:
             self._flights.append(self._dispatch(step, keeps_logits=return_logits))

@@ -70,6 +70,9 @@ class Replica:
         self._stop_ids: frozenset[int] = frozenset()
         self._last: ReplicaStep | None = None  # of all running requests, each decoding
         self._repeats = 0  # how many steps may follow it, each a token further, until a request reaches its length
+        self._unmarked: ReplicaStep | None = (
+            None  # the last of them that has run: its tokens are not marked computed yet
+        )
         self._waits = PrefixWaits(cache, queue)
 
     @property
@@ -220,10 +223,11 @@ class Replica:
         chosen, is_chosen, rows, table = tokens.tolist(), tokens >= 0, step.req_pool_idx, self.cache.page_table
         all_chosen = bool(is_chosen.all())
         if all_chosen and step.repeats and step.membership == table.membership == self._ordered_at:
-            table.mark_computed(rows, step.starts + 1)
+            self._unmarked = step  # one mark serves all steps of the run
             deque(map(list.append, self._outputs, chosen), maxlen=0)  # a loop in C: this is done at every step
             self._release_ended(step, step.ends, chosen, finished)
             return
+        self._mark_run()
         live = self._still_run(step)
         table.mark_computed(rows[live], (step.starts + step.counts)[live])
         sampled = live & step.samples
@@ -252,6 +256,7 @@ class Replica:
         shared, row = len(parent.prompt) - 1, parent.req_pool_idx
         # A parent that was retracted after its first token may run again and not have computed its prompt yet.
         has_slot = len(self.running) < self.max_running_requests
+        self._mark_run()
         if row is None or not has_slot or not self.cache.can_fork(row, shared):
             return False
         child_row = self.cache.fork(row, shared)
@@ -264,6 +269,7 @@ class Replica:
         row = request.req_pool_idx
         if row is None:
             raise ValueError(f"request {request.request_id} has no row")
+        self._mark_run()
         tokens = request.tokens(0, request.num_tokens) if keeps_pages else NO_TOKENS
         request.req_pool_idx = None
         self.running.remove(request)
@@ -275,6 +281,9 @@ class Replica:
 
     def give_back_rows(self, *, keeps_pages: bool) -> None:
         """Ends every row, in any state of the books after a fault; clears the books if they do not balance."""
+        with suppress(Exception):
+            self._mark_run()
+        self._unmarked = None
         for request in self.running if keeps_pages else ():
             if (row := request.req_pool_idx) is not None:
                 with suppress(Exception):  # the check below says whether that was harmless
@@ -294,6 +303,13 @@ class Replica:
         used = self.cache.page_table.rows_in_use().tolist()
         if rows != used:
             raise IntegrityError(f"the rows {used} are in use, and the running requests have {rows}; this is a bug")
+
+    def _mark_run(self) -> None:
+        """Marks as computed what steps that repeated one another have computed: before any row comes or goes."""
+        step = self._unmarked
+        if step is not None:
+            self.cache.mark_computed(step.req_pool_idx, step.starts + 1)
+            self._unmarked = None
 
     def _enter(self, request: Request, row: int) -> None:
         """Begins to plan for a request that has got ``row``."""

@@ -105,9 +105,14 @@ class Scheduler:
             plans.append(plan)
         while self.waiting and self._admit_first(plans):
             pass
-        parts = tuple(replica.schedule(plan) for replica, plan in zip(self.replicas, plans, strict=True))
-        moves = tuple((replica.index, move) for replica in self.replicas for move in replica.cache.take_moves())
-        return ScheduledStep(parts, moves)
+        parts = [replica.schedule(plan) for replica, plan in zip(self.replicas, plans, strict=True)]
+        moves = [(replica.index, move) for replica in self.replicas for move in replica.cache.take_moves()]
+        return ScheduledStep(
+            parts,
+            moves,
+            num_tokens=sum([part.num_tokens for part in parts]),
+            num_decode_tokens=sum([part.num_decode_tokens for part in parts]),
+        )
 
     def commit(self, step: ScheduledStep, tokens: Int32, finished: list[Request]) -> None:
         """Books a step that has run, as ``Replica.commit``.
@@ -117,6 +122,9 @@ class Scheduler:
             tokens: sampled tokens, equally many for each replica, one replica after the other.
             finished: the requests that finish are added to it.
         """
+        if len(self.replicas) == 1:
+            self.replicas[0].commit(step.parts[0], tokens, finished)
+            return
         by_replica = tokens.reshape(len(self.replicas), -1)
         for replica, part, of_part in zip(self.replicas, step.parts, by_replica, strict=True):
             replica.commit(part, of_part, finished)

@@ -126,32 +126,26 @@ class ReplicaStep:
         return [ScheduledRow(*row) for row in rows]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class ScheduledStep:
     """A step of every replica.
 
     Attributes:
         parts: the replicas' steps.
-        moves: page moves that the device makes before it, in this order, each with the index of its replica.
+        moves: page moves that the device makes before it, in this order, each with the replica whose pages they are.
+        num_tokens: tokens fed.
+        num_decode_tokens: tokens fed that the device has sampled itself.
     """
 
-    parts: tuple[ReplicaStep, ...]
-    moves: tuple[tuple[int, PageMove], ...] = ()
+    parts: Sequence[ReplicaStep]
+    moves: Sequence[tuple[int, PageMove]]
+    num_tokens: int
+    num_decode_tokens: int
 
     @property
     def requests(self) -> list[Request]:
         """The requests of all parts."""
         return [request for part in self.parts for request in part.requests]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens fed."""
-        return sum(part.num_tokens for part in self.parts)
-
-    @property
-    def num_decode_tokens(self) -> int:
-        """Tokens fed that the device has sampled itself."""
-        return sum(part.num_decode_tokens for part in self.parts)
 
     @property
     def rows(self) -> list[ScheduledRow]:
