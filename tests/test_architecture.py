@@ -60,7 +60,7 @@ MOST_LINES = {
     "models": 2100,
     "native": 270,
     "planning": 320,
-    "serving": 4550,
+    "serving": 4600,
 }
 # Lines of a function's body without its docstring: one screen, which is held in the head at once. The longest function,
 # one lane of the TPU kernel's loop, has 50.
