@@ -104,7 +104,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--page-size", type=int, metavar="N", help="tokens per page, 1 to 256")
     group.add_argument("--max-total-tokens", type=int, metavar="N", help="token slots in the pool")
     group.add_argument("--mem-fraction-static", type=float, metavar="F", help="device memory for weights and pool")
-    group.add_argument("--max-running-requests", type=int, metavar="N", help="slots of the batch")
+    group.add_argument("--max-running-requests", type=int, metavar="N", help="most requests that run at once")
     group.add_argument("--chunked-prefill-size", type=int, metavar="N", help="most new tokens in a step")
     group.add_argument(
         "--no-overlap-steps",

@@ -61,7 +61,7 @@ class EngineConfig:
             hold is refused.
         mem_fraction_static: fraction of the device's memory for weights and pool together, above 0 and below 1; on a
             CPU, of the memory that the machine had available before the weights were loaded, less ``host_tier_bytes``.
-        max_running_requests: slots of the continuous batch, over all replicas; the page table, of one row per slot and
+        max_running_requests: most requests that run at once, over all replicas; the page table, of one row each and
             one column per page of ``context_length``, may take 1 GiB.
         chunked_prefill_size: most new tokens in a step, though every running request may always decode; longer prompts
             are prefilled in chunks.
@@ -78,7 +78,7 @@ class EngineConfig:
         prefix_cache_dir: directory that cached prefixes are loaded from, and saved to by ``LLM.save_prefix_cache``;
             needs ``host_tier_bytes``. Several engines may share one; see docs/serving-memory.md.
         tp: devices that divide the heads and the weights among them (tensor parallel).
-        dp: replicas of attention (data parallel), each with an equal part of the pool, the slots and a step's tokens; a
+        dp: replicas of attention (data parallel), each with an equal part of the pool, the rows and a step's tokens; a
             divisor of all three.
         cp: devices that divide the tokens of each page among them (context parallel), for contexts that one device
             cannot hold; a divisor of ``page_size``.

@@ -86,7 +86,7 @@ def size_pool(
         page_size: tokens per page.
         layers: layers of the model.
         token_bytes: bytes per token and layer, padding included, on all devices that hold a part of the token.
-        wanted_tokens: tokens that are enough: every slot of the batch at its full context.
+        wanted_tokens: tokens that are enough: every running request at its full context.
         device_bytes: bytes of memory of each device; None where it does not report them, which gives ``wanted_tokens``.
         weight_bytes: bytes of that memory which the weights take.
         mem_fraction_static: fraction of the device's memory for weights and pool together.

@@ -78,8 +78,8 @@ class LLM:
         self.config, self._mesh, self.model, self.tokenizer = loaded.config, loaded.mesh, loaded.model, loaded.tokenizer
         backend = make_backend(self.config, self.model.config, self._mesh)
         self.plan, pool = make_pool(self.config, self.model, self._mesh)
-        slots = self.config.max_running_requests // self.config.dp
-        shapes = parcel_shapes(slots, step_tokens(self.config), pool.page_size)
+        rows = self.config.max_running_requests // self.config.dp
+        shapes = parcel_shapes(rows, step_tokens(self.config), pool.page_size)
         self._runner = ModelRunner(
             self.model,
             pool,

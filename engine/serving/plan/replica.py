@@ -27,12 +27,12 @@ _logger = logging.getLogger(__name__)
 
 
 class Replica:
-    """Continuous batching over a fixed number of slots.
+    """Continuous batching over a fixed number of rows.
 
     Args:
         cache: owns pages and rows.
         queue: where requests wait; replicas share one.
-        max_running_requests: slots.
+        max_running_requests: most requests that run at once.
         max_step_tokens: most new tokens in a step; at least ``max_running_requests``, so that each request can decode.
         index: which of the replicas this is.
         pool_name: name of the pool in messages.
@@ -255,9 +255,9 @@ class Replica:
         """
         shared, row = len(parent.prompt) - 1, parent.req_pool_idx
         # A parent that was retracted after its first token may run again and not have computed its prompt yet.
-        has_slot = len(self.running) < self.max_running_requests
+        has_row = len(self.running) < self.max_running_requests
         self._mark_run()
-        if row is None or not has_slot or not self.cache.can_fork(row, shared):
+        if row is None or not has_row or not self.cache.can_fork(row, shared):
             return False
         child_row = self.cache.fork(row, shared)
         child.cached_tokens, child.replica = shared, self.index

@@ -2,7 +2,7 @@
 
 Runs on the host and never sees a buffer. Each step has a budget of new tokens per replica. Decoding requests come
 first, one token each, so that a long prompt cannot stall them; what is left of the budget goes to prompts that are
-under way, in chunks; then waiting requests are admitted while a slot is free and the cache has room for the tokens that
+under way, in chunks; then waiting requests are admitted while a row is free and the cache has room for the tokens that
 they know.
 
 When a pool is full, the last in rank of its running requests is retracted: its pages go back (full ones stay cached
