@@ -35,6 +35,8 @@ NO_ROWS = np.empty(0, np.int64)
 _ONE = np.int32(1)
 _NO_PLACES = np.empty(0, np.int64)
 
+Mark = tuple[int, np.dtype[Any], bytes]  # a membership, and rows as they were passed
+
 
 class RequestLens(NamedTuple):
     """Tokens of requests, int64 ``[B]`` each, fresh arrays.
@@ -59,6 +61,7 @@ class RowGrowth(NamedTuple):
         places: int64 ``[n]`` where fresh pages go, ``row * max_pages + column``, one row after the other.
         runs: int64 ``[B]`` fresh pages of each row; None where no row begins more than one.
         change: the table's number of changes when this was worked out.
+        mark: what tells these rows from others while none comes or goes; None where they came as a list.
     """
 
     rows: Int64
@@ -67,6 +70,7 @@ class RowGrowth(NamedTuple):
     places: Int64
     runs: Int64 | None
     change: int
+    mark: Mark | None
 
     @property
     def num_pages(self) -> int:
@@ -117,15 +121,20 @@ class ReqToTokenPool:
         self._known, self._most = np.zeros((2, self.max_requests), np.int64)
         self._told, self._generation = np.zeros((2, self.max_requests), np.int64)
         self._in_use = np.zeros(self.max_requests, np.bool_)
+        # Every column but the generation: empty in a row that no request has.
+        self._columns: tuple[npt.NDArray[Any], ...] = (
+            self._table, self._granted, self._computed, self._known, self._most, self._told, self._in_use,
+        )  # fmt: skip
         # First in, first out: a row that was just released is the last to be reused, so a stale index is seen.
         self._free_rows = deque(range(self.max_requests))
         self._changes = 0  # of any row's length or pages
         # The rows that were last found in use and distinct; at which membership, and what they were passed as.
         self._checked = NO_ROWS
-        self._checked_at: tuple[int, np.dtype[Any], bytes] | None = None
-        # The change, and the checked rows, at which all their pages were told; and what the growth after it has added.
-        self._told_at: tuple[int, object] | None = None
-        self._news = -1, _NO_PLACES, NO_PAGES
+        self._checked_at: Mark | None = None
+        # At which change all pages of which rows were told; and at which a growth then added which pages, and where.
+        self._told_at: tuple[int, Mark] | None = None
+        self._added_at: tuple[int, Mark] | None = None
+        self._added = _NO_PLACES, NO_PAGES
         self.caller = OneCaller()
 
     # What rows hold.
@@ -275,8 +284,7 @@ class ReqToTokenPool:
         with self._undoing(row):
             self.membership += 1
             self._generation[row] += 1
-            self._table[row] = 0
-            for column in (self._granted, self._computed, self._known, self._most, self._told, self._in_use):
+            for column in self._columns:
                 column[row] = 0
             self._free_rows.append(row)
             return pages
@@ -287,7 +295,7 @@ class ReqToTokenPool:
         self.membership += 1
         self._changes += 1
         self._generation += 1
-        for column in (self._table, self._granted, self._computed, self._known, self._most, self._told, self._in_use):
+        for column in self._columns:
             column[:] = 0
         self._free_rows = deque(range(self.max_requests))
 
@@ -376,7 +384,7 @@ class ReqToTokenPool:
             ends: Int32 = lens + _ONE
             begins = (lens % self.page_size == 0).nonzero()[0]
             places = index[begins] * self.max_pages + lens[begins] // self.page_size
-            return RowGrowth(index, lens, ends, places, None, self._changes)
+            return RowGrowth(index, lens, ends, places, None, self._changes, self._mark_of(index))
         new = np.full(index.size, counts) if is_integer(counts) else integer_vector("counts", counts)
         equal_lengths(rows=index, counts=new)
         if new.size and new.min() < 0:
@@ -387,7 +395,7 @@ class ReqToTokenPool:
         fresh = (self._pages_of(wide) - held).astype(np.int64)
         places = np.repeat(index * self.max_pages, fresh) + ranges(held, fresh)
         runs = fresh if fresh.size and fresh.max() > 1 else None
-        return RowGrowth(index, lens, wide.astype(np.int32), places, runs, self._changes)
+        return RowGrowth(index, lens, wide.astype(np.int32), places, runs, self._changes, self._mark_of(index))
 
     def grow(self, growth: RowGrowth, pages: PageIds) -> None:
         """Grows rows as planned.
@@ -411,12 +419,8 @@ class ReqToTokenPool:
             if growth.places.size:
                 self._table.reshape(-1)[growth.places] = pages
             self._granted[growth.rows] = growth.ends
-            if (
-                growth.runs is None
-                and growth.rows is self._checked
-                and self._told_at == (growth.change, self._checked_at)
-            ):
-                self._news = self._changes, growth.places, PageIds(pages.copy())
+            if growth.runs is None and growth.mark and self._told_at == (growth.change, growth.mark):
+                self._added_at, self._added = (self._changes, growth.mark), (growth.places, PageIds(pages.copy()))
         except BaseException:
             self._table.reshape(-1)[growth.places] = 0
             self._granted[growth.rows] = growth.lens
@@ -503,8 +507,9 @@ class ReqToTokenPool:
         """
         self.caller.enter()
         index = self._checked_rows(rows)
-        change, places, pages = self._news
-        if change == self._changes and index is self._checked:  # these rows have grown, and nothing else has changed
+        mark = self._mark_of(index)
+        if mark and self._added_at == (self._changes, mark):  # these rows have grown, and nothing else has changed
+            places, pages = self._added
             changed, held = places // self.max_pages, None
         else:
             told, held = self._told[index], self._pages_of(self._granted[index])
@@ -512,14 +517,13 @@ class ReqToTokenPool:
             first, fresh = index[grown] * self.max_pages + told[grown], held[grown] - told[grown]
             places = first if grown.size == fresh.sum() else ranges(first, fresh)
             changed, pages = index, PageIds(self._table.reshape(-1)[places])
-        before, told_at, news = self._told[changed], self._told_at, self._news
+        before, told_at, added_at = self._told[changed], self._told_at, self._added_at
         try:
-            self._told_at = (self._changes, self._checked_at) if index is self._checked else None
-            self._news = -1, _NO_PLACES, NO_PAGES
+            self._told_at, self._added_at = (self._changes, mark) if mark else None, None
             self._told[changed] = before + 1 if held is None else held
             return places.astype(np.int32), pages
         except BaseException:
-            self._told[changed], self._told_at, self._news = before, told_at, news
+            self._told[changed], self._told_at, self._added_at = before, told_at, added_at
             raise
 
     def check_integrity(self) -> None:
@@ -562,10 +566,7 @@ class ReqToTokenPool:
     @contextmanager
     def _undoing(self, rows: int | Int32 | Int64) -> Iterator[None]:
         """Puts rows back as they were where the body raises, an interrupt too."""
-        columns: tuple[npt.NDArray[Any], ...] = (
-            self._table, self._granted, self._computed, self._known, self._most, self._told, self._generation,
-            self._in_use,
-        )  # fmt: skip
+        columns = *self._columns, self._generation
         before, free = [column[rows].copy() for column in columns], self._free_rows.copy()
         try:
             self._changes += 1
@@ -610,6 +611,10 @@ class ReqToTokenPool:
             self._checked = index
             self._checked_at = mark
         return index
+
+    def _mark_of(self, index: Int64) -> Mark | None:
+        """What tells checked rows from others, where they are those of the last check."""
+        return self._checked_at if index is self._checked else None
 
     def _check_written(self, rows: Int64, starts: Int64, counts: Int64, slots: Int64) -> None:
         """Checks how much is written, and that it begins where each row ends."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
-
 from engine.memory.integers import Int32
 from engine.memory.manager import CacheManager
 from engine.memory.offload import Pages, PrefixSegment
@@ -50,5 +48,4 @@ def cached_segments(caches: Sequence[CacheManager], read: Callable[[int, Int32],
 
 def _cached_pages(prefixes: Sequence[RadixCache], scope: CacheScope, tokens: Int32) -> int:
     """How many pages of a sequence's beginning one of the prefix caches has."""
-    longer = np.append(tokens, np.int32(0))  # a match leaves out the last token
-    return max((prefix.match(scope, longer).pages.size for prefix in prefixes), default=0)
+    return max((prefix.match(scope, tokens, whole=True).pages.size for prefix in prefixes), default=0)

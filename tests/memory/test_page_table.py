@@ -257,3 +257,33 @@ def test_a_growth_that_does_not_fit_changes_nothing(table):
         refuses(table, ShapeError, lambda pages=pages: table.grow(growth, np.array(pages, np.int32)), message)
     table.grow(table.plan_growth([b], 1), np.array([9], np.int32))
     refuses(table, ShapeError, lambda: table.grow(growth, np.array([1, 2, 4], np.int32)), "have changed")
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_every_page_is_told_once_whichever_rows_are_asked_about_in_between(data):
+    """Steps of decoding over arrays of rows, with looks at other rows and pages replaced between grow and telling."""
+    table, fresh = ReqToTokenPool(max_requests=3, max_context_tokens=40, page_size=2), iter(range(1, 1000))
+    table.alloc_rows(3)
+    copy = np.zeros((3, table.max_pages), np.int32)
+    for _ in range(data.draw(st.integers(1, 15))):
+        rows = np.array(data.draw(st.sampled_from([[0], [1], [0, 1], [1, 0, 2], [0, 1, 2]])), np.int32)
+        action = data.draw(st.sampled_from(["grow", "grow", "tell", "look", "replace"]))
+        if action == "grow" and table.kv_lens(rows).max() < 39:
+            growth = table.plan_growth(rows, data.draw(st.sampled_from([1, 1, [2] * len(rows)])))
+            table.grow(growth, np.array([next(fresh) for _ in range(growth.num_pages)], np.int32))
+        elif action == "look":
+            table.mark_computed(rows, table.kv_lens(rows))
+        elif action == "replace" and table.kv_len(int(rows[0])) > 2:
+            table.replace_pages(int(rows[0]), np.array([0]), np.array([next(fresh)], np.int32))
+        elif action == "tell":
+            places, pages = table.take_new_pages(rows)
+            assert set((places // table.max_pages).tolist()) <= set(rows.tolist())
+            copy.reshape(-1)[places] = pages
+            np.testing.assert_array_equal(copy[rows], table.rows(rows))
+            assert table.take_new_pages(rows)[0].size == 0
+    table.take_new_pages([0])  # a list is looked at anew each time
+    places, pages = table.take_new_pages([0, 1, 2])
+    copy.reshape(-1)[places] = pages
+    np.testing.assert_array_equal(copy[1:], table.rows([1, 2]))
+    table.check_integrity()

@@ -72,11 +72,11 @@ def every_page(sequences, of=None):
 
 
 def random_sequences(rng, count, pages):
-    """Some begin alike, some go on from others."""
+    """Some begin alike, some go on from others; none is longer than `2 * pages` pages, for the pool must hold it."""
     sequences = [rng.integers(0, 50, pages * PAGE_SIZE).tolist()]
     while len(sequences) < count:
         before = sequences[rng.integers(len(sequences))]
-        kept = int(rng.integers(len(before) // PAGE_SIZE + 1)) * PAGE_SIZE
+        kept = int(rng.integers(min(len(before) // PAGE_SIZE, pages) + 1)) * PAGE_SIZE
         sequences.append(before[:kept] + rng.integers(0, 50, int(rng.integers(1, pages)) * PAGE_SIZE).tolist())
     return sequences
 

@@ -22,7 +22,13 @@ Place = tuple[CacheScope, bytes]  # a scope, and the tokens up to the end of the
 
 @dataclass(frozen=True, eq=False)
 class Computing:
-    """A row that computes its request's tokens, from the last of the first ``length`` tokens' pages on."""
+    """A row that computes its request's tokens.
+
+    Attributes:
+        row: the row.
+        tokens: all tokens that the request knew when it was admitted, int32 ``[n]``.
+        length: tokens up to the end of the first page that it computes.
+    """
 
     row: int
     tokens: Int32
@@ -82,8 +88,10 @@ class PrefixWaits:
     def compute(self, scope: CacheScope, row: int, tokens: Int32, granted_tokens: int) -> None:
         """A row computes its tokens after the first ``granted_tokens``."""
         length = granted_tokens + self._cache.page_size
+        if not self._cache.shares_prefixes or tokens.size <= length:
+            return
         place = scope, tokens[:length].tobytes()
-        if self._cache.shares_prefixes and tokens.size > length and place not in self._computing:
+        if place not in self._computing:
             self._computing[place], self._places[row] = Computing(row, tokens, length), place
 
     def find(self, scope: CacheScope, tokens: Int32, cached_tokens: int) -> tuple[int | None, int]:
@@ -91,9 +99,11 @@ class PrefixWaits:
         found, most = None, cached_tokens
         for length in {each.length for each in self._computing.values()}:
             each = self._computing.get((scope, tokens[:length].tobytes()))
-            common = 0 if each is None else _common(each.tokens, tokens[:-1])
-            if each is not None and common - common % self._cache.page_size > most:
-                found, most = each.row, common - common % self._cache.page_size
+            if each is None:
+                continue
+            common = _common(each.tokens, tokens[:-1]) // self._cache.page_size * self._cache.page_size
+            if common > most:
+                found, most = each.row, common
         return found, 0 if found is None else most
 
     def end_waits(self) -> None:
