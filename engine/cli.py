@@ -24,7 +24,7 @@ from engine.errors import ConfigError, Interrupted, ProcessLost, RequestError
 from engine.models import train
 from engine.models.checkpoint import CONFIG_FILE, load_config
 from engine.models.default_model import DEFAULT_MODEL_DIR
-from engine.models.llama_config import LlamaConfig
+from engine.models.model_config import ModelConfig
 from engine.planning.sizing import format_bytes
 from engine.serving.build import plan_pool
 from engine.serving.check import check_against_dense
@@ -192,7 +192,7 @@ def run_plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def _planned(path: Path) -> tuple[EngineConfig, LlamaConfig]:
+def _planned(path: Path) -> tuple[EngineConfig, ModelConfig]:
     """The engine and model of a configuration file, or of a checkpoint directory with the engine's defaults."""
     if path.is_dir() or path.name == CONFIG_FILE:
         return EngineConfig(), load_config(path if path.is_dir() else path.parent)
@@ -200,7 +200,7 @@ def _planned(path: Path) -> tuple[EngineConfig, LlamaConfig]:
     if "model" not in tables:
         raise ConfigError(f"{path} has no [model] table, so there is no geometry to plan for; add one")
     try:
-        return EngineConfig.from_mapping(tables.get("engine", {})), LlamaConfig.from_mapping(tables["model"])
+        return EngineConfig.from_mapping(tables.get("engine", {})), ModelConfig.from_mapping(tables["model"])
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -213,15 +213,15 @@ def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
             options[field.name] = getattr(args, field.name)
     config = EngineConfig.from_mapping(options)
     if "model" in tables:
-        _require_same_model(LlamaConfig.from_mapping(tables["model"]), config, args.config)
+        _require_same_model(ModelConfig.from_mapping(tables["model"]), config, args.config)
     return options
 
 
-def _require_same_model(described: LlamaConfig, config: EngineConfig, path: Path) -> None:
+def _require_same_model(described: ModelConfig, config: EngineConfig, path: Path) -> None:
     """Refuses a ``[model]`` table that does not describe the model to be loaded, since it would be ignored."""
     directory = Path(DEFAULT_MODEL_DIR if config.model is None else config.model)
     loaded = load_config(directory)
-    names = [field.name for field in fields(LlamaConfig) if not field.name.endswith("_token_id")]
+    names = [field.name for field in fields(ModelConfig) if not field.name.endswith("_token_id")]
     if wrong := [name for name in names if getattr(described, name) != getattr(loaded, name)]:
         which = f"the one in {directory}" if config.model is not None else "the small Llama that ships (no --model)"
         raise ConfigError(

@@ -16,6 +16,7 @@ LEVEL = {
     "devices": 0,
     "errors": 0,
     "config": 1,
+    "layer_groups": 1,
     "terminal": 1,
     "version": 1,
     "user_files": 1,

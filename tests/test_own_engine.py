@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from engine import LLM, RequestTooLarge, SamplingParams, ShapeError
-from engine.models import DEFAULT_MODEL_DIR, dense_logits, load_llama
+from engine.models import DEFAULT_MODEL_DIR, dense_logits, load_model
 
 PAGE, NEW = 16, 40
 STORY = list(b"There was a table set out under a tree in front of the house, and the March Hare ")
@@ -37,7 +37,7 @@ def load_example():
 
 @pytest.fixture(scope="module")
 def model():
-    return load_llama(DEFAULT_MODEL_DIR, dtype="float32")
+    return load_model(DEFAULT_MODEL_DIR, dtype="float32")
 
 
 @pytest.fixture(scope="module")

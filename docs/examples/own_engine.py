@@ -39,7 +39,7 @@ from engine import (
     read_pages,
     write_pages,
 )
-from engine.models import DEFAULT_MODEL_DIR, Llama, load_llama, load_tokenizer
+from engine.models import DEFAULT_MODEL_DIR, Decoder, load_model, load_tokenizer
 
 
 @dataclass(eq=False)
@@ -77,7 +77,7 @@ class OwnEngine:
 
     def __init__(
         self,
-        model: Llama,
+        model: Decoder,
         size: int,
         *,
         page_size: int = 16,
@@ -212,7 +212,7 @@ def rows_of(requests: Any) -> npt.NDArray[np.int32]:
 if __name__ == "__main__":
     tokenizer = load_tokenizer(DEFAULT_MODEL_DIR)
     assert tokenizer  # the Llama that ships has one
-    engine = OwnEngine(load_llama(DEFAULT_MODEL_DIR, dtype="float32"), size=256, host_pages=64)
+    engine = OwnEngine(load_model(DEFAULT_MODEL_DIR, dtype="float32"), size=256, host_pages=64)
     texts = sys.argv[1:] or ["Alice was beginning to", "The Queen"]
     try:
         answers = engine.generate([tokenizer.encode(text) for text in texts], max_new_tokens=48)

@@ -17,8 +17,8 @@ import numpy as np
 from flax import nnx
 
 from engine.bench.timing import median_and_interval, replaced, timed
+from engine.models.decoder import Decoder
 from engine.models.default_model import default_config
-from engine.models.llama import Llama
 from engine.serving.llm import LLM
 from engine.serving.request import SamplingParams
 
@@ -48,7 +48,7 @@ class Pair:
             intermediate_size=base.intermediate_size * hidden_size // base.hidden_size,
             num_attention_heads=hidden_size // base.head_dim,
         )
-        model = Llama(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        model = Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
         # Twice what runs at once: after some rounds the cache has filled it, so that the cost of eviction counts too.
         pool = 2 * SLOTS * (SYSTEM_TOKENS + 64) // page_size * page_size
         self.engines = [

@@ -91,12 +91,12 @@ def measure(devices: int, split: str, requests: int, context: int, steps: int) -
     import numpy as np
     from flax import nnx
 
-    from engine.models.llama import Llama
-    from engine.models.llama_config import LlamaConfig
+    from engine.models.decoder import Decoder
+    from engine.models.model_config import ModelConfig
     from engine.serving.llm import LLM
     from engine.serving.request import SamplingParams
 
-    geometry = LlamaConfig(
+    geometry = ModelConfig(
         vocab_size=4096,
         hidden_size=512,
         intermediate_size=1024,
@@ -108,7 +108,7 @@ def measure(devices: int, split: str, requests: int, context: int, steps: int) -
     )
     options: dict[str, Any] = {split: devices}
     llm = LLM(
-        Llama(geometry, dtype=jnp.float32, rngs=nnx.Rngs(0)),
+        Decoder(geometry, dtype=jnp.float32, rngs=nnx.Rngs(0)),
         page_size=32,
         max_running_requests=requests,
         chunked_prefill_size=max(requests, 128),

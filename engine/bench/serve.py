@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from engine.bench.timing import print_table
 from engine.bench.trace import TraceRequest, TraceShape, load_trace, make_trace, save_trace
-from engine.models.llama import Llama
+from engine.models.decoder import Decoder
 from engine.serving.llm import LLM
 from engine.serving.request import RequestOutput
 from engine.terminal import at_least, count, positive
@@ -205,7 +205,7 @@ def run(args: argparse.Namespace) -> None:
 
 def run_trace(
     trace: Sequence[TraceRequest],
-    model: Llama | None,
+    model: Decoder | None,
     *,
     share: float,
     options: dict[str, Any],

@@ -21,8 +21,8 @@ import numpy as np
 from flax import nnx
 
 from engine.bench.timing import median_ratio, print_table, replaced, time_in_turn, timed
-from engine.models.llama import Llama
-from engine.models.llama_config import LlamaConfig
+from engine.models.decoder import Decoder
+from engine.models.model_config import ModelConfig
 from engine.serving.llm import LLM
 from engine.serving.request import SamplingParams
 from engine.terminal import count
@@ -60,9 +60,9 @@ def run(args: argparse.Namespace) -> None:
     _compare(model, most, args.rounds)
 
 
-def make_model(hidden: int) -> Llama:
+def make_model(hidden: int) -> Decoder:
     """A Llama of one layer with random weights."""
-    geometry = LlamaConfig(
+    geometry = ModelConfig(
         vocab_size=256,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -73,7 +73,7 @@ def make_model(hidden: int) -> Llama:
         max_position_embeddings=CONTEXT,
         eos_token_id=(),
     )
-    return Llama(geometry, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    return Decoder(geometry, dtype=jnp.float32, rngs=nnx.Rngs(0))
 
 
 class DecodingEngine:
@@ -85,7 +85,7 @@ class DecodingEngine:
         overlap: see ``EngineConfig.overlap_steps``.
     """
 
-    def __init__(self, model: Llama, batch: int, *, overlap: bool) -> None:
+    def __init__(self, model: Decoder, batch: int, *, overlap: bool) -> None:
         self.llm = LLM(
             model,
             page_size=PAGE_SIZE,
@@ -177,7 +177,7 @@ class DecodingEngine:
         jax.block_until_ready([jax.device_put(np.array(array)) for array in (*arrays, table)])
 
 
-def _compare(model: Llama, batch: int, rounds: int) -> None:
+def _compare(model: Decoder, batch: int, rounds: int) -> None:
     engines = {name: DecodingEngine(model, batch, overlap=name == "overlapped") for name in ("in turn", "overlapped")}
     calls = {name: engine.llm.step for name, engine in engines.items()}
     timings = time_in_turn(calls, rounds=rounds, calls=10)

@@ -3,8 +3,8 @@
 A model holds no cache and knows no pages: attention is a function that its caller passes in. docs/models.md lists what
 is supported.
 
-    llama, rotary                    the model; rotary embedding and its scaling rules
-    llama_config, checked_values     its geometry, and checks of the values
+    decoder, rotary                  the model; rotary embedding and its scaling rules
+    model_config, checked_values     its geometry, and checks of the values
     hf_config, hf_rope               the geometry from a Hugging Face ``config.json``
     checkpoint, tensor_files         weights from and to safetensors
     sharding                         which device holds which part of the weights
@@ -15,20 +15,20 @@ is supported.
     train, training_data             how it was trained
 """
 
-from engine.models.checkpoint import load_config, load_llama
+from engine.models.checkpoint import load_config, load_model
+from engine.models.decoder import Decoder
 from engine.models.default_model import DEFAULT_MODEL_DIR
 from engine.models.dense import dense_logits
-from engine.models.llama import Llama
-from engine.models.llama_config import LlamaConfig
+from engine.models.model_config import ModelConfig
 from engine.models.text import Tokenizer, load_tokenizer
 
 __all__ = [
     "DEFAULT_MODEL_DIR",
-    "Llama",
-    "LlamaConfig",
+    "Decoder",
+    "ModelConfig",
     "Tokenizer",
     "dense_logits",
     "load_config",
-    "load_llama",
+    "load_model",
     "load_tokenizer",
 ]

@@ -28,9 +28,9 @@ from engine.distributed.mesh import TENSOR_AXIS, axis_size
 from engine.errors import CheckpointError
 from engine.kv.room import room_for
 from engine.models.checked_values import require_token_ids
-from engine.models.llama import Llama
-from engine.models.llama_config import LlamaConfig
-from engine.models.sharding import abstract_llama, key_names, repeat_heads, repeats_of, split_config, weight_bytes
+from engine.models.decoder import Decoder
+from engine.models.model_config import ModelConfig
+from engine.models.sharding import abstract_model, key_names, repeat_heads, repeats_of, split_config, weight_bytes
 from engine.models.tensor_files import INDEX_FILE, SINGLE_FILE, StoredTensor, read_json, stored_tensors
 
 CONFIG_FILE = "config.json"
@@ -45,7 +45,7 @@ _ROWS_COMPARED = 4096  # rows compared at once: both tensors may be gigabytes
 _logger = logging.getLogger(__name__)
 
 
-def load_config(directory: str | Path) -> LlamaConfig:
+def load_config(directory: str | Path) -> ModelConfig:
     """Reads the geometry of a checkpoint.
 
     Args:
@@ -58,7 +58,7 @@ def load_config(directory: str | Path) -> LlamaConfig:
     """
     directory = Path(directory)
     _require_checkpoint(directory)
-    config = LlamaConfig.from_hf(read_json(directory / CONFIG_FILE))
+    config = ModelConfig.from_hf(read_json(directory / CONFIG_FILE))
     generation = directory / GENERATION_CONFIG_FILE
     if not generation.is_file():
         return config
@@ -85,7 +85,7 @@ def _require_checkpoint(directory: Path) -> None:
         raise CheckpointError(f"cannot look into {directory}: {error.strerror}; {need}") from error
 
 
-def load_llama(directory: str | Path, *, dtype: Any, mesh: Mesh | None = None) -> Llama:
+def load_model(directory: str | Path, *, dtype: Any, mesh: Mesh | None = None) -> Decoder:
     """Reads a checkpoint: one ``model.safetensors``, or shards with an index.
 
     All names and shapes are checked before the first tensor is read.
@@ -108,18 +108,20 @@ def load_llama(directory: str | Path, *, dtype: Any, mesh: Mesh | None = None) -
     stored = stored_tensors(directory)
     expected = {
         _tensor_name(path): _stored_shape(path, leaf.shape)
-        for path, leaf in _leaves_of(abstract_llama(stored_config, dtype))[0]
+        for path, leaf in _leaves_of(abstract_model(stored_config, dtype))[0]
     }
     _check_tensors(directory, stored_config, expected, stored)
     if stored_config.tie_word_embeddings and _TIED_HEAD in stored:
         _tell_of_another_head(directory, stored[_TIED_HEAD], stored[_EMBEDDING])
-    model = abstract_llama(config, dtype, mesh)
+    model = abstract_model(config, dtype, mesh)
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
     with room_for(f"the model of {directory} in {np.dtype(dtype).name}", weight_bytes(model), devices):
         return _filled(model, config, stored_config, stored)
 
 
-def _filled(model: Llama, config: LlamaConfig, stored_config: LlamaConfig, stored: dict[str, StoredTensor]) -> Llama:
+def _filled(
+    model: Decoder, config: ModelConfig, stored_config: ModelConfig, stored: dict[str, StoredTensor]
+) -> Decoder:
     """Fills the abstract model with its weights, tensor by tensor."""
     state = nnx.state(model)
     leaves, treedef = _leaves_of(model)
@@ -147,7 +149,7 @@ def _tell_of_another_head(directory: Path, head: StoredTensor, embedding: Stored
         )
 
 
-def save_llama(model: Llama, directory: str | Path, *, dtype: Any = None) -> None:
+def save_model(model: Decoder, directory: str | Path, *, dtype: Any = None) -> None:
     """Writes ``config.json`` and ``model.safetensors``; each file appears whole or not at all.
 
     Args:
@@ -179,7 +181,7 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _leaves_of(model: Llama) -> tuple[list[tuple[Any, Any]], Any]:
+def _leaves_of(model: Decoder) -> tuple[list[tuple[Any, Any]], Any]:
     return jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.state(model)))
 
 
@@ -237,7 +239,7 @@ class _StoredParameter:
 
 
 def _check_tensors(
-    directory: Path, config: LlamaConfig, expected: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor]
+    directory: Path, config: ModelConfig, expected: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor]
 ) -> None:
     ignored = {_TIED_HEAD} if config.tie_word_embeddings else set()
     unexpected = sorted(name for name in stored.keys() - expected.keys() - ignored if _REDUNDANT.search(name) is None)

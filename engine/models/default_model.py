@@ -8,7 +8,7 @@ from typing import Final
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from engine.models.llama_config import LlamaConfig
+from engine.models.model_config import ModelConfig
 
 DEFAULT_MODEL_DIR: Final = Path(__file__).parent / "default"
 """Folder of the shipped checkpoint."""
@@ -18,9 +18,9 @@ EOS_TOKEN_ID: Final = 257
 _SPECIAL_TOKENS = {"<|begin_of_text|>": BOS_TOKEN_ID, "<|end_of_text|>": EOS_TOKEN_ID}
 
 
-def default_config() -> LlamaConfig:
+def default_config() -> ModelConfig:
     """The geometry of the shipped model: 0.8 M parameters, two query heads per KV head."""
-    return LlamaConfig(
+    return ModelConfig(
         vocab_size=256 + len(_SPECIAL_TOKENS),
         hidden_size=128,
         intermediate_size=384,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from engine.models.llama import Llama
+from engine.models.decoder import Decoder
 
 
 def causal_attention(q: Array, k: Array, v: Array, *, sliding_window: int | None = None) -> Array:
@@ -37,7 +37,7 @@ def causal_attention(q: Array, k: Array, v: Array, *, sliding_window: int | None
     return out.reshape(q.shape).astype(q.dtype)
 
 
-def dense_logits(model: Llama, token_ids: Array) -> Array:
+def dense_logits(model: Decoder, token_ids: Array) -> Array:
     """The logits after every token of one sequence, or of several independent sequences of equal length.
 
     Args:

@@ -13,17 +13,17 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from engine.models.llama import Llama
-from engine.models.llama_config import LlamaConfig
+from engine.models.decoder import Decoder
+from engine.models.model_config import ModelConfig
 from engine.models.sharding import key_names
 
 PIECE_BYTES = 16 << 20  # bytes that a thread hashes at a time
 THREADS = 8
 _RULE = "model fingerprint 1"  # a change of what is hashed takes another number
-_SETTINGS = (bool, int, float, str, type(None), np.generic, np.dtype, Enum, LlamaConfig)
+_SETTINGS = (bool, int, float, str, type(None), np.generic, np.dtype, Enum, ModelConfig)
 
 
-def fingerprint(model: Llama) -> str:
+def fingerprint(model: Decoder) -> str:
     """A SHA-256 over every byte of every weight and over every setting of every module, as hexadecimal digits.
 
     Settings are the configuration, the dtypes, and what a module derives from them, such as a norm's epsilon: every
@@ -43,7 +43,7 @@ def fingerprint(model: Llama) -> str:
     return digest.hexdigest()
 
 
-def settings_of(model: Llama) -> list[tuple[str, str, str, str]]:
+def settings_of(model: Decoder) -> list[tuple[str, str, str, str]]:
     """Path, module, name and value of each plain attribute of each module: a compiled program depends on all."""
     settings = []
     for path, module in nnx.iter_modules(model):

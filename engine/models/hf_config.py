@@ -55,7 +55,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def fields_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a LlamaConfig.
+    """Returns the fields of a ModelConfig.
 
     Args:
         config: the parsed JSON object.

@@ -8,11 +8,11 @@ import jax
 from flax import nnx
 
 from engine.errors import ConfigError
-from engine.models.llama import Llama
-from engine.models.sharding import abstract_llama, key_names, split_config
+from engine.models.decoder import Decoder
+from engine.models.sharding import abstract_model, key_names, split_config
 
 
-def require_replaceable(new: Llama, served: Llama, tp: int) -> None:
+def require_replaceable(new: Decoder, served: Decoder, tp: int) -> None:
     """Refuses weights that the programs compiled for ``served`` cannot take.
 
     Args:
@@ -30,7 +30,7 @@ def require_replaceable(new: Llama, served: Llama, tp: int) -> None:
         f"{name}={value!r} where {ours[name]!r} is served" for name, value in theirs.items() if value != ours[name]
     ]
     if not wrong:
-        given, due = _shapes(new), _shapes(abstract_llama(new.config, new.dtype))
+        given, due = _shapes(new), _shapes(abstract_model(new.config, new.dtype))
         wrong = [
             f"{name} is {given.get(name, 'absent')} and must be {due.get(name, 'absent')}"
             for name in given | due
@@ -40,7 +40,7 @@ def require_replaceable(new: Llama, served: Llama, tp: int) -> None:
         raise ConfigError(f"the new weights have another geometry: {'; '.join(wrong)}; make a new LLM for them")
 
 
-def _shapes(model: Llama) -> dict[str, str]:
+def _shapes(model: Decoder) -> dict[str, str]:
     """Dtype and whole shape of each parameter, by its path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.state(model)))
     return {".".join(key_names(path)): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}

@@ -18,15 +18,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engine.distributed.mesh import TENSOR_AXIS, axis_size
 from engine.errors import ConfigError
-from engine.models.llama import Llama
-from engine.models.llama_config import LlamaConfig
+from engine.models.decoder import Decoder
+from engine.models.model_config import ModelConfig
 
 COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # split by output: no exchange between devices
 ROWS = ("o_proj", "down_proj")  # split by input: partial sums are added over the devices
 REPEATED = ("k_proj", "v_proj")
 
 
-def split_config(config: LlamaConfig, tp: int) -> LlamaConfig:
+def split_config(config: ModelConfig, tp: int) -> ModelConfig:
     """The geometry of a model whose heads are split ``tp`` ways: at least ``tp`` KV heads, repeated if necessary.
 
     Raises:
@@ -39,7 +39,7 @@ def split_config(config: LlamaConfig, tp: int) -> LlamaConfig:
     return dataclasses.replace(config, num_key_value_heads=max(config.num_key_value_heads, tp))
 
 
-def _misfits(config: LlamaConfig, tp: int) -> list[str]:
+def _misfits(config: ModelConfig, tp: int) -> list[str]:
     """The sizes that ``tp`` devices cannot divide evenly, as ``name=value``."""
     names = ["num_attention_heads", "intermediate_size"]
     if config.vocab_size % tp:
@@ -49,7 +49,7 @@ def _misfits(config: LlamaConfig, tp: int) -> list[str]:
     return wrong + [f"num_key_value_heads={heads} (nor is a multiple of it)"] * bool(heads % tp and tp % heads)
 
 
-def weight_spec(names: Sequence[str], config: LlamaConfig, tp: int) -> PartitionSpec:
+def weight_spec(names: Sequence[str], config: ModelConfig, tp: int) -> PartitionSpec:
     """How a parameter is split.
 
     Args:
@@ -69,12 +69,12 @@ def weight_spec(names: Sequence[str], config: LlamaConfig, tp: int) -> Partition
     return PartitionSpec()
 
 
-def weight_sharding(names: Sequence[str], config: LlamaConfig, mesh: Mesh) -> NamedSharding:
+def weight_sharding(names: Sequence[str], config: ModelConfig, mesh: Mesh) -> NamedSharding:
     """``weight_spec`` over a mesh."""
     return NamedSharding(mesh, weight_spec(names, config, axis_size(mesh, TENSOR_AXIS)))
 
 
-def abstract_llama(config: LlamaConfig, dtype: Any, mesh: Mesh | None = None) -> Llama:
+def abstract_model(config: ModelConfig, dtype: Any, mesh: Mesh | None = None) -> Decoder:
     """A model whose weights are shapes, with shardings over a mesh; nothing is allocated.
 
     Args:
@@ -82,7 +82,7 @@ def abstract_llama(config: LlamaConfig, dtype: Any, mesh: Mesh | None = None) ->
         dtype: dtype of weights and activations.
         mesh: the mesh that the weights will lie on, or None.
     """
-    model: Llama = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    model: Decoder = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
     if mesh is not None:
         state = nnx.state(model)
         leaves, tree = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))
@@ -105,7 +105,7 @@ def repeats_of(names: Sequence[str], stored_heads: int, heads: int) -> int:
     return heads // stored_heads if names[-2] in REPEATED else 1
 
 
-def shard_llama(model: Llama, mesh: Mesh | None) -> Llama:
+def shard_model(model: Decoder, mesh: Mesh | None) -> Decoder:
     """A copy of the model over a mesh, or on the device where it lies; the given model is left as it is.
 
     Later changes of the given model do not reach the copy: NumPy weights are copied.
@@ -117,7 +117,7 @@ def shard_llama(model: Llama, mesh: Mesh | None) -> Llama:
         graph, weights = nnx.split(model)
         return nnx.merge(graph, jax.tree.map(_unchanging, weights))
     config = split_config(model.config, axis_size(mesh, TENSOR_AXIS))
-    split = abstract_llama(config, model.dtype, mesh)
+    split = abstract_model(config, model.dtype, mesh)
     state = nnx.state(split)
     targets, tree = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))
     sources = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model)))
@@ -144,7 +144,7 @@ def repeat_heads(array: Any, repeats: int, head_dim: int) -> Any:
     return np.repeat(by_head, repeats, axis=-2).reshape(*array.shape[:-1], -1)
 
 
-def weight_bytes(model: Llama) -> int:
+def weight_bytes(model: Decoder) -> int:
     """Bytes of the weights on each device; a split parameter counts by the part that a device holds."""
     total = 0
     for leaf in jax.tree.leaves(nnx.state(model)):

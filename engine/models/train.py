@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from engine.errors import ConfigError
-from engine.models.checkpoint import save_llama, write_whole
+from engine.models.checkpoint import save_model, write_whole
+from engine.models.decoder import Decoder
 from engine.models.default_model import DEFAULT_MODEL_DIR, byte_tokenizer, default_config
 from engine.models.dense import dense_logits
-from engine.models.llama import Llama
 from engine.models.text import TOKENIZER_FILE
 from engine.models.training_data import consecutive_windows, load_texts, sample_windows
 from engine.terminal import plain_console
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     """
     _require_writable(args.out)
     model, result = train_default_model(args.steps, args.seed, plain_console(stderr=True))
-    save_llama(model, args.out, dtype=jnp.bfloat16)
+    save_model(model, args.out, dtype=jnp.bfloat16)
     write_whole(args.out / TOKENIZER_FILE, byte_tokenizer().to_str())
     print(
         f"{args.out}: {result.train_bits_per_byte:.3f} bits per byte in training, "
@@ -102,7 +102,7 @@ def _require_writable(folder: Path) -> None:
         raise ConfigError(f"cannot write to --out {folder}: {error.strerror}; name another folder") from error
 
 
-def train_default_model(steps: int, seed: int, console: Console) -> tuple[Llama, TrainingResult]:
+def train_default_model(steps: int, seed: int, console: Console) -> tuple[Decoder, TrainingResult]:
     """Trains the default geometry from random weights.
 
     Args:
@@ -121,7 +121,7 @@ def train_default_model(steps: int, seed: int, console: Console) -> tuple[Llama,
     training_text, held_out_text = load_texts()
     # The generator by name, since jax's default generator is a setting.
     rngs = nnx.Rngs(jax.random.key(seed, impl="threefry2x32"))
-    model = Llama(default_config(), dtype=jnp.float32, rngs=rngs)
+    model = Decoder(default_config(), dtype=jnp.float32, rngs=rngs)
     graph, state = nnx.split(model)
     step = jax.jit(partial(_step, graph, optimizer), donate_argnums=(0, 1))
     batches = _batches(training_text, steps, model.config.max_position_embeddings, np.random.default_rng(seed))
@@ -131,7 +131,7 @@ def train_default_model(steps: int, seed: int, console: Console) -> tuple[Llama,
     return model, TrainingResult(loss / math.log(2), bits_per_byte(model, held_out))
 
 
-def bits_per_byte(model: Llama, windows: NDArray[np.int32]) -> float:
+def bits_per_byte(model: Decoder, windows: NDArray[np.int32]) -> float:
     """The model's mean loss over windows of text, in bits per byte.
 
     Args:

@@ -27,10 +27,10 @@ from engine.memory.offload.host_tier import HostTier
 from engine.memory.offload.page_format import PageFormat, PrefixSegment
 from engine.memory.offload.store import PrefixStore
 from engine.memory.prefix.cache import EvictionPolicyName
+from engine.models.decoder import Decoder
 from engine.models.default_model import DEFAULT_MODEL_DIR
 from engine.models.fingerprint import fingerprint
-from engine.models.llama import Llama
-from engine.models.llama_config import LlamaConfig
+from engine.models.model_config import ModelConfig
 from engine.models.sharding import split_config, weight_bytes
 from engine.planning.sizing import PoolPlan, require_page_table, require_room, size_pool
 from engine.serving.device.device_memory import device_memory
@@ -42,7 +42,7 @@ from engine.serving.plan.scheduler import Scheduler
 def model_directory(model: object) -> Path:
     """The checkpoint's directory; None is the Llama that ships. Raises ConfigError where ``model`` is not a path."""
     if not isinstance(model, str | os.PathLike | None):
-        raise ConfigError(f"model={model!r} must be a Llama or the path of a checkpoint directory")
+        raise ConfigError(f"model={model!r} must be a Decoder or the path of a checkpoint directory")
     return DEFAULT_MODEL_DIR if model is None else Path(model)
 
 
@@ -51,7 +51,7 @@ def make_mesh_of(config: EngineConfig) -> Mesh | None:
     return make_mesh(tp=config.tp, dp=config.dp, cp=config.cp)
 
 
-def context_length(config: EngineConfig, model: LlamaConfig) -> int:
+def context_length(config: EngineConfig, model: ModelConfig) -> int:
     """Most tokens of one request; raises ConfigError where the option exceeds the model's positions."""
     wanted = config.context_length or model.context_length
     if wanted > model.context_length:
@@ -61,7 +61,7 @@ def context_length(config: EngineConfig, model: LlamaConfig) -> int:
 
 def plan_pool(
     config: EngineConfig,
-    model: LlamaConfig,
+    model: ModelConfig,
     kv_dtype: Any,
     *,
     platform: str,
@@ -118,7 +118,7 @@ def plan_pool(
     return plan
 
 
-def make_pool(config: EngineConfig, model: Llama, mesh: Mesh | None) -> tuple[PoolPlan, TokenToKVPool]:
+def make_pool(config: EngineConfig, model: Decoder, mesh: Mesh | None) -> tuple[PoolPlan, TokenToKVPool]:
     """Sizes the pool for the devices that hold ``model`` and creates it there; the same size in every process."""
     dtype = model.dtype if config.kv_cache_dtype == "auto" else jnp.dtype(config.kv_cache_dtype)
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
@@ -140,7 +140,7 @@ def make_pool(config: EngineConfig, model: Llama, mesh: Mesh | None) -> tuple[Po
 
 
 def make_caches(
-    config: EngineConfig, model: LlamaConfig, pool: TokenToKVPool
+    config: EngineConfig, model: ModelConfig, pool: TokenToKVPool
 ) -> tuple[list[CacheManager], PrefixStore | None]:
     """A cache manager for each replica of ``pool``, and one host tier for all, filled from ``prefix_cache_dir``.
 
@@ -186,7 +186,7 @@ def make_scheduler(config: EngineConfig, caches: list[CacheManager], clock: Call
     return Scheduler(replicas, queue, clock)
 
 
-def weights_identity(config: EngineConfig, model: Llama) -> str:
+def weights_identity(config: EngineConfig, model: Decoder) -> str:
     """A name for the weights and settings that an engine's pages are computed with.
 
     Where prefixes are saved it is the model's fingerprint: equal for equal models, wherever they come from. Where
@@ -200,7 +200,7 @@ def at_first_epoch(segment: PrefixSegment) -> PrefixSegment:
     return replace(segment, scope=replace(segment.scope, weights_epoch=0))
 
 
-def make_backend(config: EngineConfig, model: LlamaConfig, mesh: Mesh | None) -> FlashAttentionBackend | MeshAttention:
+def make_backend(config: EngineConfig, model: ModelConfig, mesh: Mesh | None) -> FlashAttentionBackend | MeshAttention:
     """The attention that all layers share, over a mesh where there is one."""
     backend = FlashAttentionBackend(
         page_size=config.page_size,

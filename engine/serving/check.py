@@ -14,8 +14,8 @@ from jax.typing import DTypeLike
 
 from engine.distributed.mesh import REPLICATED
 from engine.errors import ConfigError
+from engine.models.decoder import Decoder
 from engine.models.dense import dense_logits
-from engine.models.llama import Llama
 from engine.serving.request import RequestOutput
 
 # Largest difference of a logit as a fraction of the largest logit. Both sides differ only in the order of sums and in
@@ -58,7 +58,7 @@ class DenseCheck:
 
 
 def check_against_dense(
-    model: Llama, outputs: Sequence[RequestOutput], *, kv_dtype: DTypeLike | None = None
+    model: Decoder, outputs: Sequence[RequestOutput], *, kv_dtype: DTypeLike | None = None
 ) -> DenseCheck:
     """Compares the logits of every generated token with those of a dense forward pass over the whole sequence.
 

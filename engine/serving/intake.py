@@ -13,7 +13,7 @@ import numpy.typing as npt
 from engine.distributed.agreement import Agreement
 from engine.errors import RequestError, shown
 from engine.memory.scope import CacheScope
-from engine.models.llama_config import LlamaConfig
+from engine.models.model_config import ModelConfig
 from engine.models.text import Tokenizer
 from engine.serving.request import SEEDS, Request, SamplingParams
 
@@ -32,7 +32,7 @@ class Intake:
 
     def __init__(
         self,
-        model: LlamaConfig,
+        model: ModelConfig,
         tokenizer: Tokenizer | None,
         context_length: int,
         scope_for: Callable[[str], CacheScope],

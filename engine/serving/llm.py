@@ -16,9 +16,9 @@ from engine.kv.pool import TokenToKVPool
 from engine.memory.manager import CacheManager
 from engine.memory.saved_segments import cached_segments
 from engine.memory.scope import CacheScope, LayoutKey
-from engine.models.llama import Llama
+from engine.models.decoder import Decoder
 from engine.models.replacement import require_replaceable
-from engine.models.sharding import shard_llama
+from engine.models.sharding import shard_model
 from engine.serving.build import (
     at_first_epoch,
     make_backend,
@@ -50,12 +50,12 @@ _logger = logging.getLogger(__name__)
 
 
 class LLM:
-    """A Llama over a paged pool of fused keys and values, with continuous batching.
+    """A language model over a paged pool of fused keys and values, with continuous batching.
 
     Every program is compiled here, before the first request.
 
     Args:
-        model: checkpoint directory in the Hugging Face layout, a Llama, or None for the one that ships.
+        model: checkpoint directory in the Hugging Face layout, a Decoder, or None for the one that ships.
         on_compile: called with (programs compiled, programs in all) while the engine compiles.
         before_compile: called with the engine when all but that is done, such as to ``check_requests``.
         **options: the other fields of EngineConfig.
@@ -67,7 +67,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path | Llama | None = None,
+        model: str | Path | Decoder | None = None,
         *,
         on_compile: Progress | None = None,
         before_compile: Callable[[LLM], None] | None = None,
@@ -295,7 +295,7 @@ class LLM:
             for cache in self.caches:
                 cache.reset_prefix_cache()
 
-    def replace_weights(self, model: Llama) -> None:
+    def replace_weights(self, model: Decoder) -> None:
         """Serves other weights of the same geometry from now on; nothing computed with the old ones is used again.
 
         Raises:
@@ -305,7 +305,7 @@ class LLM:
         if self._groups.unfinished:
             raise RequestError(f"{len(self._groups.unfinished)} requests are unfinished; finish or abort them first")
         require_replaceable(model, self.model, self.config.tp)
-        model = shard_llama(model, self._mesh)
+        model = shard_model(model, self._mesh)
         identity, weights = self._identity_of(model), self._runner.weights_of(model)
         with self._gate.entered():
             self._weights_epoch += 1  # first: an engine that got no further serves the old weights, from an empty cache
@@ -358,7 +358,7 @@ class LLM:
         """Programs compiled in this process since this engine was ready, by any code."""
         return self._compiles.count
 
-    def _identity_of(self, model: Llama) -> str:
+    def _identity_of(self, model: Decoder) -> str:
         """The name of the weights, as process 0 has it: an engine that saves nothing has one per process."""
         name: str = self._agreement.plan.agree(weights_identity(self.config, model))
         return name

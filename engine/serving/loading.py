@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.models.checkpoint import load_llama
-from engine.models.llama import Llama
-from engine.models.sharding import shard_llama
+from engine.models.checkpoint import load_model
+from engine.models.decoder import Decoder
+from engine.models.sharding import shard_model
 from engine.models.text import Tokenizer, load_tokenizer
 from engine.serving.build import make_mesh_of, model_directory
 
@@ -36,11 +36,11 @@ class Loaded:
 
     config: EngineConfig
     mesh: Mesh | None
-    model: Llama
+    model: Decoder
     tokenizer: Tokenizer | None = None
 
 
-def load_parts(model: str | Path | Llama | None, options: Mapping[str, Any]) -> Loaded:
+def load_parts(model: str | Path | Decoder | None, options: Mapping[str, Any]) -> Loaded:
     """Reads a checkpoint, or takes a model that is in memory already.
 
     Args:
@@ -51,17 +51,17 @@ def load_parts(model: str | Path | Llama | None, options: Mapping[str, Any]) -> 
         ConfigError: an option is unknown or wrong.
         CheckpointError: the checkpoint cannot be loaded.
     """
-    if isinstance(model, Llama):
+    if isinstance(model, Decoder):
         config = EngineConfig.from_mapping(options)
         mesh = make_mesh_of(config)
         if config.dtype not in ("auto", model.dtype.name):
-            raise ConfigError(f"dtype={config.dtype!r} for a Llama of {model.dtype}; leave it out, or cast the model")
-        loaded = Loaded(config, mesh, shard_llama(model, mesh))
+            raise ConfigError(f"dtype={config.dtype!r} for a model of {model.dtype}; leave it out, or cast the model")
+        loaded = Loaded(config, mesh, shard_model(model, mesh))
     else:
         directory = model_directory(model)
         config = EngineConfig.from_mapping({"model": str(directory), **options})
         mesh = make_mesh_of(config)
-        weights = load_llama(directory, dtype=weights_dtype(config), mesh=mesh)
+        weights = load_model(directory, dtype=weights_dtype(config), mesh=mesh)
         tokenizer = load_tokenizer(directory, parse_special_tokens=config.parse_special_tokens)
         loaded = Loaded(config, mesh, weights, tokenizer)
     _logger.log(logging.WARNING if is_slow(loaded.model) else logging.INFO, "%s", describe_dtype(config, loaded.model))
@@ -75,12 +75,12 @@ def weights_dtype(config: EngineConfig) -> Any:
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
-def is_slow(model: Llama) -> bool:
+def is_slow(model: Decoder) -> bool:
     """Whether another dtype would decode several times faster here."""
     return jax.default_backend() == "cpu" and model.dtype != jnp.float32
 
 
-def describe_dtype(config: EngineConfig, model: Llama) -> str:
+def describe_dtype(config: EngineConfig, model: Decoder) -> str:
     """One line: the dtype of weights and activations, the option that chose it, and whether it is slow here."""
     chosen = "dtype='auto'" if config.dtype == "auto" else f"dtype={config.dtype!r}"
     if is_slow(model):

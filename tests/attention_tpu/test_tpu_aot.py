@@ -8,7 +8,7 @@ from aot_support import NEEDS_LIBTPU, VMEM_BYTES, shape
 from engine.bench.tpu.aot import compile_each
 from engine.bench.tpu_static import OURS
 from engine.config import read_toml
-from engine.models.llama_config import LlamaConfig
+from engine.models.model_config import ModelConfig
 
 pytestmark = NEEDS_LIBTPU
 
@@ -68,7 +68,7 @@ def test_every_configured_geometry_compiles(gen, decode):
     for path in CONFIGS:
         tables = read_toml(path)
         if "model" in tables:
-            model = LlamaConfig.from_mapping(tables["model"])
+            model = ModelConfig.from_mapping(tables["model"])
             cases.append(
                 shape(
                     gen,

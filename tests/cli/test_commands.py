@@ -6,9 +6,9 @@ import pytest
 from flax import nnx
 
 from engine.cli import main
-from engine.models.checkpoint import save_llama
-from engine.models.llama import Llama
-from engine.models.llama_config import LlamaConfig
+from engine.models.checkpoint import save_model
+from engine.models.decoder import Decoder
+from engine.models.model_config import ModelConfig
 from engine.serving.check import CHECK_BOUND
 from engine.serving.device.runner import ModelRunner
 from engine.serving.llm import LLM
@@ -16,7 +16,7 @@ from engine.serving.llm import LLM
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    config = LlamaConfig(
+    config = ModelConfig(
         vocab_size=64,
         hidden_size=16,
         intermediate_size=32,
@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory):
         eos_token_id=(),
     )
     directory = tmp_path_factory.mktemp("checkpoint")
-    save_llama(Llama(config, dtype=jnp.float32, rngs=nnx.Rngs(1)), directory)
+    save_model(Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(1)), directory)
     return directory
 
 

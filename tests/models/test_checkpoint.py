@@ -11,18 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from random_llama import random_llama
+from random_model import random_model
 from safetensors.numpy import load_file, save_file
 
 from engine.errors import CheckpointError, ConfigError
-from engine.models.checkpoint import load_config, load_llama, save_llama
+from engine.models.checkpoint import load_config, load_model, save_model
+from engine.models.decoder import Decoder
 from engine.models.default_model import byte_tokenizer
-from engine.models.llama import Llama
-from engine.models.llama_config import LlamaConfig
+from engine.models.model_config import ModelConfig
 from engine.models.rotary import Llama3Scaling
 from engine.models.text import load_tokenizer
 
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
     vocab_size=61,
     hidden_size=24,
     intermediate_size=40,
@@ -37,13 +37,13 @@ CONFIG = LlamaConfig(
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 
-def assert_same_parameters(left: Llama, right: Llama) -> None:
+def assert_same_parameters(left: Decoder, right: Decoder) -> None:
     jax.tree.map(np.testing.assert_array_equal, nnx.state(left), nnx.state(right))
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    save_llama(random_llama(CONFIG), tmp_path)
+    save_model(random_model(CONFIG), tmp_path)
     return tmp_path
 
 
@@ -83,26 +83,26 @@ def rewrite_config(directory: Path, **changes: Any) -> None:
     ids=["untied", "tied", "biases", "qwen2", "mistral"],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_what_is_saved_loads_back_bit_for_bit(tmp_path: Path, config: LlamaConfig, dtype: str) -> None:
-    model = random_llama(config, dtype)
-    save_llama(model, tmp_path)
-    loaded = load_llama(tmp_path, dtype=dtype)
+def test_what_is_saved_loads_back_bit_for_bit(tmp_path: Path, config: ModelConfig, dtype: str) -> None:
+    model = random_model(config, dtype)
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path, dtype=dtype)
     assert loaded.config == config
     assert_same_parameters(loaded, model)
 
 
 def test_loading_converts_to_the_dtype_asked_for(checkpoint: Path) -> None:
-    loaded = load_llama(checkpoint, dtype="bfloat16")
+    loaded = load_model(checkpoint, dtype="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(loaded))} == {jnp.dtype("bfloat16")}
-    original = random_llama(CONFIG)
+    original = random_model(CONFIG)
     np.testing.assert_array_equal(
         loaded.layers[0].mlp.up_proj.kernel[...], original.layers[0].mlp.up_proj.kernel[...].astype(jnp.bfloat16)
     )
 
 
 def test_saving_in_another_dtype_rounds_once(tmp_path: Path) -> None:
-    model = random_llama(CONFIG)
-    save_llama(model, tmp_path, dtype="bfloat16")
+    model = random_model(CONFIG)
+    save_model(model, tmp_path, dtype="bfloat16")
     stored = load_file(tmp_path / "model.safetensors")[Q_PROJ]
     assert stored.dtype == jnp.bfloat16
     kernel = np.asarray(model.layers[1].self_attn.q_proj.kernel[...])
@@ -111,19 +111,19 @@ def test_saving_in_another_dtype_rounds_once(tmp_path: Path) -> None:
 
 def test_shards_load_like_one_file(checkpoint: Path) -> None:
     shard(checkpoint)
-    assert_same_parameters(load_llama(checkpoint, dtype="float32"), random_llama(CONFIG))
+    assert_same_parameters(load_model(checkpoint, dtype="float32"), random_model(CONFIG))
 
 
 def test_redundant_tensors_are_passed_over(tmp_path: Path) -> None:
-    model = random_llama(replace(CONFIG, tie_word_embeddings=True))
-    save_llama(model, tmp_path)
+    model = random_model(replace(CONFIG, tie_word_embeddings=True))
+    save_model(model, tmp_path)
 
     def add(tensors: dict[str, Any]) -> None:
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
         tensors["lm_head.weight"] = np.ones((61, 24), np.float32)
 
     rewrite_tensors(tmp_path, add)
-    assert_same_parameters(load_llama(tmp_path, dtype="float32"), model)
+    assert_same_parameters(load_model(tmp_path, dtype="float32"), model)
 
 
 def test_end_tokens_of_the_generation_config_count_beside_those_of_the_config(checkpoint: Path) -> None:
@@ -143,19 +143,19 @@ def test_end_tokens_of_the_generation_config_count_beside_those_of_the_config(ch
 def test_a_missing_file_is_named(checkpoint: Path, file: str, named: str) -> None:
     (checkpoint / file).unlink()
     with pytest.raises(CheckpointError, match=named):
-        load_llama(checkpoint, dtype="float32")
+        load_model(checkpoint, dtype="float32")
 
 
 def test_a_directory_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere"):
-        load_llama(tmp_path / "nowhere", dtype="float32")
+        load_model(tmp_path / "nowhere", dtype="float32")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '"text"', "\udcff"])
 def test_a_corrupt_config_is_refused(checkpoint: Path, content: str) -> None:
     (checkpoint / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        load_llama(checkpoint, dtype="float32")
+        load_model(checkpoint, dtype="float32")
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_what_is_no_checkpoint_folder_is_named_in_a_line(tmp_path: Path, monkeyp
         "a" * 5000: "cannot look into",
     }.items():
         with pytest.raises(CheckpointError, match=said) as refused:
-            load_llama(name, dtype="float32")
+            load_model(name, dtype="float32")
         assert "\n" not in str(refused.value)
 
 
@@ -217,19 +217,19 @@ def test_what_is_no_checkpoint_folder_is_named_in_a_line(tmp_path: Path, monkeyp
 def test_weights_of_another_format_are_named(checkpoint: Path, other: str) -> None:
     (checkpoint / "model.safetensors").rename(checkpoint / other)
     with pytest.raises(CheckpointError, match=f"neither.*but {other}; convert"):
-        load_llama(checkpoint, dtype="float32")
+        load_model(checkpoint, dtype="float32")
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["the embedding again", "another head"])
 def test_a_tied_model_with_another_stored_head_says_that_it_is_not_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, same: bool
 ) -> None:
-    model = random_llama(replace(CONFIG, tie_word_embeddings=True))
-    save_llama(model, tmp_path)
+    model = random_model(replace(CONFIG, tie_word_embeddings=True))
+    save_model(model, tmp_path)
     embedding = np.asarray(model.embed_tokens.embedding[...])
     head = embedding if same else np.random.default_rng(3).normal(size=embedding.shape).astype(np.float32)
     rewrite_tensors(tmp_path, lambda tensors: tensors.update({"lm_head.weight": head}))
-    assert_same_parameters(load_llama(tmp_path, dtype="float32"), model)
+    assert_same_parameters(load_model(tmp_path, dtype="float32"), model)
     assert ("is not used" in caplog.text) != same
 
 
@@ -237,7 +237,7 @@ def test_an_unsupported_model_is_refused_before_its_weights_are_looked_at(checkp
     rewrite_config(checkpoint, model_type="gemma")
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="gemma"):
-        load_llama(checkpoint, dtype="float32")
+        load_model(checkpoint, dtype="float32")
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, -1], ids=lambda kept: f"{kept} bytes")
@@ -245,7 +245,7 @@ def test_a_truncated_file_is_refused(checkpoint: Path, kept: int) -> None:
     path = checkpoint / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(CheckpointError, match="truncated or corrupt"):
-        load_llama(checkpoint, dtype="float32")
+        load_model(checkpoint, dtype="float32")
 
 
 def test_a_corrupt_header_is_refused(checkpoint: Path) -> None:
@@ -254,44 +254,44 @@ def test_a_corrupt_header_is_refused(checkpoint: Path) -> None:
     content[8:40] = b"\xff" * 32
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="truncated or corrupt"):
-        load_llama(checkpoint, dtype="float32")
+        load_model(checkpoint, dtype="float32")
 
 
 def test_a_missing_tensor_is_named(checkpoint: Path) -> None:
     rewrite_tensors(checkpoint, lambda tensors: tensors.pop(Q_PROJ))
     with pytest.raises(CheckpointError, match=r"1 tensors missing \[model\.layers\.1\.self_attn\.q_proj\.weight\]"):
-        load_llama(checkpoint, dtype="float32")
+        load_model(checkpoint, dtype="float32")
 
 
 def test_an_unexpected_tensor_is_named(checkpoint: Path) -> None:
     rewrite_tensors(checkpoint, lambda tensors: tensors.update({"model.adapter.weight": np.ones(3, np.float32)}))
     with pytest.raises(CheckpointError, match=r"1 unexpected \[model\.adapter\.weight\]"):
-        load_llama(checkpoint, dtype="float32")
+        load_model(checkpoint, dtype="float32")
 
 
 def test_a_tensor_of_the_wrong_shape_is_named_with_both_shapes(checkpoint: Path) -> None:
     rewrite_tensors(checkpoint, lambda tensors: tensors.update({Q_PROJ: np.ones((24, 32), np.float32)}))
     with pytest.raises(CheckpointError, match=r"q_proj.*expected \[32, 24\].*found \[24, 32\]"):
-        load_llama(checkpoint, dtype="float32")
+        load_model(checkpoint, dtype="float32")
 
 
 def test_a_config_of_another_model_is_refused(checkpoint: Path) -> None:
     rewrite_config(checkpoint, num_hidden_layers=3)
     with pytest.raises(CheckpointError, match="9 tensors missing"):
-        load_llama(checkpoint, dtype="float32")
+        load_model(checkpoint, dtype="float32")
 
 
 def test_quantised_tensors_are_refused(checkpoint: Path) -> None:
     rewrite_tensors(checkpoint, lambda tensors: tensors.update({Q_PROJ: np.ones((32, 24), np.int8)}))
     with pytest.raises(CheckpointError, match="I8"):
-        load_llama(checkpoint, dtype="float32")
+        load_model(checkpoint, dtype="float32")
 
 
 def test_a_missing_shard_is_named(checkpoint: Path) -> None:
     shard(checkpoint)
     (checkpoint / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"lacks 1 of 2 shards: \['model-00002-of-00002"):
-        load_llama(checkpoint, dtype="float32")
+        load_model(checkpoint, dtype="float32")
 
 
 def test_an_index_that_points_at_the_wrong_shard_is_refused(checkpoint: Path) -> None:
@@ -299,14 +299,14 @@ def test_an_index_that_points_at_the_wrong_shard_is_refused(checkpoint: Path) ->
     other = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"} - {weight_map[Q_PROJ]}
     index.write_text(json.dumps({"weight_map": weight_map | {Q_PROJ: other.pop()}}))
     with pytest.raises(CheckpointError, match="points 1 tensors at shards that do not hold them"):
-        load_llama(checkpoint, dtype="float32")
+        load_model(checkpoint, dtype="float32")
 
 
 def test_an_index_that_leaves_its_folder_is_refused(checkpoint: Path) -> None:
     index, weight_map = shard(checkpoint)
     index.write_text(json.dumps({"weight_map": weight_map | {Q_PROJ: "../elsewhere.safetensors"}}))
     with pytest.raises(CheckpointError, match="elsewhere"):
-        load_llama(checkpoint, dtype="float32")
+        load_model(checkpoint, dtype="float32")
 
 
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', "{"])
@@ -314,4 +314,4 @@ def test_a_corrupt_index_is_refused(checkpoint: Path, content: str) -> None:
     index, _ = shard(checkpoint)
     index.write_text(content)
     with pytest.raises(CheckpointError, match=r"index\.json"):
-        load_llama(checkpoint, dtype="float32")
+        load_model(checkpoint, dtype="float32")

@@ -5,22 +5,22 @@ import re
 
 import numpy as np
 import pytest
-from random_llama import jitted_logits
+from random_model import jitted_logits
 
-from engine.models.checkpoint import load_llama
+from engine.models.checkpoint import load_model
+from engine.models.decoder import Decoder
 from engine.models.default_model import DEFAULT_MODEL_DIR, byte_tokenizer, default_config
-from engine.models.llama import Llama
 from engine.models.text import load_tokenizer
 from engine.models.train import bits_per_byte
 from engine.models.training_data import TRAINING_TEXT_DIR, consecutive_windows, load_texts
 
 
 @pytest.fixture(scope="module")
-def model() -> Llama:
-    return load_llama(DEFAULT_MODEL_DIR, dtype="float32")
+def model() -> Decoder:
+    return load_model(DEFAULT_MODEL_DIR, dtype="float32")
 
 
-def test_the_shipped_checkpoint_is_what_the_training_command_writes(model: Llama) -> None:
+def test_the_shipped_checkpoint_is_what_the_training_command_writes(model: Decoder) -> None:
     assert model.config == default_config()
     shipped = json.loads((DEFAULT_MODEL_DIR / "tokenizer.json").read_text(encoding="utf-8"))
     assert shipped == json.loads(byte_tokenizer().to_str())
@@ -30,13 +30,13 @@ def test_the_weights_fit_in_four_megabytes() -> None:
     assert (DEFAULT_MODEL_DIR / "model.safetensors").stat().st_size <= 4_000_000
 
 
-def test_the_shipped_model_predicts_text_that_it_was_not_trained_on(model: Llama) -> None:
+def test_the_shipped_model_predicts_text_that_it_was_not_trained_on(model: Decoder) -> None:
     _, held_out = load_texts()
     # Random weights need 8 bits a byte, the frequencies of single letters 4.4; well trained it needs about 2.3.
     assert bits_per_byte(model, consecutive_windows(held_out, 256)) < 2.8
 
 
-def test_long_contexts_are_predicted_no_worse_than_short_ones(model: Llama) -> None:
+def test_long_contexts_are_predicted_no_worse_than_short_ones(model: Decoder) -> None:
     _, held_out = load_texts()
     context = model.config.max_position_embeddings
     long, short = (bits_per_byte(model, consecutive_windows(held_out, length)) for length in (context - 1, 64))
@@ -44,7 +44,7 @@ def test_long_contexts_are_predicted_no_worse_than_short_ones(model: Llama) -> N
     assert long < short
 
 
-def test_greedy_text_is_made_of_words(model: Llama) -> None:
+def test_greedy_text_is_made_of_words(model: Decoder) -> None:
     tokenizer = load_tokenizer(DEFAULT_MODEL_DIR)
     assert tokenizer is not None
     prompt, new_tokens = tokenizer.encode("Alice was beginning to"), 160

@@ -13,12 +13,12 @@ from jax.sharding import Mesh
 from safetensors import safe_open
 
 from engine.distributed.mesh import AXES
-from engine.models.checkpoint import load_llama, save_llama
+from engine.models.checkpoint import load_model, save_model
+from engine.models.decoder import Decoder
 from engine.models.fingerprint import PIECE_BYTES, fingerprint, settings_of
-from engine.models.llama import Llama
-from engine.models.llama_config import LlamaConfig
+from engine.models.model_config import ModelConfig
 from engine.models.rotary import LinearScaling
-from engine.models.sharding import shard_llama
+from engine.models.sharding import shard_model
 from engine.models.tensor_files import INDEX_FILE, SINGLE_FILE
 
 GEOMETRY = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
@@ -26,7 +26,7 @@ GEOMETRY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def make(seed=0, dtype=jnp.float32, **changes):
-    return Llama(LlamaConfig(**GEOMETRY | changes), dtype=dtype, rngs=nnx.Rngs(seed))
+    return Decoder(ModelConfig(**GEOMETRY | changes), dtype=dtype, rngs=nnx.Rngs(seed))
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def seed():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_model_made_again_saved_and_loaded_is_the_same(seed, tmp_path, dtype):
     model = make(seed, dtype)
-    save_llama(model, tmp_path)
-    assert fingerprint(make(seed, dtype)) == fingerprint(load_llama(tmp_path, dtype=dtype)) == fingerprint(model)
+    save_model(model, tmp_path)
+    assert fingerprint(make(seed, dtype)) == fingerprint(load_model(tmp_path, dtype=dtype)) == fingerprint(model)
 
 
 def test_every_weight_counts_to_its_last_byte(seed):
@@ -115,7 +115,7 @@ def test_weights_that_are_numpys_are_named_as_the_same_on_a_device(seed):
 @pytest.mark.parametrize("mesh", [None, Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)])
 def test_what_is_done_to_a_model_later_does_not_reach_the_one_that_an_engine_took(seed, mesh):
     model = with_numpy_weights(make(seed))
-    taken = shard_llama(model, mesh)
+    taken = shard_model(model, mesh)
     for leaf in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model))):
         leaf += 1  # NumPy's, in place
     model.config = dataclasses.replace(model.config, rope_theta=5.0)
@@ -159,7 +159,7 @@ def test_a_model_that_is_changed_in_place_is_another(seed, how):
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_byte_in_the_middle_of_a_checkpoint_counts_with_size_and_times_kept(seed, tmp_path, sharded):
     """Of a file so large that its ends say nothing of its middle; of shards behind links, as a cache of files has."""
-    save_llama(make(seed, intermediate_size=16384), tmp_path)
+    save_model(make(seed, intermediate_size=16384), tmp_path)
     path = tmp_path / SINGLE_FILE
     assert path.stat().st_size > 4 << 20
     if sharded:
@@ -169,13 +169,13 @@ def test_a_byte_in_the_middle_of_a_checkpoint_counts_with_size_and_times_kept(se
         names = index_of(blob)
         (tmp_path / INDEX_FILE).write_text(names)
         path = blob
-    before, content, stat = load_llama(tmp_path, dtype=jnp.float32), bytearray(path.read_bytes()), path.stat()
+    before, content, stat = load_model(tmp_path, dtype=jnp.float32), bytearray(path.read_bytes()), path.stat()
     content[len(content) // 2] ^= 0x20
     first = fingerprint(before)
     path.write_bytes(content)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert path.stat().st_mtime_ns == stat.st_mtime_ns
-    assert fingerprint(load_llama(tmp_path, dtype=jnp.float32)) != first
+    assert fingerprint(load_model(tmp_path, dtype=jnp.float32)) != first
 
 
 def index_of(blob):

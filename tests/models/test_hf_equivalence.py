@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from random_llama import jitted_logits, random_llama
+from random_model import jitted_logits, random_model
 
-from engine.models.checkpoint import load_config, load_llama, save_llama
-from engine.models.llama_config import LlamaConfig
+from engine.models.checkpoint import load_config, load_model, save_model
+from engine.models.model_config import ModelConfig
 from engine.models.rotary import inverse_frequencies
 
 with warnings.catch_warnings():
@@ -93,7 +93,7 @@ def hf_greedy(model: Any, tokens: NDArray[np.int64]) -> list[int]:
 
 
 def our_greedy(directory: Path, tokens: NDArray[np.int64]) -> list[int]:
-    model = load_llama(directory, dtype="float32")
+    model = load_model(directory, dtype="float32")
     # Padding behind a causal model's tokens changes nothing before it, and one length compiles once.
     padded = np.zeros(len(tokens) + NEW_TOKENS, np.int32)
     padded[: len(tokens)] = tokens
@@ -111,7 +111,7 @@ def test_a_checkpoint_of_transformers_gives_the_same_logits_and_greedy_tokens(tm
     model = hf_model(*CASES[case])
     model.save_pretrained(tmp_path)
     tokens = random_prompt()
-    ours = np.asarray(jitted_logits(load_llama(tmp_path, dtype="float32"), tokens.astype(np.int32)))
+    ours = np.asarray(jitted_logits(load_model(tmp_path, dtype="float32"), tokens.astype(np.int32)))
     # The bar of the whole subsystem in float32; the logits' spread here is of order 1.
     np.testing.assert_allclose(ours, hf_logits(model, tokens), atol=1e-4, rtol=0)
     assert our_greedy(tmp_path, tokens) == hf_greedy(model, tokens)
@@ -122,7 +122,7 @@ def test_a_sharded_checkpoint_of_transformers_gives_the_same_logits(tmp_path: Pa
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     tokens = random_prompt()
-    ours = np.asarray(jitted_logits(load_llama(tmp_path, dtype="float32"), tokens.astype(np.int32)))
+    ours = np.asarray(jitted_logits(load_model(tmp_path, dtype="float32"), tokens.astype(np.int32)))
     np.testing.assert_allclose(ours, hf_logits(model, tokens), atol=1e-4, rtol=0)
 
 
@@ -132,9 +132,9 @@ def test_a_sharded_checkpoint_of_transformers_gives_the_same_logits(tmp_path: Pa
     ids=["llama", "qwen2", "mistral"],
 )
 def test_transformers_reads_what_is_saved_here(tmp_path: Path, changes: dict[str, Any]) -> None:
-    config = LlamaConfig(**GEOMETRY | {"head_dim": 16} | changes)
-    model = random_llama(config)
-    save_llama(model, tmp_path)
+    config = ModelConfig(**GEOMETRY | {"head_dim": 16} | changes)
+    model = random_model(config)
+    save_model(model, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, attn_implementation="eager"
     ).eval()
@@ -154,7 +154,7 @@ def test_what_a_config_leaves_out_is_what_transformers_assumes(family: str, left
     theirs = getattr(transformers, f"{family}Config")(**given)
     if theirs.num_attention_heads % theirs.num_key_value_heads:
         pytest.skip("no model")
-    ours = LlamaConfig.from_hf({"model_type": family.lower()} | given)
+    ours = ModelConfig.from_hf({"model_type": family.lower()} | given)
     for name in (*GEOMETRY, "rms_norm_eps", "tie_word_embeddings", "bos_token_id"):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.eos_token_id == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
@@ -179,7 +179,7 @@ def test_what_a_config_leaves_out_is_what_transformers_assumes(family: str, left
 def test_every_spelling_of_rope_gives_the_frequencies_of_transformers(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = {"model_type": "llama", **GEOMETRY, **changes}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(
+    theirs = transformers.models.decoder.modeling_llama.LlamaRotaryEmbedding(
         transformers.AutoConfig.from_pretrained(tmp_path)
     )
     ours = load_config(tmp_path)

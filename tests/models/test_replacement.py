@@ -7,21 +7,21 @@ import pytest
 from flax import nnx
 
 from engine.errors import ConfigError
-from engine.models.llama import Llama
-from engine.models.llama_config import LlamaConfig
+from engine.models.decoder import Decoder
+from engine.models.model_config import ModelConfig
 from engine.models.replacement import require_replaceable
-from engine.models.sharding import abstract_llama, split_config
+from engine.models.sharding import abstract_model, split_config
 
 GEOMETRY = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
 GEOMETRY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def make(dtype=jnp.float32, **changes):
-    return Llama(LlamaConfig(**GEOMETRY | changes), dtype=dtype, rngs=nnx.Rngs(0))
+    return Decoder(ModelConfig(**GEOMETRY | changes), dtype=dtype, rngs=nnx.Rngs(0))
 
 
 def served(tp):
-    return abstract_llama(split_config(make().config, tp), jnp.dtype("float32"))
+    return abstract_model(split_config(make().config, tp), jnp.dtype("float32"))
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from engine.errors import ConfigError
 from engine.models import train
-from engine.models.checkpoint import load_llama
+from engine.models.checkpoint import load_model
 from engine.models.default_model import BOS_TOKEN_ID, default_config
 from engine.models.text import load_tokenizer
 from engine.models.training_data import TRAINING_TEXT_DIR, consecutive_windows, load_texts, sample_windows
@@ -73,7 +73,7 @@ def test_training_for_no_steps_is_refused(steps: int) -> None:
 def test_the_command_writes_a_checkpoint_that_loads(tmp_path: Path) -> None:
     pytest.importorskip("optax", reason="optax is not installed (the extra 'train')")
     assert train.run(arguments("--steps", "2", "--out", str(tmp_path / "new"))) == 0
-    model = load_llama(tmp_path / "new", dtype="float32")
+    model = load_model(tmp_path / "new", dtype="float32")
     assert model.config == default_config()
     assert load_tokenizer(tmp_path / "new") is not None
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [

@@ -12,7 +12,7 @@ from flax import nnx
 from serving_support import make_llama
 
 from engine.distributed.mesh import make_mesh
-from engine.models.checkpoint import load_llama, save_llama
+from engine.models.checkpoint import load_model, save_model
 from engine.models.sharding import key_names
 from engine.models.tensor_files import StoredTensor
 
@@ -49,8 +49,8 @@ def main(kv_heads, tp, model_type, dtype):
     )
     whole = leaves(model)
     with tempfile.TemporaryDirectory() as directory:
-        save_llama(model, directory, dtype=dtype)
-        loaded = load_llama(directory, dtype=dtype, mesh=make_mesh(tp=tp))
+        save_model(model, directory, dtype=dtype)
+        loaded = load_model(directory, dtype=dtype, mesh=make_mesh(tp=tp))
     different = []
     for name, leaf in leaves(loaded).items():
         wanted = expected(name, np.asarray(whole[name].astype(dtype)), max(1, tp // kv_heads), 12)

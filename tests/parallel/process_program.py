@@ -15,7 +15,7 @@ from engine import LLM, SamplingParams
 from engine.config import EngineConfig
 from engine.distributed.processes import join_from, leave_at_once
 from engine.errors import ConfigError, ProcessLost, RequestError
-from engine.models.sharding import shard_llama
+from engine.models.sharding import shard_model
 from engine.serving.build import make_mesh_of, make_pool
 from engine.serving.device import device_memory
 
@@ -93,7 +93,7 @@ def size(reports, options):
     device_memory.report_of = lambda device: mine
     config = EngineConfig(**options)
     mesh = make_mesh_of(config)
-    _, pool = make_pool(config, shard_llama(make_llama(seed=5), mesh), mesh)
+    _, pool = make_pool(config, shard_model(make_llama(seed=5), mesh), mesh)
     print(json.dumps({"index": index, "size": pool.size}), flush=True)
 
 

@@ -8,7 +8,7 @@ from devices import run_on_devices
 from engine.config import EngineConfig, read_toml
 from engine.distributed.mesh import make_mesh
 from engine.errors import ConfigError
-from engine.models.llama_config import LlamaConfig
+from engine.models.model_config import ModelConfig
 from engine.models.sharding import split_config
 from engine.serving.build import plan_pool
 
@@ -25,7 +25,7 @@ def geometry(**changes):
         "num_key_value_heads": 4,
         "head_dim": 16,
     }
-    return LlamaConfig(**{**sizes, **changes})
+    return ModelConfig(**{**sizes, **changes})
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_configuration_file_says_the_split_and_the_plan_is_the_whole_one_over_
     kept = [line for line in path.read_text().splitlines() if line.split("=")[0].strip() not in axes]
     (tmp_path / "split.toml").write_text("\n".join([*kept, *(f"{name} = {size}" for name, size in axes.items())]))
     tables = read_toml(tmp_path / "split.toml")
-    model = LlamaConfig.from_mapping(tables["model"])
+    model = ModelConfig.from_mapping(tables["model"])
     split = EngineConfig.from_mapping(tables["engine"])
     assert {name: getattr(split, name) for name in axes} == axes
     alone = EngineConfig.from_mapping({**tables["engine"], "tp": 1, "dp": 1, "cp": 1})

@@ -1,8 +1,8 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from engine.models.llama import Llama
-from engine.models.llama_config import LlamaConfig
+from engine.models.decoder import Decoder
+from engine.models.model_config import ModelConfig
 
 VOCAB = 97
 
@@ -19,4 +19,4 @@ def make_llama(seed=0, **changes):
         "max_position_embeddings": 192,
         "eos_token_id": (),
     }
-    return Llama(LlamaConfig(**{**geometry, **changes}), dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    return Decoder(ModelConfig(**{**geometry, **changes}), dtype=jnp.float32, rngs=nnx.Rngs(seed))

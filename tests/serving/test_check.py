@@ -5,9 +5,9 @@ import pytest
 from flax import nnx
 from serving_support import VOCAB, make_llama
 
+from engine.models.decoder import Decoder
 from engine.models.dense import dense_logits
-from engine.models.llama import Llama
-from engine.models.llama_config import LlamaConfig
+from engine.models.model_config import ModelConfig
 from engine.serving.check import CHECK_BOUND, check_against_dense
 from engine.serving.llm import LLM
 from engine.serving.request import RequestOutput, SamplingParams
@@ -75,11 +75,11 @@ def test_an_answer_without_tokens_has_nothing_to_compare():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_model_of_large_logits_passes_its_own_check(dtype):
-    config = LlamaConfig(
+    config = ModelConfig(
         vocab_size=VOCAB, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=12, max_position_embeddings=64, eos_token_id=(),
     )  # fmt: skip
-    model = Llama(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(2))
+    model = Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(2))
     model.lm_head.kernel[...] = model.lm_head.kernel[...] * 300
     llm = LLM(model, max_running_requests=1, chunked_prefill_size=1, max_total_tokens=64)
     outputs = llm.generate([[1, 2, 3]], SamplingParams(max_new_tokens=8), return_logits=True)

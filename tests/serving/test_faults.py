@@ -13,7 +13,7 @@ from test_generation import LOGIT_TOLERANCE, random_prompts, small_llm
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, RequestError
-from engine.models.checkpoint import save_llama
+from engine.models.checkpoint import save_model
 from engine.serving.build import weights_identity
 from engine.serving.check import check_against_dense
 from engine.serving.llm import LLM
@@ -164,14 +164,14 @@ def test_equal_weights_get_saved_prefixes_back_whatever_file_or_object_they_are_
     llm = small_llm(llama, **options)
     llm.generate(prompt, params)
     assert llm.save_prefix_cache() > 0
-    save_llama(llama, tmp_path)
+    save_model(llama, tmp_path)
     assert small_llm(tmp_path, **options).generate(prompt, params)[0].cached_tokens == 56
 
 
 def test_a_compute_dtype_shares_nothing_saved_with_another_whatever_the_pool_stores(tmp_path):
     options = {**ONE_ROW, "kv_cache_dtype": "float32", "prefix_cache_dir": str(tmp_path / "prefixes")}
     prompt, params = random_prompts([60], seed=48), SamplingParams(max_new_tokens=2)
-    save_llama(make_llama(), tmp_path, dtype=jnp.bfloat16)
+    save_model(make_llama(), tmp_path, dtype=jnp.bfloat16)
     llm = small_llm(tmp_path, dtype="bfloat16", **options)
     llm.generate(prompt, params)
     assert llm.save_prefix_cache() > 0

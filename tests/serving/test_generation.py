@@ -326,7 +326,7 @@ def test_sampling_params_must_be_sampling_params(llm, params):
 
 
 def test_a_dtype_that_is_not_the_models_is_refused(llama):
-    with pytest.raises(ConfigError, match="dtype='bfloat16' for a Llama of float32"):
+    with pytest.raises(ConfigError, match="dtype='bfloat16' for a model of float32"):
         LLM(llama, dtype="bfloat16")
 
 

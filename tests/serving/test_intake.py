@@ -10,7 +10,7 @@ import pytest
 
 from engine.distributed.agreement import Agreement
 from engine.errors import EngineError, RequestError
-from engine.models.llama_config import LlamaConfig
+from engine.models.model_config import ModelConfig
 from engine.serving.intake import Intake
 from engine.serving.request import SamplingParams
 
@@ -19,7 +19,7 @@ VOCAB, CONTEXT = 97, 64
 
 @pytest.fixture
 def intake():
-    config = LlamaConfig(
+    config = ModelConfig(
         vocab_size=VOCAB,
         hidden_size=8,
         intermediate_size=8,

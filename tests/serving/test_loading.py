@@ -9,9 +9,9 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, RequestError
-from engine.models.checkpoint import save_llama
-from engine.models.llama import Llama
-from engine.models.llama_config import LlamaConfig
+from engine.models.checkpoint import save_model
+from engine.models.decoder import Decoder
+from engine.models.model_config import ModelConfig
 from engine.models.rotary import LinearScaling
 from engine.serving.device.runner import ModelRunner
 from engine.serving.llm import LLM
@@ -33,13 +33,13 @@ def make_model(dtype="float32", **changes):
         "head_dim": 8,
         "max_position_embeddings": 32,
     }
-    return Llama(LlamaConfig(**geometry | changes), dtype=jnp.dtype(dtype), rngs=nnx.Rngs(4))
+    return Decoder(ModelConfig(**geometry | changes), dtype=jnp.dtype(dtype), rngs=nnx.Rngs(4))
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
     """A bfloat16 checkpoint with a tokenizer of eight letters."""
-    save_llama(make_model(), tmp_path, dtype="bfloat16")
+    save_model(make_model(), tmp_path, dtype="bfloat16")
     letters = tokenizers.Tokenizer(models.BPE({word: token for token, word in enumerate(WORDS)}, []))
     letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     letters.decoder = decoders.ByteLevel()

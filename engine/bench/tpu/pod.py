@@ -11,8 +11,8 @@ from engine.bench.tpu.step import DTYPE, compile_step
 from engine.config import EngineConfig
 from engine.distributed.mesh import make_mesh
 from engine.errors import ConfigError
-from engine.models.llama_config import LlamaConfig
-from engine.models.sharding import abstract_llama, split_config, weight_bytes
+from engine.models.model_config import ModelConfig
+from engine.models.sharding import abstract_model, split_config, weight_bytes
 from engine.planning.sizing import PoolPlan
 from engine.serving.build import plan_pool
 
@@ -39,7 +39,7 @@ def compile_pod(*, topology: str, model: dict[str, Any], device_bytes: int, rows
         tokens where the weights do not fit.
     """
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    config = LlamaConfig.from_mapping(model)
+    config = ModelConfig.from_mapping(model)
     tp = min(config.num_key_value_heads, len(devices))
     while (plan := _plan(config, devices, tp, device_bytes, context)) is None and 2 * tp <= len(devices):
         tp *= 2
@@ -72,12 +72,12 @@ def compile_pod(*, topology: str, model: dict[str, Any], device_bytes: int, rows
     }
 
 
-def _weights(config: LlamaConfig, devices: Any, tp: int) -> int:
+def _weights(config: ModelConfig, devices: Any, tp: int) -> int:
     mesh = make_mesh(tp=tp, dp=len(devices) // tp, devices=devices)
-    return weight_bytes(abstract_llama(split_config(config, tp), DTYPE, mesh))
+    return weight_bytes(abstract_model(split_config(config, tp), DTYPE, mesh))
 
 
-def _plan(config: LlamaConfig, devices: Any, tp: int, device_bytes: int, context: int) -> PoolPlan | None:
+def _plan(config: ModelConfig, devices: Any, tp: int, device_bytes: int, context: int) -> PoolPlan | None:
     """The largest pool beside the weights, or None where there is no room for one request per replica."""
     dp = len(devices) // tp
     unlimited = dp * (1 << 10)  # requests: so many that memory limits the pool

@@ -20,9 +20,9 @@ from engine.distributed.mesh import DATA_AXIS, TENSOR_AXIS, make_mesh, named
 from engine.distributed.placement import Placement
 from engine.kv.pool import TokenToKVPool
 from engine.kv.split import buffer_spec
-from engine.models.llama import Llama
-from engine.models.llama_config import LlamaConfig
-from engine.models.sharding import abstract_llama, split_config, weight_bytes
+from engine.models.decoder import Decoder
+from engine.models.model_config import ModelConfig
+from engine.models.sharding import abstract_model, split_config, weight_bytes
 from engine.serving.device.batcher import parcel_shapes
 from engine.serving.device.device_rows import DeviceRows
 from engine.serving.device.runner import forward_step
@@ -87,7 +87,7 @@ def compile_step_on(
 ) -> dict[str, Any]:
     """Like ``compile_step``, over a mesh or on the first of some devices; ``platform`` is "tpu" or "gpu"."""
     tp, dp = (1, 1) if mesh is None else (mesh.shape.get(TENSOR_AXIS, 1), mesh.shape.get(DATA_AXIS, 1))
-    config = dataclasses.replace(split_config(LlamaConfig.from_mapping(model), tp), num_hidden_layers=layers)
+    config = dataclasses.replace(split_config(ModelConfig.from_mapping(model), tp), num_hidden_layers=layers)
     place = _Places(mesh, devices[0], platform)
     llama, pool = place.model(config), place.pool(config, pool_tokens, page_size)
     backend: Any = FlashAttentionBackend(
@@ -138,13 +138,13 @@ class _Places:
         sharding = SingleDeviceSharding(self.device) if self.mesh is None else named(self.mesh, *entries)
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
-    def model(self, config: LlamaConfig) -> Llama:
-        llama = abstract_llama(config, DTYPE, self.mesh)
+    def model(self, config: ModelConfig) -> Decoder:
+        llama = abstract_model(config, DTYPE, self.mesh)
         if self.mesh is None:
             nnx.update(llama, jax.tree.map(self._on, nnx.state(llama)))
         return llama
 
-    def pool(self, config: LlamaConfig, size: int, page_size: int) -> TokenToKVPool:
+    def pool(self, config: ModelConfig, size: int, page_size: int) -> TokenToKVPool:
         def make() -> TokenToKVPool:
             heads, layers = config.num_key_value_heads, config.num_hidden_layers
             return TokenToKVPool(

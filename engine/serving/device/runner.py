@@ -27,8 +27,8 @@ from engine.kv.page_copy import (
     write_pages,
 )
 from engine.kv.pool import TokenToKVPool
+from engine.models.decoder import Decoder
 from engine.models.fingerprint import settings_of
-from engine.models.llama import Llama
 from engine.serving.device.device_rows import DeviceRows
 from engine.serving.device.parcel import SHARED_PAGES, ParcelShape, StepParcel, unpack
 from engine.serving.device.sampler import Sampled, SamplingInputs, most_likely, sample
@@ -90,7 +90,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Llama,
+        model: Decoder,
         pool: TokenToKVPool,
         backend: FlashAttentionBackend | MeshAttention,
         shapes: list[ParcelShape],
@@ -217,7 +217,7 @@ class ModelRunner:
         self.pool.renew()
         return False
 
-    def weights_of(self, model: Llama) -> list[jax.Array]:
+    def weights_of(self, model: Decoder) -> list[jax.Array]:
         """The weights of another model with the same shapes, for ``replace_weights``.
 
         Raises:
@@ -274,7 +274,7 @@ def forward_step(
         What the sampler takes (logits ``[B, vocab]``), greedy tokens int32 ``[B]``, and the pool and the rows after the
         step.
     """
-    model: Llama = nnx.merge(graph, jax.tree.unflatten(structure, weights))
+    model: Decoder = nnx.merge(graph, jax.tree.unflatten(structure, weights))
     read = placement.each_replica(partial(_read_parcel, shape, pool.page_size))
     rows, token_ids, row_ids, metadata, words = read(rows, packed)
     attention: Callable[..., tuple[jax.Array, ...]] = backend

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import Array
-from random_llama import jitted_logits, random_llama
+from random_model import jitted_logits, random_model
 
+from engine.models.decoder import Decoder
 from engine.models.dense import causal_attention, dense_logits
-from engine.models.llama import Llama
-from engine.models.llama_config import LlamaConfig
+from engine.models.model_config import ModelConfig
 
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
     vocab_size=97,
     hidden_size=48,
     intermediate_size=80,
@@ -55,7 +55,7 @@ def test_dense_attention_is_softmax_attention(heads: int, kv_heads: int, window:
 
 
 def test_later_tokens_do_not_change_earlier_logits() -> None:
-    model, tokens = random_llama(CONFIG), random_tokens(12)
+    model, tokens = random_model(CONFIG), random_tokens(12)
     changed = tokens.at[7].set((tokens[7] + 1) % CONFIG.vocab_size)
     before, after = jitted_logits(model, tokens), jitted_logits(model, changed)
     # The same products, summed alike: nothing but the masked part differs.
@@ -64,7 +64,7 @@ def test_later_tokens_do_not_change_earlier_logits() -> None:
 
 
 def test_sequences_of_a_batch_do_not_mix() -> None:
-    model = random_llama(CONFIG)
+    model = random_model(CONFIG)
     batch = random_tokens(30).reshape(2, 3, 5)
     together = jitted_logits(model, batch)
     apart = jnp.stack([jnp.stack([jitted_logits(model, row) for row in rows]) for rows in batch])
@@ -80,13 +80,13 @@ def test_attend_is_called_once_a_layer_with_the_real_shapes() -> None:
         seen.append((layer_id, q.shape, k.shape, v.shape))
         return causal_attention(q, k, v)
 
-    hidden = jax.eval_shape(lambda: random_llama(CONFIG)(random_tokens(5), jnp.arange(5), attend))
+    hidden = jax.eval_shape(lambda: random_model(CONFIG)(random_tokens(5), jnp.arange(5), attend))
     assert seen == [(layer, (5, 6, 16), (5, 2, 16), (5, 2, 16)) for layer in range(2)]
     assert hidden.shape == (5, CONFIG.hidden_size)
 
 
 def test_positions_reach_keys_and_queries_but_not_values() -> None:
-    model, tokens = random_llama(CONFIG), random_tokens(4)
+    model, tokens = random_model(CONFIG), random_tokens(4)
     taken: list[list[Array]] = []
 
     def attend(layer_id: int, q: Array, k: Array, v: Array) -> Array:
@@ -105,8 +105,8 @@ def test_positions_reach_keys_and_queries_but_not_values() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_abstract_initialisation_allocates_nothing_and_has_the_same_shapes(tied: bool) -> None:
     config = replace(CONFIG, tie_word_embeddings=tied)
-    abstract = nnx.eval_shape(lambda: Llama(config, dtype="bfloat16", rngs=nnx.Rngs(0)))
-    leaves, real = jax.tree.leaves(nnx.state(abstract)), jax.tree.leaves(nnx.state(random_llama(config, "bfloat16")))
+    abstract = nnx.eval_shape(lambda: Decoder(config, dtype="bfloat16", rngs=nnx.Rngs(0)))
+    leaves, real = jax.tree.leaves(nnx.state(abstract)), jax.tree.leaves(nnx.state(random_model(config, "bfloat16")))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
     assert [(leaf.shape, leaf.dtype) for leaf in leaves] == [(leaf.shape, leaf.dtype) for leaf in real]
     assert (abstract.lm_head is None) == tied
@@ -114,8 +114,8 @@ def test_abstract_initialisation_allocates_nothing_and_has_the_same_shapes(tied:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_stays_near_float32(dtype: str) -> None:
-    exact = random_llama(CONFIG)
-    rounded = random_llama(CONFIG, dtype)
+    exact = random_model(CONFIG)
+    rounded = random_model(CONFIG, dtype)
     tokens = random_tokens(16)
     logits, expected = jitted_logits(rounded, tokens), jitted_logits(exact, tokens)
     assert logits.dtype == jnp.float32
@@ -125,7 +125,7 @@ def test_half_precision_stays_near_float32(dtype: str) -> None:
 
 
 def test_the_forward_pass_traces_to_the_same_numbers() -> None:
-    model, tokens = random_llama(CONFIG), random_tokens(9)
+    model, tokens = random_model(CONFIG), random_tokens(9)
     # Fusion may change the order of sums.
     np.testing.assert_allclose(jitted_logits(model, tokens), dense_logits(model, tokens), atol=1e-5)
 
@@ -133,7 +133,7 @@ def test_the_forward_pass_traces_to_the_same_numbers() -> None:
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_no_strict_mode_or_width_of_jax_changes_logits(dtype: Any) -> None:
     config = replace(CONFIG, attention_bias=True, tie_word_embeddings=True, max_position_embeddings=64)
-    model, tokens = Llama(config, dtype=dtype, rngs=nnx.Rngs(2)), random_tokens(22, seed=3).reshape(2, 11)
+    model, tokens = Decoder(config, dtype=dtype, rngs=nnx.Rngs(2)), random_tokens(22, seed=3).reshape(2, 11)
     expected = dense_logits(model, tokens)
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"), jax.enable_x64(True):
         got = dense_logits(model, tokens)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from engine.models.llama_config import LlamaConfig
+from engine.models.model_config import ModelConfig
 from engine.models.rotary import inverse_frequencies, rotate, rotation
 
 Attend = Callable[[int, Array, Array, Array], Array]
@@ -45,7 +45,7 @@ class RMSNorm(nnx.Module):
         dtype: dtype of the weight.
     """
 
-    def __init__(self, config: LlamaConfig, dtype: Any) -> None:
+    def __init__(self, config: ModelConfig, dtype: Any) -> None:
         self.epsilon = config.rms_norm_eps
         self.scale = nnx.Param(jnp.ones(config.hidden_size, dtype))
 
@@ -66,7 +66,7 @@ class Attention(nnx.Module):
         rngs: random state for the initial weights.
     """
 
-    def __init__(self, config: LlamaConfig, layer_id: int, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, layer_id: int, dtype: Any, rngs: nnx.Rngs) -> None:
         self.layer_id = layer_id
         self.head_dim = config.head_dim
         hidden, bias = config.hidden_size, config.attention_bias
@@ -96,7 +96,7 @@ class MLP(nnx.Module):
         rngs: random state for the initial weights.
     """
 
-    def __init__(self, config: LlamaConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs) -> None:
         self.gate_proj = _linear(config.hidden_size, config.intermediate_size, dtype, rngs)
         self.up_proj = _linear(config.hidden_size, config.intermediate_size, dtype, rngs)
         self.down_proj = _linear(config.intermediate_size, config.hidden_size, dtype, rngs)
@@ -116,7 +116,7 @@ class DecoderLayer(nnx.Module):
         rngs: random state for the initial weights.
     """
 
-    def __init__(self, config: LlamaConfig, layer_id: int, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, layer_id: int, dtype: Any, rngs: nnx.Rngs) -> None:
         self.input_layernorm = RMSNorm(config, dtype)
         self.self_attn = Attention(config, layer_id, dtype, rngs)
         self.post_attention_layernorm = RMSNorm(config, dtype)
@@ -128,7 +128,7 @@ class DecoderLayer(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Llama(nnx.Module):
+class Decoder(nnx.Module):
     """A decoder-only language model; submodules are named as the tensors of its Hugging Face checkpoint.
 
     Nothing here depends on the weights' values, so `nnx.eval_shape` builds the model without allocating them.
@@ -139,7 +139,7 @@ class Llama(nnx.Module):
         rngs: random state for the initial weights.
     """
 
-    def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs) -> None:
         self.config = config
         self.dtype = jnp.dtype(dtype)
         dtype = self.dtype

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.errors import ConfigError
-from engine.models.llama_config import LlamaConfig
+from engine.models.model_config import ModelConfig
 from engine.models.rotary import LinearScaling, Llama3Scaling
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -56,7 +56,7 @@ def hf_config(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_published_config_is_read_field_by_field() -> None:
-    config = LlamaConfig.from_hf(hf_config())
+    config = ModelConfig.from_hf(hf_config())
     assert (config.hidden_size, config.num_attention_heads, config.num_key_value_heads) == (256, 8, 2)
     assert config.head_dim == 32
     assert config.rope_theta == 500000.0
@@ -68,13 +68,13 @@ def test_a_published_config_is_read_field_by_field() -> None:
     ("written", "read"), [(None, ()), (7, (7,)), ([7, 9], (7, 9)), (0, (0,))], ids=["none", "one", "list", "zero"]
 )
 def test_end_tokens_may_be_none_one_or_many(written: Any, read: tuple[int, ...]) -> None:
-    assert LlamaConfig.from_hf(hf_config(eos_token_id=written)).eos_token_id == read
+    assert ModelConfig.from_hf(hf_config(eos_token_id=written)).eos_token_id == read
 
 
 def test_missing_kv_heads_mean_multi_head_attention() -> None:
     config = hf_config()
     del config["num_key_value_heads"]
-    assert LlamaConfig.from_hf(config).num_key_value_heads == 8
+    assert ModelConfig.from_hf(config).num_key_value_heads == 8
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_missing_kv_heads_mean_multi_head_attention() -> None:
     ids=["rope_scaling", "old type", "rope_parameters"],
 )
 def test_every_spelling_of_rope_parameters_is_read_alike(spelling: dict[str, Any]) -> None:
-    config = LlamaConfig.from_hf(hf_config(**spelling))
+    config = ModelConfig.from_hf(hf_config(**spelling))
     assert config.rope_theta == 1e6
     assert config.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 8192)
 
@@ -98,17 +98,17 @@ def test_of_nested_rope_parameters_those_of_the_layers_are_read(kind: str, theta
         "full_attention": {"rope_type": "default", "rope_theta": 1e6},
         "sliding_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
     }
-    config = LlamaConfig.from_hf(hf_config(model_type="mistral", layer_types=[kind] * 2, rope_parameters=nested))
+    config = ModelConfig.from_hf(hf_config(model_type="mistral", layer_types=[kind] * 2, rope_parameters=nested))
     assert (config.rope_theta, config.rope_scaling) == (theta, None if theta == 1e6 else LinearScaling(4.0))
     del nested[kind]
     with pytest.raises(ConfigError, match=kind):
-        LlamaConfig.from_hf(hf_config(model_type="mistral", layer_types=[kind] * 2, rope_parameters=nested))
+        ModelConfig.from_hf(hf_config(model_type="mistral", layer_types=[kind] * 2, rope_parameters=nested))
 
 
 def test_linear_scaling_lengthens_the_context_and_no_other_does() -> None:
     def context(**changes: Any) -> int:
-        config = LlamaConfig.from_hf(hf_config(**changes))
-        assert LlamaConfig.from_hf(config.to_hf()) == config
+        config = ModelConfig.from_hf(hf_config(**changes))
+        assert ModelConfig.from_hf(config.to_hf()) == config
         return config.context_length
 
     assert context() == 4096
@@ -119,7 +119,7 @@ def test_linear_scaling_lengthens_the_context_and_no_other_does() -> None:
 
 def test_the_context_before_llama3_scaling_is_the_models_where_it_is_left_out() -> None:
     rule = {key: value for key, value in LLAMA3_RULE.items() if key != "original_max_position_embeddings"}
-    config = LlamaConfig.from_hf(hf_config(rope_scaling={"rope_type": "llama3", **rule}))
+    config = ModelConfig.from_hf(hf_config(rope_scaling={"rope_type": "llama3", **rule}))
     assert config.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 4096)
 
 
@@ -136,7 +136,7 @@ def test_what_a_config_leaves_out_is_the_architectures_own(
 ) -> None:
     heads = 32 if model_type == "qwen2" else 16
     given = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 2}
-    config = LlamaConfig.from_hf({"model_type": model_type, **given, "num_attention_heads": heads})
+    config = ModelConfig.from_hf({"model_type": model_type, **given, "num_attention_heads": heads})
     assert (config.eos_token_id, config.bos_token_id) == (eos, bos)
     assert (config.rms_norm_eps, config.max_position_embeddings, config.rope_theta) == (eps, context, 1e4)
     assert (config.num_key_value_heads, config.head_dim, config.sliding_window) == (kv_heads, 256 // heads, window)
@@ -145,11 +145,11 @@ def test_what_a_config_leaves_out_is_the_architectures_own(
 
 def test_an_end_token_of_the_architecture_that_the_vocabulary_lacks_is_none() -> None:
     config = {key: value for key, value in hf_config(vocab_size=2).items() if "token_id" not in key}
-    assert LlamaConfig.from_hf(config).eos_token_id == ()
+    assert ModelConfig.from_hf(config).eos_token_id == ()
 
 
 def test_linear_scaling_is_read() -> None:
-    config = LlamaConfig.from_hf(hf_config(rope_scaling={"type": "linear", "factor": 2}))
+    config = ModelConfig.from_hf(hf_config(rope_scaling={"type": "linear", "factor": 2}))
     assert config.rope_scaling == LinearScaling(2.0)
 
 
@@ -206,12 +206,12 @@ def test_linear_scaling_is_read() -> None:
 )
 def test_what_is_not_supported_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        LlamaConfig.from_hf(hf_config(**changes))
+        ModelConfig.from_hf(hf_config(**changes))
 
 
 def test_qwen2_has_biases_on_q_k_v_alone_and_llama_on_all_four() -> None:
-    qwen2 = LlamaConfig.from_hf(hf_config(model_type="qwen2"))
-    llama = LlamaConfig.from_hf(hf_config(attention_bias=True))
+    qwen2 = ModelConfig.from_hf(hf_config(model_type="qwen2"))
+    llama = ModelConfig.from_hf(hf_config(attention_bias=True))
     assert (qwen2.attention_bias, qwen2.output_bias) == (True, False)
     assert (llama.attention_bias, llama.output_bias) == (True, True)
 
@@ -231,7 +231,7 @@ def test_qwen2_has_biases_on_q_k_v_alone_and_llama_on_all_four() -> None:
 def test_the_sliding_window_is_the_one_that_the_architecture_applies(
     changes: dict[str, Any], window: int | None
 ) -> None:
-    assert LlamaConfig.from_hf(hf_config(**changes)).sliding_window == window
+    assert ModelConfig.from_hf(hf_config(**changes)).sliding_window == window
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_the_sliding_window_is_the_one_that_the_architecture_applies(
     ],
 )
 def test_layer_types_of_a_mistral_say_whether_it_has_its_window(changes: dict[str, Any], window: int | None) -> None:
-    assert LlamaConfig.from_hf(hf_config(model_type="mistral") | changes).sliding_window == window
+    assert ModelConfig.from_hf(hf_config(model_type="mistral") | changes).sliding_window == window
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
@@ -264,20 +264,20 @@ def test_layer_types_of_a_mistral_say_whether_it_has_its_window(changes: dict[st
 def test_layer_types_that_are_not_alike_or_not_known_are_refused(model_type: str, kinds: Any) -> None:
     config = hf_config(model_type=model_type, layer_types=kinds, sliding_window=64, use_sliding_window=True)
     with pytest.raises(ConfigError, match="layer_types"):
-        LlamaConfig.from_hf(config)
+        ModelConfig.from_hf(config)
 
 
 def test_a_window_that_layer_types_ask_for_must_be_there() -> None:
     for model_type, window in (("llama", 64), ("mistral", None), ("qwen2", 64)):
         kinds = ["sliding_attention"] * 2
         with pytest.raises(ConfigError, match="layer_types"):
-            LlamaConfig.from_hf(hf_config(model_type=model_type, layer_types=kinds, sliding_window=window))
+            ModelConfig.from_hf(hf_config(model_type=model_type, layer_types=kinds, sliding_window=window))
 
 
 def test_a_window_in_some_layers_only_is_refused() -> None:
     mixed = hf_config(model_type="qwen2", sliding_window=128, use_sliding_window=True, max_window_layers=1)
     with pytest.raises(ConfigError, match="layer_types"):
-        LlamaConfig.from_hf(mixed)
+        ModelConfig.from_hf(mixed)
 
 
 @pytest.mark.parametrize(
@@ -291,18 +291,18 @@ def test_a_window_in_some_layers_only_is_refused() -> None:
     ],
 )
 def test_a_written_config_reads_back_equal(config: dict[str, Any]) -> None:
-    read = LlamaConfig.from_hf(config)
-    assert LlamaConfig.from_hf(read.to_hf()) == read
+    read = ModelConfig.from_hf(config)
+    assert ModelConfig.from_hf(read.to_hf()) == read
 
 
 def test_a_table_must_name_known_fields_and_all_required_ones() -> None:
-    table = dataclasses.asdict(LlamaConfig.from_hf(hf_config()))
-    assert LlamaConfig.from_mapping(table) == LlamaConfig.from_hf(hf_config())
+    table = dataclasses.asdict(ModelConfig.from_hf(hf_config()))
+    assert ModelConfig.from_mapping(table) == ModelConfig.from_hf(hf_config())
     with pytest.raises(ConfigError, match="hiden_size"):
-        LlamaConfig.from_mapping(table | {"hiden_size": 1})
+        ModelConfig.from_mapping(table | {"hiden_size": 1})
     del table["head_dim"]
     with pytest.raises(ConfigError, match="head_dim"):
-        LlamaConfig.from_mapping(table)
+        ModelConfig.from_mapping(table)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
@@ -310,7 +310,7 @@ def test_every_shipped_geometry_is_valid(path: Path) -> None:
     content = tomllib.loads(path.read_text())
     assert "engine" in content
     if "model" in content:
-        config = LlamaConfig.from_mapping(content["model"])
+        config = ModelConfig.from_mapping(content["model"])
         assert content["engine"]["context_length"] <= config.max_position_embeddings
 
 
@@ -318,5 +318,5 @@ def test_the_published_models_cost_the_published_bytes_per_token() -> None:
     # 2 (K and V) · layers · KV heads · head_dim · 2 bytes, from the models' papers.
     kib = {"llama-3-8b": 128, "llama-3-70b": 320, "qwen2.5-7b": 56, "mistral-7b": 128}
     for name, expected in kib.items():
-        model = LlamaConfig.from_mapping(tomllib.loads((CONFIGS / f"{name}.toml").read_text())["model"])
+        model = ModelConfig.from_mapping(tomllib.loads((CONFIGS / f"{name}.toml").read_text())["model"])
         assert 4 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim == expected * 1024

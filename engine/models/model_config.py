@@ -18,7 +18,7 @@ _LONGEST_CONTEXT = (1 << 31) - 1  # positions are int32
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaConfig:
+class ModelConfig:
     """The shapes and arithmetic of a model; fields are named as in Hugging Face configurations.
 
     Attributes:
@@ -106,7 +106,7 @@ class LlamaConfig:
         return self.attention_bias and self.model_type == "llama"
 
     @classmethod
-    def from_mapping(cls, table: Mapping[str, Any]) -> LlamaConfig:
+    def from_mapping(cls, table: Mapping[str, Any]) -> ModelConfig:
         """Reads a table whose keys are fields of this class, such as ``[model]`` of a file in ``configs/``.
 
         Args:
@@ -128,7 +128,7 @@ class LlamaConfig:
         return cls(**values)
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> LlamaConfig:
+    def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Reads the contents of a Hugging Face ``config.json``.
 
         Keys without influence on the forward pass are ignored; keys left out have the architecture's defaults.

@@ -6,17 +6,17 @@ import jax
 import numpy as np
 from flax import nnx
 
+from engine.models.decoder import Decoder
 from engine.models.dense import dense_logits
-from engine.models.llama import Llama
-from engine.models.llama_config import LlamaConfig
+from engine.models.model_config import ModelConfig
 
 jitted_logits = jax.jit(dense_logits)
 """`dense_logits`, compiled once per geometry and length: op by op, each test would compile every operation."""
 
 
-def random_llama(config: LlamaConfig, dtype: str = "float32", seed: int = 0) -> Llama:
+def random_model(config: ModelConfig, dtype: str = "float32", seed: int = 0) -> Decoder:
     """Return a model in which no parameter is constant, norms and biases included; the same numbers in any dtype."""
-    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(seed)
 
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
