@@ -125,3 +125,21 @@ def _require_equal_bytes(layer_windows: Sequence[int | None], token_bytes: Seque
         f"layers cannot share pages: {'; '.join(sorted(kinds))}; a page of one heap has equal bytes in every layer, so "
         "heads * head_dim * bytes of the dtype must be equal: serve a model whose layers have equal KV heads"
     )
+
+
+def first_kept_page(window: int, computed_tokens: int, page_size: int) -> int:
+    """The first page of a sequence that a token after the first ``computed_tokens`` can still see."""
+    return max(computed_tokens - window + 1, 0) // page_size
+
+
+def most_pages_held(window: int | None, tokens: int, page_size: int, ahead_tokens: int) -> int:
+    """The most pages that a sequence holds in one group on its way to ``tokens`` tokens.
+
+    Args:
+        window: the group's window; None keeps every page.
+        tokens: tokens of the sequence at its end.
+        page_size: tokens per page.
+        ahead_tokens: the most tokens that it is granted and has not computed yet.
+    """
+    whole = -(-tokens // page_size)
+    return whole if window is None else min(whole, -(-(window - 1 + ahead_tokens) // page_size) + 1)

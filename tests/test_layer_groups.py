@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError
-from engine.layer_groups import MAX_GROUPS, LayerGroups
+from engine.layer_groups import MAX_GROUPS, LayerGroups, first_kept_page, most_pages_held
 
 
 @given(st.lists(st.sampled_from([None, 4, 128, 1024]), min_size=1, max_size=80))
@@ -46,7 +46,7 @@ def test_few_layers_of_another_kind_do_not_cut_the_rest_into_many_groups():
 
 @pytest.mark.parametrize("window", [0, -1, True, 1.5, "8"])
 def test_a_window_below_one_token_is_refused(window):
-    with pytest.raises(ConfigError, match="the window of layer 1 is .*; it must be 1 token or more, or None"):
+    with pytest.raises(ConfigError, match=r"the window of layer 1 is .*; it must be 1 token or more, or None"):
         LayerGroups.of([None, window])
 
 
@@ -58,3 +58,20 @@ def test_layers_of_unequal_bytes_are_refused_with_the_arithmetic():
 def test_a_model_without_layers_is_refused():
     with pytest.raises(ConfigError, match="without layers"):
         LayerGroups.of([])
+
+
+@given(
+    window=st.integers(1, 40), page=st.integers(1, 9), ahead=st.integers(1, 20), end=st.integers(1, 120), data=st.data()
+)
+def test_no_way_to_a_length_holds_more_pages_than_said(window, page, ahead, end, data):
+    computed = data.draw(st.integers(0, end))
+    granted = min(end, computed + data.draw(st.integers(0, ahead)))
+    held = -(-granted // page) - first_kept_page(window, computed, page)
+    assert held <= most_pages_held(window, end, page, ahead) <= most_pages_held(None, end, page, ahead)
+
+
+@given(window=st.integers(1, 40), page=st.integers(1, 9), computed=st.integers(0, 120))
+def test_just_the_pages_behind_the_window_are_not_kept(window, page, computed):
+    first = first_kept_page(window, computed, page)
+    seen = range(max(0, computed - window + 1), computed + 1)  # by the next token, at position ``computed``
+    assert first == seen[0] // page
