@@ -57,7 +57,7 @@ MOST_LINES = {
     "bench": 6400,
     "distributed": 750,
     "kv": 1650,
-    "memory": 5400,
+    "memory": 5500,
     "models": 2100,
     "native": 270,
     "planning": 320,
