@@ -304,7 +304,8 @@ class HostTier:
         self._used[node] = None
 
     def _load(self, run: list[PageNode]) -> Pages:
-        data = self._slab[[node.row for node in run]]
+        # An admission finds nothing as a rule, and NumPy is slow to index by an empty list.
+        data = self._slab[[node.row for node in run]] if run else self._slab[:0]
         for index, node in enumerate(run):
             if _checksum(data[index]) != node.checksum:
                 self._drop(node)
