@@ -160,7 +160,7 @@ def make_caches(
         return caches, None
     store = PrefixStore(config.prefix_cache_dir, page_format)
     for segment in store.load():
-        tier.put(segment.scope, segment.token_ids, segment.first_page, segment.data)
+        tier.put(segment.scope, segment.token_ids, segment.first_page, segment.data, segment.group)
     return caches, store
 
 
