@@ -1,7 +1,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from windowed_steps import play, relative_error
+from serving_support import make_llama
+from windowed_steps import make_runner, play, relative_error
 
 from engine.attention import AttentionMetadata, FlashAttentionBackend
 from engine.errors import ConfigError
@@ -33,6 +34,16 @@ def test_unlike_layers_over_shared_buffers_compute_what_dense_layers_do(windows,
     error, rows = relative_error(play(windows, impl))
     assert rows >= 24
     assert error < 2e-5
+
+
+@pytest.mark.parametrize("impl", ["cpu", "xla"])
+def test_several_layers_write_one_buffer_in_place(impl):
+    windows = (7, None, 7, 7, None, 7)
+    runner, shape, groups = make_runner(make_llama(num_hidden_layers=6), windows, impl, pages=10_000)
+    memory = runner._steps[shape].memory_analysis()
+    assert (groups.num_buffers, groups.num_groups) == (2, 3)
+    assert memory.alias_size_in_bytes >= runner.pool.kv_size_bytes
+    assert memory.temp_size_in_bytes < runner.pool.kv_size_bytes / 20
 
 
 def test_layers_of_equal_options_share_one_backend():

@@ -77,7 +77,22 @@ class WindowedHost:
         return places
 
 
-def play(windows, impl="auto", steps=12, *, options=None, **axes):
+def make_runner(model, windows, impl="auto", *, pages=None, **axes):
+    """A runner over a mesh of ``axes``, with pages for every row at its longest, and the shape of its steps."""
+    sizes = {"page_size": PAGE, "num_q_heads": 4, "num_kv_heads": 2, "head_dim": 12, "impl": impl}
+    mesh = make_mesh(**axes)
+    attention = LayerAttention.of([FlashAttentionBackend(sliding_window=w, **sizes) for w in windows], mesh)
+    groups = attention.groups
+    pages = pages or ROWS * sum(most_pages_held(w, CONTEXT, PAGE, TOKENS) for w in groups.windows)
+    pool = TokenToKVPool(pages * PAGE, PAGE, "float32", 2, 12, groups.num_buffers, mesh)
+    shape = parcel_shapes(ROWS, TOKENS, PAGE, groups.num_groups)[-1]
+    sharded = model if mesh is None else shard_model(model, mesh)
+    runner = ModelRunner(sharded, pool, attention, [shape], max_pages=COLUMNS, moves_pages=False)
+    runner.compile_all(None)
+    return runner, shape, groups
+
+
+def play(windows, impl="auto", steps=12, **axes):
     """Runs random steps over a mesh of ``axes``; all that no row holds is NaN before each.
 
     Yields:
@@ -85,16 +100,8 @@ def play(windows, impl="auto", steps=12, *, options=None, **axes):
     """
     rng = np.random.default_rng()
     model = make_llama(num_hidden_layers=len(windows))
-    sizes = {"page_size": PAGE, "num_q_heads": 4, "num_kv_heads": 2, "head_dim": 12, "impl": impl, **(options or {})}
-    mesh = make_mesh(**axes)
-    attention = LayerAttention.of([FlashAttentionBackend(sliding_window=w, **sizes) for w in windows], mesh)
-    pages = 1 + ROWS * sum(most_pages_held(w, CONTEXT, PAGE, TOKENS) for w in attention.groups.windows)
-    pool = TokenToKVPool((pages - 1) * PAGE, PAGE, "float32", 2, 12, attention.groups.num_buffers, mesh)
-    shape = parcel_shapes(ROWS, TOKENS, PAGE, attention.groups.num_groups)[-1]
-    sharded = model if mesh is None else shard_model(model, mesh)
-    runner = ModelRunner(sharded, pool, attention, [shape], max_pages=COLUMNS, moves_pages=False)
-    runner.compile_all(None)
-    hosts = [WindowedHost(rng, attention.groups, pages) for _ in range(pool.replicas)]
+    runner, shape, groups = make_runner(model, windows, impl, **axes)
+    hosts = [WindowedHost(rng, groups, 1 + runner.pool.size // PAGE) for _ in range(runner.pool.replicas)]
     for step in range(steps):
         filled = []
         for host in hosts:
