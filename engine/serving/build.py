@@ -200,14 +200,21 @@ def at_first_epoch(segment: PrefixSegment) -> PrefixSegment:
     return replace(segment, scope=replace(segment.scope, weights_epoch=0))
 
 
-def make_backend(config: EngineConfig, model: ModelConfig, mesh: Mesh | None) -> FlashAttentionBackend | MeshAttention:
-    """The attention that all layers share, over a mesh where there is one."""
-    backend = FlashAttentionBackend(
-        page_size=config.page_size,
-        num_q_heads=model.num_attention_heads,
-        num_kv_heads=model.num_key_value_heads,
-        head_dim=model.head_dim,
-        sliding_window=model.sliding_window,
-        impl=config.attention_impl,
-    )
-    return backend if mesh is None else MeshAttention.over(backend, mesh)
+def make_backends(
+    config: EngineConfig, model: ModelConfig, mesh: Mesh | None
+) -> tuple[FlashAttentionBackend | MeshAttention, ...]:
+    """The attention of each layer, over a mesh where there is one."""
+    backends: list[FlashAttentionBackend | MeshAttention] = []
+    for layer in model.layer_attention:
+        backend = FlashAttentionBackend(
+            page_size=config.page_size,
+            num_q_heads=model.num_attention_heads,
+            num_kv_heads=model.num_key_value_heads,
+            head_dim=model.head_dim,
+            sm_scale=layer.sm_scale,
+            sliding_window=layer.window,
+            soft_cap=layer.soft_cap,
+            impl=config.attention_impl,
+        )
+        backends.append(backend if mesh is None else MeshAttention.over(backend, mesh))
+    return tuple(backends)

@@ -128,7 +128,7 @@ def test_a_sharded_checkpoint_of_transformers_gives_the_same_logits(tmp_path: Pa
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"model_type": "qwen2", "attention_bias": True}, {"model_type": "mistral", "sliding_window": 7}],
+    [{}, {"model_type": "qwen2", "attention_bias": True}, {"model_type": "mistral", "layer_windows": (7, 7)}],
     ids=["llama", "qwen2", "mistral"],
 )
 def test_transformers_reads_what_is_saved_here(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -159,7 +159,7 @@ def test_what_a_config_leaves_out_is_what_transformers_assumes(family: str, left
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.eos_token_id == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
-    assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+    assert set(ours.layer_windows) == {getattr(theirs, "sliding_window", None)}
     assert ours.attention_bias == (family == "Qwen2")
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
 
@@ -179,7 +179,7 @@ def test_what_a_config_leaves_out_is_what_transformers_assumes(family: str, left
 def test_every_spelling_of_rope_gives_the_frequencies_of_transformers(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = {"model_type": "llama", **GEOMETRY, **changes}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    theirs = transformers.models.decoder.modeling_llama.LlamaRotaryEmbedding(
+    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(
         transformers.AutoConfig.from_pretrained(tmp_path)
     )
     ours = load_config(tmp_path)

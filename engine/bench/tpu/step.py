@@ -14,8 +14,8 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from engine.attention import FlashAttentionBackend, MeshAttention
 from engine.bench.tpu.hlo import aliases, collectives, kernel_vmem_bytes, launches, moves_of_at_least
+from engine.config import EngineConfig
 from engine.distributed.mesh import DATA_AXIS, TENSOR_AXIS, make_mesh, named
 from engine.distributed.placement import Placement
 from engine.kv.pool import TokenToKVPool
@@ -23,6 +23,7 @@ from engine.kv.split import buffer_spec
 from engine.models.decoder import Decoder
 from engine.models.model_config import ModelConfig
 from engine.models.sharding import abstract_model, split_config, weight_bytes
+from engine.serving.build import make_backends
 from engine.serving.device.batcher import parcel_shapes
 from engine.serving.device.device_rows import DeviceRows
 from engine.serving.device.runner import forward_step
@@ -87,24 +88,17 @@ def compile_step_on(
 ) -> dict[str, Any]:
     """Like ``compile_step``, over a mesh or on the first of some devices; ``platform`` is "tpu" or "gpu"."""
     tp, dp = (1, 1) if mesh is None else (mesh.shape.get(TENSOR_AXIS, 1), mesh.shape.get(DATA_AXIS, 1))
-    config = dataclasses.replace(split_config(ModelConfig.from_mapping(model), tp), num_hidden_layers=layers)
+    whole = split_config(ModelConfig.from_mapping(model), tp)
+    config = dataclasses.replace(whole, num_hidden_layers=layers, layer_windows=whole.layer_windows[:layers])
     place = _Places(mesh, devices[0], platform)
     llama, pool = place.model(config), place.pool(config, pool_tokens, page_size)
-    backend: Any = FlashAttentionBackend(
-        page_size=page_size,
-        num_q_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        sliding_window=config.sliding_window,
-        impl=platform,
-    )
-    backend = backend if mesh is None else MeshAttention.over(backend, mesh)
+    backends = make_backends(EngineConfig(page_size=page_size, attention_impl=platform), config, mesh)
     graph, weights = nnx.split(llama)
     pages = -(-context // page_size)
     shape = parcel_shapes(rows, tokens, page_size)[-1]
     leaves, structure = jax.tree.flatten(weights)
     donated = (1, 2)
-    step = partial(forward_step, graph, structure, backend, Placement(mesh), shape)
+    step = partial(forward_step, graph, structure, backends, Placement(mesh), shape)
     arguments = (leaves, pool, place.rows(dp * rows, pages), place.by_replica((dp * shape.packed_size,)))
     with jax.sharding.use_abstract_mesh((mesh or Mesh(np.array(devices[:1]), ("x",))).abstract_mesh):
         compiled = jax.jit(step, donate_argnums=donated).lower(*arguments).compile()

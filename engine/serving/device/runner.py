@@ -82,7 +82,7 @@ class ModelRunner:
     Args:
         model: the weights.
         pool: donated to every step and replaced by the step's result.
-        backend: the attention that all layers share.
+        backends: the attention of each layer.
         shapes: the static shapes of each replica's parcel; all have the same number of rows.
         max_pages: pages per page-table row.
         moves_pages: whether pages will move to the host and back.
@@ -92,7 +92,7 @@ class ModelRunner:
         self,
         model: Decoder,
         pool: TokenToKVPool,
-        backend: FlashAttentionBackend | MeshAttention,
+        backends: Sequence[FlashAttentionBackend | MeshAttention],
         shapes: list[ParcelShape],
         *,
         max_pages: int,
@@ -108,7 +108,7 @@ class ModelRunner:
         empty = partial(DeviceRows.empty, pool.replicas * shapes[0].rows, max_pages)
         self._empty_rows = jax.jit(empty, out_shardings=self._placement.by_replica)
         self.rows = self._empty_rows()
-        self._step_function = partial(forward_step, graph, structure, backend, self._placement)
+        self._step_function = partial(forward_step, graph, structure, backends, self._placement)
         self._steps: dict[ParcelShape, Callable[..., Any]] = {}
         self._sample: Callable[..., tuple[Sampled, DeviceRows]] | None = None
         self._update_rows: Callable[..., DeviceRows] | None = None
@@ -246,7 +246,7 @@ class ModelRunner:
 def forward_step(
     graph: Any,
     structure: Any,
-    backend: FlashAttentionBackend | MeshAttention,
+    backends: Sequence[FlashAttentionBackend | MeshAttention],
     placement: Placement,
     shape: ParcelShape,
     weights: list[jax.Array],
@@ -261,7 +261,7 @@ def forward_step(
     Args:
         graph: the model's ``nnx.split`` graph.
         structure: the tree structure of the weights, as from ``jax.tree.structure``.
-        backend: the attention that all layers share.
+        backends: the attention of each layer.
         placement: placement of the step's arrays.
         shape: T tokens, B rows and U new pages of each replica; the arrays below hold all replicas, one after the
             other.
@@ -277,12 +277,12 @@ def forward_step(
     model: Decoder = nnx.merge(graph, jax.tree.unflatten(structure, weights))
     read = placement.each_replica(partial(_read_parcel, shape, pool.page_size))
     rows, token_ids, row_ids, metadata, words = read(rows, packed)
-    attention: Callable[..., tuple[jax.Array, ...]] = backend
-    prepared = backend.prepare(metadata) if isinstance(backend, MeshAttention) else metadata
+    attentions: Sequence[Callable[..., tuple[jax.Array, ...]]] = backends
+    prepared = backends[0].prepare(metadata) if isinstance(backends[0], MeshAttention) else metadata
     buffers = list(pool.buffers)
 
-    def attend(layer_id: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        out, buffers[layer_id] = attention(q, k, v, buffers[layer_id], prepared)
+    def attend(layer_id: int, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None) -> jax.Array:
+        out, buffers[layer_id] = attentions[layer_id](q, k, v, buffers[layer_id], prepared, sinks=sinks)
         return out
 
     hidden = model(token_ids, jnp.asarray(metadata.positions), attend, placement.hidden)
