@@ -34,7 +34,7 @@ from engine.models.model_config import ModelConfig
 from engine.models.sharding import split_config, weight_bytes
 from engine.planning.sizing import PoolPlan, require_page_table, require_room, size_pool
 from engine.serving.device.device_memory import device_memory
-from engine.serving.device.layer_attention import LayerAttention, layer_backends, layer_windows
+from engine.serving.device.layer_attention import LayerAttention, layer_backends
 from engine.serving.plan.queue import RequestQueue
 from engine.serving.plan.replica import Replica
 from engine.serving.plan.scheduler import Scheduler
@@ -92,7 +92,7 @@ def plan_pool(
     )
     layout = split_layout(whole, tp=config.tp, cp=config.cp, platform=platform)
     longest, devices = context_length(config, model), config.tp * config.cp
-    groups = LayerGroups.of(layer_windows(model))
+    groups = LayerGroups.of(model.layer_windows)
     require_page_table(config.max_running_requests, longest, config.page_size)
     requests, most_pages = config.max_running_requests // config.dp, MAX_SLOTS // config.page_size - 1
     size = (config.max_total_tokens or 0) // config.dp or size_pool(
@@ -151,10 +151,16 @@ def make_caches(
     """
     policy = None if config.disable_radix_cache else cast(EvictionPolicyName, config.eviction_policy)
     longest, rows = context_length(config, model), config.max_running_requests // config.dp
-    caches = [CacheManager(pool.size, pool.page_size, rows, longest, policy=policy) for _ in range(config.dp)]
+    windows = LayerGroups.of(model.layer_windows).windows
+    # Granted and not computed are the tokens of the step that is planned, and of the one under way.
+    ahead = step_tokens(config) * (2 if config.overlap_steps else 1)
+    caches = [
+        CacheManager(pool.size, pool.page_size, rows, longest, policy=policy, windows=windows, ahead_tokens=ahead)
+        for _ in range(config.dp)
+    ]
     if not config.host_tier_bytes:
         return caches, None
-    page_format = PageFormat(pool.layer_num, dtype=pool.dtype, layout=pool.layout.to_dict())
+    page_format = PageFormat(pool.layer_num, dtype=pool.dtype, layout=pool.layout.to_dict(), windows=windows)
     tier = HostTier(config.host_tier_bytes, page_format)
     for cache in caches:
         cache.attach_host_tier(tier)

@@ -87,7 +87,8 @@ def compile_step_on(
 ) -> dict[str, Any]:
     """Like ``compile_step``, over a mesh or on the first of some devices; ``platform`` is "tpu" or "gpu"."""
     tp, dp = (1, 1) if mesh is None else (mesh.shape.get(TENSOR_AXIS, 1), mesh.shape.get(DATA_AXIS, 1))
-    config = dataclasses.replace(split_config(ModelConfig.from_mapping(model), tp), num_hidden_layers=layers)
+    whole = split_config(ModelConfig.from_mapping(model), tp)
+    config = dataclasses.replace(whole, num_hidden_layers=layers, layer_windows=whole.layer_windows[:layers])
     place = _Places(mesh, devices[0], platform)
     attention = LayerAttention.of(layer_backends(config, page_size=page_size, impl=platform), mesh)
     groups = attention.groups

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import jax
@@ -84,18 +84,18 @@ class StepAttention:
         return out
 
 
-def layer_windows(model: ModelConfig) -> tuple[int | None, ...]:
-    """The window of each layer, in tokens; None is full attention."""
-    return (model.sliding_window,) * model.num_hidden_layers
-
-
 def layer_backends(model: ModelConfig, *, page_size: int, impl: str) -> list[FlashAttentionBackend]:
     """The attention of each layer of a model, on one device; ``impl`` is that of ``FlashAttentionBackend``."""
-    backend = FlashAttentionBackend(
-        page_size=page_size,
-        num_q_heads=model.num_attention_heads,
-        num_kv_heads=model.num_key_value_heads,
-        head_dim=model.head_dim,
-        impl=impl,
-    )
-    return [replace(backend, sliding_window=window) for window in layer_windows(model)]
+    return [
+        FlashAttentionBackend(
+            page_size=page_size,
+            num_q_heads=model.num_attention_heads,
+            num_kv_heads=model.num_key_value_heads,
+            head_dim=model.head_dim,
+            sm_scale=layer.sm_scale,
+            sliding_window=layer.window,
+            soft_cap=layer.soft_cap,
+            impl=impl,
+        )
+        for layer in model.layer_attention
+    ]
