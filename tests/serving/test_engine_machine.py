@@ -41,20 +41,26 @@ def make_prompts():
 PROMPTS = make_prompts()
 
 
-@pytest.fixture(scope="module")
-def models(llama):
-    return [llama, make_llama(seed=1)]
+def make_models(windows):
+    """Two models of a geometry with other weights."""
+    changes = {"num_hidden_layers": len(windows), "layer_windows": windows, "model_type": "mistral"}
+    return [make_llama(seed, **changes) for seed in range(2)]
 
 
-@pytest.fixture(scope="module")
-def answers(models):
+def answers_of(models):
     """Each model's greedy answer to each prompt: alone, cold, in a pool without limit."""
     params = SamplingParams(max_new_tokens=LONGEST_ANSWER)
     found = []
     for model in models:
-        alone = LLM(model, page_size=16, max_running_requests=1, chunked_prefill_size=64, disable_radix_cache=True)
+        alone = LLM(model, page_size=4, max_running_requests=1, chunked_prefill_size=64, disable_radix_cache=True)
         found.append([alone.generate([prompt], params)[0].token_ids for prompt in PROMPTS])
     return found
+
+
+@pytest.fixture(scope="module")
+def one_group():
+    models = make_models((None, None))
+    return models, answers_of(models)
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -191,9 +197,28 @@ OPTIONS = {
 }
 
 
+# Windows of the layers, so that these are one, two and three groups.
+OF_GROUPS = {
+    "a window": ((8, 8), {"max_total_tokens": 40, "page_size": 4}),
+    "two groups": ((None, 8), {"max_total_tokens": 112, "page_size": 4, "host_tier_bytes": 1 << 18}),
+    "three groups": ((None, 8, 21), {"max_total_tokens": 176, "page_size": 4, "eviction_policy": "lfu"}),
+}
+
+
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_answer_is_right_and_every_page_comes_back(models, answers, name):
-    llm = LLM(models[0], max_running_requests=4, chunked_prefill_size=24, context_length=64, **OPTIONS[name])
+def test_every_answer_is_right_and_every_page_comes_back(one_group, name):
+    play(*one_group, OPTIONS[name])
+
+
+@pytest.mark.parametrize("name", OF_GROUPS)
+def test_the_same_where_layers_are_groups(name):
+    windows, options = OF_GROUPS[name]
+    models = make_models(windows)
+    play(models, answers_of(models), options)
+
+
+def play(models, answers, options):
+    llm = LLM(models[0], max_running_requests=4, chunked_prefill_size=24, context_length=64, **options)
     compiles = llm.compiles_after_warmup
     machine = type("Machine", (EngineMachine,), {"llm": llm, "models": models, "answers": answers})
     run(machine, max_examples=12, steps=25)
