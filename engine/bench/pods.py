@@ -18,7 +18,7 @@ from engine.bench.tpu.aot import compile_each
 from engine.bench.tpu.libtpu import libtpu_version
 from engine.config import read_toml
 from engine.errors import ConfigError
-from engine.planning.sizing import format_bytes
+from engine.planning.units import format_bytes
 from engine.terminal import count, plain_console
 
 SOURCES = Path(__file__).parents[2]
