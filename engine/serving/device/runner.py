@@ -278,7 +278,7 @@ def forward_step(
     """
     model: Decoder = nnx.merge(graph, jax.tree.unflatten(structure, weights))
     tables = attention.tables(pool.page_size, rows.page_table.shape[2], shape.tokens)
-    read = placement.each_replica(partial(_read_parcel, shape, tables))
+    read = placement.each_replica(partial(read_parcel, shape, tables))
     rows, token_ids, positions, row_ids, metadata, words = read(rows, packed)
     attend = attention.over(pool.buffers, metadata)
     hidden = model(token_ids, positions, attend, placement.hidden)
@@ -289,7 +289,7 @@ def forward_step(
     return ToSample(logits, placement.own(words)), tokens, pool.replace_buffers(attend.buffers), rows
 
 
-def _read_parcel(
+def read_parcel(
     shape: ParcelShape, tables: Sequence[WindowTable], rows: DeviceRows, packed: jax.Array
 ) -> tuple[DeviceRows, jax.Array, jax.Array, jax.Array, list[AttentionMetadata], jax.Array]:
     """One replica's rows with their new pages, tokens, their positions, row ids, groups' metadata, sampler's words."""
