@@ -37,10 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this benchmark's options."""
     parser.add_argument("--window", type=count, default=1024, help="tokens that a query sees")
     parser.add_argument("--context", type=count, default=32768, help="tokens of each sequence, with the new ones")
+    parser.add_argument("--impl", nargs="*", default=["cpu", "xla"], choices=("cpu", "xla", "gpu"), metavar="IMPL")
     parser.add_argument("--batch", type=count, default=4, help="sequences that decode")
     parser.add_argument("--chunk", type=count, default=256, help="new tokens of the prefill")
     parser.add_argument("--page-size", type=count, default=16, help="tokens")
-    parser.add_argument("--impl", nargs="*", default=["cpu", "xla"], choices=("cpu", "xla", "gpu"), metavar="IMPL")
     parser.add_argument("--rounds", type=count, default=9)
     parser.add_argument("--tpu", choices=TOPOLOGIES, help="also compile the TPU kernel for this generation and count")
 
