@@ -82,7 +82,7 @@ def _weights(config: ModelConfig, devices: Any, tp: int) -> int:
 def _plan(config: ModelConfig, devices: Any, tp: int, device_bytes: int, context: int) -> PoolPlan | None:
     """The largest pool beside the weights, or None where there is no room for one request per replica."""
     dp = len(devices) // tp
-    unlimited = dp * (1 << 13)  # requests: so many that memory limits the pool
+    unlimited = dp * min(1 << 13, (1 << 16) // dp)  # requests: so many that memory limits the pool
     engine = EngineConfig(
         page_size=PAGE_SIZE,
         mem_fraction_static=MEMORY_SHARE,
