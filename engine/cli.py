@@ -25,7 +25,7 @@ from engine.models import train
 from engine.models.checkpoint import CONFIG_FILE, load_config
 from engine.models.default_model import DEFAULT_MODEL_DIR
 from engine.models.model_config import ModelConfig
-from engine.planning.sizing import format_bytes
+from engine.planning.units import format_bytes
 from engine.serving.build import plan_pool
 from engine.serving.check import check_against_dense
 from engine.serving.llm import LLM
@@ -188,7 +188,7 @@ def run_plan(args: argparse.Namespace) -> int:
         engine, model = _planned(path)
         dtype = next((name for name in (engine.kv_cache_dtype, engine.dtype) if name != "auto"), "bfloat16")
         plan = plan_pool(engine, model, dtype, platform=args.platform)
-        print(f"{path}: {format_bytes(plan.token_bytes * plan.layers)} per token ({dtype}). {plan.describe()}")
+        print(f"{path}: {format_bytes(plan.model_token_bytes)} per token ({dtype}). {plan.describe()}")
     return 0
 
 

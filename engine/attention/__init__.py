@@ -6,6 +6,7 @@ allocates a page and never knows of a request: a step comes as integers (``Atten
     call               ragged_paged_attention: checks, choice of the implementation, the write, scales
     layer              FlashAttentionBackend: the call with a model's options, bound once
     metadata           AttentionMetadata: what one step tells attention; positions and slots of new tokens
+    window_table       the part of a page table that layers with a window see
     options            the options of a call, and its arrays per head
     checks             refusals of wrong arguments
     mesh_attention     MeshAttention: the layer over a mesh

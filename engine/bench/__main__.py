@@ -21,6 +21,7 @@ NAMES = (
     "step",
     "tpu-static",
     "tune",
+    "window",
 )
 MODULES = {"gpu": "gpu_device.command"}  # where the module's name is not the benchmark's
 

@@ -138,8 +138,8 @@ def measure(problem: Problem, ours: Mapping[str, str], rounds: int) -> tuple[dic
             head_dim=problem.head_dim,
             impl=impl,
         )
-        contenders[name] = _in_place(backend, step)
-    contenders["gather, softmax"] = _in_place(functools.partial(gather_then_softmax, problem), step)
+        contenders[name] = in_place(backend, step)
+    contenders["gather, softmax"] = in_place(functools.partial(gather_then_softmax, problem), step)
     contenders |= {**_torch(problem), "read a buffer": _reader()}
     timings = time_in_turn(contenders, rounds=rounds)
     return timings, BANDWIDTH_BUFFER_BYTES / timings.pop("read a buffer").median
@@ -186,8 +186,8 @@ def gather_then_softmax(
     return out.reshape(q.shape).astype(q.dtype), fused_kv
 
 
-def _in_place(attend: Callable[..., tuple[jax.Array, ...]], step: Step) -> Callable[[], object]:
-    """A call of ``attend`` that donates the cache and keeps the returned one, as an engine does."""
+def in_place(attend: Callable[..., tuple[jax.Array, ...]], step: Step) -> Callable[[], object]:
+    """A call of ``attend`` that donates a copy of the cache and keeps the returned one, as an engine does."""
     compiled = jax.jit(attend, donate_argnums=3)
     cache = step.fused_kv.copy()
 

@@ -1,7 +1,7 @@
-"""Llama 3 decode steps on pods, compiled without a TPU: bytes as planned, and the bandwidth floor.
+"""Decode steps of large models on pods, compiled without a TPU: bytes as planned, and the bandwidth floor.
 
-A decode step of every replica is compiled with the TPU kernel and two layers. Figures of the whole model are those of
-the two layers times the number of layers, and the plan's own arithmetic for all layers.
+A decode step of every replica is compiled with the TPU kernel, two buffers and the layers that lie in them: two of a
+model whose layers are alike. Figures of the whole model are by the plan's own arithmetic for all layers.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from engine.bench.tpu.aot import compile_each
 from engine.bench.tpu.libtpu import libtpu_version
 from engine.config import read_toml
 from engine.errors import ConfigError
-from engine.planning.sizing import format_bytes
+from engine.planning.units import format_bytes
 from engine.terminal import count, plain_console
 
 SOURCES = Path(__file__).parents[2]
 CONFIGS = SOURCES / "configs"
 TARGET = "engine.bench.tpu.pod:compile_pod"
-MODELS = {"Llama 3 8B": "llama-3-8b", "Llama 3 70B": "llama-3-70b"}
 BEGIN, END = "<!-- written by python -m engine.bench pods --write -->", "<!-- end -->"
 HEADER = (
-    "pod", "model", "mesh", "weights per device", "KV per device", "tokens of KV per pod",
+    "pod", "model", "mesh", "weights per device", "KV per device", "sequences per pod",
     "HBM bytes per step and device", "floor", "sent per step and device", "compiled as planned",
 )  # fmt: skip
 
@@ -57,6 +56,31 @@ PODS = (
 )
 
 
+@dataclass(frozen=True)
+class Served:
+    """A model, and what is compiled of it.
+
+    Attributes:
+        name: the usual name.
+        config: the file in ``configs/`` with its geometry.
+        layers: the first layers, compiled: so many that their groups have two each.
+        generations: of the TPUs that it is compiled for.
+    """
+
+    name: str
+    config: str
+    layers: int = 2
+    generations: tuple[str, ...] = ("v5e", "v6e", "v7x")
+
+
+MODELS = (
+    Served("Llama 3 8B", "llama-3-8b"),
+    Served("Llama 3 70B", "llama-3-70b"),
+    Served("Gemma 3 27B", "gemma-3-27b", 12, ("v6e", "v7x")),
+    Served("gpt-oss 20B", "gpt-oss-20b", 4, ("v6e", "v7x")),
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command line."""
     parser.add_argument("--rows", type=count, default=32, help="sequences that each replica decodes")
@@ -79,18 +103,18 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"pods reads the geometries in {CONFIGS}, which only a source tree has; run it in one")
     if args.write and not args.write.parent.is_dir():
         raise ConfigError(f"cannot write {args.write}: {args.write.parent} is not a directory; make it or name another")
-    models = {name: read_toml(CONFIGS / f"{file}.toml")["model"] for name, file in MODELS.items()}
-    pairs = [(pod, name) for pod in PODS for name in models]
+    models = {served.name: read_toml(CONFIGS / f"{served.config}.toml")["model"] for served in MODELS}
+    pairs = [(pod, served) for pod in PODS for served in MODELS if pod.name.split()[0] in served.generations]
     cases = [
-        {"topology": pod.topology, "model": models[name], "device_bytes": pod.device_bytes, "rows": args.rows,
-         "context": args.context}
-        for pod, name in pairs
+        {"topology": pod.topology, "model": models[served.name], "layers": served.layers, "rows": args.rows,
+         "device_bytes": pod.device_bytes, "context": args.context}
+        for pod, served in pairs
     ]  # fmt: skip
     rows, exchanged = [], []
     with plain_console(stderr=True).status("compiling") as status:
-        for (pod, name), found in zip(pairs, compile_each(TARGET, cases), strict=True):
-            rows.append(describe(pod, name, models[name], args.rows, found))
-            exchanged.append(f"* {pod.name}, {name}: {collectives(found)}")
+        for (pod, served), found in zip(pairs, compile_each(TARGET, cases), strict=True):
+            rows.append(describe(pod, served.name, models[served.name], args.rows, found))
+            exchanged.append(f"* {pod.name}, {served.name}, {served.layers} layers: {collectives(found)}")
             status.update(f"compiled {len(rows)} of {len(pairs)}")
     page = "\n".join([
         f"jax {jax.__version__}, libtpu {version}, {datetime.date.today()}; each replica decodes {args.rows} "
@@ -98,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
         "| " + " | ".join(HEADER) + " |",
         "|" + "---|" * len(HEADER),
         *("| " + " | ".join(row) + " |" for row in rows),
-        "\nCollectives of the compiled programs, two layers each:\n",
+        "\nCollectives of the compiled programs:\n",
         *exchanged,
     ])  # fmt: skip
     if args.write is None:
@@ -117,14 +141,14 @@ def describe(pod: Pod, name: str, model: dict[str, Any], rows: int, found: dict[
     weights = found["model weight bytes"]
     head = (pod.name, name, mesh, format_bytes(weights))
     compiled = faults(found) or "yes"
-    if not found["tokens"]:
+    if not found["sequences"]:
         return (*head, f"none: a device has {format_bytes(pod.device_bytes)}", *[""] * 4, compiled)
     read = weights - found["unread bytes"] + found["context bytes"]
     # A ring moves each byte of an all-reduce 2 (tp - 1) / tp times; one follows each embedding, attention and MLP.
     reduces = 1 + 2 * model["num_hidden_layers"]
     sent = reduces * rows * model["hidden_size"] * 2 * 2 * (tp - 1) // tp
     return (
-        *head, format_bytes(found["model pool bytes"]), f"{found['tokens']:,}", format_bytes(read),
+        *head, format_bytes(found["model pool bytes"]), f"{found['sequences']:,}", format_bytes(read),
         f"{read / pod.bandwidth * 1e3:.2f} ms", format_bytes(sent), compiled,
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ from jax._src.core import trace_state_clean  # whether a call is being traced ha
 
 from engine.errors import ConfigError
 from engine.planning.host_memory import require_host_memory
-from engine.planning.sizing import format_bytes
+from engine.planning.units import format_bytes
 
 REMEDY = "make it smaller, or split it over more devices"
 

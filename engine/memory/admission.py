@@ -11,11 +11,7 @@ that.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +20,10 @@ from engine.errors import RequestTooLarge, ShapeError
 from engine.layer_groups import most_pages_held
 from engine.memory.integers import Int64, whole_number
 from engine.memory.rows import ReqToTokenPool
+from engine.planning.page_demand import DECODE_AHEAD_TOKENS, PageDemand
 
 # A page's tokens divided by this: for so many steps each running request has its pages when another is admitted.
 LOOKAHEAD_DIVISOR = 8
-# Tokens of a decoding request that are granted and not computed: those of the step under way and of the next one.
-DECODE_AHEAD_TOKENS = 2
 
 
 @dataclass(frozen=True)
@@ -44,46 +39,6 @@ class Admission:
     row: int
     cached_tokens: int
     loaded_tokens: int
-
-
-@dataclass(frozen=True)
-class PageDemand:
-    """How many pages requests take, over all groups of layers.
-
-    Attributes:
-        windows: the window of each group; None is full attention.
-        page_size: tokens per page.
-        ahead_tokens: the most tokens of a request that are granted and not computed.
-    """
-
-    windows: Sequence[int | None]
-    page_size: int
-    ahead_tokens: int
-
-    @cached_property
-    def kinds(self) -> Counter[int | None]:
-        """How many groups have each window."""
-        return Counter(self.windows)
-
-    def most_pages(self, tokens: int) -> int:
-        """The most pages that a request holds at once on its way to so many tokens."""
-        return sum(count * self._most_of(window, tokens) for window, count in self.kinds.items())
-
-    def most_tokens(self, pages: int, most: int) -> int:
-        """The most tokens, up to ``most``, that a request can have in so many pages."""
-        return bisect_right(range(1, most + 1), pages, key=self.most_pages)
-
-    def describe(self, tokens: int) -> str:
-        """Its pages by kind of group, such as ``512 of full attention and 5 x 67 of a window of 1,024``."""
-        parts = []
-        for window, count in self.kinds.items():
-            times = f"{count} x " if count > 1 else ""
-            kind = "full attention" if window is None else f"a window of {window:,}"
-            parts.append(f"{times}{self._most_of(window, tokens):,} of {kind}")
-        return " and ".join(parts)
-
-    def _most_of(self, window: int | None, tokens: int) -> int:
-        return most_pages_held(window, tokens, self.page_size, self.ahead_tokens)
 
 
 def pages_to_admit(rows: ReqToTokenPool, demand: PageDemand, known: int, most: int, shared_pages: int) -> int:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from engine.errors import ConfigError, KVPoolExhausted, ShapeError
 from engine.layer_groups import first_kept_page
-from engine.memory.admission import Admission, PageDemand, checked_most, pages_to_admit
+from engine.memory.admission import Admission, checked_most, pages_to_admit
 from engine.memory.integers import Int32, positive_option, priority_level, whole_number
 from engine.memory.offload import HostTier, Pages
 from engine.memory.page_moves import PageCopy, PageLoad, PageMove
@@ -42,6 +42,7 @@ from engine.memory.prefix import (
 from engine.memory.prefix_search import FoundPrefix, find_on_device, find_prefix
 from engine.memory.rows import ReqToTokenPool, RowGrowth
 from engine.memory.scope import CacheScope
+from engine.planning.page_demand import PageDemand
 
 EVICT_AT_ONCE = 64  # pages, at most a 32nd of the pool
 

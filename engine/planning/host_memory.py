@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine.errors import ConfigError
-from engine.planning.sizing import format_bytes
+from engine.planning.units import format_bytes
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 UNLIMITED_BYTES = 1 << 60  # a control group (version 1) without a limit reports more than this

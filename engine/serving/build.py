@@ -32,6 +32,7 @@ from engine.models.default_model import DEFAULT_MODEL_DIR
 from engine.models.fingerprint import fingerprint
 from engine.models.model_config import ModelConfig
 from engine.models.sharding import split_config, weight_bytes
+from engine.planning.page_demand import PageDemand
 from engine.planning.sizing import PoolPlan, require_page_table, require_room, size_pool
 from engine.serving.device.device_memory import device_memory
 from engine.serving.device.layer_attention import LayerAttention, layer_backends
@@ -93,13 +94,14 @@ def plan_pool(
     layout = split_layout(whole, tp=config.tp, cp=config.cp, platform=platform)
     longest, devices = context_length(config, model), config.tp * config.cp
     groups = LayerGroups.of(model.layer_windows)
-    require_page_table(config.max_running_requests, longest, config.page_size)
+    demand = PageDemand(groups.windows, config.page_size, ahead_tokens(config))
+    require_page_table(config.max_running_requests, longest, config.page_size, groups.num_groups)
     requests, most_pages = config.max_running_requests // config.dp, MAX_SLOTS // config.page_size - 1
     size = (config.max_total_tokens or 0) // config.dp or size_pool(
-        page_size=config.page_size,
-        layers=groups.num_buffers,
+        groups,
+        demand,
         token_bytes=layout.bytes_per_token,
-        wanted_tokens=min(requests * -(-longest // config.page_size), most_pages) * config.page_size,
+        wanted_pages=min(demand.pages_of(requests, longest), most_pages),
         device_bytes=device_bytes,
         weight_bytes=weight_bytes,
         mem_fraction_static=config.mem_fraction_static,
@@ -108,8 +110,8 @@ def plan_pool(
     )
     plan = PoolPlan(
         size_tokens=size * config.dp,
-        page_size=config.page_size,
-        layers=groups.num_buffers,
+        groups=groups,
+        demand=demand,
         token_bytes=layout.bytes_per_token,
         context_length=longest,
         devices=devices * config.dp,
@@ -138,7 +140,7 @@ def make_pool(config: EngineConfig, model: Decoder, mesh: Mesh | None) -> tuple[
     )
     heads, head_dim = model.config.num_key_value_heads, model.config.head_dim
     size = plan.size_tokens // plan.replicas
-    return plan, TokenToKVPool(size, plan.page_size, dtype, heads, head_dim, plan.layers, mesh)
+    return plan, TokenToKVPool(size, plan.page_size, dtype, heads, head_dim, plan.buffers, mesh)
 
 
 def make_caches(
@@ -152,8 +154,7 @@ def make_caches(
     policy = None if config.disable_radix_cache else cast(EvictionPolicyName, config.eviction_policy)
     longest, rows = context_length(config, model), config.max_running_requests // config.dp
     windows = LayerGroups.of(model.layer_windows).windows
-    # Granted and not computed are the tokens of the step that is planned, and of the one under way.
-    ahead = step_tokens(config) * (2 if config.overlap_steps else 1)
+    ahead = ahead_tokens(config)
     caches = [
         CacheManager(pool.size, pool.page_size, rows, longest, policy=policy, windows=windows, ahead_tokens=ahead)
         for _ in range(config.dp)
@@ -175,6 +176,11 @@ def make_caches(
 def step_tokens(config: EngineConfig) -> int:
     """Most new tokens in a step of one replica: enough for every running request to decode."""
     return max(config.chunked_prefill_size, config.max_running_requests) // config.dp
+
+
+def ahead_tokens(config: EngineConfig) -> int:
+    """The most tokens of a request that are granted and not computed: of the step planned, and of the one under way."""
+    return step_tokens(config) * (2 if config.overlap_steps else 1)
 
 
 def make_scheduler(config: EngineConfig, caches: list[CacheManager], clock: Callable[[], float]) -> Scheduler:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from gpu_cases import HOPPER_CASES, NEEDS_MOSAIC, check, geometry, make_case, same_bits
+
+from engine.layer_groups import first_kept_page
 
 pytestmark = NEEDS_MOSAIC
 
@@ -54,3 +58,16 @@ def test_what_a_table_names_past_a_context_is_of_no_account() -> None:
     for row, kv_len in enumerate(case.kv_lens):
         table[row, -(-kv_len // 16) :] = (-7, 10_000)[row % 2]
     check(case, table=table)
+
+
+@pytest.mark.parametrize("window", [1, 15, 16, 33])
+def test_a_windowed_call_reads_no_page_but_those_of_its_windows(window: int) -> None:
+    """What the page table names before a window may be anything, and all that no query can see is NaN."""
+    prefixes = [window + 130, window, 0, 250]
+    case = make_case(geometry(tokens=80, window=window), [1, 1, window + 1, 40], prefixes, seed=window)
+    pool, table = case.pool.copy(), case.page_table.copy()
+    for row, prefix in enumerate(prefixes):
+        behind = first_kept_page(window, prefix, 16)
+        pool[(table[row, :behind, None] * 16 + np.arange(16)).ravel()] = np.nan
+        table[row, :behind] = (0, -7, 10_000, table[0, -1])[row]
+    check(dataclasses.replace(case, pool=pool), table=table)

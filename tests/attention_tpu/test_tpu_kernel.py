@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tpu_cases import SMALL, check, make_step, oracle, run
 
 from engine.attention.impl.tpu.block_sizes import BlockSizes
+from engine.layer_groups import first_kept_page
 
 MIXED = [(1, 5), (0, 40), (1, 300), (40, 170), (3, 3), (1, 129)]
 
@@ -68,6 +69,26 @@ def test_windowed_prefill_writes_every_new_token() -> None:
 @pytest.mark.slow
 def test_soft_cap() -> None:
     check(make_step(4, MIXED), soft_cap=3.0)
+
+
+@pytest.mark.parametrize("window", [15, *(pytest.param(w, marks=pytest.mark.slow) for w in (1, 16, 33))])
+def test_a_windowed_call_reads_no_page_but_those_of_its_windows(window: int) -> None:
+    """What the page table names before a window may be anything, and all that no query can see is NaN."""
+    rng = np.random.default_rng()
+    q_lens, prefixes = [1, 1, window + 1, 3, 40], [window + 130, window, 16, 47 + window, 300]
+    step = make_step(int(rng.integers(2**31)), [(n, n + p) for n, p in zip(q_lens, prefixes, strict=True)])
+    clean = run(step, sliding_window=window)
+    np.testing.assert_allclose(clean[0].astype(np.float64), oracle(step, sliding_window=window)[0], atol=2e-2)
+    fused, table = np.full_like(step.fused, np.nan), step.page_table.copy()
+    for row, prefix in enumerate(prefixes):
+        behind = first_kept_page(window, prefix, 16)
+        slots = (table[row, :, None] * 16 + np.arange(16)).reshape(-1)[behind * 16 : prefix]
+        fused[slots] = step.fused[slots]
+        table[row, :behind] = rng.choice([0, -7, 10**6, *table[1, :2]], behind)
+    dirty = run(dataclasses.replace(step, fused=fused), sliding_window=window, page_table=table)
+    np.testing.assert_array_equal(dirty[0].view(np.uint16), clean[0].view(np.uint16))
+    expected = oracle(dataclasses.replace(step, fused=fused))[2]
+    np.testing.assert_array_equal(dirty[1].view(np.uint8), expected.view(np.uint8))
 
 
 def test_scales_of_an_fp8_cache_are_runtime_arrays_a_head() -> None:

@@ -155,6 +155,12 @@ def test_plan_prints_the_bytes_of_known_geometries(capsys, request):
     assert "320.00 KiB per token (bfloat16)" in lines["llama-3-70b.toml"]
     assert "56.00 KiB per token (bfloat16)" in lines["qwen2.5-7b.toml"]
     assert "128.00 KiB per token (bfloat16)" in lines["mistral-7b.toml"]
+    assert "496.00 KiB per token (bfloat16)" in lines["gemma-3-27b.toml"]
+    assert "96.00 KiB per token (bfloat16)" in lines["gpt-oss-20b.toml"]  # heads of 64 are stored as 128
+    assert "1 group of 10 full layers, 6 groups of 10 layers with a window of 1,024" in lines["gemma-3-27b.toml"]
+    assert "8 of 70 places in the groups have no layer" in lines["gemma-3-27b.toml"]
+    assert "1 group of 12 full layers, 1 group of 12 layers with a window of 128" in lines["gpt-oss-20b.toml"]
+    assert "group" not in lines["llama-3-8b.toml"]
 
 
 def test_plan_needs_a_geometry(capsys, tmp_path):

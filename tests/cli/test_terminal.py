@@ -206,6 +206,17 @@ def test_a_measure_of_nothing_is_refused(capsys, monkeypatch, arguments):
     assert "must be a" in err.splitlines()[-1]
 
 
+def test_what_a_window_costs_is_told_beside_one_window_and_full_attention(capsys, monkeypatch):
+    sizes = ("--window", "16", "--context", "64", "--batch", "1", "--chunk", "8", "--rounds", "1")
+    code, out, _ = run_bench(capsys, monkeypatch, "window", *sizes, "--impl", "xla")
+    assert code == 0
+    for row in ("xla, decode 1 x 1", "xla, prefill 1 x 8", "page lookup, 64 rows"):
+        (line,) = (line for line in out.splitlines() if line.startswith(row))
+        numbers = [float(cell) for cell in line.removeprefix(row).split()]
+        assert len(numbers) == 5
+        assert min(numbers) >= 0
+
+
 def test_a_benchmark_that_is_interrupted_says_so(capsys, monkeypatch):
     monkeypatch.setattr(bench, "leave", lambda code: (_ for _ in ()).throw(SystemExit(code)))
     monkeypatch.setattr(scatter, "run", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))

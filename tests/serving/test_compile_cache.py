@@ -107,7 +107,7 @@ def test_a_directory_that_cannot_be_written_to_is_a_line_in_the_log(base, caplog
 PROGRAM = """
 import jax, jax.numpy as jnp
 from flax import nnx
-from engine.models.decoder import Llama
+from engine.models.decoder import Decoder
 from engine.models.model_config import ModelConfig
 from engine.serving.llm import LLM
 from engine.serving.request import SamplingParams
@@ -116,7 +116,7 @@ hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name) if name.endswith("cache_hits") else None)
 config = ModelConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
                      num_key_value_heads=1, head_dim=8, max_position_embeddings=64, eos_token_id=())
-model = Llama(config, dtype=jnp.float32, rngs=nnx.Rngs(1))
+model = Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(1))
 llm = LLM(model, max_running_requests=1, chunked_prefill_size=1)
 (answer,) = llm.generate([[1, 2, 3]], SamplingParams(max_new_tokens=4))
 print(len(hits), llm.compiles_after_warmup, *answer.token_ids)

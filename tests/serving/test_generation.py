@@ -414,7 +414,7 @@ def test_a_new_engine_finds_the_prefixes_that_another_saved(tiered, llama):
 
 
 def test_a_save_takes_what_the_device_holds_past_the_tier_and_leaves_it_cached(tiered, llama, tmp_path):
-    page = tiered.plan.token_bytes * tiered.plan.layers * tiered.pool.page_size
+    page = tiered.plan.token_bytes * tiered.plan.buffers * tiered.pool.page_size
     prompt, params = random_prompts([60], seed=29), SamplingParams(max_new_tokens=5)
     options = {"max_running_requests": 1, "max_total_tokens": 96, "prefix_cache_dir": str(tmp_path)}
     llm = small_llm(llama, host_tier_bytes=2 * page, **options)

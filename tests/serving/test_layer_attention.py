@@ -4,7 +4,8 @@ import pytest
 from serving_support import make_llama
 from windowed_steps import make_runner, play, relative_error
 
-from engine.attention import AttentionMetadata, FlashAttentionBackend
+from engine.attention import AttentionMetadata, FlashAttentionBackend, window_table
+from engine.attention.window_table import WindowTable
 from engine.errors import ConfigError
 from engine.layer_groups import first_kept_page
 from engine.serving.device.batcher import parcel_shapes
@@ -21,16 +22,18 @@ def backend(window=None, **options):
 
 
 @pytest.mark.parametrize(
-    ("windows", "impl"),
+    ("windows", "impl", "aligned"),
     [
-        ((7, 7, None, 7, 7, None), "cpu"),
-        ((None, 5, 5, 5, 19), "xla"),
-        ((6, None), "reference"),
-        ((9, 9), "cpu"),
+        ((7, 7, None, 7, 7, None), "cpu", 4),
+        ((None, 5, 5, 5, 19), "xla", 8),
+        ((6, None), "reference", 12),
+        ((9, 9), "cpu", 1024),
     ],
 )
-def test_unlike_layers_over_shared_buffers_compute_what_dense_layers_do(windows, impl):
+def test_unlike_layers_over_shared_buffers_compute_what_dense_layers_do(windows, impl, aligned, monkeypatch):
     """Pages behind a window are taken by other sequences and groups at once, and all that nobody holds is NaN."""
+    monkeypatch.setattr(window_table, "BLOCK_TOKENS", aligned)  # page tables are cut off at once in so short contexts
+    monkeypatch.setattr(window_table, "ALIGNED_TOKENS", aligned)
     error, rows = relative_error(play(windows, impl))
     assert rows >= 24
     assert error < 2e-5
@@ -73,21 +76,33 @@ def test_sinks_and_static_options_reach_the_layer_they_belong_to():
         np.testing.assert_allclose(attend(layer, q, k, v, own), expected, atol=2e-6)
 
 
-def test_the_device_reads_each_groups_pages_and_none_that_a_window_has_left():
+@pytest.mark.parametrize(("window", "step_tokens", "columns"), [(None, 9, 1300), (10, 4, None), (700, 40, None)])
+def test_the_device_reads_each_groups_pages_and_none_that_a_window_has_left(window, step_tokens, columns):
     rng = np.random.default_rng()
-    rows, groups, columns, window = 5, 3, 7, 10
-    table = rng.integers(1, 1000, (rows, groups, columns)).astype(np.int32)
-    places = rng.permutation(table.size)
-    sent = jnp.asarray([*places, NOWHERE], jnp.int32), jnp.asarray([*table.reshape(-1)[places], 7], jnp.int32)
-    device = DeviceRows.empty(rows, groups, columns).with_pages(*sent)
-    asked, computed = np.array([3, NOWHERE, 0, 4], np.int32), (27, 0, 9, 13)
-    first = np.array([first_kept_page(window, count, PAGE) for count in computed], np.int32)
+    rows, groups, width = 5, 3, 1300
+    pages = rng.integers(1, 1000, (rows, groups, width)).astype(np.int32)
+    places = rng.permutation(pages.size)
+    sent = jnp.asarray([*places, NOWHERE], jnp.int32), jnp.asarray([*pages.reshape(-1)[places], 7], jnp.int32)
+    device = DeviceRows.empty(rows, groups, width).with_pages(*sent)
+    table = WindowTable.of(window, PAGE, width, step_tokens=step_tokens, devices=1)
+    assert table.columns == columns if columns else table.columns < width / 1.5
+    asked = np.array([3, NOWHERE, 0, 4, 1], np.int32)
+    computed = jnp.asarray([PAGE * width - step_tokens, 0, 9, rng.integers(3000), rng.integers(3000)], jnp.int32)
     for group in range(groups):
-        expected = table[np.minimum(asked, rows - 1), group]
-        expected[asked == NOWHERE] = 0
-        np.testing.assert_array_equal(device.pages_of(jnp.asarray(asked), group), expected)
-        expected[np.arange(columns) < first[:, None]] = 0
-        np.testing.assert_array_equal(device.pages_of(jnp.asarray(asked), group, jnp.asarray(first)), expected)
+        got = np.asarray(device.pages_of(jnp.asarray(asked), group, table, computed))
+        first = table.first_column(computed)
+        for index, row in enumerate(asked):
+            if row == NOWHERE:
+                assert not got[index].any()
+                continue
+            begin = 0 if first is None else int(first[index])
+            assert begin % table.align == 0
+            kept = 0 if window is None else first_kept_page(window, int(computed[index]), PAGE)
+            last = (int(computed[index]) + step_tokens - 1) // PAGE
+            assert begin <= kept <= last < begin + table.columns
+            expected = pages[row, group, begin : begin + table.columns].copy()
+            expected[: kept - begin] = 0
+            np.testing.assert_array_equal(got[index], expected)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 7])

@@ -89,6 +89,7 @@ def our_figures(program: Program, geo: Geometry) -> dict[str, float]:
         f"decode bundles per token{name}": decode.bundles(chunks, groups, 1, scattered=scattered) / tokens
         for name, scattered in (("", False), (", scattered pages", True))
     }
+    found["decode chunk tokens"] = tile.chunk_pages * size
     found["decode bundles per token, compute alone"] = decode.chunk.bundles / (tile.chunk_pages * size)
     found |= _hot_loop("decode", program, decode.hot)
     tile = geo.tiles[-1]

@@ -1,4 +1,4 @@
-"""Memory of a Llama's step on each device of a pod, as planned and as compiled."""
+"""Memory of a decode step on each device of a pod, as planned and as compiled."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from engine.planning.sizing import PoolPlan
 from engine.serving.build import plan_pool
 
 PAGE_SIZE = 128
-LAYERS = 2  # compiled; all layers are equal, so these show what each one takes
 MEMORY_SHARE = 0.9
 
 
-def compile_pod(*, topology: str, model: dict[str, Any], device_bytes: int, rows: int, context: int) -> dict[str, Any]:
-    """Plans the pool that fits beside the weights, and compiles a decode step of ``LAYERS`` layers over it.
+def compile_pod(
+    *, topology: str, model: dict[str, Any], layers: int, device_bytes: int, rows: int, context: int
+) -> dict[str, Any]:
+    """Plans the pool that fits beside the weights, and compiles a decode step of some layers over it.
 
     Each device of a tensor group holds one KV head; where the weights would not fit, twice as many devices share the
     heads, and each KV head is on two. The remaining axis has replicas.
@@ -30,13 +31,14 @@ def compile_pod(*, topology: str, model: dict[str, Any], device_bytes: int, rows
     Args:
         topology: name of the TPU slice.
         model: the geometry, a ``[model]`` table.
+        layers: how many of its first layers are compiled.
         device_bytes: memory of one device.
         rows: sequences of each replica.
         context: tokens of each sequence.
 
     Returns:
-        The results of ``compile_step``; the sizes of the mesh; bytes and tokens of the whole model as planned, with 0
-        tokens where the weights do not fit.
+        The results of ``compile_step``; the sizes of the mesh; bytes of the whole model as planned, and how many
+        sequences its pools serve at once, 0 where the weights do not fit.
     """
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     config = ModelConfig.from_mapping(model)
@@ -48,7 +50,7 @@ def compile_pod(*, topology: str, model: dict[str, Any], device_bytes: int, rows
     found = compile_step(
         topology=topology,
         model=model,
-        layers=LAYERS,
+        layers=layers,
         pool_tokens=replica_tokens,
         page_size=PAGE_SIZE,
         tokens=rows,
@@ -65,10 +67,10 @@ def compile_pod(*, topology: str, model: dict[str, Any], device_bytes: int, rows
         "dp": dp,
         "model weight bytes": _weights(config, devices, tp),
         "model pool bytes": plan.device_bytes if plan else 0,
-        "tokens": plan.size_tokens if plan else 0,
+        "sequences": int(plan.max_concurrency) if plan else 0,
         # Of an embedding table that is not the output projection a step reads only some rows.
         "unread bytes": 0 if config.tie_word_embeddings else embedding // tp,
-        "context bytes": rows * context * token_bytes * config.num_hidden_layers,
+        "context bytes": rows * token_bytes * sum(min(context, window or context) for window in config.layer_windows),
     }
 
 
@@ -80,7 +82,7 @@ def _weights(config: ModelConfig, devices: Any, tp: int) -> int:
 def _plan(config: ModelConfig, devices: Any, tp: int, device_bytes: int, context: int) -> PoolPlan | None:
     """The largest pool beside the weights, or None where there is no room for one request per replica."""
     dp = len(devices) // tp
-    unlimited = dp * (1 << 10)  # requests: so many that memory limits the pool
+    unlimited = dp * min(1 << 13, (1 << 16) // dp)  # requests: so many that memory limits the pool
     engine = EngineConfig(
         page_size=PAGE_SIZE,
         mem_fraction_static=MEMORY_SHARE,
@@ -97,4 +99,4 @@ def _plan(config: ModelConfig, devices: Any, tp: int, device_bytes: int, context
         )  # fmt: skip
     except ConfigError:
         return None
-    return plan if plan.size_tokens >= dp * context else None
+    return plan if plan.max_concurrency >= dp else None

@@ -1,4 +1,4 @@
-"""The serving runner's own step of a Llama, parcel to tokens, compiled for TPUs or a GPU that need not be present."""
+"""The serving runner's own step of a model, parcel to tokens, compiled for TPUs or a GPU that need not be present."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from engine.kv.pool import TokenToKVPool
 from engine.kv.split import buffer_spec
 from engine.models.decoder import Decoder
 from engine.models.model_config import ModelConfig
-from engine.models.sharding import abstract_model, split_config, weight_bytes
+from engine.models.sharding import abstract_model, split_config
 from engine.serving.device.batcher import parcel_shapes
 from engine.serving.device.device_rows import DeviceRows
 from engine.serving.device.layer_attention import LayerAttention, layer_backends
@@ -60,9 +60,9 @@ def compile_step(
         cp: devices that share the tokens of a page.
 
     Returns:
-        Bytes per device, as planned for weights and pool, and as compiled for arguments, alias and temporaries; how
-        many arrays are donated and how many results are in their argument's memory; kernels; collectives (opcode and
-        shape to count); and instructions that move an array as large as a layer's buffer.
+        Bytes per device, of weights as stored and the pool as planned, and as compiled for arguments, alias and
+        temporaries; how many arrays are donated and how many results are in their argument's memory; kernels;
+        collectives (opcode and shape to count); and instructions that move an array as large as a layer's buffer.
     """
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(tp=tp, dp=dp, cp=cp, devices=devices)
@@ -111,7 +111,7 @@ def compile_step_on(
     text = compiled.as_text() or ""
     layer_bytes = pool.device_bytes // pool.layer_num
     return {
-        "weight bytes": weight_bytes(llama),
+        "weight bytes": _stored_bytes(leaves),
         "pool bytes": pool.device_bytes,
         "argument bytes": memory.argument_size_in_bytes,
         "donated arrays": len(jax.tree.leaves([arguments[n] for n in donated])),
@@ -123,6 +123,14 @@ def compile_step_on(
         "collectives": dict(Counter(collectives(text))),
         "moves": moves_of_at_least(text, layer_bytes),
     }
+
+
+def _stored_bytes(arrays: list[Any]) -> int:
+    """Bytes of arrays on each device as arguments of a program, whose tiles may be padded."""
+    program = jax.jit(lambda arrays: 0, keep_unused=True).lower(arrays).compile()
+    memory: Any = program.memory_analysis()
+    stored: int = memory.argument_size_in_bytes
+    return stored
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from engine.attention.window_table import WindowTable
 from engine.serving.device.parcel import LAST_SAMPLED
 
 NULL_PAGE = 0
@@ -43,19 +46,29 @@ class DeviceRows:
         """Enters ``tokens[B]``, which ``rows[B]`` have sampled; a row beyond the table is padding."""
         return replace(self, last_token=self.last_token.at[rows].set(tokens, mode="drop"))
 
-    def pages_of(self, rows: jax.Array, group: int, first_kept: jax.Array | None = None) -> jax.Array:
-        """The pages of ``rows[B]`` in a group, ``[B, P]``; null pages for a row that is padding.
+    def pages_of(self, rows: jax.Array, group: int, table: WindowTable, computed: jax.Array) -> jax.Array:
+        """The pages of ``rows[B]`` in a group, ``[B, table.columns]``; null pages for a row that is padding.
+
+        The host does not send that a page behind a window has gone, so the null page stands in its place.
 
         Args:
             rows: int32 ``[B]``.
             group: index of the group.
-            first_kept: int32 ``[B]``, the first column of each row that a query of the step can see: the host does not
-                send that a page before it has gone, so the null page stands in its place. None keeps all.
+            table: which columns its layers see.
+            computed: int32 ``[B]``, tokens of each row before those of the step.
         """
-        pages = self.page_table.at[rows, group].get(mode="fill", fill_value=NULL_PAGE)
-        if first_kept is None:
+        first, kept = table.first_column(computed), table.first_kept(computed)
+        if first is None:
+            pages = self.page_table.at[rows, group].get(mode="fill", fill_value=NULL_PAGE)
+            first = jnp.zeros_like(rows)
+        else:
+            take = partial(lax.dynamic_slice, self.page_table, slice_sizes=(1, 1, table.columns))
+            of_rows = jax.vmap(lambda row, column: take((row, jnp.int32(group), column))[0, 0])(rows, first)
+            pages = jnp.where((rows < self.page_table.shape[0])[:, None], of_rows, NULL_PAGE)
+        if kept is None:
             return pages
-        return jnp.where(jnp.arange(pages.shape[1], dtype=jnp.int32) < first_kept[:, None], NULL_PAGE, pages)
+        columns = jnp.arange(table.columns, dtype=jnp.int32)
+        return jnp.where(columns < (kept - first)[:, None], NULL_PAGE, pages)
 
     def known_tokens(self, token_ids: jax.Array, rows: jax.Array) -> jax.Array:
         """``token_ids[T]`` with the tokens that only the device knows; ``rows[T]`` is the row of each token.

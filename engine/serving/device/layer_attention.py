@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
 from jax.sharding import Mesh
 
 from engine.attention import AttentionMetadata, FlashAttentionBackend, MeshAttention
+from engine.attention.window_table import WindowTable
+from engine.distributed.mesh import CONTEXT_AXIS, axis_size
 from engine.layer_groups import LayerGroups
 from engine.models.model_config import ModelConfig
 
@@ -44,6 +47,13 @@ class LayerAttention:
             backend: backend if mesh is None else MeshAttention.over(backend, mesh) for backend in set(backends)
         }
         return cls(groups, tuple(shared[backend] for backend in backends))
+
+    def tables(self, page_size: int, table_pages: int, step_tokens: int) -> tuple[WindowTable, ...]:
+        """Which columns of its page table each group sees in a step of ``step_tokens`` new tokens of a replica."""
+        backend = self.backends[0]
+        devices = axis_size(backend.mesh, CONTEXT_AXIS) if isinstance(backend, MeshAttention) else 1
+        make = partial(WindowTable.of, step_tokens=step_tokens, devices=devices)
+        return tuple(make(window, page_size, table_pages) for window in self.groups.windows)
 
     def over(self, buffers: Sequence[jax.Array], metadata: Sequence[AttentionMetadata]) -> StepAttention:
         """Attention over the buffers of a pool, for one step.

@@ -15,6 +15,7 @@ from flax import nnx
 
 from engine.attention import AttentionMetadata
 from engine.attention.metadata import is_live, positions_of_tokens, sequence_of_tokens, slots_of_tokens
+from engine.attention.window_table import WindowTable
 from engine.distributed.placement import Placement
 from engine.errors import ConfigError
 from engine.kv.page_copy import (
@@ -276,10 +277,11 @@ def forward_step(
         step.
     """
     model: Decoder = nnx.merge(graph, jax.tree.unflatten(structure, weights))
-    read = placement.each_replica(partial(_read_parcel, shape, pool.page_size, attention.groups.windows))
-    rows, token_ids, row_ids, metadata, words = read(rows, packed)
+    tables = attention.tables(pool.page_size, rows.page_table.shape[2], shape.tokens)
+    read = placement.each_replica(partial(read_parcel, shape, tables))
+    rows, token_ids, positions, row_ids, metadata, words = read(rows, packed)
     attend = attention.over(pool.buffers, metadata)
-    hidden = model(token_ids, metadata[0].positions, attend, placement.hidden)
+    hidden = model(token_ids, positions, attend, placement.hidden)
     last = placement.each_replica(_last_of_each)(hidden, metadata[0].cu_q_lens)
     logits = placement.logits(model.logits(last))
     tokens = placement.whole(most_likely(logits))
@@ -287,26 +289,28 @@ def forward_step(
     return ToSample(logits, placement.own(words)), tokens, pool.replace_buffers(attend.buffers), rows
 
 
-def _read_parcel(
-    shape: ParcelShape, page_size: int, windows: tuple[int | None, ...], rows: DeviceRows, packed: jax.Array
-) -> tuple[DeviceRows, jax.Array, jax.Array, list[AttentionMetadata], jax.Array]:
-    """One replica's rows with their new pages, token ids, row ids, each group's metadata, and the sampler's words."""
+def read_parcel(
+    shape: ParcelShape, tables: Sequence[WindowTable], rows: DeviceRows, packed: jax.Array
+) -> tuple[DeviceRows, jax.Array, jax.Array, jax.Array, list[AttentionMetadata], jax.Array]:
+    """One replica's rows with their new pages, tokens, their positions, row ids, groups' metadata, sampler's words."""
     parts = unpack(packed, shape)
     bounds, kv_lens, row_ids = parts["cu_q_lens"], parts["kv_lens"], parts["req_pool_idx"]
     rows = rows.with_pages(parts["update_at"], parts["update_page"])
     sequences = sequence_of_tokens(bounds, num_tokens=shape.tokens, xp=jnp)
     live = is_live(bounds, num_tokens=shape.tokens, xp=jnp)
     positions = positions_of_tokens(bounds, kv_lens, sequences, live, jnp)
+    computed = kv_lens - jnp.diff(bounds)
     metadata = []
-    for group, window in enumerate(windows):
-        first_kept = None
-        if window is not None:  # ``engine.layer_groups.first_kept_page``, of each row
-            first_kept = jnp.maximum(kv_lens - jnp.diff(bounds) - window + 1, 0) // page_size
-        table = rows.pages_of(row_ids, group, first_kept)
-        slots = slots_of_tokens(table, sequences, live, positions, page_size, jnp)
-        metadata.append(AttentionMetadata(table, bounds, kv_lens, slots, positions))
+    for group, table in enumerate(tables):
+        pages, first = rows.pages_of(row_ids, group, table, computed), table.first_column(computed)
+        lens, places = kv_lens, positions
+        if first is not None:  # the sequences begin with their first columns
+            lens = kv_lens - first * table.page_size
+            places = jnp.where(live, positions - first[sequences] * table.page_size, 0)
+        slots = slots_of_tokens(pages, sequences, live, places, table.page_size, jnp)
+        metadata.append(AttentionMetadata(pages, bounds, lens, slots, places))
     token_ids = rows.known_tokens(parts["token_ids"], row_ids[sequences])
-    return rows, token_ids, row_ids, metadata, packed[: shape.sampling_size]
+    return rows, token_ids, positions, row_ids, metadata, packed[: shape.sampling_size]
 
 
 def _last_of_each(hidden: jax.Array, bounds: jax.Array) -> jax.Array:

@@ -112,6 +112,7 @@ def choose_blocks(
     page_size: int,
     longest: int,
     mean: int | None = None,
+    window: int | None = None,
 ) -> BlockSizes:
     """Chooses fetch and compute blocks: what a tuner found on a real TPU, else by formula.
 
@@ -123,7 +124,8 @@ def choose_blocks(
         dtype: name of the cache's dtype.
         page_size: tokens per page.
         longest: longest context in tokens that the page table can name.
-        mean: usual context of a decode row in tokens; None takes half of ``longest``.
+        mean: usual context of a decode row in tokens; None takes half of the most that it sees.
+        window: tokens that a query sees; None is all before it.
 
     Returns:
         Sizes that fit ``VMEM_SHARE`` of the target's VMEM; where none do, the smallest.
@@ -137,23 +139,25 @@ def choose_blocks(
     unit_tokens = unit * page_size
     budget = int(VMEM_BYTES[generation] * VMEM_SHARE)
 
-    def pages(tokens: int) -> int:
-        """Whole units of at most ``tokens`` (at least one), and no more than the longest context needs."""
-        return unit * max(1, min(tokens, -(-longest // unit_tokens) * unit_tokens) // unit_tokens)
+    def pages(tokens: int, most: int) -> int:
+        """Whole units of at most ``tokens`` (at least one), and no more than ``most`` tokens need."""
+        return unit * max(1, min(tokens, -(-most // unit_tokens) * unit_tokens) // unit_tokens)
 
     rows = PREFILL_ROWS
     while rows > 128 and _prefill_bytes(heads, rows, lanes) > 0.6 * budget:
         rows //= 2
     room = max(budget - _prefill_bytes(heads, rows, lanes), budget // 4) // (2 * bytes_per_token)
     # A chunk is computed whole, so one far longer than a usual row would be mostly masked.
-    usual = max(LANES, mean or longest // 2)
-    decode_chunk = pages(min(max(256, DECODE_HEAD_TOKENS // heads), DECODE_FETCH_TOKENS, usual, room))
-    prefill_chunk = pages(min(PREFILL_CHUNK_TOKENS, room))
+    queries = max(8, rows // group // 8 * 8)
+    seen, seen_by_block = (min(longest, (window or longest) + others) for others in (0, queries))
+    usual = max(LANES, mean or seen // 2)
+    decode_chunk = pages(min(max(256, DECODE_HEAD_TOKENS // heads), DECODE_FETCH_TOKENS, usual, room), seen)
+    prefill_chunk = pages(min(PREFILL_CHUNK_TOKENS, room), seen_by_block)
     return BlockSizes(
-        decode_fetch_pages=_multiple(pages(min(DECODE_FETCH_TOKENS, room)), decode_chunk),
+        decode_fetch_pages=_multiple(pages(min(DECODE_FETCH_TOKENS, room), seen), decode_chunk),
         decode_chunk_pages=decode_chunk,
-        prefill_queries=max(8, rows // group // 8 * 8),
-        prefill_fetch_pages=_multiple(pages(min(PREFILL_FETCH_TOKENS, room)), prefill_chunk),
+        prefill_queries=queries,
+        prefill_fetch_pages=_multiple(pages(min(PREFILL_FETCH_TOKENS, room), seen_by_block), prefill_chunk),
         prefill_chunk_pages=prefill_chunk,
     )
 

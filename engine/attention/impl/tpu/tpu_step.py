@@ -125,6 +125,7 @@ def make_geometry(
         dtype=kv_dtype.name,
         page_size=options.page_size,
         longest=table_pages * options.page_size,
+        window=options.sliding_window,
     )
     # No item has more queries than the step.
     most_queries = -(-q.shape[0] // SUBLANES) * SUBLANES
