@@ -157,7 +157,9 @@ class ModelConfig:
         windows, layers = self.layer_windows or (None,) * self.num_hidden_layers, self.num_hidden_layers
         if not isinstance(windows, tuple) or len(windows) != layers:
             raise unsupported("layer_windows", windows, f"a tuple of {layers} windows, one of each layer")
-        for window in set(windows) - {None}:
+        for window in windows:
+            if window is None:
+                continue
             require_count("sliding_window", window, LONGEST_CONTEXT)
             if not self.family.windowed:
                 raise unsupported(f"sliding_window of a {self.model_type}", window, "None, or model_type='mistral'")

@@ -123,7 +123,5 @@ def test_parts_that_do_not_fit_are_named(packed: tuple[Path, dict[str, Any]]) ->
         load_model(packed[0], dtype="float32")
     del tensors[scales]
     save_file(tensors, path)
-    with pytest.raises(
-        CheckpointError, match=r"missing \[model\.layers\.1\.mlp\.experts\.down_proj\].*down_proj_blocks"
-    ):
+    with pytest.raises(CheckpointError, match=r"missing \[\S*experts\.down_proj\].*down_proj_blocks"):
         load_model(packed[0], dtype="float32")
