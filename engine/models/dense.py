@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine.models.decoder import Decoder
-from engine.models.model_config import LayerOptions
+from engine.models.model_config import AttentionKind
 
 
-def causal_attention(q: Array, k: Array, v: Array, sinks: Array | None, options: LayerOptions) -> Array:
+def causal_attention(q: Array, k: Array, v: Array, sinks: Array | None, options: AttentionKind) -> Array:
     """Attention within one sequence; scores and softmax are float32.
 
     Args:

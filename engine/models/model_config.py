@@ -39,7 +39,7 @@ _ACTIVATIONS = {"silu": {"hidden_act": "silu"}, "gelu_tanh": {"hidden_activation
 
 
 @dataclass(frozen=True)
-class LayerOptions:
+class AttentionKind:
     """What is fixed about one layer's attention; hashable.
 
     Attributes:
@@ -206,10 +206,10 @@ class ModelConfig:
         return self.attention_bias and self.family.output_bias
 
     @property
-    def layer_attention(self) -> tuple[LayerOptions, ...]:
+    def layer_attention(self) -> tuple[AttentionKind, ...]:
         """What is fixed about each layer's attention."""
         scale = float(self.query_pre_attn_scalar or self.head_dim) ** -0.5
-        return tuple(LayerOptions(scale, window, self.attn_logit_softcapping) for window in self.layer_windows)
+        return tuple(AttentionKind(scale, window, self.attn_logit_softcapping) for window in self.layer_windows)
 
     @property
     def layer_ropes(self) -> tuple[Rope, ...]:

@@ -7,6 +7,7 @@ at the second, and so on to the last.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -313,22 +314,24 @@ class Tree:
 
 
 class Saved:
-    """A host tier that is full."""
+    """A host tier that is full, with pages of full attention and of a window."""
 
     def __init__(self):
-        self.tier = HostTier(6 * FORM.page_bytes, FORM)
+        self.tier = HostTier(9 * FORM.page_bytes, replace(FORM, windows=(None, 2 * PAGE)))
         self.put(1, 3)
+        self.put(1, 3, 1, group=1)
         self.put(2, 3)
+        self.put(1, 1, group=1)
 
-    def put(self, seed, pages, first=0):
+    def put(self, seed, pages, first=0, group=0):
         content = CONTENT[seed : seed + pages - first]
-        return self.tier.put(SCOPE, tokens(seed, pages * PAGE), first, content)
+        return self.tier.put(SCOPE, tokens(seed, pages * PAGE), first, content, group)
 
     def check(self):
         self.tier.check_integrity()
 
     def picture(self):
-        return [(node.key, node.checksum) for node in self.tier._used]
+        return [(node.group, node.key, node.checksum) for node in self.tier._used]
 
 
 PARTS = {
@@ -355,7 +358,10 @@ PARTS = {
     ),
     "computed": (Table, lambda t: t.table.mark_computed([t.other], [2])),
     "shorter row": (Table, lambda t: t.table.truncate(t.row, PAGE, np.array([9], np.int32))),
-    "other pages": (Table, lambda t: t.table.replace_pages(t.row, np.array([1]), np.array([9], np.int32))),
+    "other pages": (
+        Table,
+        lambda t: t.table.replace_pages(t.row, *np.array([[0], [1], [9]], np.int32)),
+    ),
     "lock": (Tree, lambda t: t.cache.lock(t.found)),
     "unlock": (Tree, lambda t: t.cache.unlock(t.locked)),
     "record": (Tree, lambda t: t.cache.record(t.found)),
@@ -377,13 +383,15 @@ PARTS = {
     "raise_weights_epoch": (Tree, lambda t: t.cache.raise_weights_epoch(SCOPE.model, 2)),
     "put": (Saved, lambda s: s.put(3, 4)),
     "put behind": (Saved, lambda s: s.put(3, 4, 2)),
-    "match": (Saved, lambda s: s.tier.match(SCOPE, tokens(1, 13), 0)),
+    "put of a window": (Saved, lambda s: s.put(3, 4, 2, group=1)),
+    "held": (Saved, lambda s: s.tier.held(SCOPE, tokens(1, 13), group=1)),
     "get": (Saved, lambda s: s.tier.get(SCOPE, tokens(1, 13), 1)),
+    "get of a window": (Saved, lambda s: s.tier.get(SCOPE, tokens(1, 13), 1, group=1)),
     "reset of a tier": (Saved, lambda s: s.tier.reset(SCOPE)),
     "segments": (Saved, lambda s: list(s.tier.segments())),
 }
 # What made room stays: pages that have given way are not brought back.
-IN_PARTS = {"put", "put behind"}
+IN_PARTS = {"put", "put behind", "put of a window"}
 
 
 @pytest.mark.parametrize("name", PARTS)

@@ -112,7 +112,7 @@ def fork_and_call():
     calls = [
         lambda: allocator.alloc(16),
         lambda: cache.admit(make_scope(), [1, 2, 3]),
-        lambda: tier.match(make_scope(), [1, 2, 3, 4], 0),
+        lambda: tier.held(make_scope(), [1, 2, 3, 4]),
         lambda: PagedTokenToKVPoolAllocator(64, PAGE_SIZE).alloc(64),  # made here: it is its own
     ]
     child = os.fork()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -24,6 +25,7 @@ from engine.memory.offload.page_format import PageFormat, PrefixSegment
 from engine.memory.offload.store import PrefixStore
 
 FORM = page_format()
+WINDOWED = replace(FORM, windows=(None, 1024))
 
 
 @pytest.fixture
@@ -31,14 +33,14 @@ def rng():
     return np.random.default_rng()
 
 
-def make_segment(rng, *, first_page=0, pages=3, form=FORM, of=None):
+def make_segment(rng, *, first_page=0, pages=3, form=FORM, of=None, group=0):
     tokens = rng.integers(0, 2**31 - 1, (first_page + pages) * PAGE_SIZE).astype(np.int32)
-    return PrefixSegment(of or scope(), tokens, first_page, random_pages(rng, form, pages))
+    return PrefixSegment(of or scope(), tokens, first_page, random_pages(rng, form, pages), group)
 
 
 def same_segment(left, right):
     return (
-        (left.scope, left.first_page) == (right.scope, right.first_page)
+        (left.scope, left.first_page, left.group) == (right.scope, right.first_page, right.group)
         and np.array_equal(left.token_ids, right.token_ids)
         and same_bits(left.data, right.data)
     )
@@ -60,20 +62,21 @@ def test_segments_come_back_bit_for_bit_and_in_order(rng, tmp_path, dtype):
 
 
 def test_a_host_tier_is_restored_in_a_new_process(rng, tmp_path):
-    tier = HostTier(10 * FORM.page_bytes, FORM)
-    segments = [make_segment(rng, pages=n, of=scope(salt=str(n))) for n in (2, 3, 4)]
+    tier = HostTier(10 * WINDOWED.page_bytes, WINDOWED)
+    segments = [make_segment(rng, pages=n, of=scope(salt=str(n)), group=n % 2) for n in (2, 3, 4)]
     for each in segments:
-        tier.put(each.scope, each.token_ids, each.first_page, each.data)
-    PrefixStore(tmp_path, FORM).save(tier.segments())
+        tier.put(each.scope, each.token_ids, each.first_page, each.data, each.group)
+    PrefixStore(tmp_path, WINDOWED).save(tier.segments())
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from dataclasses import replace
 from prefix_pages import page_format
 from engine.memory.offload.host_tier import HostTier
 from engine.memory.offload.store import PrefixStore
-form = page_format()
+form = replace(page_format(), windows={WINDOWED.windows})
 tier = HostTier(10 * form.page_bytes, form)
 for each in PrefixStore(__import__("pathlib").Path({str(tmp_path)!r}), form).load():
-    tier.put(each.scope, each.token_ids, each.first_page, each.data)
+    tier.put(each.scope, each.token_ids, each.first_page, each.data, each.group)
 tier.check_integrity()
 assert "jax" not in sys.modules
 __import__("numpy").save({str(tmp_path / "count.npy")!r}, tier.held_pages)
@@ -81,7 +84,7 @@ PrefixStore(__import__("pathlib").Path({str(tmp_path)!r}), form).save(tier.segme
 """
     run_python(code)
     assert np.load(tmp_path / "count.npy") == 9
-    assert_loads(tmp_path, segments)
+    assert_loads(tmp_path, segments, WINDOWED)
 
 
 def run_python(code, expected=0):
@@ -185,6 +188,8 @@ def test_a_truncated_file_is_refused(rng, tmp_path, caplog, length):
         page_format(version=2),
         page_format(head_dim=6, head_num=1),
         page_format(page_size=2),
+        WINDOWED,
+        replace(FORM, windows=(1024,)),
     ],
 )
 def test_a_foreign_page_format_is_refused_with_the_fields_that_differ(rng, tmp_path, caplog, other):
@@ -193,6 +198,41 @@ def test_a_foreign_page_format_is_refused_with_the_fields_that_differ(rng, tmp_p
     )
     assert_loads(tmp_path, [])
     assert "the page format of prefix-00000000.safetensors is another: " in caplog.text
+
+
+def test_other_windows_are_refused_with_both_named(rng, tmp_path, caplog):
+    PrefixStore(tmp_path, replace(FORM, windows=(None, 512))).save([make_segment(rng, group=1)])
+    assert_loads(tmp_path, [], WINDOWED)
+    assert "is another: windows [None, 512] (here [None, 1024])" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("form", "refusal"),
+    [
+        (FORM, None),
+        (WINDOWED, "is another: windows [None] (here [None, 1024]); make both with the same settings"),
+        (replace(FORM, windows=(1024,)), "is another: windows [None] (here [1024])"),
+        (replace(FORM, windows=(None, None)), "is another: windows [None] (here [None, None])"),
+        (page_format(layer_num=1), "is another: layer_num 2 (here 1)"),
+    ],
+)
+def test_a_file_from_before_there_were_groups_is_read_where_there_is_one_of_full_attention(
+    tmp_path, caplog, form, refusal
+):
+    path = tmp_path / "prefix-00000000.safetensors"
+    without = {name: value for name, value in FORM.to_dict().items() if name != "windows"}
+    pages = np.random.default_rng().integers(0, 256, FORM.page_bytes, np.uint8)
+    forge(path, header={"version": 2, "page_format": without}, pages=pages, without="group")
+    data = pages.view(FORM.dtype).reshape(1, *FORM.page_shape)
+    expected = [] if refusal else [PrefixSegment(scope(), np.arange(PAGE_SIZE, dtype=np.int32), 0, data)]
+    assert_loads(tmp_path, expected, form)
+    assert [refusal in record.getMessage() for record in caplog.records] == [True] * bool(refusal)
+
+
+def test_a_segment_of_no_group_is_not_saved(rng, tmp_path):
+    with pytest.raises(ShapeError, match="group=1 is none of the 1 groups"):
+        PrefixStore(tmp_path, FORM).save([make_segment(rng, group=1)])
+    assert_loads(tmp_path, [])
 
 
 def test_another_program_s_safetensors_are_refused_and_left_alone(rng, tmp_path, caplog):
@@ -458,7 +498,7 @@ def test_a_directory_that_is_gone_or_no_longer_one_loads_nothing(rng, tmp_path):
     assert list(store.load()) == []
 
 
-def forge(path, *, header=None, tokens=None, pages=None):
+def forge(path, *, header=None, tokens=None, pages=None, without=None):
     """A file with a digest that is right for whatever it says."""
     whole = {
         "format": prefix_store.FORMAT,
@@ -466,7 +506,9 @@ def forge(path, *, header=None, tokens=None, pages=None):
         "page_format": FORM.to_dict(),
         "scope": scope().key_bytes().decode(),
         "first_page": 0,
+        "group": 0,
     }
+    whole.pop(without, None)
     text = header if isinstance(header, str) else json.dumps(whole | (header or {}))
     tokens = np.arange(PAGE_SIZE, dtype=np.int32) if tokens is None else tokens
     pages = np.zeros(FORM.page_bytes, np.uint8) if pages is None else pages
@@ -495,8 +537,15 @@ FORGED = {
     "first_page: a fraction": {"header": {"first_page": 0.0}},
     "first_page: negative": {"header": {"first_page": -1}, "tokens": np.arange(0, dtype=np.int32)},
     "first_page: huge": {"header": {"first_page": 10**300}},
-    "version: text": {"header": {"version": "2"}},
+    "group: text": {"header": {"group": "0"}},
+    "group: true": {"header": {"group": False}},
+    "group: none": {"without": "group"},
+    "group: of no layers": {"header": {"group": 1}},
+    "group: negative": {"header": {"group": -1}},
+    "version: text": {"header": {"version": str(prefix_store.VERSION)}},
     "version: old": {"header": {"version": 1}},
+    "version: before groups, with groups": {"header": {"version": 2, "page_format": WINDOWED.to_dict()}},
+    "version: before groups, no format": {"header": {"version": 2, "page_format": None}},
     "format: list": {"header": {"format": []}},
     "tokens: no vector": {"tokens": np.zeros((2, 2), np.int32)},
     "tokens: one number": {"tokens": np.zeros((), np.int32)},

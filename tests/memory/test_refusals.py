@@ -244,8 +244,10 @@ def test_a_host_tier_refuses_what_is_no_page_number(number):
     tier, data = HostTier(4 * FORM.page_bytes, FORM), random_pages(np.random.default_rng(), FORM, 1)
     for call in (
         lambda: tier.put(SCOPE, np.arange(4), number, data),
-        lambda: tier.match(SCOPE, np.arange(4), number),
+        lambda: tier.put(SCOPE, np.arange(4), 0, data, number),
         lambda: tier.get(SCOPE, np.arange(4), number),
+        lambda: tier.get(SCOPE, np.arange(4), 0, group=number),
+        lambda: tier.held(SCOPE, np.arange(4), group=number),
         lambda: tier.put(SCOPE, np.arange(4), 0, data.tolist()),
     ):
         with pytest.raises(ShapeError):

@@ -178,6 +178,6 @@ def test_a_tier_that_is_smaller_takes_back_what_was_used_last_from_its_beginning
         again.host_tier.put(segment.scope, segment.token_ids, segment.first_page, segment.data)
     again.host_tier.check_integrity()
     assert again.host_tier.held_pages == min(tier_pages, 30)
-    found = [again.host_tier.match(scope(), tokens, 0) for tokens in reversed(sequences)]
+    found = [len(again.host_tier.get(scope(), tokens, 0)) for tokens in reversed(sequences)]
     assert sum(found) == min(tier_pages, 30)  # no page without those before it
     assert found == [min(10, max(0, tier_pages - start)) for start in (0, 10, 20)]

@@ -13,7 +13,7 @@ from random_model import jitted_logits, random_model
 
 from engine.models.decoder import Decoder
 from engine.models.dense import causal_attention, dense_logits
-from engine.models.model_config import LayerOptions, ModelConfig
+from engine.models.model_config import AttentionKind, ModelConfig
 
 CONFIG = ModelConfig(
     vocab_size=97,
@@ -49,7 +49,7 @@ def attention_by_loops(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int 
 def test_dense_attention_is_softmax_attention(heads: int, kv_heads: int, window: int | None) -> None:
     rng = np.random.default_rng(heads)
     q, k, v = (rng.normal(size=(11, n, 16)).astype(np.float32) for n in (heads, kv_heads, kv_heads))
-    out = causal_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), None, LayerOptions(0.25, window))
+    out = causal_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), None, AttentionKind(0.25, window))
     # float32 sums of 16 products of order 1.
     np.testing.assert_allclose(out, attention_by_loops(q, k, v, window), atol=2e-5)
 

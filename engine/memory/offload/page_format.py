@@ -24,18 +24,21 @@ class PageFormat:
     """Shape, dtype and layout descriptor of the pages of one pool.
 
     Attributes:
-        layer_num: layers whose buffers a page spans.
+        layer_num: buffers that a page spans: the layers of a group.
         dtype: dtype of the elements, in any form that NumPy takes.
         layout: the pool's layout descriptor, from its ``to_dict``; ``page_size``, ``head_num``, ``head_dim`` and
             ``dtype`` are read, the other fields only compared.
+        windows: of each group of layers, the tokens that a query sees, itself included; None is all before it.
 
     Raises:
-        ConfigError: ``layout`` is no mapping, a size is missing or below 1, or ``dtype`` is not the descriptor's.
+        ConfigError: ``layout`` is no mapping, a size is missing or below 1, ``dtype`` is not the descriptor's, or
+            there is no group or no such window.
     """
 
     layer_num: int
     dtype: np.dtype[Any]
     layout: Mapping[str, int | str]
+    windows: tuple[int | None, ...] = (None,)
 
     def __post_init__(self) -> None:
         if not isinstance(self.layout, Mapping):
@@ -54,6 +57,11 @@ class PageFormat:
                 f"pages of {self.dtype!r} cannot follow a layout of {self.layout.get('dtype')}: pass the dtype of "
                 "the pool that the layout describes"
             )
+        if not isinstance(self.windows, tuple) or not self.windows or not all(map(_is_window, self.windows)):
+            raise ConfigError(
+                f"windows={self.windows!r} of a page must be a tuple with the window of each group: tokens from 1, or "
+                "None; pass LayerGroups.windows of the model"
+            )
 
     @property
     def page_size(self) -> int:
@@ -70,9 +78,9 @@ class PageFormat:
         """Bytes of one page in all layers."""
         return int(np.prod(self.page_shape)) * self.dtype.itemsize
 
-    def to_dict(self) -> dict[str, int | str]:
-        """A form for JSON: the layout descriptor and the number of layers."""
-        return {**self.layout, "layer_num": self.layer_num}
+    def to_dict(self) -> dict[str, Any]:
+        """A form for JSON: the layout descriptor, the number of buffers and the groups' windows."""
+        return {**self.layout, "layer_num": self.layer_num, "windows": list(self.windows)}
 
     def require_same(self, theirs: Mapping[str, Any], what: str) -> None:
         """Refuses pages of another format.
@@ -94,6 +102,19 @@ class PageFormat:
                 if theirs.get(name) != ours.get(name)
             )
             raise ConfigError(f"the page format of {what} is another: {differing}; make both with the same settings")
+
+    def checked_group(self, group: int) -> int:
+        """Returns the number of a group.
+
+        Raises:
+            ShapeError: it is no integer, or there is no such group.
+        """
+        if not is_integer(group) or not 0 <= group < len(self.windows):
+            raise ShapeError(
+                f"group={group!r} is none of the {len(self.windows)} groups of these pages, which have windows "
+                f"{list(self.windows)}; pass a group's place in that list"
+            )
+        return int(group)
 
     def check_pages(self, token_ids: npt.ArrayLike, first_page: int, data: Pages) -> Int32:
         """Checks pages against the prefix that they end, and returns its token ids as int32.
@@ -133,9 +154,15 @@ class PrefixSegment:
         token_ids: int32, from the start of the sequence to the end of the last page.
         first_page: how many pages of the prefix come before ``data``.
         data: ``[n, layers, page_size, 2H, D]``.
+        group: the group of layers whose pages they are.
     """
 
     scope: CacheScope
     token_ids: Int32
     first_page: int
     data: Pages
+    group: int = 0
+
+
+def _is_window(window: object) -> bool:
+    return window is None or (type(window) is int and window >= 1)

@@ -1,4 +1,4 @@
-"""A trie over whole pages of tokens: the prefixes that the host tier has, by scope.
+"""A trie over whole pages of tokens: the prefixes that the host tier has, by scope and group of layers.
 
 An edge is the bytes of one page's tokens, so a lookup compares the tokens of the whole prefix and trusts no hash.
 """
@@ -20,17 +20,19 @@ class PageNode:
 
     Attributes:
         scope: the scope of the prefix; no two scopes share a node.
-        parent: the page before, or the scope's root; None for a root.
+        group: the group of layers; no two groups share a node.
+        parent: the page before, or the root of scope and group; None for a root.
         key: the bytes of the page's int32 tokens; empty for a root.
         children: the pages that may follow, by key.
         row: row of the tier with its data, or ``NOT_HELD``.
         checksum: CRC-32 of the data, while held.
     """
 
-    __slots__ = ("checksum", "children", "key", "parent", "row", "scope")
+    __slots__ = ("checksum", "children", "group", "key", "parent", "row", "scope")
 
-    def __init__(self, scope: CacheScope, parent: PageNode | None, key: bytes) -> None:
+    def __init__(self, scope: CacheScope, group: int, parent: PageNode | None, key: bytes) -> None:
         self.scope = scope
+        self.group = group
         self.parent = parent
         self.key = key
         self.children: dict[bytes, PageNode] = {}
@@ -54,12 +56,13 @@ class PageTrie:
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
-        self._roots: dict[CacheScope, PageNode] = {}
+        self._roots: dict[CacheScope, dict[int, PageNode]] = {}  # by group; a scope that is here has a root
 
-    def walk(self, scope: CacheScope, tokens: Int32) -> list[PageNode]:
+    def walk(self, scope: CacheScope, group: int, tokens: Int32) -> list[PageNode]:
         """Returns the nodes of the longest known prefix of ``tokens``, one node per page, the first page first."""
         path: list[PageNode] = []
-        children = self._roots[scope].children if scope in self._roots else {}
+        root = self._roots.get(scope, {}).get(group)
+        children = {} if root is None else root.children
         for key in self._keys(tokens):
             node = children.get(key)
             if node is None:
@@ -68,14 +71,14 @@ class PageTrie:
             children = node.children
         return path
 
-    def grow(self, scope: CacheScope, tokens: Int32) -> list[PageNode]:
+    def grow(self, scope: CacheScope, group: int, tokens: Int32) -> list[PageNode]:
         """As ``walk``, adding what is missing; the caller holds the last node, or prunes it."""
-        node = self._roots.setdefault(scope, PageNode(scope, None, b""))
+        node = self._roots.setdefault(scope, {}).setdefault(group, PageNode(scope, group, None, b""))
         path: list[PageNode] = []
         for key in self._keys(tokens):
             child = node.children.get(key)
             if child is None:
-                child = node.children[key] = PageNode(scope, node, key)
+                child = node.children[key] = PageNode(scope, group, node, key)
             path.append(child)
             node = child
         return path
@@ -84,7 +87,9 @@ class PageTrie:
         """Takes out ``node`` and then its ancestors, as far as they are neither held nor lead to a held node."""
         while not node.held and not node.children:
             if node.parent is None:
-                del self._roots[node.scope]
+                del self._roots[node.scope][node.group]
+                if not self._roots[node.scope]:
+                    del self._roots[node.scope]
                 return
             del node.parent.children[node.key]
             node = node.parent
@@ -98,21 +103,27 @@ class PageTrie:
             while step is not None and step not in way:
                 way[step] = None
                 step = step.parent
-        self._roots = {node.scope: node for node in way if node.parent is None}
+        self._roots = {}
         for node in way:
             node.children = {}
             node.row = node.row if node in kept else NOT_HELD
         for node in way:
             if node.parent is not None:
                 node.parent.children[node.key] = node
+            else:
+                self._roots.setdefault(node.scope, {})[node.group] = node
 
     def nodes(self, scope: CacheScope) -> Iterator[PageNode]:
-        """All nodes of a scope but its root, parents first."""
-        pending = list(self._roots[scope].children.values()) if scope in self._roots else []
+        """All nodes of a scope but its roots, parents first."""
+        pending = [node for root in self._roots.get(scope, {}).values() for node in root.children.values()]
         while pending:
             node = pending.pop()
             yield node
             pending += node.children.values()
+
+    def __contains__(self, scope: CacheScope) -> bool:
+        """Whether a scope has a node."""
+        return scope in self._roots
 
     def scopes(self) -> list[CacheScope]:
         """Every scope that has a node."""

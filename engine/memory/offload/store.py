@@ -38,7 +38,8 @@ from engine.memory.scope import CacheScope
 from engine.user_files import flaw_of
 
 FORMAT = "engine-kv-prefix"
-VERSION = 2  # 1: scopes named by a part of the weights
+VERSION = 3  # 1: scopes named by a part of the weights; 2: one group of layers, of full attention
+_BEFORE_GROUPS = 2
 _NAME = "prefix-{:08d}.safetensors"
 _PATTERN = "prefix-" + "[0-9]" * 8 + ".safetensors"  # other files in the directory are not touched
 _TEMPORARY = ".tmp"
@@ -201,6 +202,7 @@ class PrefixStore:
             "page_format": self.page_format.to_dict(),
             "scope": scope.key_bytes().decode(),
             "first_page": int(segment.first_page),
+            "group": self.page_format.checked_group(segment.group),
         }
         text = json.dumps(header, sort_keys=True)
         metadata = {"header": text, "digest": _digest(text, tokens, pages)}
@@ -214,7 +216,7 @@ class PrefixStore:
             metadata = file.metadata() or {}
             text = metadata.get("header", "null")
             header = json.loads(text)
-            self._check_header(header, path.name)
+            group = self._checked_group(header, path.name)
             self._check_sizes(header["first_page"], file.get_slice("token_ids"), file.get_slice("pages"))
             tokens, pages = file.get_tensor("token_ids"), file.get_tensor("pages")
         digest = _digest(text, tokens, pages)
@@ -223,13 +225,17 @@ class PrefixStore:
         data = pages.view(self.page_format.dtype).reshape(-1, *self.page_format.page_shape)
         tokens = self.page_format.check_pages(tokens, header["first_page"], data)
         scope = CacheScope.from_key_bytes(header["scope"].encode())
-        return PrefixSegment(scope, tokens, header["first_page"], data), digest
+        return PrefixSegment(scope, tokens, header["first_page"], data, group), digest
 
-    def _check_header(self, header: Any, name: str) -> None:
+    def _checked_group(self, header: Any, name: str) -> int:
+        """Returns the group of a file whose header says that it is one of ours."""
         said = [header.get(name) for name in ("format", "version")] if isinstance(header, dict) else [header, None]
-        if said != [FORMAT, VERSION]:
+        if said == [FORMAT, _BEFORE_GROUPS] and isinstance(header["page_format"], dict):
+            header = {"group": 0} | header | {"page_format": {"windows": [None]} | header["page_format"]}
+        elif said != [FORMAT, VERSION]:
             raise ConfigError(f"{said[0]!r} version {said[1]!r} is not {FORMAT!r} version {VERSION}; delete it")
         self.page_format.require_same(header["page_format"], name)
+        return self.page_format.checked_group(header["group"])
 
     def _check_sizes(self, first_page: int, tokens: Any, pages: Any) -> None:
         """Refuses parts that do not fit together, before they are read: they may be larger than the memory."""
