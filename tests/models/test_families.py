@@ -125,7 +125,7 @@ def test_an_expert_that_was_not_chosen_adds_nothing_even_where_it_overflows() ->
     config = ModelConfig(**tiny("gpt_oss"))
     experts: Experts = random_model(config).layers[0].mlp.experts
     x = jnp.asarray(np.random.default_rng().normal(size=(3, config.hidden_size)), jnp.float32)
-    weights = jnp.zeros((3, 5)).at[:, 1].set(1.0)
+    weights = jnp.zeros((3, 8)).at[:, 1].set(1.0)
     expected = experts(x, weights)
     experts.gate_up_proj[...] = experts.gate_up_proj[...].at[4].set(jnp.nan)
     np.testing.assert_array_equal(experts(x, weights), expected)

@@ -42,7 +42,7 @@ def decode_by_definition(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return numbers.reshape(*scales.shape[:-1], -1)
 
 
-def random_packed(outputs: int, inputs: int, experts: int = 5) -> tuple[np.ndarray, np.ndarray]:
+def random_packed(outputs: int, inputs: int, experts: int = 8) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng()
     blocks = rng.integers(0, 256, (experts, outputs, inputs // 32, 16), np.uint8)
     return blocks, rng.integers(118, 127, blocks.shape[:-1], np.uint8)
@@ -95,7 +95,7 @@ def test_any_part_of_a_packed_weight_is_the_part_of_the_whole(packed: tuple[Path
     tensor = tensors[f"{EXPERTS}.gate_up_proj"]
     assert isinstance(tensor, PackedTensor)
     whole = plain[f"{EXPERTS}.gate_up_proj"]
-    assert tensor.shape == whole.shape == (5, 64, 64)
+    assert tensor.shape == whole.shape == (8, 64, 64)
     rng = np.random.default_rng()
     for _ in range(20):
         bounds = [sorted(rng.choice(size + 1, 2, replace=False)) for size in whole.shape]

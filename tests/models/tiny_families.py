@@ -32,7 +32,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "gpt_oss": {
         "attention_bias": True,
-        "num_local_experts": 5,
+        "num_local_experts": 8,
         "num_experts_per_tok": 2,
         "swiglu_limit": 0.8,
         "rope_theta": 100.0,

@@ -14,7 +14,7 @@ def check(families, tp):
         assert result["tokens"] == 8
         assert result["apart"] < 1e-5, result  # sums in float32, in another order
         assert len(set(result["weights"])) == 1, result
-        # Norms, router and the bias behind the experts are whole everywhere, and so are repeated KV heads.
+        # Norms and the router are whole everywhere, and so are repeated KV heads.
         assert result["whole"] / tp <= result["weights"][0] < result["whole"] * (1 / tp + 0.15), result
 
 
