@@ -247,6 +247,30 @@ def test_every_spelling_of_rope_gives_the_frequencies_of_transformers(tmp_path: 
     assert factor == pytest.approx(theirs.attention_scaling, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rope_theta": 3e5, "rope_local_base_freq": 2e3},
+        {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rope_theta": 7e5},
+        {"rope_parameters": {"full_attention": YARN_ROPE, "sliding_attention": {"rope_type": "default"}}},
+    ],
+    ids=["none", "bases", "scaled", "both", "nested"],
+)
+def test_both_bases_of_gemma3_turn_as_in_transformers(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = {"model_type": "gemma3_text", **GEOMETRY, "num_hidden_layers": 6, **changes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = transformers.models.gemma3.modeling_gemma3.Gemma3RotaryEmbedding(
+        transformers.AutoConfig.from_pretrained(tmp_path)
+    )
+    ours = load_config(tmp_path)
+    for layer, kind in ((0, "sliding_attention"), (5, "full_attention")):
+        theta, scaling = ours.layer_ropes[layer]
+        frequencies = inverse_frequencies(ours.head_dim, theta, scaling)
+        np.testing.assert_allclose(frequencies, np.asarray(getattr(theirs, f"{kind}_inv_freq")), rtol=1e-6)
+
+
 def test_mxfp4_is_decoded_as_transformers_decodes_it() -> None:
     rng = np.random.default_rng()
     blocks = rng.integers(0, 256, (3, 8, 2, 16), np.uint8)
