@@ -46,7 +46,7 @@ test-gpu-here: $(VENV)/.made
 	-$(BIN)/python -m engine.bench.gpu.toolchain
 	$(BIN)/python -m pytest tests/attention_gpu
 
-# Compares the Llama with another implementation; torch is large, so `make test` does not install it.
+# Compares the models with another implementation; torch is large, so `make test` does not install it.
 test-hf: $(VENV)/.test
 	$(PIP) -e ".[hf]"
 	$(BIN)/python -m pytest tests/models

@@ -58,7 +58,7 @@ MOST_LINES = {
     "distributed": 750,
     "kv": 1650,
     "memory": 5500,
-    "models": 2100,
+    "models": 3000,
     "native": 270,
     "planning": 460,
     "serving": 4800,

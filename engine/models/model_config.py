@@ -33,6 +33,7 @@ _RANGES = {
     "swiglu_alpha": (-1e6, 1e6),
     "swiglu_limit": (1e-3, 1e6),
 }
+_NEEDED = {"query_pre_attn_scalar", "rope_local_base_freq"}  # of the families that have them
 _EXPERTS = ("num_local_experts", "num_experts_per_tok")
 _ACTIVATIONS = {"silu": {"hidden_act": "silu"}, "gelu_tanh": {"hidden_activation": "gelu_pytorch_tanh"}}
 
@@ -70,15 +71,16 @@ class ModelConfig:
         rms_norm_eps: number that RMSNorm adds to the mean square.
         rope_theta: base of the rotary wavelengths.
         rope_scaling: rule that stretches the wavelengths, or None.
-        rope_local_base_freq: base of the wavelengths in layers with a window, which nothing stretches; None is as in
-            the other layers.
+        rope_local_base_freq: base of the wavelengths in layers with a window, which nothing stretches; None in
+            families whose layers all turn alike.
         max_position_embeddings: the context in tokens, for most families before scaling lengthens it; see
             ``context_length``.
         tie_word_embeddings: whether the output projection is the embedding.
         layer_windows: of each layer, the tokens that a query sees, its own included, or None for all; empty is all
             tokens in every layer.
         attention_bias: whether q, k and v have biases (and, in all families but qwen2, the output projection).
-        query_pre_attn_scalar: logits of attention are divided by its root; None is ``head_dim``.
+        query_pre_attn_scalar: logits of attention are divided by its root; None in families where
+            that is ``head_dim``.
         attn_logit_softcapping: bound that tanh keeps the logits of attention within, or None.
         final_logit_softcapping: bound that tanh keeps the logits of the next token within, or None.
         num_local_experts: experts of each layer, 0 in families without.
@@ -155,7 +157,9 @@ class ModelConfig:
         windows, layers = self.layer_windows or (None,) * self.num_hidden_layers, self.num_hidden_layers
         if not isinstance(windows, tuple) or len(windows) != layers:
             raise unsupported("layer_windows", windows, f"a tuple of {layers} windows, one of each layer")
-        for window in set(windows) - {None}:
+        for window in windows:
+            if window is None:
+                continue
             require_count("sliding_window", window, LONGEST_CONTEXT)
             if not self.family.windowed:
                 raise unsupported(f"sliding_window of a {self.model_type}", window, "None, or model_type='mistral'")
@@ -174,6 +178,9 @@ class ModelConfig:
             if field.name in _RANGES:
                 least, most = _RANGES[field.name]
                 require_number(field.name, value, least=least, most=most)
+        for name in sorted(settings & _NEEDED):
+            if getattr(self, name) is None:
+                raise ConfigError(f"invalid model config: a {self.model_type} needs {name}; give the published value")
         if self.family.experts:
             experts = require_count("num_local_experts", self.num_local_experts, 1 << 16)
             require_count("num_experts_per_tok", self.num_experts_per_tok, experts)

@@ -2,7 +2,7 @@
 
 Where there are more devices than KV heads, each KV head is repeated at load, so every device has a whole one. Query
 heads of one KV head are neighbours, so an even split keeps them on devices that hold a copy of their KV head. Experts
-are split like the MLP, each by its width: every device has a part of every expert, and the routing does not matter.
+are shared out whole: every device computes its own for every token, so the routing does not matter.
 """
 
 from __future__ import annotations
@@ -25,13 +25,8 @@ from engine.models.model_config import ModelConfig
 COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # split by output: no exchange between devices
 ROWS = ("o_proj", "down_proj")  # split by input: partial sums are added over the devices
 REPEATED = ("k_proj", "v_proj")
-# Parameters without a module of their own. Of experts the first axis counts them, and the width is that of one.
-_BY_LEAF = {
-    "sinks": PartitionSpec(TENSOR_AXIS),
-    "gate_up_proj": PartitionSpec(None, None, TENSOR_AXIS),
-    "gate_up_proj_bias": PartitionSpec(None, TENSOR_AXIS),
-    "down_proj": PartitionSpec(None, TENSOR_AXIS, None),
-}
+# Parameters without a module of their own, split by their first axis: query heads, or experts.
+_BY_FIRST_AXIS = ("sinks", "gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 
 
 def split_config(config: ModelConfig, tp: int) -> ModelConfig:
@@ -49,7 +44,7 @@ def split_config(config: ModelConfig, tp: int) -> ModelConfig:
 
 def _misfits(config: ModelConfig, tp: int) -> list[str]:
     """The sizes that ``tp`` devices cannot divide evenly, as ``name=value``."""
-    names = ["num_attention_heads", "intermediate_size"]
+    names = ["num_attention_heads", "num_local_experts" if config.family.experts else "intermediate_size"]
     if config.vocab_size % tp:
         names.append("hidden_size")  # by which the embedding is split instead
     wrong = [f"{name}={getattr(config, name)}" for name in names if getattr(config, name) % tp]
@@ -66,8 +61,8 @@ def weight_spec(names: Sequence[str], config: ModelConfig, tp: int) -> Partition
         tp: devices along the tensor axis.
     """
     module, leaf = names[-2:]
-    if leaf in _BY_LEAF:
-        return _BY_LEAF[leaf]
+    if leaf in _BY_FIRST_AXIS:
+        return PartitionSpec(TENSOR_AXIS)
     if module in COLUMNS:
         return PartitionSpec(None, TENSOR_AXIS) if leaf == "kernel" else PartitionSpec(TENSOR_AXIS)
     if module in ROWS and leaf == "kernel":

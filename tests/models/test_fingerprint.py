@@ -17,7 +17,7 @@ from engine.models.checkpoint import load_model, save_model
 from engine.models.decoder import Decoder
 from engine.models.fingerprint import PIECE_BYTES, fingerprint, settings_of
 from engine.models.model_config import ModelConfig
-from engine.models.rotary import LinearScaling
+from engine.models.rotary import LinearScaling, YarnScaling
 from engine.models.sharding import shard_model
 from engine.models.tensor_files import INDEX_FILE, SINGLE_FILE
 
@@ -83,6 +83,12 @@ def test_weights_of_equal_shape_cannot_change_places(seed):
         {"model_type": "mistral", "layer_windows": (16, 16)},
         {"model_type": "mistral"},
         {"max_position_embeddings": 99},
+        {"rope_scaling": YarnScaling(8.0, 64, 1.2)},
+        {"model_type": "qwen3"},
+        {"model_type": "qwen3", "layer_windows": (None, 16)},
+        {"model_type": "gemma2", "query_pre_attn_scalar": 8},
+        {"model_type": "gemma2", "query_pre_attn_scalar": 8, "attn_logit_softcapping": 50.0},
+        {"model_type": "gemma2", "query_pre_attn_scalar": 8, "final_logit_softcapping": 30.0},
     ],
 )
 def test_every_field_of_the_configuration_counts_also_where_it_is_changed_in_memory(seed, changes):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from published_config import hf_config
 
 from engine.errors import ConfigError
 from engine.models.model_config import ModelConfig
@@ -30,29 +31,6 @@ COUNTS = (
     "max_position_embeddings",
 )
 ABSURD = (0, -1.0, float("inf"), float("nan"), 1e300, 10**400, "10000", True, [1.0], {})
-
-
-def hf_config(**changes: Any) -> dict[str, Any]:
-    base = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 512,
-        "hidden_size": 256,
-        "intermediate_size": 640,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 4096,
-        "rope_theta": 500000.0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.40.0",
-        "use_cache": True,
-    }
-    return base | changes
 
 
 def test_a_published_config_is_read_field_by_field() -> None:
@@ -310,6 +288,7 @@ def test_every_shipped_geometry_is_valid(path: Path) -> None:
 def test_the_published_models_cost_the_published_bytes_per_token() -> None:
     # 2 (K and V) · layers · KV heads · head_dim · 2 bytes, from the models' papers.
     kib = {"llama-3-8b": 128, "llama-3-70b": 320, "qwen2.5-7b": 56, "mistral-7b": 128}
+    kib |= {"qwen3-8b": 144, "gemma-3-27b": 496, "gpt-oss-20b": 48}
     for name, expected in kib.items():
         model = ModelConfig.from_mapping(tomllib.loads((CONFIGS / f"{name}.toml").read_text())["model"])
         assert 4 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim == expected * 1024

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax import Array
 
-from engine.models.rotary import LinearScaling, Llama3Scaling, inverse_frequencies, rotate, rotation
+from engine.models.rotary import (
+    LinearScaling,
+    Llama3Scaling,
+    Rope,
+    YarnScaling,
+    inverse_frequencies,
+    rotate,
+    rotation,
+    yarn_attention_factor,
+)
 
 
 @jax.jit
@@ -96,6 +105,56 @@ def test_llama3_scaling_is_the_published_rule(
     expected = [llama3_frequency(theta ** (-2 * i / 128), rule) for i in range(64)]
     # At the borders of the cases float32 may fall on either side; both formulas are continuous there.
     np.testing.assert_allclose(inverse_frequencies(128, theta, rule), expected, rtol=2e-5)
+
+
+def yarn_frequency(pair: int, head_dim: int, theta: float, rule: YarnScaling) -> float:
+    """The rule of the paper for one pair, in float64, by where the pair lies between the two borders."""
+
+    def border(turns: float) -> float:
+        return head_dim / 2 * math.log(rule.original_max_position_embeddings / turns / 2 / math.pi, theta)
+
+    low, high = border(rule.beta_fast), border(rule.beta_slow)
+    if rule.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    stretched = min(max((pair - low) / ((high - low) or 1e-3), 0.0), 1.0)
+    frequency = theta ** (-2 * pair / head_dim)
+    return frequency * (1 - stretched) + frequency / rule.factor * stretched
+
+
+@given(
+    factor=st.floats(1.0, 64.0),
+    slow=st.floats(0.5, 4.0),
+    gap=st.floats(1.0, 40.0),
+    context=st.sampled_from([512, 4096, 32768]),
+    theta=st.sampled_from([100.0, 10000.0, 1000000.0]),
+    head_dim=st.sampled_from([16, 64, 128]),
+    truncate=st.booleans(),
+)
+def test_yarn_scaling_is_the_published_rule(
+    factor: float, slow: float, gap: float, context: int, theta: float, head_dim: int, truncate: bool
+) -> None:
+    rule = YarnScaling(factor, context, 1.0, beta_fast=slow + gap, beta_slow=slow, truncate=truncate)
+    expected = [yarn_frequency(pair, head_dim, theta, rule) for pair in range(head_dim // 2)]
+    # float32 rounds the share of a pair between the borders, which is stretched by up to 64.
+    np.testing.assert_allclose(inverse_frequencies(head_dim, theta, rule), expected, rtol=1e-4)
+
+
+def test_yarn_keeps_the_first_pairs_stretches_the_last_and_sharpens_all() -> None:
+    rule = YarnScaling(8.0, 4096, 1.25)
+    plain, scaled = (inverse_frequencies(128, 10000.0, each) for each in (None, rule))
+    np.testing.assert_allclose(scaled[:8], plain[:8], rtol=1e-6)
+    np.testing.assert_allclose(scaled[-8:], plain[-8:] / 8, rtol=1e-6)
+    for scaling, size in ((rule, 1.25), (None, 1.0)):
+        cos, sin = Rope(10000.0, scaling).rotation(jnp.arange(5), 128)
+        np.testing.assert_allclose(cos**2 + sin**2, size**2, rtol=1e-5)
+
+
+def test_the_attention_factor_of_yarn_follows_from_its_factor() -> None:
+    assert yarn_attention_factor(1.0) == 1.0
+    assert yarn_attention_factor(32.0) == pytest.approx(1.3465735902799727)  # that of gpt-oss
+    assert yarn_attention_factor(40.0, 1.0, 1.0) == 1.0  # a ratio of equals
+    assert yarn_attention_factor(32.0, 1.0) == yarn_attention_factor(32.0)  # one of the two weights is none
 
 
 def test_rotation_keeps_the_dtype_of_what_it_turns() -> None:

@@ -28,6 +28,9 @@ def geometry(**changes):
     return ModelConfig(**{**sizes, **changes})
 
 
+EXPERTS = {"model_type": "gpt_oss", "num_local_experts": 6, "num_experts_per_tok": 2}
+
+
 @pytest.mark.parametrize(
     ("tp", "changes", "message"),
     [
@@ -35,6 +38,7 @@ def geometry(**changes):
         (24, {}, "tp=24 does not divide num_attention_heads=12"),
         (3, {}, r"tp=3 does not divide num_key_value_heads=4 \(nor is a multiple of it\); use tp 1, 2, 4, 12"),
         (4, {"vocab_size": 97, "hidden_size": 66}, "tp=4 does not divide hidden_size=66"),
+        (4, EXPERTS | {"intermediate_size": 95}, "tp=4 does not divide num_local_experts=6; use tp 1, 2$"),
     ],
 )
 def test_a_split_that_does_not_divide_is_refused_with_what_would(tp, changes, message):
