@@ -53,7 +53,7 @@ RUN_WITHOUT_JAX = [
 ]
 # Lines of Python in all files of a room: to grow beyond it is a decision, and is made here.
 MOST_LINES = {
-    "attention": 4300,
+    "attention": 4400,
     "bench": 6400,
     "distributed": 750,
     "kv": 1650,
@@ -61,7 +61,7 @@ MOST_LINES = {
     "models": 2100,
     "native": 270,
     "planning": 320,
-    "serving": 4600,
+    "serving": 4800,
 }
 # Lines of a function's body without its docstring: one screen, which is held in the head at once. The longest function,
 # one lane of the TPU kernel's loop, has 50.

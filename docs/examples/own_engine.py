@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,13 +59,18 @@ class Request:
 
 
 def forward(
-    graph: Any, backend: FlashAttentionBackend, weights: Any, pool: TokenToKVPool, ids: Any, metadata: Any
+    graph: Any,
+    backends: Sequence[FlashAttentionBackend],
+    weights: Any,
+    pool: TokenToKVPool,
+    ids: Any,
+    metadata: Any,
 ) -> tuple[jax.Array, TokenToKVPool]:
     """A step on the device: the most likely next token of each row, and the pool with the new keys and values."""
     model, buffers = nnx.merge(graph, weights), list(pool.buffers)
 
-    def attend(layer_id: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        out, buffers[layer_id] = backend(q, k, v, buffers[layer_id], metadata)
+    def attend(layer_id: int, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None) -> jax.Array:
+        out, buffers[layer_id] = backends[layer_id](q, k, v, buffers[layer_id], metadata, sinks=sinks)
         return out
 
     hidden = model(ids, metadata.positions, attend)
@@ -95,15 +101,20 @@ class OwnEngine:
             self.cache.attach_host_tier(HostTier(host_pages * page_format.page_bytes, page_format))
         self.scope = CacheScope("the Llama that ships", 0, None, "", LayoutKey.of(layout))
         self.stop_ids = frozenset(config.eos_token_id)
-        backend = FlashAttentionBackend(
-            page_size=page_size,
-            num_q_heads=config.num_attention_heads,
-            num_kv_heads=kv_heads,
-            head_dim=config.head_dim,
-            sliding_window=config.sliding_window,
-        )
+        backends = [
+            FlashAttentionBackend(
+                page_size=page_size,
+                num_q_heads=config.num_attention_heads,
+                num_kv_heads=kv_heads,
+                head_dim=config.head_dim,
+                sm_scale=layer.sm_scale,
+                sliding_window=layer.window,
+                soft_cap=layer.soft_cap,
+            )
+            for layer in config.layer_attention
+        ]
         graph, self.weights = nnx.split(model)
-        self.forward = jax.jit(partial(forward, graph, backend), donate_argnums=1)  # the pool is written in place
+        self.forward = jax.jit(partial(forward, graph, backends), donate_argnums=1)  # the pool is written in place
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
         self.retractions = 0

@@ -121,15 +121,26 @@ def locate_new_tokens(
         ``positions[T]`` (0 in padding) and ``out_cache_loc[T]`` (-1 in padding), int32. A token of unchecked lengths
         whose position is not in its row of the page table, or whose page's slots int32 cannot count, gets -1 as well.
     """
-    tokens, live = xp.arange(num_tokens, dtype=xp.int32), is_live(cu_q_lens, num_tokens=num_tokens, xp=xp)
     rows = sequence_of_tokens(cu_q_lens, num_tokens=num_tokens, xp=xp)
-    positions = xp.where(live, kv_lens[rows] - cu_q_lens[rows + 1] + tokens, 0)
+    live = is_live(cu_q_lens, num_tokens=num_tokens, xp=xp)
+    positions = positions_of_tokens(cu_q_lens, kv_lens, rows, live, xp)
+    return positions, slots_of_tokens(page_table, rows, live, positions, page_size, xp)
+
+
+def positions_of_tokens(cu_q_lens: Any, kv_lens: Any, rows: Any, live: Any, xp: ModuleType) -> Any:
+    """The position ``[T]`` of each new token, whose sequence is ``rows[T]``; 0 where it is not ``live[T]``."""
+    tokens = xp.arange(len(rows), dtype=xp.int32)
+    return xp.where(live, kv_lens[rows] - cu_q_lens[rows + 1] + tokens, 0).astype(xp.int32)
+
+
+def slots_of_tokens(page_table: Any, rows: Any, live: Any, positions: Any, page_size: int, xp: ModuleType) -> Any:
+    """The slot ``[T]`` of each new token of ``rows[T]`` at ``positions[T]``, by one page table; see above."""
     columns = positions // page_size
     # As an index a position outside the row would name its last column, whose page may belong to another sequence.
     inside = live & (positions >= 0) & (columns < page_table.shape[1])
     pages = page_table[rows, xp.where(inside, columns, 0)]
     inside &= (pages >= 0) & (pages < (2**31 - 1) // page_size)  # else the slot would wrap round
-    return positions.astype(xp.int32), xp.where(inside, pages * page_size + positions % page_size, -1).astype(xp.int32)
+    return xp.where(inside, pages * page_size + positions % page_size, -1).astype(xp.int32)
 
 
 def sequence_of_tokens(cu_q_lens: Any, *, num_tokens: int, xp: ModuleType = np) -> Any:

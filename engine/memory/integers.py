@@ -36,6 +36,23 @@ def integer_vector(name: str, values: npt.ArrayLike) -> Int64:
     return array.astype(np.int64)
 
 
+def integers_by_group(name: str, values: npt.ArrayLike, groups: int) -> Int64:
+    """Reads integers of several groups, ``[groups, n]``, as int64; where there is one group, ``[n]`` will do.
+
+    Raises:
+        ShapeError: other axes, another number of groups, or not integers.
+    """
+    if groups == 1 and not (isinstance(values, np.ndarray) and values.ndim == 2):
+        return integer_vector(name, values)[None]
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ShapeError(f"{name} has no shape: {error}; it must be [{groups} groups, n]") from error
+    if array.ndim != 2 or len(array) != groups:
+        raise ShapeError(f"{name} has shape {list(array.shape)}; it must be [{groups} groups, n]")
+    return integer_vector(name, array.reshape(-1)).reshape(array.shape)
+
+
 def read_only(array: Int32) -> Int32:
     """The array itself, made read-only."""
     array.flags.writeable = False

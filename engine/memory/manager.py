@@ -4,26 +4,30 @@
     grow           cached pages are evicted where pages are short → the pool hands out pages → the row grows
     mark_computed  a step has run: notes how many tokens of each row are computed
     publish        full pages of computed tokens enter the prefix cache, for requests that begin alike
+    leave_behind   pages wholly behind a window go back
     truncate       a row gives back the pages of its last tokens
     release        the row's references go back; what the prefix cache holds stays until it is evicted
     take_moves     the copies of pages that the device must make before the next step
 
-Every page is free, held by rows, cached, or both held and cached; a page returns to the pool when its last holder
-releases it. Rows hold pages, the prefix cache holds pages, and a row locks those that both hold. Nothing else holds
-any; so after a fault a row can be ended by what rows, leases and prefix cache list, in any state of a call.
+One heap of pages serves all groups of layers: a page belongs to one group at a time, and what one group does not need,
+another takes. Every page is free, held by rows, cached, or both held and cached; a page returns to the pool when its
+last holder releases it. Rows hold pages, the prefix cache holds pages, and a row locks those that both hold. Nothing
+else holds any; so after a fault a row can be ended by what rows, leases and prefix cache list, in any state of a call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.errors import ConfigError, KVPoolExhausted, ShapeError
-from engine.memory.admission import Admission, checked_most, pages_to_admit
-from engine.memory.integers import Int32, priority_level, whole_number
-from engine.memory.offload import HostTier
+from engine.layer_groups import first_kept_page
+from engine.memory.admission import Admission, PageDemand, checked_most, pages_to_admit
+from engine.memory.integers import Int32, positive_option, priority_level, whole_number
+from engine.memory.offload import HostTier, Pages
 from engine.memory.page_moves import PageCopy, PageLoad, PageMove
 from engine.memory.pages import NO_PAGES, PagedTokenToKVPoolAllocator, PageIds
 from engine.memory.prefix import (
@@ -35,6 +39,7 @@ from engine.memory.prefix import (
     checked_scope,
     token_vector,
 )
+from engine.memory.prefix_search import FoundPrefix, find_on_device, find_prefix
 from engine.memory.rows import ReqToTokenPool, RowGrowth
 from engine.memory.scope import CacheScope
 
@@ -72,10 +77,14 @@ class CacheManager:
         max_requests: rows.
         max_context_tokens: most tokens of one request.
         policy: eviction policy of the prefix cache; None keeps nothing of past requests.
+        windows: of each group of layers, the tokens that a query sees, itself included; None is all before it.
+        ahead_tokens: the most tokens of a row that are granted and not computed, which bounds what it holds of a
+            window; None is as many as a row can have.
 
     Attributes:
         page_table: the row table.
         allocator: the slot-level face of the page pool.
+        demand: how many pages requests take.
         prefix: the prefix cache; one that keeps nothing where ``policy`` is None.
         host_tier: takes evicted pages; None: they are dropped.
     """
@@ -88,17 +97,23 @@ class CacheManager:
         max_context_tokens: int,
         *,
         policy: EvictionPolicyName | None = "lru",
+        windows: Sequence[int | None] = (None,),
+        ahead_tokens: int | None = None,
     ) -> None:
         self.size = size
         self.page_size = page_size
         self.allocator = PagedTokenToKVPoolAllocator(size, page_size)
         self._pool = self.allocator.pages
-        self.page_table = ReqToTokenPool(max_requests, max_context_tokens, page_size)
+        self.page_table = ReqToTokenPool(max_requests, max_context_tokens, page_size, windows)
+        ahead = max_context_tokens if ahead_tokens is None else positive_option("ahead_tokens", ahead_tokens)
+        self.demand = PageDemand(self.page_table.windows, page_size, ahead)
         self.caller = self.page_table.caller = self.allocator.caller  # one set of books
         self.prefix: RadixCache = (
-            NullPrefixCache(self.allocator)
+            NullPrefixCache(self.allocator, self.page_table.windows)
             if policy is None
-            else RadixCache(self.allocator, page_size, policy=policy, on_evict=self._plan_saves)
+            else RadixCache(
+                self.allocator, page_size, policy=policy, windows=self.page_table.windows, on_evict=self._plan_saves
+            )
         )
         self.host_tier: HostTier | None = None
         self._leases: dict[int, Lease] = {}  # by row
@@ -116,6 +131,11 @@ class CacheManager:
             raise ConfigError(
                 f"the host tier has pages of {tier.page_format.page_size} tokens and the pool of {self.page_size}; "
                 "both must be equal"
+            )
+        if tier.page_format.windows != self.page_table.windows:
+            raise ConfigError(
+                f"the host tier has pages of groups with the windows {tier.page_format.windows} and the row table of "
+                f"{self.page_table.windows}; both must be equal"
             )
         self.host_tier = tier
 
@@ -146,9 +166,12 @@ class CacheManager:
 
     def locked_pages(self, row: int) -> int:
         """Cached pages that a row keeps from eviction; raises ShapeError where it is not in use."""
-        self.page_table.kv_len(row)
+        held = self.page_table.pages_by_group(row)
         lease = self._leases.get(row)
-        return 0 if lease is None else lease.match.num_tokens // self.page_size
+        if lease is None:
+            return 0
+        held = held[:, : lease.match.pages.size]
+        return int(np.count_nonzero(self.prefix.is_cached(held[held > 0])))
 
     # A request's way.
 
@@ -182,29 +205,28 @@ class CacheManager:
         self.caller.enter()
         tokens, level = token_vector(token_ids), priority_level(priority)
         checked_scope(scope)
-        most = checked_most(self.page_table, self.size, tokens.size, most_tokens)
+        most = checked_most(self.page_table, self.demand, self.size, tokens.size, most_tokens)
         if not self.page_table.available_rows:
             return None
-        row = found = None
+        row, locked = None, list[PrefixMatch | None]()
         pages, counted, planned = NO_PAGES, (self.prefix.query_tokens, self.prefix.hit_tokens), len(self._moves)
         try:
-            found = self.prefix.match(scope, tokens)
-            self.prefix.lock(found)
-            pages = found.pages
-            if not self._has_room(tokens.size, most, pages.size):
-                self.prefix.unlock(found)
+            plan = self._lock_found(scope, tokens, most, locked)
+            if plan is None:
                 return None
+            found, data = plan
             row = self.page_table.alloc_row(known=tokens.size, most=most)
-            self._leases[row] = Lease(found, level)
-            self._pool.retain(pages)
-            self.page_table.append_pages(row, pages)
-            loaded = self._plan_load(row, scope, tokens)
+            self._leases[row] = Lease(found.match, level)
+            pages = PageIds(found.pages[found.pages > 0])
+            self._retain(pages)
+            loads = self._load(row, found, data)
             if counts_hit:
-                self.prefix.record(found)  # a hit only now that the row is there
-            return Admission(row, pages.size * self.page_size, loaded * self.page_size)
+                self.prefix.record(found.match)  # a hit only now that the row is there
+            self._moves += loads
+            return Admission(row, found.match.num_tokens, found.num_pages * self.page_size - found.match.num_tokens)
         except BaseException:  # an interrupt too: the caller never learns of this row
             self._moves[planned:] = [move for move in self._moves[planned:] if not isinstance(move, PageLoad)]
-            self._undo_row(row, [found], pages)
+            self._undo_row(row, locked, pages)
             self.prefix.query_tokens, self.prefix.hit_tokens = counted
             raise
 
@@ -227,18 +249,20 @@ class CacheManager:
         """
         self.caller.enter()
         before, lease = self.page_table.kv_len(row), self._lease(row)
-        found = self.prefix.match(scope, token_vector(token_ids))
-        goes_on = np.array_equal(found.pages[: lease.match.pages.size], lease.match.pages)  # not after a reset
-        if found.num_tokens > before == lease.match.num_tokens and goes_on and not lease.was_reset:
+        found = find_on_device(self.prefix, scope, token_vector(token_ids))
+        match = found.match
+        goes_on = np.array_equal(match.pages[: lease.match.pages.size], lease.match.pages)  # not after a reset
+        if match.num_tokens > before == lease.match.num_tokens and goes_on and not lease.was_reset:
             self._extend_lease(row, lease, found)
-            self.prefix.hit_tokens += (found.num_tokens - before) * counts_hit
+            self.prefix.hit_tokens += (match.num_tokens - before) * counts_hit
         return self.page_table.kv_len(row) - before
 
     def has_room_to_grow(self, rows: npt.ArrayLike, counts: npt.ArrayLike) -> bool:
         """Whether ``grow`` would find the pages, by eviction if need be; raises ShapeError where it has to look."""
         if isinstance(rows, np.ndarray) and rows.dtype.kind == "i" and isinstance(counts, int | np.ndarray):
             tokens = rows.size * counts if isinstance(counts, int) else int(counts.sum())
-            if rows.size + tokens // self.page_size <= self._pool.available:  # each row's last page may be full
+            most = (rows.size + tokens // self.page_size) * self.page_table.num_groups  # each last page may be full
+            if most <= self._pool.available:
                 return True
         return self.page_table.plan_growth(rows, counts).num_pages <= self.reclaimable_pages
 
@@ -259,7 +283,8 @@ class CacheManager:
         if not growth.num_pages:
             self.page_table.grow(growth, NO_PAGES)
             return
-        self._make_room(growth.num_pages)
+        groups = self.page_table.num_groups
+        self._make_room(growth.num_pages, f"{groups} groups of {growth.num_pages // groups} each" if groups > 1 else "")
         clock = self._pool.clock
         try:
             self.page_table.grow(growth, self._take_for(growth))
@@ -274,31 +299,34 @@ class CacheManager:
         planned. Cached pages beyond its new end are no longer locked.
 
         Raises:
-            ShapeError: not a row in use, or it has fewer tokens.
+            ShapeError: not a row in use, it has fewer tokens, or its window has left behind what it would see.
             KVPoolExhausted: no page is free or evictable for the copy.
         """
         self.caller.enter()
-        length, last = self.page_table.kv_len(row), whole_number("tokens", tokens) // self.page_size
-        before = self.page_table.row_pages(row)
-        source = before[last : last + 1] if tokens % self.page_size > 0 and tokens < length else NO_PAGES
-        source = source if source.size and self._pool.ref_count(source)[0] > 1 else NO_PAGES
-        self._make_room(source.size)
-        clock, target = self._pool.clock, NO_PAGES
+        length, last = self.page_table.kv_len(row), self.page_table.check_truncation(row, tokens) // self.page_size
+        before = self.page_table.pages_by_group(row)
+        ends_within = tokens % self.page_size > 0 and tokens < length
+        shared = np.flatnonzero(self._pool.ref_count(before[:, last]) > 1) if ends_within else NO_PAGES
+        sources = before[shared, last] if shared.size else NO_PAGES
+        self._make_room(sources.size, f"a copy of the last pages of row {row}")
+        clock, targets = self._pool.clock, NO_PAGES
         try:
-            if source.size:
-                target = self._pool.take_singles(1)
-            dropped = self.page_table.truncate(row, tokens, target)
-            if source.size:
-                self._moves.append(PageCopy(source, target))
-            self._pool.release(dropped)
+            last_pages = np.zeros(self.page_table.num_groups, np.int32)
+            if sources.size:
+                targets = self._pool.take_singles(sources.size)
+                last_pages[shared] = targets
+            dropped = self.page_table.truncate(row, tokens, last_pages)
+            if sources.size:
+                self._moves.append(PageCopy(sources, targets))
+            self._release(dropped)
             self._shorten_lease(row, tokens)
         except BaseException:
             if self.page_table.kv_len(row) == length:
                 self._pool.give_back_since(clock)
             else:  # finish the change
-                planned = any(isinstance(move, PageCopy) and move.targets is target for move in self._moves)
-                self._moves += [PageCopy(source, target)] * (source.size > 0 and not planned)
-                self._release_surplus(before)
+                planned = any(isinstance(move, PageCopy) and move.targets is targets for move in self._moves)
+                self._moves += [PageCopy(sources, targets)] * (sources.size > 0 and not planned)
+                self._release_surplus(before[before > 0])
                 self._shorten_lease(row, tokens)
             raise
 
@@ -311,6 +339,25 @@ class CacheManager:
             ShapeError: not distinct rows in use, or a row has been granted fewer tokens.
         """
         self.page_table.mark_computed(rows, tokens)
+
+    def leave_behind(self, rows: npt.ArrayLike) -> None:
+        """Gives back the pages of rows that lie wholly behind a window, as far as tokens are computed.
+
+        No step under way reads them. Called once a step has been booked and its pages are published, so that these may
+        stay cached; does nothing where no group has a window.
+
+        Raises:
+            ShapeError: not distinct rows in use.
+        """
+        if not self.page_table.has_windows:
+            return
+        self.caller.enter()
+        pages = self.page_table.leave_behind(rows)
+        try:
+            self._release(pages)
+        except BaseException:
+            self._release_surplus(pages)
+            raise
 
     def publish(self, row: int, scope: CacheScope, token_ids: Int32) -> None:
         """Offers the full pages of a running row to the prefix cache.
@@ -327,14 +374,15 @@ class CacheManager:
         tokens, pages = self._full_pages(row, token_ids)
         lease = self._lease(row)
         if not lease.was_reset and tokens.size >= lease.match.num_tokens:
-            self._advance([*self._sharing(row, pages), (row, pages.size)], scope, tokens, pages)
+            self._advance([*self._sharing(row, pages), (row, pages.shape[1])], scope, tokens, pages)
 
     def can_fork(self, row: int, tokens: int) -> bool:
         """Whether ``fork`` keeps the rule of admission now; raises ShapeError where it is not a row in use."""
         known, computed = whole_number("tokens", tokens), self.page_table.computed_len(row)
         if not self.page_table.available_rows or known > computed:
             return False
-        return self._has_room(known + 1, self._most_of(row), known // self.page_size)
+        shared = self._fork_pages(row, known)
+        return shared is not None and self._has_room(known + 1, self._most_of(row), int(np.count_nonzero(shared)))
 
     def fork(self, row: int, tokens: int) -> int:
         """Gives a new row the first ``tokens`` tokens of ``row``.
@@ -345,7 +393,7 @@ class CacheManager:
             The new row.
 
         Raises:
-            ShapeError: ``row`` has fewer computed tokens.
+            ShapeError: ``row`` has fewer computed tokens, or a window has left behind what the next token would see.
             KVPoolExhausted: there is no row, or no page for the partial one.
         """
         self.caller.enter()
@@ -353,24 +401,31 @@ class CacheManager:
         if whole_number("tokens", tokens) > computed:
             raise ShapeError(f"cannot fork {tokens} tokens of row {row}: {computed} are computed")
         full, rest = divmod(tokens, self.page_size)
-        pages, new_row, lease = self.page_table.row_pages(row), None, self._lease(row)
+        shared = self._fork_pages(row, tokens)
+        if shared is None:
+            raise ShapeError(
+                f"cannot fork {tokens} tokens of row {row}: a window has left behind pages that the next token would "
+                f"see; fork where the row ends, at {computed} tokens"
+            )
+        pages, new_row, lease = self.page_table.pages_by_group(row), None, self._lease(row)
+        taken = PageIds(shared[shared > 0])
         copies: list[PageMove] = []
         try:
             new_row = self.page_table.alloc_row(known=tokens + 1, most=self._most_of(row))
             self.prefix.lock(lease.match)  # once more: a handle may be shared
             self._leases[new_row] = Lease(lease.match, lease.priority, lease.was_reset)
             self._shorten_lease(new_row, tokens)
-            self._pool.retain(PageIds(pages[:full]))
-            self.page_table.append_pages(new_row, pages[:full])
+            self._retain(taken)
+            self.page_table.append_pages(new_row, shared)
             if rest:
                 self.grow(np.array([new_row], np.int32), np.array([rest], np.int64))
                 self.page_table.mark_computed([new_row], [tokens])
-                copies.append(PageCopy(pages[full : full + 1], self.page_table.row_pages(new_row)[full:]))
+                copies.append(PageCopy(pages[:, full], self.page_table.pages_by_group(new_row)[:, full]))
             self._moves += copies
             return new_row
         except BaseException:  # an interrupt too: the caller never learns of this row
             self._moves = [move for move in self._moves if move not in copies]
-            self._undo_row(new_row, [lease.match], pages[:full])
+            self._undo_row(new_row, [lease.match], taken)
             raise
 
     def release(self, row: int, scope: CacheScope, token_ids: Int32) -> None:
@@ -390,8 +445,8 @@ class CacheManager:
             self.page_table.release(row)  # which refuses it
         held, match = NO_PAGES, None
         try:
-            held, lease = self.page_table.row_pages(row), self._lease(row)
-            match = lease.match
+            listed, lease = self.page_table.pages_by_group(row), self._lease(row)
+            held, match = PageIds(listed[listed > 0]), lease.match
             tokens, pages = self._full_pages(row, token_ids)
             if lease.was_reset or tokens.size < match.num_tokens:
                 self.prefix.unlock(match)
@@ -399,7 +454,7 @@ class CacheManager:
                 self._advance(self._sharing(row, pages), scope, tokens, pages)
                 self.prefix.finish(match, scope, tokens, pages, priority=lease.priority)
             self._leases.pop(row, None)
-            self._pool.release(self.page_table.release(row))
+            self._release(self.page_table.release(row))
         except BaseException:
             self._undo_row(row, [match], held)
             raise
@@ -463,18 +518,29 @@ class CacheManager:
         return int(self.page_table.request_lens(np.array([row])).most[0])
 
     def _has_room(self, known: int, most: int, shared_pages: int) -> bool:
-        return pages_to_admit(self.page_table, known, most, shared_pages) <= self.reclaimable_pages
+        return pages_to_admit(self.page_table, self.demand, known, most, shared_pages) <= self.reclaimable_pages
 
-    def _make_room(self, pages: int) -> None:
+    def _retain(self, pages: PageIds) -> None:
+        """Takes a reference to each page for a row."""
+        self._pool.retain(pages)
+        self.prefix.note_holders(pages)
+
+    def _release(self, pages: PageIds) -> None:
+        """Gives back a row's reference to each page."""
+        self._pool.release(pages)
+        self.prefix.note_holders(pages)
+
+    def _make_room(self, pages: int, purpose: str = "") -> None:
         free = self._pool.available
         short = pages - free
         if short <= 0:
             return
         evictable = self.prefix.evictable_pages
         if short > evictable:
+            what, total = f" for {purpose}" if purpose else "", self.size // self.page_size
             raise KVPoolExhausted(
-                f"cannot allocate {pages} pages: {free} free and {evictable} evictable of {self.size // self.page_size}"
-                "; lower max_running_requests or raise max_total_tokens",
+                f"cannot allocate {pages} pages{what}: {free} free and {evictable} evictable of {total}; lower "
+                "max_running_requests or raise max_total_tokens",
                 requested=pages * self.page_size,
                 available=(free + evictable) * self.page_size,
             )
@@ -485,11 +551,29 @@ class CacheManager:
         """Fresh pages for rows: neighbours for a row that begins several."""
         return self._pool.take_singles(growth.num_pages) if growth.runs is None else self._pool.take(growth.runs)
 
-    def _full_pages(self, row: int, token_ids: Int32) -> tuple[Int32, PageIds]:
-        """The tokens of a row's full pages, as far as they are computed and ``token_ids`` has them; and the pages."""
+    def _full_pages(self, row: int, token_ids: Int32) -> tuple[Int32, Int32]:
+        """The tokens of a row's full pages, as far as they are computed and ``token_ids`` has them.
+
+        And the pages, int32 ``[groups, n]``.
+        """
         tokens = token_vector(token_ids)
         pages = self.page_table.full_pages(row, tokens.size)
-        return tokens[: pages.size * self.page_size], pages
+        return tokens[: pages.shape[1] * self.page_size], pages
+
+    def _fork_pages(self, row: int, tokens: int) -> Int32 | None:
+        """The full pages of a row that a fork after ``tokens`` tokens shares, ``[groups, n]``, 0 behind a window.
+
+        None where the row does not hold every page that it would see any more.
+        """
+        table, full = self.page_table, tokens // self.page_size
+        pages = table.pages_by_group(row)
+        for group, window in enumerate(table.windows):
+            if window is not None:
+                first = first_kept_page(window, tokens, self.page_size)
+                pages[group, :first] = 0
+                if not pages[group, first : -(-tokens // self.page_size)].all():
+                    return None
+        return pages[:, :full]
 
     def _sharing(self, row: int, pages: Int32) -> list[tuple[int, int]]:
         """Other rows that hold pages which a row is about to have cached, as after a fork, each with how many.
@@ -497,10 +581,12 @@ class CacheManager:
         They are to lock them as the row does: a page that is cached, held and not locked counts as evictable, and
         evicting it frees nothing.
         """
-        known = self._leases[row].match.num_tokens // self.page_size
-        if known >= pages.size or self._pool.ref_count(pages[known : known + 1])[0] == 1:
+        known, first = self._leases[row].match.num_tokens // self.page_size, pages[0]
+        if self.page_table.windows[0] is not None:  # pages of windows need no lock: whoever holds them protects them
             return []
-        sharing = self.page_table.rows_that_share(row, pages, known)
+        if known >= first.size or self._pool.ref_count(first[known : known + 1])[0] == 1:
+            return []
+        sharing = self.page_table.rows_that_share(row, first, known)
         return [each for each in sharing if self._leases[each[0]].match.num_tokens < each[1] * self.page_size]
 
     def _advance(self, rows: list[tuple[int, int]], scope: CacheScope, tokens: Int32, pages: Int32) -> None:
@@ -516,39 +602,42 @@ class CacheManager:
     def _advance_each(self, rows: list[tuple[int, int]], scope: CacheScope, tokens: Int32, pages: Int32) -> None:
         for row, count in rows:
             mine, lease = tokens[: count * self.page_size], self._leases[row]
-            lease.match = self.prefix.advance(lease.match, scope, mine, pages[:count], priority=lease.priority)
-            self._take_cached_pages(row, lease.match.pages)
+            lease.match = self.prefix.advance(lease.match, scope, mine, pages[:, :count], priority=lease.priority)
+            self._take_cached_pages(row, self.prefix.pages_of(lease.match))
 
     def _take_cached_pages(self, row: int, cached: Int32) -> None:
-        """Puts cached pages in place of a row's own with the same contents, and gives these back."""
-        own = self.page_table.row_pages(row)[: cached.size]
-        columns = (own != cached[: own.size]).nonzero()[0]
+        """Puts cached pages, ``[groups, n]``, in place of a row's own with the same contents, and gives these back."""
+        own = self.page_table.pages_by_group(row)[:, : cached.shape[1]]
+        cached = cached[:, : own.shape[1]]
+        groups, columns = ((own != cached) & (own > 0) & (cached > 0)).nonzero()
         if not columns.size:
             return
         try:
-            taken = PageIds(cached[columns])
-            self._pool.retain(taken)
-            self._pool.release(self.page_table.replace_pages(row, columns, taken))
+            taken = PageIds(cached[groups, columns])
+            self._retain(taken)
+            self._release(self.page_table.replace_pages(row, groups, columns, taken))
         except BaseException:
-            self._release_surplus(np.concatenate([own, cached]))
+            self._release_surplus(np.concatenate([own[own > 0], cached[cached > 0]]))
             raise
 
-    def _extend_lease(self, row: int, lease: Lease, found: PrefixMatch) -> None:
+    def _extend_lease(self, row: int, lease: Lease, found: FoundPrefix) -> None:
         """Lets a row that holds the cached pages of its lease hold those of a longer match instead."""
-        before = lease.match
-        added = PageIds(found.pages[before.pages.size :])
+        before, held = lease.match, self.page_table.pages_by_group(row)
+        pages = found.pages[:, before.pages.size :]
+        added = PageIds(pages[pages > 0])
         try:
-            self.prefix.lock(found)
-            self._pool.retain(added)
-            self.page_table.append_pages(row, added)
-            lease.match = found
+            self.prefix.lock(found.match)
+            self._retain(added)
+            left = self.page_table.append_pages(row, pages)
+            lease.match = found.match
+            self._release(left)
             self.prefix.unlock(before)
         except BaseException:
-            lease.match = before
-            if self.page_table.kv_len(row) > before.num_tokens:
-                self.page_table.truncate(row, before.num_tokens)
-            self._unlock_unleased([found])
-            self._release_surplus(added)
+            if lease.match is before:
+                self._unlock_unleased([found.match])
+            else:  # finish the change
+                self._unlock_unleased([before])
+            self._release_surplus(np.concatenate([added, held[held > 0]]))
             raise
 
     def _shorten_lease(self, row: int, tokens: int) -> None:
@@ -557,16 +646,57 @@ class CacheManager:
         if lease is not None:
             lease.match = self.prefix.shorten(lease.match, tokens)
 
-    def _plan_load(self, row: int, scope: CacheScope, token_ids: Int32) -> int:
-        """Plans to bring back from the host what follows the row's tokens there; returns the pages."""
-        if self.host_tier is None:
-            return 0
-        held = self.page_table.kv_len(row) // self.page_size
-        data = self.host_tier.get(scope, token_ids[:-1], held)
-        if len(data):
-            self.grow(np.array([row], np.int32), np.array([len(data) * self.page_size], np.int64))
-            self._moves.append(PageLoad(self.page_table.row_pages(row)[held:], data))
-        return len(data)
+    def _lock_found(
+        self, scope: CacheScope, tokens: Int32, most: int, locked: list[PrefixMatch | None]
+    ) -> tuple[FoundPrefix, list[Pages]] | None:
+        """Finds and locks what a request need not compute; None where there is no room for the request.
+
+        Args:
+            scope: as for ``admit``.
+            tokens: as for ``admit``.
+            most: the most tokens that it can have.
+            locked: gets each match before it is locked.
+
+        Returns:
+            What was found, and the contents of what is to be loaded.
+        """
+        tier = self.host_tier
+        for found in (find_prefix(self.prefix, tier, scope, tokens), find_on_device(self.prefix, scope, tokens)):
+            locked.append(found.match)
+            self.prefix.lock(found.match)
+            if not self._has_room(tokens.size, most, found.num_shared):
+                self.prefix.unlock(found.match)
+                return None
+            data = [
+                tier.get(scope, tokens[: load.stop * self.page_size], load.start, group=load.group)
+                for load in found.loads
+                if tier
+            ]
+            if all(len(each) == load.stop - load.start for load, each in zip(found.loads, data, strict=True)):
+                return found, data
+            self.prefix.unlock(found.match)  # a page was damaged on the host: without it
+        return None
+
+    def _load(self, row: int, found: FoundPrefix, data: list[Pages]) -> list[PageMove]:
+        """Gives a fresh row the pages that were found, and fresh ones for those that are loaded into them."""
+        counts = [load.stop - load.start for load in found.loads]
+        self._make_room(sum(counts))
+        clock, fresh, device = self._pool.clock, None, found.pages.shape[1]
+        pages = np.zeros((self.page_table.num_groups, found.num_pages), np.int32)
+        pages[:, :device] = found.pages
+        try:
+            fresh = self._pool.take(counts)
+            parts = np.split(fresh, np.cumsum(counts)[:-1]) if counts else []
+            for load, mine in zip(found.loads, parts, strict=True):
+                pages[load.group, load.start : load.stop] = mine
+            self.page_table.append_pages(row, pages, computed=device)
+            return [PageLoad(mine, contents) for mine, contents in zip(parts, data, strict=True)]
+        except BaseException:
+            if fresh is None:
+                self._pool.give_back_since(clock)
+            else:
+                self._release_surplus(fresh)
+            raise
 
     def _plan_saves(self, evicted: list[EvictedPages]) -> None:
         if self.host_tier:
@@ -610,3 +740,4 @@ class CacheManager:
         holders = np.bincount(listed, minlength=self.size // self.page_size + 1)[distinct]
         surplus = (self._pool.ref_count(distinct) - holders).clip(min=0)
         self._pool.release(PageIds(np.repeat(distinct, surplus)))
+        self.prefix.note_holders(distinct)

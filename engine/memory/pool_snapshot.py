@@ -18,7 +18,7 @@ class RowSnapshot:
     Attributes:
         row: its page-table row.
         tokens: tokens with a slot.
-        pages: pages that hold them, shared ones included.
+        pages: pages that it holds over all groups, shared ones included.
         locked_pages: cached pages that it keeps from eviction.
     """
 
@@ -39,11 +39,11 @@ class PoolSnapshot:
         total_pages: all pages except the null page.
         free_pages: pages without a holder.
         private_pages: pages held by rows and not cached.
-        locked_pages: cached pages under the lock of a row.
+        locked_pages: cached pages under the lock of a row, or held by one.
         evictable_pages: cached pages that can be evicted.
         free_runs: runs of consecutive free pages; 1 where nothing is fragmented.
         largest_free_run_pages: pages of the longest free run.
-        tail_waste_tokens: slots in the last pages of rows that hold no token yet.
+        tail_waste_tokens: slots in the last pages of rows, one in each group, that hold no token yet.
         rows: one entry per running request.
         replicas: the snapshot of each replica, where this one is of the whole engine; else empty.
     """
@@ -77,7 +77,7 @@ def snapshot_pool(cache: CacheManager) -> PoolSnapshot:
     held = np.unique(table.held_pages())
     runs = np.diff(np.flatnonzero(np.diff(free, prepend=-1, append=-1) != 1)) if free.size else np.zeros(0, np.int64)
     rows = tuple(
-        RowSnapshot(row, tokens, -(-tokens // size), cache.locked_pages(row))
+        RowSnapshot(row, tokens, int(np.count_nonzero(table.pages_by_group(row))), cache.locked_pages(row))
         for row, tokens in ((row, int(table.kv_lens([row])[0])) for row in table.rows_in_use().tolist())
     )
     snapshot = PoolSnapshot(
@@ -89,7 +89,7 @@ def snapshot_pool(cache: CacheManager) -> PoolSnapshot:
         evictable_pages=prefix.evictable_pages,
         free_runs=int(runs.size),
         largest_free_run_pages=int(runs.max(initial=0)),
-        tail_waste_tokens=sum(row.pages * size - row.tokens for row in rows),
+        tail_waste_tokens=sum(-row.tokens % size for row in rows) * table.num_groups,
         rows=rows,
     )
     found = snapshot.free_pages + snapshot.private_pages + snapshot.locked_pages + snapshot.evictable_pages

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+
 from engine.memory.integers import Int32
 from engine.memory.manager import CacheManager
 from engine.memory.offload import Pages, PrefixSegment
-from engine.memory.prefix import RadixCache
+from engine.memory.prefix import RadixCache, runs_of
 from engine.memory.scope import CacheScope
 
 BATCH_BYTES = 64 << 20  # bytes of pages read at once
@@ -31,21 +33,28 @@ def cached_segments(caches: Sequence[CacheManager], read: Callable[[int, Int32],
     batch = max(1, min(BATCH_PAGES, BATCH_BYTES // tier.page_format.page_bytes))
     prefixes = [cache.prefix for cache in caches]
     for segment in tier.segments(batch):
-        known = _cached_pages(prefixes, segment.scope, segment.token_ids) - segment.first_page
-        if known < len(segment.data):
-            skipped = max(known, 0)
-            first, data = segment.first_page + skipped, segment.data[skipped:]
-            yield PrefixSegment(segment.scope, segment.token_ids, first, data)
+        begin, group = segment.first_page, segment.group
+        end = begin + len(segment.data)
+        for start, stop in _missing_runs(prefixes, segment.scope, segment.token_ids, group, begin, end):
+            data = segment.data[start - begin : stop - begin]
+            yield PrefixSegment(segment.scope, segment.token_ids[: stop * page_size], start, data, group)
     for index, prefix in enumerate(prefixes):
-        for scope, tokens, pages in prefix.runs():
+        for scope, tokens, pages, group in prefix.runs():
             end = tokens.size // page_size
             begin = end - pages.size
-            for start in reversed(range(max(begin, _cached_pages(prefixes[:index], scope, tokens)), end, batch)):
-                stop = min(start + batch, end)
-                data = read(index, pages[start - begin : stop - begin])
-                yield PrefixSegment(scope, tokens[: stop * page_size], start, data)
+            for first, last in _missing_runs(prefixes[:index], scope, tokens, group, begin, end):
+                for start in reversed(range(first, last, batch)):
+                    stop = min(start + batch, last)
+                    data = read(index, pages[start - begin : stop - begin])
+                    yield PrefixSegment(scope, tokens[: stop * page_size], start, data, group)
 
 
-def _cached_pages(prefixes: Sequence[RadixCache], scope: CacheScope, tokens: Int32) -> int:
-    """How many pages of a sequence's beginning one of the prefix caches has."""
-    return max((prefix.match(scope, tokens, whole=True).pages.size for prefix in prefixes), default=0)
+def _missing_runs(
+    prefixes: Sequence[RadixCache], scope: CacheScope, tokens: Int32, group: int, begin: int, end: int
+) -> list[tuple[int, int]]:
+    """Which of a sequence's pages ``begin`` to ``end - 1`` of a group no prefix cache has, in runs, the last first."""
+    missing = np.ones(end - begin, np.int32)
+    for prefix in prefixes:
+        held = prefix.pages_of(prefix.match_entries(scope, tokens, whole=True))[group, begin:end]
+        missing[: held.size][held > 0] = 0
+    return [(begin + start, begin + stop) for start, stop in runs_of(missing)][::-1]

@@ -1,12 +1,17 @@
-"""Llama-family models in flax nnx, their checkpoints and their text.
+"""Decoder-only language models in flax nnx, their checkpoints and their text.
 
 A model holds no cache and knows no pages: attention is a function that its caller passes in. docs/models.md lists what
 is supported.
 
-    decoder, rotary                  the model; rotary embedding and its scaling rules
+    families                         what is special about each family, as data
+    decoder                          the model, put together as its family says from these parts:
+    self_attention, rotary, norm     projections around attention; rotary embedding and its scaling rules; norms
+    mlp, experts, linear             the MLP, a mixture of experts, linear layers
     model_config, checked_values     its geometry, and checks of the values
-    hf_config, hf_rope               the geometry from a Hugging Face ``config.json``
-    checkpoint, tensor_files         weights from and to safetensors
+    hf_config, hf_rope, layer_kinds  the geometry from a Hugging Face ``config.json``
+    checkpoint                       weights from and to safetensors
+    tensor_files, tensor_names       the files, and what they call a parameter
+    mxfp4                            weights that are stored in four bits
     sharding                         which device holds which part of the weights
     fingerprint, replacement         whether two models compute the same; whether one can replace the other
     text                             tokenizer

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from engine.errors import ConfigError, shown
 
+LARGEST_COUNT = 1 << 24  # above it, the product of two sizes fits no memory
+LONGEST_CONTEXT = (1 << 31) - 1  # positions are int32
+
 
 def require_count(name: str, value: object, most: int) -> int:
     """Returns ``value``; raises ConfigError where it is not a whole number from 1 to ``most``."""

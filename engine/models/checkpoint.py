@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints of the Llama family: ``config.json`` and safetensors, read and written.
+"""Hugging Face checkpoints: ``config.json`` and safetensors, read and written.
 
 The model is built abstractly and filled tensor by tensor, so at most one tensor exists twice at any time. Over a mesh
 each device gets its part straight from the file, and a process reads only what its own devices hold.
@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,13 @@ from engine.kv.room import room_for
 from engine.models.checked_values import require_token_ids
 from engine.models.decoder import Decoder
 from engine.models.model_config import ModelConfig
+from engine.models.mxfp4 import PackedTensor, with_packed
 from engine.models.sharding import abstract_model, key_names, repeat_heads, repeats_of, split_config, weight_bytes
 from engine.models.tensor_files import INDEX_FILE, SINGLE_FILE, StoredTensor, read_json, stored_tensors
+from engine.models.tensor_names import of_the_language_model, tensor_name
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
-_LEAF_NAMES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 # Old checkpoints store frequencies that follow from the config; a tied model may store its embedding a second time.
 _REDUNDANT = re.compile(r"rotary_emb\.inv_freq$")
 _TIED_HEAD = "lm_head.weight"
@@ -43,6 +44,9 @@ _EMBEDDING = "model.embed_tokens.weight"
 _ROWS_COMPARED = 4096  # rows compared at once: both tensors may be gigabytes
 
 _logger = logging.getLogger(__name__)
+
+Tensor = StoredTensor | PackedTensor
+"""What a checkpoint stores as one weight."""
 
 
 def load_config(directory: str | Path) -> ModelConfig:
@@ -105,7 +109,7 @@ def load_model(directory: str | Path, *, dtype: Any, mesh: Mesh | None = None) -
     directory = Path(directory)
     stored_config = load_config(directory)
     config = split_config(stored_config, axis_size(mesh, TENSOR_AXIS))
-    stored = stored_tensors(directory)
+    stored = with_packed(of_the_language_model(stored_tensors(directory)))
     expected = {
         _tensor_name(path): _stored_shape(path, leaf.shape)
         for path, leaf in _leaves_of(abstract_model(stored_config, dtype))[0]
@@ -119,9 +123,7 @@ def load_model(directory: str | Path, *, dtype: Any, mesh: Mesh | None = None) -
         return _filled(model, config, stored_config, stored)
 
 
-def _filled(
-    model: Decoder, config: ModelConfig, stored_config: ModelConfig, stored: dict[str, StoredTensor]
-) -> Decoder:
+def _filled(model: Decoder, config: ModelConfig, stored_config: ModelConfig, stored: Mapping[str, Tensor]) -> Decoder:
     """Fills the abstract model with its weights, tensor by tensor."""
     state = nnx.state(model)
     leaves, treedef = _leaves_of(model)
@@ -135,7 +137,7 @@ def _filled(
     return model
 
 
-def _tell_of_another_head(directory: Path, head: StoredTensor, embedding: StoredTensor) -> None:
+def _tell_of_another_head(directory: Path, head: Tensor, embedding: Tensor) -> None:
     """Warns where a tied model's file holds an output projection other than its embedding, which is not used."""
     last = embedding.shape[0]
     rows = [(slice(at, min(at + _ROWS_COMPARED, last)),) for at in range(0, last, _ROWS_COMPARED)]
@@ -190,10 +192,7 @@ def _is_kernel(path: Sequence[Any]) -> bool:
 
 
 def _tensor_name(path: Sequence[Any]) -> str:
-    """The checkpoint's name of a parameter: same modules, other leaf names, and a prefix on all but the head."""
-    *modules, leaf = key_names(path)
-    prefix = [] if modules[0] == "lm_head" else ["model"]
-    return ".".join([*prefix, *modules, _LEAF_NAMES[leaf]])
+    return tensor_name(key_names(path))
 
 
 def _stored_shape(path: Sequence[Any], shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -205,7 +204,7 @@ def _stored_shape(path: Sequence[Any], shape: tuple[int, ...]) -> tuple[int, ...
 class _StoredParameter:
     """A parameter as the checkpoint stores it: each KV head once, and kernels transposed."""
 
-    tensor: StoredTensor
+    tensor: Tensor
     path: Sequence[Any]
     repeats: int
     head_dim: int
@@ -239,7 +238,7 @@ class _StoredParameter:
 
 
 def _check_tensors(
-    directory: Path, config: ModelConfig, expected: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor]
+    directory: Path, config: ModelConfig, expected: dict[str, tuple[int, ...]], stored: Mapping[str, Tensor]
 ) -> None:
     ignored = {_TIED_HEAD} if config.tie_word_embeddings else set()
     unexpected = sorted(name for name in stored.keys() - expected.keys() - ignored if _REDUNDANT.search(name) is None)

@@ -1,7 +1,7 @@
-"""The Llama family in flax nnx: RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
+"""A decoder in flax nnx, put together from shared parts as its family's description says (`families`).
 
-Compatible with the Llama 2 and 3, Mistral and Qwen2 weights of Hugging Face. The model holds no cache: attention is
-a function that the caller passes in, so the same forward pass runs over a paged pool, densely, or in training.
+Compatible with the weights of Hugging Face. The model holds no cache: attention is a function that the caller passes
+in, so the same forward pass runs over a paged pool, densely, or in training.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from engine.models.experts import MixtureOfExperts
+from engine.models.linear import linear, precision
+from engine.models.mlp import MLP
 from engine.models.model_config import ModelConfig
-from engine.models.rotary import inverse_frequencies, rotate, rotation
-
-Attend = Callable[[int, Array, Array, Array], Array]
-"""``attend(layer_id, q[T, Hq, D], k[T, H, D], v[T, H, D]) -> out[T, Hq, D]``; q and k come rotated."""
+from engine.models.norm import RMSNorm
+from engine.models.self_attention import Attend, Attention
 
 Place = Callable[[Array], Array]
 """Returns ``[T, hidden]`` activations with a sharding over a mesh."""
@@ -26,88 +26,11 @@ Place = Callable[[Array], Array]
 _INIT = nnx.initializers.normal(0.02)
 
 
-def _linear(inputs: int, outputs: int, dtype: Any, rngs: nnx.Rngs, *, bias: bool = False) -> nnx.Linear:
-    # On a TPU the default precision of a float32 product is bfloat16; for 16-bit dtypes there is only one precision.
-    return nnx.Linear(
-        inputs, outputs, use_bias=bias, dtype=dtype, param_dtype=dtype, precision=_precision(dtype), rngs=rngs
-    )
-
-
-def _precision(dtype: Any) -> jax.lax.Precision | None:
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-
-class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation (Zhang & Sennrich, 2019); the statistics are float32.
-
-    Args:
-        config: has the width and epsilon.
-        dtype: dtype of the weight.
-    """
-
-    def __init__(self, config: ModelConfig, dtype: Any) -> None:
-        self.epsilon = config.rms_norm_eps
-        self.scale = nnx.Param(jnp.ones(config.hidden_size, dtype))
-
-    def __call__(self, x: Array) -> Array:
-        """Normalises the last axis of ``x``; returns the same shape and dtype."""
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return wide.astype(x.dtype) * jnp.broadcast_to(self.scale[...], x.shape)
-
-
-class Attention(nnx.Module):
-    """The projections around attention; attention itself is the caller's `Attend`.
-
-    Args:
-        config: the model's geometry.
-        layer_id: index of the layer, from 0, passed to `Attend`.
-        dtype: dtype of weights and activations.
-        rngs: random state for the initial weights.
-    """
-
-    def __init__(self, config: ModelConfig, layer_id: int, dtype: Any, rngs: nnx.Rngs) -> None:
-        self.layer_id = layer_id
-        self.head_dim = config.head_dim
-        hidden, bias = config.hidden_size, config.attention_bias
-        q_width = config.num_attention_heads * config.head_dim
-        kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = _linear(hidden, q_width, dtype, rngs, bias=bias)
-        self.k_proj = _linear(hidden, kv_width, dtype, rngs, bias=bias)
-        self.v_proj = _linear(hidden, kv_width, dtype, rngs, bias=bias)
-        self.o_proj = _linear(q_width, hidden, dtype, rngs, bias=config.output_bias)
-
-    def __call__(self, x: Array, cos: Array, sin: Array, attend: Attend) -> Array:
-        """Attends: ``x[T, hidden]``, ``cos`` and ``sin`` ``[T, 1, D / 2]`` -> ``[T, hidden]``."""
-        q, k, v = (
-            projection(x).reshape(x.shape[0], -1, self.head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        out = attend(self.layer_id, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.o_proj(out.reshape(x.shape[0], -1))
-
-
-class MLP(nnx.Module):
-    """SwiGLU (Shazeer, 2020).
-
-    Args:
-        config: the model's geometry.
-        dtype: dtype of weights and activations.
-        rngs: random state for the initial weights.
-    """
-
-    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs) -> None:
-        self.gate_proj = _linear(config.hidden_size, config.intermediate_size, dtype, rngs)
-        self.up_proj = _linear(config.hidden_size, config.intermediate_size, dtype, rngs)
-        self.down_proj = _linear(config.intermediate_size, config.hidden_size, dtype, rngs)
-
-    def __call__(self, x: Array) -> Array:
-        """``x[T, hidden] -> [T, hidden]``."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class DecoderLayer(nnx.Module):
-    """One layer: attention, then MLP, each after a norm and added to the residual stream.
+    """One layer: attention, then MLP or experts, each after a norm and added to the residual stream.
+
+    Where the family has norms behind the two as well, ``post_attention_layernorm`` is the one behind attention, and the
+    one before the MLP is ``pre_feedforward_layernorm``; these are the names in the checkpoints.
 
     Args:
         config: the model's geometry.
@@ -117,15 +40,22 @@ class DecoderLayer(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, layer_id: int, dtype: Any, rngs: nnx.Rngs) -> None:
-        self.input_layernorm = RMSNorm(config, dtype)
+        hidden, sandwich = config.hidden_size, config.family.sandwich_norms
+        self.input_layernorm = RMSNorm(config, hidden, dtype)
         self.self_attn = Attention(config, layer_id, dtype, rngs)
-        self.post_attention_layernorm = RMSNorm(config, dtype)
-        self.mlp = MLP(config, dtype, rngs)
+        self.post_attention_layernorm = RMSNorm(config, hidden, dtype)
+        self.pre_feedforward_layernorm = RMSNorm(config, hidden, dtype) if sandwich else None
+        self.mlp = (MixtureOfExperts if config.family.experts else MLP)(config, dtype, rngs)
+        self.post_feedforward_layernorm = RMSNorm(config, hidden, dtype) if sandwich else None
 
     def __call__(self, x: Array, cos: Array, sin: Array, attend: Attend) -> Array:
         """``x[T, hidden] -> [T, hidden]``."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
+            x = x + attended
+            return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.post_attention_layernorm(attended)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
 class Decoder(nnx.Module):
@@ -149,9 +79,9 @@ class Decoder(nnx.Module):
         self.layers = nnx.List(
             [DecoderLayer(config, layer_id, dtype, rngs) for layer_id in range(config.num_hidden_layers)]
         )
-        self.norm = RMSNorm(config, dtype)
+        self.norm = RMSNorm(config, config.hidden_size, dtype)
         self.lm_head: nnx.Linear | None = (
-            None if config.tie_word_embeddings else _linear(config.hidden_size, config.vocab_size, dtype, rngs)
+            None if config.tie_word_embeddings else linear(config.hidden_size, config.vocab_size, dtype, rngs)
         )
 
     def __call__(
@@ -169,13 +99,19 @@ class Decoder(nnx.Module):
             Hidden states after the final norm, ``[T, hidden_size]``, in the model's dtype.
         """
         config = self.config
-        cos, sin = rotation(positions, inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
-        x = place(self.embed_tokens(token_ids))
-        for layer in self.layers:
-            x = place(layer(x, cos, sin, attend))
+        x = self.embed_tokens(token_ids)
+        if config.family.scaled_embedding:
+            x = x * jnp.asarray(config.hidden_size**0.5, self.dtype)  # the factor is rounded first, as in training
+        x = place(x)
+        ropes = config.layer_ropes
+        rotations = {rope: rope.rotation(positions, config.head_dim) for rope in dict.fromkeys(ropes)}
+        for layer, rope in zip(self.layers, ropes, strict=True):
+            x = place(layer(x, *rotations[rope], attend))
         return self.norm(x)
 
     def logits(self, hidden: Array) -> Array:
         """The logits of the next token: ``hidden[N, hidden_size] -> float32[N, vocab_size]``."""
         kernel = self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
-        return jnp.matmul(hidden, kernel, precision=_precision(self.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.matmul(hidden, kernel, precision=precision(self.dtype), preferred_element_type=jnp.float32)
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -12,16 +12,18 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine.models.decoder import Decoder
+from engine.models.model_config import AttentionKind
 
 
-def causal_attention(q: Array, k: Array, v: Array, *, sliding_window: int | None = None) -> Array:
-    """Attention within one sequence; scores, scaled by ``D ** -0.5``, and softmax are float32.
+def causal_attention(q: Array, k: Array, v: Array, sinks: Array | None, options: AttentionKind) -> Array:
+    """Attention within one sequence; scores and softmax are float32.
 
     Args:
         q: ``[T, Hq, D]``, ``Hq`` a multiple of ``H``.
         k: ``[T, H, D]``.
         v: ``[T, H, D]``.
-        sliding_window: tokens that a query sees, its own included; None is all.
+        sinks: ``[Hq]``, a logit per query head that joins the softmax and has no value, or None.
+        options: scale, window and soft cap.
 
     Returns:
         ``[T, Hq, D]`` in q's dtype.
@@ -30,9 +32,16 @@ def causal_attention(q: Array, k: Array, v: Array, *, sliding_window: int | None
     grouped = q.reshape(tokens, heads, -1, dim)
     highest = jax.lax.Precision.HIGHEST
     scores = jnp.einsum("qhgd,khd->hgqk", grouped, k, precision=highest, preferred_element_type=jnp.float32)
+    scores = scores * options.sm_scale
+    if options.soft_cap is not None:
+        scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
     distance = jnp.arange(tokens)[:, None] - jnp.arange(tokens)[None, :]
-    seen = distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
-    weights = jax.nn.softmax(jnp.where(seen[None, None], scores * dim**-0.5, -jnp.inf), axis=-1)
+    seen = distance >= 0 if options.window is None else (distance >= 0) & (distance < options.window)
+    scores = jnp.where(seen[None, None], scores, -jnp.inf)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(heads, -1, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., :tokens]
     out = jnp.einsum("hgqk,khd->qhgd", weights, v.astype(jnp.float32), precision=highest)
     return out.reshape(q.shape).astype(q.dtype)
 
@@ -48,10 +57,11 @@ def dense_logits(model: Decoder, token_ids: Array) -> Array:
         float32 ``[..., T, vocab_size]``.
     """
     length = token_ids.shape[-1]
-    attention = jax.vmap(partial(causal_attention, sliding_window=model.config.sliding_window))
+    layers = model.config.layer_attention
 
-    def attend(layer_id: int, q: Array, k: Array, v: Array) -> Array:
+    def attend(layer_id: int, q: Array, k: Array, v: Array, sinks: Array | None) -> Array:
         # All sequences go through the projections as one run of tokens: one large product instead of many small ones.
+        attention = jax.vmap(partial(causal_attention, sinks=sinks, options=layers[layer_id]))
         return attention(*(x.reshape(-1, length, *x.shape[1:]) for x in (q, k, v))).reshape(q.shape)
 
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), token_ids.shape)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 from engine.errors import ConfigError
-from engine.models.checked_values import require_count, require_number
+from engine.models.checked_values import LONGEST_CONTEXT, require_count, require_flag, require_number
 
 _LARGEST_FACTOR = 1e6
 
@@ -58,7 +59,7 @@ class Llama3Scaling:
         for name in ("low_freq_factor", "high_freq_factor"):
             require_number(f"{name} of rope_type 'llama3'", getattr(self, name), least=1e-6, most=_LARGEST_FACTOR)
         context = self.original_max_position_embeddings
-        require_count("original_max_position_embeddings of rope_type 'llama3'", context, (1 << 31) - 1)
+        require_count("original_max_position_embeddings of rope_type 'llama3'", context, LONGEST_CONTEXT)
         if not self.low_freq_factor < self.high_freq_factor:
             raise ConfigError(
                 f"invalid model config: low_freq_factor={self.low_freq_factor} must be below "
@@ -66,7 +67,74 @@ class Llama3Scaling:
             )
 
 
-RopeScaling = LinearScaling | Llama3Scaling
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (Peng et al., 2023): long wavelengths are stretched by ``factor``, short ones kept, and scores sharpened.
+
+    Attributes:
+        factor: factor by which the long wavelengths are stretched.
+        original_max_position_embeddings: the context in tokens before stretching.
+        attention_factor: factor on cosine and sine; see ``yarn_attention_factor``.
+        beta_fast: pairs that turn so often in the old context, or more often, are kept.
+        beta_slow: pairs that turn so often in the old context, or less often, are stretched fully.
+        truncate: whether the two borders between kept and stretched pairs are rounded outward to whole pairs.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        require_number("factor of rope_type 'yarn'", self.factor, least=1, most=_LARGEST_FACTOR)
+        for name in ("attention_factor", "beta_fast", "beta_slow"):
+            require_number(f"{name} of rope_type 'yarn'", getattr(self, name), least=1e-6, most=_LARGEST_FACTOR)
+        context = self.original_max_position_embeddings
+        require_count("original_max_position_embeddings of rope_type 'yarn'", context, LONGEST_CONTEXT)
+        require_flag("truncate of rope_type 'yarn'", self.truncate)
+        if not self.beta_slow <= self.beta_fast:
+            raise ConfigError(
+                f"invalid model config: beta_slow={self.beta_slow} must be at most beta_fast={self.beta_fast} for "
+                "rope_type 'yarn'"
+            )
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
+
+
+class Rope(NamedTuple):
+    """What one kind of layer turns its heads by.
+
+    Attributes:
+        theta: base of the geometric series of wavelengths.
+        scaling: the rule that stretches the wavelengths, or None.
+    """
+
+    theta: float
+    scaling: RopeScaling | None
+
+    def rotation(self, positions: Array, head_dim: int) -> tuple[Array, Array]:
+        """The `rotation` of heads of ``head_dim`` at ``positions[T]``."""
+        factor = self.scaling.attention_factor if isinstance(self.scaling, YarnScaling) else 1.0
+        return rotation(positions, inverse_frequencies(head_dim, self.theta, self.scaling), factor)
+
+
+def yarn_attention_factor(factor: float, mscale: float = 0.0, mscale_all_dim: float = 0.0) -> float:
+    """The factor on cosine and sine of a YaRN that states none: ``1 + 0.1 ln(factor)``, or the ratio of two such.
+
+    Args:
+        factor: factor by which the long wavelengths are stretched.
+        mscale: weight of the logarithm above, 0 where it is not given.
+        mscale_all_dim: weight of the logarithm below, 0 where it is not given.
+    """
+    if mscale and mscale_all_dim:
+        return (0.1 * mscale * math.log(factor) + 1.0) / (0.1 * mscale_all_dim * math.log(factor) + 1.0)
+    return 0.1 * math.log(factor) + 1.0
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> NDArray[np.float32]:
@@ -86,6 +154,8 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
         return frequencies
     if isinstance(scaling, LinearScaling):
         return (frequencies / np.float32(scaling.factor)).astype(np.float32)
+    if isinstance(scaling, YarnScaling):
+        return _yarn_frequencies(frequencies, head_dim, theta, scaling)
     return _llama3_frequencies(frequencies, scaling)
 
 
@@ -97,18 +167,41 @@ def _llama3_frequencies(frequencies: NDArray[np.float32], rule: Llama3Scaling) -
     return ((1 - keep) * frequencies / rule.factor + keep * frequencies).astype(np.float32)
 
 
-def rotation(positions: Array, inverse_frequency: NDArray[np.float32]) -> tuple[Array, Array]:
+def _yarn_frequencies(
+    frequencies: NDArray[np.float32], head_dim: int, theta: float, rule: YarnScaling
+) -> NDArray[np.float32]:
+    def pair_that_turns(times: float) -> float:
+        """The pair, as a fraction of an index, that turns so often in the old context."""
+        wavelength = rule.original_max_position_embeddings / (times * 2 * math.pi)
+        return head_dim * math.log(wavelength) / (2 * math.log(theta))
+
+    first, last = pair_that_turns(rule.beta_fast), pair_that_turns(rule.beta_slow)
+    if rule.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    # 0 for the pairs that are kept, 1 for those that are stretched fully, linear between.
+    width = last - first or 1e-3
+    stretch = np.clip((np.arange(head_dim // 2, dtype=np.float32) - np.float32(first)) / np.float32(width), 0.0, 1.0)
+    blended: NDArray[np.float32] = stretch * frequencies / np.float32(rule.factor) + (1 - stretch) * frequencies
+    return blended
+
+
+def rotation(
+    positions: Array, inverse_frequency: NDArray[np.float32], attention_factor: float = 1.0
+) -> tuple[Array, Array]:
     """Cosine and sine of every pair's angle at every position.
 
     Args:
         positions: int32 ``[T]``.
         inverse_frequency: float32 ``[D / 2]``, from `inverse_frequencies`.
+        attention_factor: factor on both, see `YarnScaling`.
 
     Returns:
         Two float32 arrays ``[T, 1, D / 2]``, ready to broadcast over heads.
     """
     angles = positions.astype(jnp.float32)[:, None, None] * jnp.asarray(inverse_frequency)[None, None]
-    return jnp.cos(angles), jnp.sin(angles)
+    factor = np.float32(attention_factor)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:

@@ -1,7 +1,8 @@
 """Which device holds which part of the weights: Megatron's columns and rows (arXiv 1909.08053) as NamedSharding rules.
 
 Where there are more devices than KV heads, each KV head is repeated at load, so every device has a whole one. Query
-heads of one KV head are neighbours, so an even split keeps them on devices that hold a copy of their KV head.
+heads of one KV head are neighbours, so an even split keeps them on devices that hold a copy of their KV head. Experts
+are split like the MLP, each by its width: every device has a part of every expert, and the routing does not matter.
 """
 
 from __future__ import annotations
@@ -24,6 +25,13 @@ from engine.models.model_config import ModelConfig
 COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # split by output: no exchange between devices
 ROWS = ("o_proj", "down_proj")  # split by input: partial sums are added over the devices
 REPEATED = ("k_proj", "v_proj")
+# Parameters without a module of their own. Of experts the first axis counts them, and the width is that of one.
+_BY_LEAF = {
+    "sinks": PartitionSpec(TENSOR_AXIS),
+    "gate_up_proj": PartitionSpec(None, None, TENSOR_AXIS),
+    "gate_up_proj_bias": PartitionSpec(None, TENSOR_AXIS),
+    "down_proj": PartitionSpec(None, TENSOR_AXIS, None),
+}
 
 
 def split_config(config: ModelConfig, tp: int) -> ModelConfig:
@@ -58,6 +66,8 @@ def weight_spec(names: Sequence[str], config: ModelConfig, tp: int) -> Partition
         tp: devices along the tensor axis.
     """
     module, leaf = names[-2:]
+    if leaf in _BY_LEAF:
+        return _BY_LEAF[leaf]
     if module in COLUMNS:
         return PartitionSpec(None, TENSOR_AXIS) if leaf == "kernel" else PartitionSpec(TENSOR_AXIS)
     if module in ROWS and leaf == "kernel":

@@ -20,7 +20,10 @@ from engine.errors import CheckpointError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 OTHER_WEIGHTS = (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".npz")
+BLOCKS, SCALES = "_blocks", "_scales"
+"""Suffixes of the two tensors of bytes that a weight in MXFP4 is stored as."""
 _DTYPES = ("F32", "F16", "BF16")
+_BYTES = "U8"
 _REMEDY = "fetch it again, as it was published"
 
 
@@ -39,7 +42,7 @@ class StoredTensor:
     shape: tuple[int, ...]
 
     def read(self, index: tuple[slice, ...] = ()) -> NDArray[Any]:
-        """Reads the tensor, or a part of it: float32, float16 or bfloat16, as stored.
+        """Reads the tensor, or a part of it: float32, float16, bfloat16 or the bytes of MXFP4, as stored.
 
         Args:
             index: a slice for each of the leading axes; only that part is read.
@@ -133,7 +136,8 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             shapes = {name: tuple(stored.get_shape()) for name, stored in slices.items()}
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from error
-    if foreign := {name: dtype for name, dtype in dtypes.items() if dtype not in _DTYPES}:
+    packed = {name for name, dtype in dtypes.items() if dtype == _BYTES and name.endswith((BLOCKS, SCALES))}
+    if foreign := {name: dtype for name, dtype in dtypes.items() if dtype not in _DTYPES and name not in packed}:
         raise CheckpointError(f"{path} stores tensors in unsupported dtypes: {foreign}; supported: {list(_DTYPES)}")
     return {name: StoredTensor(name, path, shape) for name, shape in shapes.items()}
 

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from engine.attention import FlashAttentionBackend, MeshAttention
 from engine.config import MAX_SLOTS, EngineConfig
 from engine.distributed.mesh import make_mesh
 from engine.errors import ConfigError
 from engine.kv.layout import KVLayout
 from engine.kv.pool import TokenToKVPool
 from engine.kv.split import split_layout
+from engine.layer_groups import LayerGroups
 from engine.memory.manager import CacheManager
 from engine.memory.offload.host_tier import HostTier
 from engine.memory.offload.page_format import PageFormat, PrefixSegment
@@ -34,6 +34,7 @@ from engine.models.model_config import ModelConfig
 from engine.models.sharding import split_config, weight_bytes
 from engine.planning.sizing import PoolPlan, require_page_table, require_room, size_pool
 from engine.serving.device.device_memory import device_memory
+from engine.serving.device.layer_attention import LayerAttention, layer_backends
 from engine.serving.plan.queue import RequestQueue
 from engine.serving.plan.replica import Replica
 from engine.serving.plan.scheduler import Scheduler
@@ -91,11 +92,12 @@ def plan_pool(
     )
     layout = split_layout(whole, tp=config.tp, cp=config.cp, platform=platform)
     longest, devices = context_length(config, model), config.tp * config.cp
+    groups = LayerGroups.of(model.layer_windows)
     require_page_table(config.max_running_requests, longest, config.page_size)
     requests, most_pages = config.max_running_requests // config.dp, MAX_SLOTS // config.page_size - 1
     size = (config.max_total_tokens or 0) // config.dp or size_pool(
         page_size=config.page_size,
-        layers=model.num_hidden_layers,
+        layers=groups.num_buffers,
         token_bytes=layout.bytes_per_token,
         wanted_tokens=min(requests * -(-longest // config.page_size), most_pages) * config.page_size,
         device_bytes=device_bytes,
@@ -107,7 +109,7 @@ def plan_pool(
     plan = PoolPlan(
         size_tokens=size * config.dp,
         page_size=config.page_size,
-        layers=model.num_hidden_layers,
+        layers=groups.num_buffers,
         token_bytes=layout.bytes_per_token,
         context_length=longest,
         devices=devices * config.dp,
@@ -149,10 +151,16 @@ def make_caches(
     """
     policy = None if config.disable_radix_cache else cast(EvictionPolicyName, config.eviction_policy)
     longest, rows = context_length(config, model), config.max_running_requests // config.dp
-    caches = [CacheManager(pool.size, pool.page_size, rows, longest, policy=policy) for _ in range(config.dp)]
+    windows = LayerGroups.of(model.layer_windows).windows
+    # Granted and not computed are the tokens of the step that is planned, and of the one under way.
+    ahead = step_tokens(config) * (2 if config.overlap_steps else 1)
+    caches = [
+        CacheManager(pool.size, pool.page_size, rows, longest, policy=policy, windows=windows, ahead_tokens=ahead)
+        for _ in range(config.dp)
+    ]
     if not config.host_tier_bytes:
         return caches, None
-    page_format = PageFormat(pool.layer_num, dtype=pool.dtype, layout=pool.layout.to_dict())
+    page_format = PageFormat(pool.layer_num, dtype=pool.dtype, layout=pool.layout.to_dict(), windows=windows)
     tier = HostTier(config.host_tier_bytes, page_format)
     for cache in caches:
         cache.attach_host_tier(tier)
@@ -160,7 +168,7 @@ def make_caches(
         return caches, None
     store = PrefixStore(config.prefix_cache_dir, page_format)
     for segment in store.load():
-        tier.put(segment.scope, segment.token_ids, segment.first_page, segment.data)
+        tier.put(segment.scope, segment.token_ids, segment.first_page, segment.data, segment.group)
     return caches, store
 
 
@@ -200,14 +208,6 @@ def at_first_epoch(segment: PrefixSegment) -> PrefixSegment:
     return replace(segment, scope=replace(segment.scope, weights_epoch=0))
 
 
-def make_backend(config: EngineConfig, model: ModelConfig, mesh: Mesh | None) -> FlashAttentionBackend | MeshAttention:
-    """The attention that all layers share, over a mesh where there is one."""
-    backend = FlashAttentionBackend(
-        page_size=config.page_size,
-        num_q_heads=model.num_attention_heads,
-        num_kv_heads=model.num_key_value_heads,
-        head_dim=model.head_dim,
-        sliding_window=model.sliding_window,
-        impl=config.attention_impl,
-    )
-    return backend if mesh is None else MeshAttention.over(backend, mesh)
+def make_attention(config: EngineConfig, model: ModelConfig, mesh: Mesh | None) -> LayerAttention:
+    """The attention of the layers, over a mesh where there is one."""
+    return LayerAttention.of(layer_backends(model, page_size=config.page_size, impl=config.attention_impl), mesh)

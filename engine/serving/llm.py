@@ -21,7 +21,7 @@ from engine.models.replacement import require_replaceable
 from engine.models.sharding import shard_model
 from engine.serving.build import (
     at_first_epoch,
-    make_backend,
+    make_attention,
     make_caches,
     make_pool,
     make_scheduler,
@@ -76,14 +76,14 @@ class LLM:
         use_compile_cache()
         loaded = load_parts(model, options)
         self.config, self._mesh, self.model, self.tokenizer = loaded.config, loaded.mesh, loaded.model, loaded.tokenizer
-        backend = make_backend(self.config, self.model.config, self._mesh)
+        attention = make_attention(self.config, self.model.config, self._mesh)
         self.plan, pool = make_pool(self.config, self.model, self._mesh)
         rows = self.config.max_running_requests // self.config.dp
-        shapes = parcel_shapes(rows, step_tokens(self.config), pool.page_size)
+        shapes = parcel_shapes(rows, step_tokens(self.config), pool.page_size, attention.groups.num_groups)
         self._runner = ModelRunner(
             self.model,
             pool,
-            backend,
+            attention,
             shapes,
             max_pages=-(-self.plan.context_length // pool.page_size),
             moves_pages=self.config.host_tier_bytes > 0,

@@ -76,7 +76,7 @@ def test_every_configured_geometry_compiles(gen, decode):
                     kv_heads=model.num_key_value_heads,
                     head_dim=model.head_dim,
                     page_size=tables["engine"]["page_size"],
-                    window=model.sliding_window,
+                    window=min(filter(None, model.layer_windows), default=None),
                     decode=decode,
                 )
             )

@@ -52,7 +52,7 @@ def test_an_admission_whose_host_load_fails_leaves_no_row_and_no_lock(monkeypatc
         cache.release(compute(cache, each).row, SCOPE, each)
         pool.make_moves()
 
-    def fail(*_):
+    def fail(*_, **__):
         raise Boom
 
     with monkeypatch.context() as patched:

@@ -286,7 +286,7 @@ class ManagerMachine(RuleBasedStateMachine):
     def only_right_contents_are_cached(self):
         if not hasattr(self, "cache"):
             return
-        for scope, tokens, pages in self.cache.prefix.runs():
+        for scope, tokens, pages, _ in self.cache.prefix.runs():
             slots = self.content[pages].reshape(-1, 2)[:, 0]
             np.testing.assert_array_equal(slots, self.right(scope, tokens.tolist())[-slots.size :])
         for segment in self.cache.host_tier.segments() if self.cache.host_tier else ():

@@ -358,7 +358,10 @@ PARTS = {
     ),
     "computed": (Table, lambda t: t.table.mark_computed([t.other], [2])),
     "shorter row": (Table, lambda t: t.table.truncate(t.row, PAGE, np.array([9], np.int32))),
-    "other pages": (Table, lambda t: t.table.replace_pages(t.row, np.array([1]), np.array([9], np.int32))),
+    "other pages": (
+        Table,
+        lambda t: t.table.replace_pages(t.row, *np.array([[0], [1], [9]], np.int32)),
+    ),
     "lock": (Tree, lambda t: t.cache.lock(t.found)),
     "unlock": (Tree, lambda t: t.cache.unlock(t.locked)),
     "record": (Tree, lambda t: t.cache.record(t.found)),

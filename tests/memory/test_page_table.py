@@ -151,7 +151,7 @@ def test_one_new_page_is_not_given_to_two_rows(table):
     refuses(table, ShapeError, lambda: table.append_pages(rows[0], [2, 2]), "begins twice")
 
 
-@pytest.mark.parametrize("pages", [[0], [-1], [4, 7], [2**31], [1.5], [[1]], [7, 3]])
+@pytest.mark.parametrize("pages", [[0], [-1], [4, 7], [2**31], [1.5], [[1], [2]], [7, 3]])
 def test_pages_that_cannot_be_appended_are_refused(table, pages):
     row = table.alloc_row()
     table.append_pages(row, [7])
@@ -185,9 +185,9 @@ def test_a_table_that_cannot_be_is_refused(sizes):
 @pytest.mark.parametrize(
     "harm",
     [
-        lambda table: table._table.__setitem__((1, 1), 0),
-        lambda table: table._table.__setitem__((1, 2), 5),
-        lambda table: table._table.__setitem__((1, 0), -7),
+        lambda table: table._table.__setitem__((1, 0, 1), 0),
+        lambda table: table._table.__setitem__((1, 0, 2), 5),
+        lambda table: table._table.__setitem__((1, 0, 0), -7),
         lambda table: table._granted.__setitem__(1, 9),
         lambda table: table._in_use.__setitem__(1, False),
         lambda table: table._free_rows.append(1),
@@ -275,7 +275,7 @@ def test_every_page_is_told_once_whichever_rows_are_asked_about_in_between(data)
         elif action == "look":
             table.mark_computed(rows, table.kv_lens(rows))
         elif action == "replace" and table.kv_len(int(rows[0])) > 2:
-            table.replace_pages(int(rows[0]), np.array([0]), np.array([next(fresh)], np.int32))
+            table.replace_pages(int(rows[0]), np.array([0]), np.array([0]), np.array([next(fresh)], np.int32))
         elif action == "tell":
             places, pages = table.take_new_pages(rows)
             assert set((places // table.max_pages).tolist()) <= set(rows.tolist())

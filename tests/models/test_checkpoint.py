@@ -78,7 +78,7 @@ def rewrite_config(directory: Path, **changes: Any) -> None:
         replace(CONFIG, tie_word_embeddings=True),
         replace(CONFIG, attention_bias=True),
         replace(CONFIG, model_type="qwen2", attention_bias=True, eos_token_id=()),
-        replace(CONFIG, model_type="mistral", sliding_window=16),
+        replace(CONFIG, model_type="mistral", layer_windows=(16, None)),
     ],
     ids=["untied", "tied", "biases", "qwen2", "mistral"],
 )

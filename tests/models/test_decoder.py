@@ -13,7 +13,7 @@ from random_model import jitted_logits, random_model
 
 from engine.models.decoder import Decoder
 from engine.models.dense import causal_attention, dense_logits
-from engine.models.model_config import ModelConfig
+from engine.models.model_config import AttentionKind, ModelConfig
 
 CONFIG = ModelConfig(
     vocab_size=97,
@@ -49,7 +49,7 @@ def attention_by_loops(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int 
 def test_dense_attention_is_softmax_attention(heads: int, kv_heads: int, window: int | None) -> None:
     rng = np.random.default_rng(heads)
     q, k, v = (rng.normal(size=(11, n, 16)).astype(np.float32) for n in (heads, kv_heads, kv_heads))
-    out = causal_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), sliding_window=window)
+    out = causal_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), None, AttentionKind(0.25, window))
     # float32 sums of 16 products of order 1.
     np.testing.assert_allclose(out, attention_by_loops(q, k, v, window), atol=2e-5)
 
@@ -76,9 +76,9 @@ def test_sequences_of_a_batch_do_not_mix() -> None:
 def test_attend_is_called_once_a_layer_with_the_real_shapes() -> None:
     seen: list[tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = []
 
-    def attend(layer_id: int, q: Array, k: Array, v: Array) -> Array:
+    def attend(layer_id: int, q: Array, k: Array, v: Array, sinks: Array | None) -> Array:
         seen.append((layer_id, q.shape, k.shape, v.shape))
-        return causal_attention(q, k, v)
+        return causal_attention(q, k, v, sinks, CONFIG.layer_attention[layer_id])
 
     hidden = jax.eval_shape(lambda: random_model(CONFIG)(random_tokens(5), jnp.arange(5), attend))
     assert seen == [(layer, (5, 6, 16), (5, 2, 16), (5, 2, 16)) for layer in range(2)]
@@ -89,7 +89,7 @@ def test_positions_reach_keys_and_queries_but_not_values() -> None:
     model, tokens = random_model(CONFIG), random_tokens(4)
     taken: list[list[Array]] = []
 
-    def attend(layer_id: int, q: Array, k: Array, v: Array) -> Array:
+    def attend(layer_id: int, q: Array, k: Array, v: Array, sinks: Array | None) -> Array:
         if layer_id == 0:
             taken.append([q, k, v])
         return q

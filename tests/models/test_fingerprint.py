@@ -80,7 +80,7 @@ def test_weights_of_equal_shape_cannot_change_places(seed):
         {"rope_theta": 5000.0},
         {"rms_norm_eps": 1e-3},
         {"rope_scaling": LinearScaling(factor=8.0)},
-        {"model_type": "mistral", "sliding_window": 16},
+        {"model_type": "mistral", "layer_windows": (16, 16)},
         {"model_type": "mistral"},
         {"max_position_embeddings": 99},
     ],

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hf_models import (
+    GEOMETRY,
+    LINEAR_ROPE,
+    LLAMA3_ROPE,
+    UNLIKE,
+    WINDOW,
+    YARN_ROPE,
+    hf_greedy,
+    hf_logits,
+    hf_model,
+    save,
+    torch,
+    transformers,
+)
 from numpy.typing import NDArray
 from random_model import jitted_logits, random_model
 
@@ -17,33 +30,9 @@ from engine.models.checkpoint import load_config, load_model, save_model
 from engine.models.model_config import ModelConfig
 from engine.models.rotary import inverse_frequencies
 
-with warnings.catch_warnings():
-    # Both warn of their own dependencies while they are imported.
-    warnings.simplefilter("ignore")
-    torch = pytest.importorskip("torch", reason="torch is not installed (the extra 'hf')")
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed (the extra 'hf')")
-
 # Their deprecations are not ours to fix, and the suite turns warnings into errors.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-GEOMETRY = {
-    "vocab_size": 211,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "tied": ("Llama", {"tie_word_embeddings": True}),
@@ -54,42 +43,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "other theta": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
     "qwen2": ("Qwen2", {}),
     "mistral": ("Mistral", {"sliding_window": None}),
-    "mistral, window": ("Mistral", {"sliding_window": 7}),
+    "mistral, window": ("Mistral", {"sliding_window": WINDOW}),
+    "llama, yarn": ("Llama", {"rope_parameters": YARN_ROPE}),
+    "qwen2, yarn with a factor of its own": ("Qwen2", {"rope_parameters": YARN_ROPE | {"attention_factor": 0.9}}),
+    "llama, yarn by mscale": ("Llama", {"rope_parameters": YARN_ROPE | {"mscale": 0.7, "mscale_all_dim": 1.3}}),
+    **UNLIKE,
 }
 PROMPT_TOKENS, NEW_TOKENS = 40, 12
-
-
-def hf_model(family: str, settings: dict[str, Any]) -> Any:
-    """Returns a random model of transformers whose norms and biases are random too."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**GEOMETRY | settings, attn_implementation="eager")
-    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-            else:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    return model
-
-
-def hf_logits(model: Any, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-    with torch.no_grad():
-        return np.asarray(model(torch.from_numpy(tokens)[None]).logits[0])
-
-
-def hf_greedy(model: Any, tokens: NDArray[np.int64]) -> list[int]:
-    prompt = torch.from_numpy(tokens)[None]
-    with torch.no_grad():
-        out = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    return [int(token) for token in out[0, len(tokens) :]]
 
 
 def our_greedy(directory: Path, tokens: NDArray[np.int64]) -> list[int]:
@@ -109,12 +69,12 @@ def random_prompt() -> NDArray[np.int64]:
 @pytest.mark.parametrize("case", CASES)
 def test_a_checkpoint_of_transformers_gives_the_same_logits_and_greedy_tokens(tmp_path: Path, case: str) -> None:
     model = hf_model(*CASES[case])
-    model.save_pretrained(tmp_path)
+    save(model, tmp_path)
     tokens = random_prompt()
     ours = np.asarray(jitted_logits(load_model(tmp_path, dtype="float32"), tokens.astype(np.int32)))
     # The bar of the whole subsystem in float32; the logits' spread here is of order 1.
     np.testing.assert_allclose(ours, hf_logits(model, tokens), atol=1e-4, rtol=0)
-    assert our_greedy(tmp_path, tokens) == hf_greedy(model, tokens)
+    assert our_greedy(tmp_path, tokens) == hf_greedy(model, tokens, NEW_TOKENS)
 
 
 def test_a_sharded_checkpoint_of_transformers_gives_the_same_logits(tmp_path: Path) -> None:
@@ -128,7 +88,7 @@ def test_a_sharded_checkpoint_of_transformers_gives_the_same_logits(tmp_path: Pa
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"model_type": "qwen2", "attention_bias": True}, {"model_type": "mistral", "sliding_window": 7}],
+    [{}, {"model_type": "qwen2", "attention_bias": True}, {"model_type": "mistral", "layer_windows": (7, 7)}],
     ids=["llama", "qwen2", "mistral"],
 )
 def test_transformers_reads_what_is_saved_here(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -159,7 +119,7 @@ def test_what_a_config_leaves_out_is_what_transformers_assumes(family: str, left
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.eos_token_id == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
-    assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+    assert set(ours.layer_windows) == {getattr(theirs, "sliding_window", None)}
     assert ours.attention_bias == (family == "Qwen2")
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
 
@@ -179,7 +139,7 @@ def test_what_a_config_leaves_out_is_what_transformers_assumes(family: str, left
 def test_every_spelling_of_rope_gives_the_frequencies_of_transformers(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = {"model_type": "llama", **GEOMETRY, **changes}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    theirs = transformers.models.decoder.modeling_llama.LlamaRotaryEmbedding(
+    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(
         transformers.AutoConfig.from_pretrained(tmp_path)
     )
     ours = load_config(tmp_path)

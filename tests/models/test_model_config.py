@@ -139,7 +139,8 @@ def test_what_a_config_leaves_out_is_the_architectures_own(
     config = ModelConfig.from_hf({"model_type": model_type, **given, "num_attention_heads": heads})
     assert (config.eos_token_id, config.bos_token_id) == (eos, bos)
     assert (config.rms_norm_eps, config.max_position_embeddings, config.rope_theta) == (eps, context, 1e4)
-    assert (config.num_key_value_heads, config.head_dim, config.sliding_window) == (kv_heads, 256 // heads, window)
+    assert (config.num_key_value_heads, config.head_dim) == (kv_heads, 256 // heads)
+    assert config.layer_windows == (window, window)
     assert not config.tie_word_embeddings
 
 
@@ -160,7 +161,6 @@ def test_linear_scaling_is_read() -> None:
         ({"hidden_act": "gelu"}, "gelu"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
         ({"rope_scaling": {"rope_type": "llama3", **LLAMA3_RULE, "low_freq_factor": 4.0}}, "low_freq_factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
@@ -231,7 +231,7 @@ def test_qwen2_has_biases_on_q_k_v_alone_and_llama_on_all_four() -> None:
 def test_the_sliding_window_is_the_one_that_the_architecture_applies(
     changes: dict[str, Any], window: int | None
 ) -> None:
-    assert ModelConfig.from_hf(hf_config(**changes)).sliding_window == window
+    assert ModelConfig.from_hf(hf_config(**changes)).layer_windows == (window, window)
 
 
 @pytest.mark.parametrize(
@@ -245,14 +245,13 @@ def test_the_sliding_window_is_the_one_that_the_architecture_applies(
     ],
 )
 def test_layer_types_of_a_mistral_say_whether_it_has_its_window(changes: dict[str, Any], window: int | None) -> None:
-    assert ModelConfig.from_hf(hf_config(model_type="mistral") | changes).sliding_window == window
+    assert ModelConfig.from_hf(hf_config(model_type="mistral") | changes).layer_windows == (window, window)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize(
     "kinds",
     [
-        ["full_attention", "sliding_attention"],
         ["full_attention"],
         ["full_attention", "chunked_attention"],
         ["full_attention", 1],
@@ -261,7 +260,7 @@ def test_layer_types_of_a_mistral_say_whether_it_has_its_window(changes: dict[st
     ],
     ids=str,
 )
-def test_layer_types_that_are_not_alike_or_not_known_are_refused(model_type: str, kinds: Any) -> None:
+def test_layer_types_that_are_not_known_or_not_one_a_layer_are_refused(model_type: str, kinds: Any) -> None:
     config = hf_config(model_type=model_type, layer_types=kinds, sliding_window=64, use_sliding_window=True)
     with pytest.raises(ConfigError, match="layer_types"):
         ModelConfig.from_hf(config)
@@ -272,12 +271,6 @@ def test_a_window_that_layer_types_ask_for_must_be_there() -> None:
         kinds = ["sliding_attention"] * 2
         with pytest.raises(ConfigError, match="layer_types"):
             ModelConfig.from_hf(hf_config(model_type=model_type, layer_types=kinds, sliding_window=window))
-
-
-def test_a_window_in_some_layers_only_is_refused() -> None:
-    mixed = hf_config(model_type="qwen2", sliding_window=128, use_sliding_window=True, max_window_layers=1)
-    with pytest.raises(ConfigError, match="layer_types"):
-        ModelConfig.from_hf(mixed)
 
 
 @pytest.mark.parametrize(

@@ -279,7 +279,7 @@ def test_a_bad_option_is_refused(llama, options, message):
 
 
 def test_a_model_with_a_sliding_window_equals_dense():
-    llama = make_llama(model_type="mistral", sliding_window=9)
+    llama = make_llama(model_type="mistral", layer_windows=(9, 9))
     outputs = small_llm(llama).generate(
         random_prompts([1, 8, 50, 90], 3), SamplingParams(max_new_tokens=5), return_logits=True
     )

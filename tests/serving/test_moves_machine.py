@@ -298,7 +298,7 @@ class MovesMachine(RuleBasedStateMachine):
         if not hasattr(self, "caches"):
             return
         for index, cache in enumerate(self.caches):
-            for scope, tokens, pages in cache.prefix.runs():
+            for scope, tokens, pages, _ in cache.prefix.runs():
                 self.check_content(scope, tokens, self.runner.content[index][pages])
         for segment in self.tier.segments() if self.tier else ():
             self.check_content(segment.scope, segment.token_ids, segment.data)

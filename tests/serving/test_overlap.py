@@ -256,7 +256,7 @@ def check_device_rows(llm, step):
     for row in part.req_pool_idx[live].tolist():
         # A row that has taken cached pages for its own at a commit tells the device with its next step.
         told = llm.cache.page_table._told[row]
-        np.testing.assert_array_equal(table[row, :told], llm.cache.page_table.row_pages(row)[:told])
+        np.testing.assert_array_equal(table[row, 0, :told], llm.cache.page_table.row_pages(row)[:told])
 
 
 def test_the_host_does_not_change_a_parcel_after_it_is_sent(llm, dense_greedy, monkeypatch):

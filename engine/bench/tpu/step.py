@@ -14,7 +14,6 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from engine.attention import FlashAttentionBackend, MeshAttention
 from engine.bench.tpu.hlo import aliases, collectives, kernel_vmem_bytes, launches, moves_of_at_least
 from engine.distributed.mesh import DATA_AXIS, TENSOR_AXIS, make_mesh, named
 from engine.distributed.placement import Placement
@@ -25,6 +24,7 @@ from engine.models.model_config import ModelConfig
 from engine.models.sharding import abstract_model, split_config, weight_bytes
 from engine.serving.device.batcher import parcel_shapes
 from engine.serving.device.device_rows import DeviceRows
+from engine.serving.device.layer_attention import LayerAttention, layer_backends
 from engine.serving.device.runner import forward_step
 
 DTYPE = jnp.bfloat16
@@ -87,30 +87,29 @@ def compile_step_on(
 ) -> dict[str, Any]:
     """Like ``compile_step``, over a mesh or on the first of some devices; ``platform`` is "tpu" or "gpu"."""
     tp, dp = (1, 1) if mesh is None else (mesh.shape.get(TENSOR_AXIS, 1), mesh.shape.get(DATA_AXIS, 1))
-    config = dataclasses.replace(split_config(ModelConfig.from_mapping(model), tp), num_hidden_layers=layers)
+    whole = split_config(ModelConfig.from_mapping(model), tp)
+    config = dataclasses.replace(whole, num_hidden_layers=layers, layer_windows=whole.layer_windows[:layers])
     place = _Places(mesh, devices[0], platform)
-    llama, pool = place.model(config), place.pool(config, pool_tokens, page_size)
-    backend: Any = FlashAttentionBackend(
-        page_size=page_size,
-        num_q_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        sliding_window=config.sliding_window,
-        impl=platform,
-    )
-    backend = backend if mesh is None else MeshAttention.over(backend, mesh)
+    attention = LayerAttention.of(layer_backends(config, page_size=page_size, impl=platform), mesh)
+    groups = attention.groups
+    llama, pool = place.model(config), place.pool(config, groups.num_buffers, pool_tokens, page_size)
     graph, weights = nnx.split(llama)
     pages = -(-context // page_size)
-    shape = parcel_shapes(rows, tokens, page_size)[-1]
+    shape = parcel_shapes(rows, tokens, page_size, groups.num_groups)[-1]
     leaves, structure = jax.tree.flatten(weights)
     donated = (1, 2)
-    step = partial(forward_step, graph, structure, backend, Placement(mesh), shape)
-    arguments = (leaves, pool, place.rows(dp * rows, pages), place.by_replica((dp * shape.packed_size,)))
+    step = partial(forward_step, graph, structure, attention, Placement(mesh), shape)
+    arguments = (
+        leaves,
+        pool,
+        place.rows(dp * rows, groups.num_groups, pages),
+        place.by_replica((dp * shape.packed_size,)),
+    )
     with jax.sharding.use_abstract_mesh((mesh or Mesh(np.array(devices[:1]), ("x",))).abstract_mesh):
         compiled = jax.jit(step, donate_argnums=donated).lower(*arguments).compile()
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
-    layer_bytes = pool.device_bytes // layers
+    layer_bytes = pool.device_bytes // pool.layer_num
     return {
         "weight bytes": weight_bytes(llama),
         "pool bytes": pool.device_bytes,
@@ -144,9 +143,9 @@ class _Places:
             nnx.update(llama, jax.tree.map(self._on, nnx.state(llama)))
         return llama
 
-    def pool(self, config: ModelConfig, size: int, page_size: int) -> TokenToKVPool:
+    def pool(self, config: ModelConfig, layers: int, size: int, page_size: int) -> TokenToKVPool:
         def make() -> TokenToKVPool:
-            heads, layers = config.num_key_value_heads, config.num_hidden_layers
+            heads = config.num_key_value_heads
             return TokenToKVPool(
                 size, page_size, DTYPE, heads, config.head_dim, layers, self.mesh, platform=self.platform
             )  # fmt: skip
@@ -163,7 +162,7 @@ class _Places:
     def by_replica(self, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         return self._on(jax.ShapeDtypeStruct(shape, np.int32), DATA_AXIS)
 
-    def rows(self, rows: int, pages: int) -> DeviceRows:
-        empty = jax.eval_shape(partial(DeviceRows.empty, rows, pages))
+    def rows(self, rows: int, groups: int, pages: int) -> DeviceRows:
+        empty = jax.eval_shape(partial(DeviceRows.empty, rows, groups, pages))
         placed: DeviceRows = jax.tree.map(lambda array: self.by_replica(array.shape), empty)
         return placed

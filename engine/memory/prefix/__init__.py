@@ -4,12 +4,14 @@ It knows scopes, tokens and page ids; it never knows a request or a page-table r
 
     cache       RadixCache: match, lock, insert, advance, evict; holds a reference to each page that it keeps
     null_cache  NullPrefixCache: a RadixCache that keeps nothing
+    entry_pages the pages of every group by entry, and the order in which those of windows are evicted
     match       what goes in and out: matches, evicted pages, checked arguments
     tree        the nodes, the radix tree of one scope, and the forest that makes every change of a node
     eviction    in which order nodes are evicted
 """
 
 from engine.memory.prefix.cache import EvictionPolicyName, RadixCache
+from engine.memory.prefix.entry_pages import longest_hit, pages_seen, runs_of
 from engine.memory.prefix.match import EvictedPages, PrefixMatch, checked_scope, token_vector
 from engine.memory.prefix.null_cache import NullPrefixCache
 
@@ -20,5 +22,8 @@ __all__ = [
     "PrefixMatch",
     "RadixCache",
     "checked_scope",
+    "longest_hit",
+    "pages_seen",
+    "runs_of",
     "token_vector",
 ]

@@ -14,7 +14,8 @@ A request's way:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import numpy as np
@@ -23,10 +24,12 @@ import numpy.typing as npt
 from engine.errors import ConfigError, DoubleFreeError, IntegrityError, ShapeError
 from engine.memory.integers import Bool, Int32, priority_level, read_only, whole_number
 from engine.memory.pages import NO_PAGES, PagedTokenToKVPoolAllocator, PageIds
+from engine.memory.prefix.entry_pages import EntryPages, IdlePages, runs_of
 from engine.memory.prefix.match import (
     EvictedPages,
     PrefixMatch,
     checked_scope,
+    joined_runs,
     token_vector,
     whole_pages,
 )
@@ -35,8 +38,35 @@ from engine.memory.scope import CacheScope
 
 EvictionPolicyName = Literal["lru", "lfu", "priority"]
 
-# What an insertion changed: a node, its tokens and pages before, and the tokens of the child that it got.
-Insertion = tuple[RadixNode, Int32, Int32, Int32]
+
+@dataclass
+class Insertion:
+    """What an insertion changed.
+
+    Attributes:
+        nodes: nodes, each with its tokens and entries before, and the tokens of the child that it got.
+        adopted: where entries are kept, entries ``[n]``, and the pages that they got, ``[groups, n]``.
+    """
+
+    nodes: list[tuple[RadixNode, Int32, Int32, Int32]] = field(default_factory=list)
+    adopted: list[tuple[EntryPages, Int32, Int32]] = field(default_factory=list)
+
+
+@dataclass
+class Eviction:
+    """What an eviction has taken out.
+
+    Attributes:
+        pages: the pages, int32, in runs.
+        cut: leaves, each with its tokens and entries before.
+        emptied: where entries are kept, entries ``[n]``, and the pages that they had, ``[groups, n]``.
+        told: what the cache's owner is told.
+    """
+
+    pages: list[Int32] = field(default_factory=list)
+    cut: list[tuple[RadixNode, Int32, Int32]] = field(default_factory=list)
+    emptied: list[tuple[EntryPages, Int32, Int32]] = field(default_factory=list)
+    told: list[EvictedPages] = field(default_factory=list)
 
 
 class RadixCache:
@@ -49,6 +79,12 @@ class RadixCache:
     A page is *protected* while a locked handle covers it, else *evictable*. Evicting a page that a running request
     also holds frees nothing, so a request that holds cached pages keeps them locked.
 
+    With several groups of layers the trees are made of entries, which have a page in each group (``EntryPages``). A
+    lock covers the entries and their pages of full attention. Pages of windows are protected while a request holds
+    them: whoever takes or gives back references to them says so with ``note_holders``. They are evicted by an order of
+    their own: cold ones first, then, by level and last use, warm ones or the ends of sequences. With the end of a
+    sequence go its pages of all groups.
+
     A call that raises has changed nothing: it takes back the facts that it changed, and the forest derives the rest
     anew (see ``PrefixForest``).
 
@@ -58,8 +94,10 @@ class RadixCache:
         policy: which pages are evicted first. "lru": those unused for longest. "lfu": those hit least (counted up to
             255), of equals the least recently used. "priority": those inserted with the lowest priority, likewise.
             A use of a page is a use of the prefix before it.
+        windows: of each group of layers, the tokens that a query sees, itself included; None is all before it.
         on_evict: called with pages just before they are released, so that their contents can be saved; not with pages
-            that have become unreachable. An error in it comes out of ``evict``, which is complete by then.
+            that have become unreachable, and not with cold ones. An error in it comes out of ``evict``, which is
+            complete by then.
 
     Attributes:
         query_tokens, hit_tokens: tokens that recorded matches asked for and found.
@@ -75,6 +113,7 @@ class RadixCache:
         page_size: int,
         *,
         policy: EvictionPolicyName = "lru",
+        windows: Sequence[int | None] = (None,),
         on_evict: Callable[[list[EvictedPages]], None] | None = None,
     ) -> None:
         if policy not in get_args(EvictionPolicyName):
@@ -97,6 +136,7 @@ class RadixCache:
         self.query_tokens = 0
         self.hit_tokens = 0
         self.evicted_pages = 0
+        self.windows = tuple(windows)
         self._pool = allocator.pages
         self._on_evict = on_evict
         self._start_with(PrefixForest(page_size))
@@ -104,22 +144,28 @@ class RadixCache:
     def _start_with(self, forest: PrefixForest) -> None:
         is_cached: Bool = np.zeros(self._pool.num_pages + 2, np.bool_)  # the last entry is no page's
         self._locked: dict[PrefixMatch, None] = {}  # the matches that hold locks
-        self._forest, self._is_cached = forest, is_cached
+        # None where an entry is just a page.
+        groups = None if self.windows == (None,) else EntryPages(self.windows, self.page_size, self._pool)
+        self._forest, self._is_cached, self._groups = forest, is_cached, groups
 
     @property
     def evictable_pages(self) -> int:
         """Cached pages that ``evict`` could release now."""
-        return self._forest.evictable
+        groups = self._groups
+        return (
+            self._forest.evictable if groups is None else self._forest.evictable * groups.num_full + groups.idle_pages
+        )
 
     @property
     def protected_pages(self) -> int:
-        """Cached pages under a lock."""
-        return self._forest.protected
+        """Cached pages under a lock, or pages of windows that requests hold."""
+        return self.cached_pages - self.evictable_pages
 
     @property
     def cached_pages(self) -> int:
         """Pages that the cache holds, evictable and protected."""
-        return self._forest.evictable + self._forest.protected
+        entries, groups = self._forest.evictable + self._forest.protected, self._groups
+        return entries if groups is None else entries * groups.num_full + groups.window_pages
 
     def is_cached(self, pages: npt.ArrayLike) -> Bool:
         """Which of some pages of the pool the cache holds; bool ``[n]``.
@@ -132,15 +178,33 @@ class RadixCache:
 
     def pages(self) -> PageIds:
         """Every cached page; ``[cached_pages]``, in no promised order, a fresh array."""
-        runs = [node.pages for tree in self._forest.trees() for node in tree.nodes()]
-        return PageIds(np.concatenate([NO_PAGES, *runs]))
+        entries = self._entries()
+        return PageIds(entries if self._groups is None else self._groups.pages(entries))
 
-    def runs(self) -> Iterator[tuple[CacheScope, Int32, Int32]]:
-        """Every page that can be found, as ``PrefixForest.runs``; nothing may change in the meantime."""
-        return self._forest.runs()
+    def pages_of(self, match: PrefixMatch) -> Int32:
+        """The pages of a match by group, int32 ``[groups, n]``; 0 where a group with a window has none."""
+        return match.pages[None] if self._groups is None else self._groups.of(match.pages)
+
+    def runs(self) -> Iterator[tuple[CacheScope, Int32, Int32, int]]:
+        """Every page that can be found, as ``PrefixForest.runs``, by group; nothing may change in the meantime.
+
+        Yields:
+            The run's scope; the tokens from the start of the sequence to the run's end, int32; its pages of one group,
+            int32; the group.
+        """
+        for scope, tokens, entries in self._forest.runs():
+            if self._groups is None:
+                yield scope, tokens, entries, 0
+                continue
+            before = tokens.size // self.page_size - entries.size
+            for group, pages in enumerate(self._groups.of(entries)):
+                for start, stop in runs_of(pages):
+                    yield scope, tokens[: (before + stop) * self.page_size], pages[start:stop], group
 
     def match(self, scope: CacheScope, token_ids: npt.ArrayLike, *, whole: bool = False) -> PrefixMatch:
-        """Finds the longest cached prefix in whole pages.
+        """Finds the longest cached prefix in whole pages, after which a request can go on.
+
+        With windows that is where each group has the last pages that the next token sees.
 
         The last token does not count, so that one is left to compute: of 2 pages of tokens the first page is found.
         Changes nothing: neither the order of eviction nor a counter. The next call may evict what was found, unless it
@@ -155,6 +219,11 @@ class RadixCache:
             ConfigError: ``scope`` is not a CacheScope.
             ShapeError: ``token_ids`` is not a vector of integers within int32.
         """
+        found = self.match_entries(scope, token_ids, whole=whole)
+        return found if self._groups is None else self.beginning(found, self._groups.hit_length(found.pages))
+
+    def match_entries(self, scope: CacheScope, token_ids: npt.ArrayLike, *, whole: bool = False) -> PrefixMatch:
+        """As ``match``, whatever pages of windows there are: a request cannot always go on after it."""
         tokens = token_vector(token_ids)
         tree = self._forest.find(checked_scope(scope))
         if tree is None:
@@ -163,6 +232,21 @@ class RadixCache:
         walk = tree.walk(tokens[: most * self.page_size])
         pages = PageIds(joined(walk.runs)) if walk.runs else NO_PAGES
         return PrefixMatch(pages, walk.num_pages * self.page_size, tokens.size, self._forest, walk.node)
+
+    def beginning(self, match: PrefixMatch, num_pages: int) -> PrefixMatch:
+        """The first pages of a match, as a match that is not locked; the match itself where it has no more."""
+        if num_pages >= match.pages.size:
+            return match
+        pages, tokens = PageIds(match.pages[:num_pages]), num_pages * self.page_size
+        return PrefixMatch(pages, tokens, match.num_queried, match.owner, match.node)
+
+    def note_holders(self, pages: Int32) -> None:
+        """Notes that requests have taken or given back references to some pages, of any group.
+
+        What no request holds any more counts as used just now.
+        """
+        if self._groups is not None and pages.size:
+            self._groups.refresh(self._groups.entries_of(pages), self._forest.tick())
 
     def lock(self, match: PrefixMatch) -> None:
         """Protects the pages of a match from eviction, once more if they are already; undone by ``unlock``.
@@ -181,7 +265,7 @@ class RadixCache:
             if node is not None:
                 self._forest.lock(node)
         except BaseException:
-            self._undo({match: locks}, [])
+            self._undo({match: locks}, Insertion())
             raise
 
     def unlock(self, match: PrefixMatch) -> None:
@@ -195,7 +279,7 @@ class RadixCache:
         try:
             self._unlock(match)
         except BaseException:
-            self._undo({match: locks}, [])
+            self._undo({match: locks}, Insertion())
             raise
 
     def record(self, match: PrefixMatch) -> None:
@@ -209,6 +293,8 @@ class RadixCache:
             node = self._settle(match, found)
             if node is not None and not node.tree.order.is_retired:
                 self._forest.use(node, counts_hit=self.policy == "lfu")
+                if self._groups is not None:
+                    self._groups.use(self._last_seen(match.pages), node.level)
             self.query_tokens, self.hit_tokens = before[0] + match.num_queried, before[1] + match.num_tokens
         except BaseException:
             self.query_tokens, self.hit_tokens = before
@@ -225,7 +311,9 @@ class RadixCache:
         Args:
             scope: scope in which the pages were computed.
             token_ids: int32 ``[n]``.
-            pages: int32 ``[n // page_size]``, held by the caller, in the order of the tokens.
+            pages: int32 ``[n // page_size]``, held by the caller, in the order of the tokens; of several groups
+                ``[groups, n // page_size]``, 0 where a window has left a page behind. Of pages of tokens that are
+                cached already the cache takes those of windows that it lacks.
             priority: higher stays longer; only the policy "priority" reads it.
 
         Returns:
@@ -237,9 +325,9 @@ class RadixCache:
                 already as something else.
         """
         self.caller.enter()
-        tokens, page_ids = whole_pages(token_ids, pages, self.page_size)
+        tokens, page_ids = self._whole_pages(token_ids, pages)
         level = priority_level(priority)
-        done: list[Insertion] = []
+        done = Insertion()
         if not self._accepts(scope):
             return 0
         try:
@@ -279,14 +367,14 @@ class RadixCache:
             DoubleFreeError: as for ``unlock``.
         """
         self._require_locked(match)
-        tokens, page_ids = whole_pages(token_ids, pages, self.page_size)
+        tokens, page_ids = self._whole_pages(token_ids, pages)
         level, before = priority_level(priority), {match: match.locks}
-        done: list[Insertion] = []
+        done = Insertion()
         if not self._accepts(scope):
             return match
         try:
-            runs, known, node = self._enter(scope, tokens, page_ids, level, match, done)
-            cached = PageIds(joined([*runs, page_ids[known:]]))
+            entries, _, node = self._enter(scope, tokens, page_ids, level, match, done)
+            cached = PageIds(entries)
             held = PrefixMatch(cached, tokens.size, tokens.size, self._forest, node)
             before[held] = 0
             self._forest.move_lock(match.node, node)
@@ -332,7 +420,7 @@ class RadixCache:
             self._unlock(match)
             return held
         except BaseException:
-            self._undo(before, [])
+            self._undo(before, Insertion())
             raise
 
     def finish(
@@ -353,12 +441,14 @@ class RadixCache:
             DoubleFreeError: as for ``unlock``.
         """
         self._require_locked(match)
-        tokens, page_ids = whole_pages(token_ids, pages, self.page_size)
+        tokens, page_ids = self._whole_pages(token_ids, pages)
         level, locks = priority_level(priority), match.locks
-        done: list[Insertion] = []
+        done = Insertion()
         try:
             if self._accepts(scope):
-                self._enter(scope, tokens, page_ids, level, match, done)
+                entries, _, node = self._enter(scope, tokens, page_ids, level, match, done)
+                if self._groups is not None and node is not None:
+                    self._groups.end_at(self._last_seen(entries), node.level)
             self._unlock(match)
         except BaseException:
             self._undo({match: locks}, done)
@@ -370,7 +460,8 @@ class RadixCache:
         The cost per page is constant, however much is cached. Pages that a weights epoch has invalidated go first.
 
         Args:
-            num_pages: how many to release; all evictable ones where there are fewer.
+            num_pages: how many to release; all evictable ones where there are fewer. With several groups it may be some
+                more, because the pages of the end of a sequence go together.
 
         Returns:
             How many were released. They are free now, except where they have another holder.
@@ -381,35 +472,26 @@ class RadixCache:
         self.caller.enter()
         if type(num_pages) is not int or num_pages < 0:
             num_pages = whole_number("cannot evict: num_pages", num_pages)
-        forest = self._forest
-        wanted = left = min(num_pages, forest.evictable)
-        evicted, is_told = self.evicted_pages + wanted, False
-        runs: list[Int32] = []
-        told: list[EvictedPages] = []
-        cut: list[tuple[RadixNode, Int32, Int32]] = []  # each leaf with what it had
+        left, before, is_told = min(num_pages, self.evictable_pages), self.evicted_pages, False
+        done = Eviction()
         try:
-            while left:
-                leaf = forest.oldest()
-                count = min(left, leaf.pages.size)
-                prefix = None if self._on_evict is None or leaf.tree.order.is_retired else leaf.tree.prefix_tokens(leaf)
-                cut.append((leaf, leaf.tokens, leaf.pages))
-                runs.append(forest.cut(leaf, count))
-                if prefix is not None:
-                    first, pages = prefix.size // self.page_size - count, PageIds(read_only(runs[-1].copy()))
-                    told.append(EvictedPages(leaf.tree.scope, read_only(prefix), first, pages))
-                left -= count
+            while left > 0:
+                left -= self._evict_next(left, done)
+            evicted = sum([run.size for run in done.pages])
             is_told = True  # from here on the change is completed even where something raises
-            if self._on_evict is not None and told:
-                self._on_evict(told)
-            self._give_back(runs)
-            self.evicted_pages = evicted
-            return wanted
+            if self._on_evict is not None and done.told:
+                self._on_evict(joined_runs(done.told))
+            self._give_back(done.pages)
+            self.evicted_pages = before + evicted
+            return evicted
         except BaseException:
             if is_told:
-                self.evicted_pages = evicted
+                self.evicted_pages = before + evicted
             else:
-                for leaf, tokens, leaf_pages in reversed(cut):
-                    forest.put_back(leaf, tokens, leaf_pages)
+                for leaf, tokens, entries in reversed(done.cut):
+                    self._forest.put_back(leaf, tokens, entries)
+                for groups, entries, pages in done.emptied:
+                    groups.restore(entries, pages)
             self._mend()
             raise
 
@@ -467,6 +549,8 @@ class RadixCache:
         """
         self._forest.check_integrity()
         self._pool.check_integrity()
+        if self._groups is not None:
+            self._groups.check_integrity(self._entries())
         times = np.bincount(self.pages(), minlength=self._is_cached.size)
         held = self._pool.ref_count(np.arange(times.size - 1)) > 0
         wrong = times != self._is_cached
@@ -483,57 +567,157 @@ class RadixCache:
         """Whether entries of a scope may be added; raises ConfigError where it is not a scope."""
         return self._forest.accepts(checked_scope(scope))
 
+    def _whole_pages(self, token_ids: npt.ArrayLike, pages: npt.ArrayLike) -> tuple[Int32, Int32]:
+        """The tokens of whole pages, and the pages, int32 ``[groups, n]``; raises ShapeError where they do not fit."""
+        return whole_pages(token_ids, pages, self.page_size, self.windows)
+
+    def _entries(self) -> Int32:
+        """Every entry of every tree, int32 ``[n]``."""
+        return np.concatenate([NO_PAGES, *(node.pages for tree in self._forest.trees() for node in tree.nodes())])
+
+    def _last_seen(self, entries: Int32) -> Int32:
+        """The last entries that a token after them sees through the largest window."""
+        return entries[max(0, entries.size - max(self._groups.needed, default=0)) :] if self._groups else NO_PAGES
+
     def _enter(
         self,
         scope: CacheScope,
         tokens: Int32,
-        page_ids: PageIds,
+        pages: Int32,
         priority: int,
         after: PrefixMatch | None,
-        done: list[Insertion],
-    ) -> tuple[list[Int32], int, RadixNode | None]:
-        """Inserts whole pages.
+        done: Insertion,
+    ) -> tuple[Int32, int, RadixNode | None]:
+        """Inserts whole pages, ``[groups, n]``.
 
         The search begins where ``after``, a locked match of the beginning, ends. A node that it alone keeps is
         lengthened under its lock: a sequence that grows by chunks is one node. ``done`` gets what ``_undo`` needs.
 
         Returns:
-            The pages that were cached already, int32, in runs; how many they are; the node at the end of all pages.
+            The entries of all pages, int32 ``[n]``; how many were cached already; the node at their end.
         """
         level = priority if self.policy == "priority" else 0
-        forest = self._forest
+        forest, count = self._forest, pages.shape[1]
         tree, start = forest.find(scope), None
         if tree is None:
-            if not page_ids.size:
-                return [], 0, None
+            if not count:
+                return NO_PAGES, 0, None
             tree = forest.plant(scope)
         elif after is not None and after.node is not None:
             start = tree.resume(after.node, after.num_tokens // self.page_size, tokens)
         walk = tree.walk(tokens, start)
         known, end = walk.num_pages, walk.node
-        if known < page_ids.size:
-            fresh, rest = page_ids[known:], tokens[known * self.page_size :]
-            self._keep(fresh)
+        runs = walk.runs if start is None or after is None else [after.pages, *walk.runs]
+        if known < count:
+            fresh, rest = self._fresh_entries(pages[:, known:]), tokens[known * self.page_size :]
+            self._keep(pages[:, known:])
             end = forest.ending_at(end, known)
             if end is start and end.may_extend(level):
-                done.append((end, end.tokens, end.pages, NO_PAGES))
+                done.nodes.append((end, end.tokens, end.pages, NO_PAGES))
                 forest.extend(end, rest, fresh)
             else:
-                done.append((end, end.tokens, end.pages, rest))
+                done.nodes.append((end, end.tokens, end.pages, rest))
                 end = forest.attach(end, rest, fresh, level)
+            runs = [*runs, fresh]
         else:
             end = forest.ending_at(end, known)  # what lies beyond was not used
+        entries = joined(runs) if runs else NO_PAGES
+        if self._groups is not None:
+            self._adopt(entries, pages, known, end, done)
         # A leaf just attached to ``start``, which is the root or locked with all above it, stands in order already.
         if start is None or walk.node is not start or self.policy == "priority":
             forest.use(end, least_level=level)
-        return walk.runs if start is None or after is None else [after.pages, *walk.runs], known, end
+        return entries, known, end
 
-    def _keep(self, pages: Int32) -> None:
-        """Takes a reference of pages that are to be cached.
+    def _fresh_entries(self, pages: Int32) -> Int32:
+        """Entries for pages, ``[groups, n]``, that are not cached."""
+        return pages[0] if self._groups is None else self._groups.new_entries(pages)
+
+    def _adopt(self, entries: Int32, pages: Int32, known: int, end: RadixNode, done: Insertion) -> None:
+        """Gives entries the pages that they lack: the fresh ones after the first ``known`` all, which are kept."""
+        groups = self._groups
+        if groups is None:
+            return
+        had = np.flatnonzero(pages[groups.windowed, :known].any(axis=0))
+        first = int(had[0]) if had.size else known
+        lacking = groups.missing(entries[first:known], pages[:, first:known])
+        new = np.concatenate([lacking, pages[:, known:]], axis=1)
+        done.adopted.append((groups, entries[first:], new))
+        if lacking.any():
+            self._keep(lacking)
+        groups.put(entries[first:], new, end, first)
+        groups.refresh(entries[first:], self._forest.tick())
+
+    def _evict_next(self, wanted: int, done: Eviction) -> int:
+        """Takes out the idle window pages, or the end of the leaf, that are evicted next.
+
+        Args:
+            wanted: how many pages to take, more only where they go together.
+            done: gets the pages and what an undo needs.
+
+        Returns:
+            How many pages that no request holds.
+        """
+        groups, forest = self._groups, self._forest
+        idle = None if groups is None else groups.next_windows()
+        leaf = forest.oldest() if forest.evictable and (groups is None or groups.num_full) else None
+        if groups is not None and idle is not None and (leaf is None or _goes_before(idle, leaf)):
+            entry, entries = idle.entry, np.array([idle.entry], np.int32)
+            done.emptied.append((groups, entries, groups.of(entries)))
+            pages = groups.take_windows(entry)
+            done.pages.append(pages[pages > 0])
+            if idle.is_warm and self._on_evict is not None:
+                done.told += self._window_pages_told(entry, pages)
+            return idle.num_pages
+        leaf = leaf or forest.oldest()
+        before, count = self.evictable_pages, min(-(-wanted // self._pages_an_entry), leaf.pages.size)
+        prefix = None if self._on_evict is None or leaf.tree.order.is_retired else leaf.tree.prefix_tokens(leaf)
+        done.cut.append((leaf, leaf.tokens, leaf.pages))
+        entries = forest.cut(leaf, count)
+        by_group = entries[None] if groups is None else groups.of(entries)
+        if prefix is not None:
+            first = prefix.size // self.page_size - count
+            done.told += self._told(leaf.tree.scope, prefix, first, by_group)
+        if groups is None:
+            done.pages.append(entries)
+        else:
+            done.emptied.append((groups, entries, by_group))
+            done.pages.append(groups.take_out(entries))
+        return before - self.evictable_pages
+
+    @property
+    def _pages_an_entry(self) -> int:
+        """Pages of full attention that an entry has."""
+        return 1 if self._groups is None else max(self._groups.num_full, 1)
+
+    def _told(self, scope: CacheScope, prefix: Int32, first: int, by_group: Int32) -> list[EvictedPages]:
+        """What ``on_evict`` is told of entries that leave the end of ``prefix``, ``by_group[groups, n]``."""
+        told = []
+        for group, pages in enumerate(by_group):
+            for start, stop in runs_of(pages):
+                tokens = read_only(prefix[: (first + stop) * self.page_size].copy())
+                told.append(
+                    EvictedPages(scope, tokens, first + start, PageIds(read_only(pages[start:stop].copy())), group)
+                )
+        return told
+
+    def _window_pages_told(self, entry: int, by_group: Int32) -> list[EvictedPages]:
+        """What ``on_evict`` is told of the window pages of an entry that stays, ``by_group[groups]``."""
+        place = None if self._groups is None else self._groups.place_of(entry)
+        if place is None or place[0].tree.order.is_retired:
+            return []
+        node, column = place
+        return self._told(
+            node.tree.scope, node.tree.prefix_tokens(node)[: (column + 1) * self.page_size], column, by_group[:, None]
+        )
+
+    def _keep(self, by_group: Int32) -> None:
+        """Takes a reference of pages that are to be cached, ``[groups, n]``, 0 where there is none.
 
         Raises:
             ShapeError: a page is cached already, is listed twice, or has no holder.
         """
+        pages = by_group[0] if self._groups is None else by_group[by_group > 0]
         # A number that is no page clips to an entry that is never set; the pool refuses it.
         index = pages.astype(np.int64)  # as which an array is indexed at a fifth of the cost
         cached = self._is_cached.take(index, mode="clip")
@@ -577,7 +761,8 @@ class RadixCache:
             raise
 
     def _drop(self, trees: list[RadixTree]) -> None:
-        self._give_back([run for tree in trees for run in self._forest.drop(tree)])
+        entries = [run for tree in trees for run in self._forest.drop(tree)]
+        self._give_back(entries if self._groups is None else [self._groups.take_out(run) for run in entries])
 
     def _unlock(self, match: PrefixMatch) -> None:
         match.locks -= 1
@@ -586,19 +771,23 @@ class RadixCache:
         if match.node is not None:
             self._forest.unlock(match.node)
 
-    def _undo(self, locks: dict[PrefixMatch, int], done: list[Insertion]) -> None:
+    def _undo(self, locks: dict[PrefixMatch, int], done: Insertion) -> None:
         """Takes back what a call changed before it raised: the locks of matches, and what it inserted."""
         for match, count in locks.items():
             match.locks = count
             self._locked[match] = None
-        for insertion in done:
+        for insertion in done.nodes:
             self._forest.undo_insertion(*insertion)
+        for groups, entries, pages in done.adopted:
+            groups.withdraw(entries, pages)
         self._mend()
 
     def _mend(self) -> None:
         """Derives the rest again, and releases pages that are in no tree."""
         self._locked = {match: None for match in self._locked if match.locks}
         self._forest.mend((match.node, match.locks) for match in self._locked)
+        if self._groups is not None:
+            self._groups.rebuild(self._entries())
         is_kept = np.zeros_like(self._is_cached)
         is_kept[self.pages()] = True
         lost = (self._is_cached & ~is_kept).nonzero()[0].astype(np.int32)
@@ -637,6 +826,13 @@ class RadixCache:
             node = self._forest.ending_at(node, match.num_tokens // self.page_size)
         match.node = node
         return node
+
+
+def _goes_before(idle: IdlePages, leaf: RadixNode) -> bool:
+    """Whether idle window pages are evicted before a leaf: cold ones before any that can be found."""
+    if leaf.tree.order.is_retired:
+        return False
+    return not idle.is_warm or (idle.level, idle.stamp) < (leaf.level, leaf.stamp)
 
 
 def _name_of(match: object) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from engine.memory.pages import PagedTokenToKVPoolAllocator
 from engine.memory.prefix.cache import RadixCache
 from engine.memory.prefix.match import PrefixMatch, checked_scope
@@ -15,10 +17,11 @@ class NullPrefixCache(RadixCache):
 
     Args:
         allocator: allocator of the pool that the cache would serve.
+        windows: as there.
     """
 
-    def __init__(self, allocator: PagedTokenToKVPoolAllocator) -> None:
-        super().__init__(allocator, allocator.page_size)
+    def __init__(self, allocator: PagedTokenToKVPoolAllocator, windows: Sequence[int | None] = (None,)) -> None:
+        super().__init__(allocator, allocator.page_size, windows=windows)
 
     def record(self, match: PrefixMatch) -> None:
         """Counts nothing; raises DoubleFreeError where the match is of another cache."""

@@ -254,6 +254,11 @@ class PrefixForest:
         forest._epochs = dict(self._epochs)
         return forest
 
+    def tick(self) -> int:
+        """The logical time of a use that is noted now."""
+        self._clock += 1
+        return self._clock
+
     def trees(self) -> Iterator[RadixTree]:
         """Every tree that has nodes, also those that cannot be reached any more."""
         yield from self._trees.values()

@@ -25,11 +25,11 @@ def token_buckets(max_running_requests: int, max_step_tokens: int) -> list[int]:
     return buckets
 
 
-def parcel_shapes(rows: int, max_step_tokens: int, page_size: int) -> list[ParcelShape]:
-    """The static shapes of steps, the smallest first."""
+def parcel_shapes(rows: int, max_step_tokens: int, page_size: int, groups: int = 1) -> list[ParcelShape]:
+    """The static shapes of steps, the smallest first; ``groups`` counts the page tables of a row."""
     # A sequence's tokens begin at most one page more than they fill. Cached prefixes add pages to these.
     return [
-        ParcelShape(tokens, rows, min(tokens, rows + tokens // page_size) + SHARED_PAGES)
+        ParcelShape(tokens, rows, groups * min(tokens, rows + tokens // page_size) + SHARED_PAGES)
         for tokens in token_buckets(rows, max_step_tokens)
     ]
 

@@ -41,7 +41,8 @@ class PageMover:
             read, parts = self._saves[0]
             data, start = read.wait(), 0
             for part in parts:
-                self._tier.put(part.scope, part.token_ids, part.first_page, data[start : start + part.pages.size])
+                saved = data[start : start + part.pages.size]
+                self._tier.put(part.scope, part.token_ids, part.first_page, saved, part.group)
                 start += part.pages.size
             self._saves.popleft()
             self._landed += 1

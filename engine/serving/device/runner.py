@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from engine.attention import AttentionMetadata, FlashAttentionBackend, MeshAttention
-from engine.attention.metadata import locate_new_tokens, sequence_of_tokens
+from engine.attention import AttentionMetadata
+from engine.attention.metadata import is_live, positions_of_tokens, sequence_of_tokens, slots_of_tokens
 from engine.distributed.placement import Placement
 from engine.errors import ConfigError
 from engine.kv.page_copy import (
@@ -30,6 +30,7 @@ from engine.kv.pool import TokenToKVPool
 from engine.models.decoder import Decoder
 from engine.models.fingerprint import settings_of
 from engine.serving.device.device_rows import DeviceRows
+from engine.serving.device.layer_attention import LayerAttention
 from engine.serving.device.parcel import SHARED_PAGES, ParcelShape, StepParcel, unpack
 from engine.serving.device.sampler import Sampled, SamplingInputs, most_likely, sample
 
@@ -82,9 +83,9 @@ class ModelRunner:
     Args:
         model: the weights.
         pool: donated to every step and replaced by the step's result.
-        backend: the attention that all layers share.
+        attention: the attention of the layers.
         shapes: the static shapes of each replica's parcel; all have the same number of rows.
-        max_pages: pages per page-table row.
+        max_pages: pages per page-table row and group.
         moves_pages: whether pages will move to the host and back.
     """
 
@@ -92,7 +93,7 @@ class ModelRunner:
         self,
         model: Decoder,
         pool: TokenToKVPool,
-        backend: FlashAttentionBackend | MeshAttention,
+        attention: LayerAttention,
         shapes: list[ParcelShape],
         *,
         max_pages: int,
@@ -105,10 +106,10 @@ class ModelRunner:
         self.pool = pool
         self._shapes = shapes
         self._placement = Placement(pool.mesh)
-        empty = partial(DeviceRows.empty, pool.replicas * shapes[0].rows, max_pages)
+        empty = partial(DeviceRows.empty, pool.replicas * shapes[0].rows, attention.groups.num_groups, max_pages)
         self._empty_rows = jax.jit(empty, out_shardings=self._placement.by_replica)
         self.rows = self._empty_rows()
-        self._step_function = partial(forward_step, graph, structure, backend, self._placement)
+        self._step_function = partial(forward_step, graph, structure, attention, self._placement)
         self._steps: dict[ParcelShape, Callable[..., Any]] = {}
         self._sample: Callable[..., tuple[Sampled, DeviceRows]] | None = None
         self._update_rows: Callable[..., DeviceRows] | None = None
@@ -246,7 +247,7 @@ class ModelRunner:
 def forward_step(
     graph: Any,
     structure: Any,
-    backend: FlashAttentionBackend | MeshAttention,
+    attention: LayerAttention,
     placement: Placement,
     shape: ParcelShape,
     weights: list[jax.Array],
@@ -261,13 +262,13 @@ def forward_step(
     Args:
         graph: the model's ``nnx.split`` graph.
         structure: the tree structure of the weights, as from ``jax.tree.structure``.
-        backend: the attention that all layers share.
+        attention: the attention of the layers.
         placement: placement of the step's arrays.
         shape: T tokens, B rows and U new pages of each replica; the arrays below hold all replicas, one after the
             other.
         weights: the leaves of ``structure``.
         pool: buffers of the pool, donated.
-        rows: page table ``[R, P]`` and last tokens ``[R]``, donated.
+        rows: page table ``[R, G, P]`` and last tokens ``[R]``, donated.
         packed: int32 ``[shape.packed_size]``, a packed StepParcel.
 
     Returns:
@@ -275,34 +276,36 @@ def forward_step(
         step.
     """
     model: Decoder = nnx.merge(graph, jax.tree.unflatten(structure, weights))
-    read = placement.each_replica(partial(_read_parcel, shape, pool.page_size))
+    read = placement.each_replica(partial(_read_parcel, shape, pool.page_size, attention.groups.windows))
     rows, token_ids, row_ids, metadata, words = read(rows, packed)
-    attention: Callable[..., tuple[jax.Array, ...]] = backend
-    prepared = backend.prepare(metadata) if isinstance(backend, MeshAttention) else metadata
-    buffers = list(pool.buffers)
-
-    def attend(layer_id: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        out, buffers[layer_id] = attention(q, k, v, buffers[layer_id], prepared)
-        return out
-
-    hidden = model(token_ids, jnp.asarray(metadata.positions), attend, placement.hidden)
-    last = placement.each_replica(_last_of_each)(hidden, metadata.cu_q_lens)
+    attend = attention.over(pool.buffers, metadata)
+    hidden = model(token_ids, metadata[0].positions, attend, placement.hidden)
+    last = placement.each_replica(_last_of_each)(hidden, metadata[0].cu_q_lens)
     logits = placement.logits(model.logits(last))
     tokens = placement.whole(most_likely(logits))
     rows = placement.own(placement.each_replica(DeviceRows.with_tokens)(rows, row_ids, tokens))
-    return ToSample(logits, placement.own(words)), tokens, pool.replace_buffers(buffers), rows
+    return ToSample(logits, placement.own(words)), tokens, pool.replace_buffers(attend.buffers), rows
 
 
 def _read_parcel(
-    shape: ParcelShape, page_size: int, rows: DeviceRows, packed: jax.Array
-) -> tuple[DeviceRows, jax.Array, jax.Array, AttentionMetadata, jax.Array]:
-    """One replica's rows with their new pages, token ids, row ids, attention metadata, and the sampler's words."""
+    shape: ParcelShape, page_size: int, windows: tuple[int | None, ...], rows: DeviceRows, packed: jax.Array
+) -> tuple[DeviceRows, jax.Array, jax.Array, list[AttentionMetadata], jax.Array]:
+    """One replica's rows with their new pages, token ids, row ids, each group's metadata, and the sampler's words."""
     parts = unpack(packed, shape)
     bounds, kv_lens, row_ids = parts["cu_q_lens"], parts["kv_lens"], parts["req_pool_idx"]
     rows = rows.with_pages(parts["update_at"], parts["update_page"])
-    metadata = _locate(rows.pages_of(row_ids), bounds, kv_lens, shape.tokens, page_size)
-    owners = row_ids[sequence_of_tokens(bounds, num_tokens=shape.tokens, xp=jnp)]
-    token_ids = rows.known_tokens(parts["token_ids"], owners)
+    sequences = sequence_of_tokens(bounds, num_tokens=shape.tokens, xp=jnp)
+    live = is_live(bounds, num_tokens=shape.tokens, xp=jnp)
+    positions = positions_of_tokens(bounds, kv_lens, sequences, live, jnp)
+    metadata = []
+    for group, window in enumerate(windows):
+        first_kept = None
+        if window is not None:  # ``engine.layer_groups.first_kept_page``, of each row
+            first_kept = jnp.maximum(kv_lens - jnp.diff(bounds) - window + 1, 0) // page_size
+        table = rows.pages_of(row_ids, group, first_kept)
+        slots = slots_of_tokens(table, sequences, live, positions, page_size, jnp)
+        metadata.append(AttentionMetadata(table, bounds, kv_lens, slots, positions))
+    token_ids = rows.known_tokens(parts["token_ids"], row_ids[sequences])
     return rows, token_ids, row_ids, metadata, packed[: shape.sampling_size]
 
 
@@ -349,10 +352,3 @@ def _lowered(program: Any, *arguments: Any) -> Any:
 
 def _placed(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-
-
-def _locate(
-    page_table: jax.Array, cu_q_lens: jax.Array, kv_lens: jax.Array, num_tokens: int, page_size: int
-) -> AttentionMetadata:
-    where = locate_new_tokens(page_table, cu_q_lens, kv_lens, num_tokens=num_tokens, page_size=page_size, xp=jnp)
-    return AttentionMetadata(page_table, cu_q_lens, kv_lens, out_cache_loc=where[1], positions=where[0])

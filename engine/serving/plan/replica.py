@@ -86,13 +86,16 @@ class Replica:
         Raises:
             RequestTooLarge: the whole pool is smaller than what the request may need.
         """
-        needed, size = self.cache.round_up(request.max_tokens), self.cache.size
+        demand, size = self.cache.demand, self.cache.size
+        needed = demand.most_pages(request.max_tokens) * demand.page_size
         if needed > size:
-            most = size + 1 - len(request.prompt)
+            fitting = demand.most_tokens(size // demand.page_size, request.max_tokens)
+            most = fitting + 1 - len(request.prompt)
             advice = f"lower max_new_tokens to {most}" if most >= 1 else "shorten the prompt"
+            pages = "" if len(demand.windows) == 1 else f" ({demand.describe(request.max_tokens)})"
             raise RequestTooLarge(
                 f"request of {len(request.prompt)} prompt and up to {request.params.max_new_tokens} new tokens can "
-                f"never fit: it needs {needed} tokens of KV in whole pages, {self._pool_name} has {size};"
+                f"never fit: it needs {needed} tokens of KV in whole pages{pages}, {self._pool_name} has {size};"
                 f" {advice} or raise max_total_tokens",
                 requested=needed,
                 available=size,
@@ -225,6 +228,9 @@ class Replica:
         if all_chosen and step.repeats and step.membership == table.membership == self._ordered_at:
             self._unmarked = step  # one mark serves all steps of the run
             deque(map(list.append, self._outputs, chosen), maxlen=0)  # a loop in C: this is done at every step
+            if table.has_windows:
+                self._mark_run()
+                self.cache.leave_behind(rows)
             self._release_ended(step, step.ends, chosen, finished)
             return
         self._mark_run()
@@ -238,6 +244,7 @@ class Replica:
             step.requests[index].output.append(chosen[index])
         for index in (live & ~step.on_device).nonzero()[0].tolist():
             self._publish(step.requests[index])
+        self.cache.leave_behind(rows[live])  # only now that they are published
         self._release_ended(step, step.ends, chosen, finished, sampled)
 
     def sampled_rows(self, step: ReplicaStep) -> list[tuple[Request, int]]:
