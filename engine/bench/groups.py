@@ -106,8 +106,8 @@ def waste(results: Sequence[Sequence[LoadResult]]) -> str:
 def print_rounds(robin: RoundRobin, units: int, ours: Sequence[float], split: Sequence[float]) -> None:
     """Prints how much of the sessions' tokens is found, round by round."""
     print(
-        f"\n{robin.sessions} sessions in turn, which {kind_of(robin)}: up to {robin.longest:,} tokens each, whose pages "
-        f"of full attention and last windows are {robin.needed_units / units:.0%} of all; of their pages are found"
+        f"\n{robin.sessions} sessions in turn, which {kind_of(robin)}: up to {robin.longest:,} tokens each, whose "
+        f"pages of full attention and last windows are {robin.needed_units / units:.0%} of all; found of their pages"
     )
     rows = [
         [name, *(f"{rate:.1%}" for rate in rates)]

@@ -77,7 +77,7 @@ class Design:
 
 
 class SplitCache(CacheManager):
-    """A pool for full attention beside one for windows: a request needs room in both, and takes what it needs in both.
+    """A pool for windows beside one for full attention: a request needs room in both, and takes what it needs in both.
 
     Nothing is kept of past requests.
 
@@ -87,8 +87,7 @@ class SplitCache(CacheManager):
     """
 
     def __init__(self, full_pages: int, window_pages: int, max_requests: int, max_context_tokens: int) -> None:
-        super().__init__(full_pages * PAGE_SIZE, PAGE_SIZE, max_requests, max_context_tokens, policy=None)
-        self.window = CacheManager(
+        super().__init__(
             window_pages * PAGE_SIZE,
             PAGE_SIZE,
             max_requests,
@@ -97,7 +96,8 @@ class SplitCache(CacheManager):
             windows=(WINDOW,),
             ahead_tokens=STEP_TOKENS,
         )
-        self.window_row = np.zeros(max_requests, np.int32)
+        self.full = CacheManager(full_pages * PAGE_SIZE, PAGE_SIZE, max_requests, max_context_tokens, policy=None)
+        self.full_row = np.zeros(max_requests, np.int32)  # by row of the pool for windows
 
     def admit(
         self,
@@ -109,40 +109,34 @@ class SplitCache(CacheManager):
         counts_hit: bool = True,
     ) -> Admission | None:
         """As a CacheManager, where both have room."""
-        other = self.window.admit(scope, token_ids, most_tokens=most_tokens)
+        other = self.full.admit(scope, token_ids, most_tokens=most_tokens)
         if other is None:
             return None
         admission = super().admit(scope, token_ids, most_tokens=most_tokens, priority=priority, counts_hit=counts_hit)
         if admission is None:
-            self.window.release(other.row, scope, NO_TOKENS)
+            self.full.release(other.row, scope, NO_TOKENS)
         else:
-            self.window_row[admission.row] = other.row
+            self.full_row[admission.row] = other.row
         return admission
 
     def has_room_to_grow(self, rows: npt.ArrayLike, counts: npt.ArrayLike) -> bool:
         """As a CacheManager, in both."""
-        return super().has_room_to_grow(rows, counts) and self.window.has_room_to_grow(self.window_row[rows], counts)
+        return super().has_room_to_grow(rows, counts) and self.full.has_room_to_grow(self.full_row[rows], counts)
 
     def grow(self, rows: npt.ArrayLike, counts: npt.ArrayLike) -> None:
         """As a CacheManager, in both; the engine has asked whether there is room."""
         super().grow(rows, counts)
-        self.window.grow(self.window_row[rows], counts)
-
-    def leave_behind(self, rows: npt.ArrayLike) -> None:
-        """As a CacheManager, in the pool for windows."""
-        theirs = self.window_row[rows]
-        self.window.mark_computed(theirs, self.page_table.computed_lens(rows))
-        self.window.leave_behind(theirs)
+        self.full.grow(self.full_row[rows], counts)
 
     def release(self, row: int, scope: CacheScope, token_ids: Int32) -> None:
         """As a CacheManager, in both."""
         super().release(row, scope, token_ids)
-        self.window.release(int(self.window_row[row]), scope, token_ids)
+        self.full.release(int(self.full_row[row]), scope, token_ids)
 
     def check_integrity(self) -> None:
         """As a CacheManager, for both."""
         super().check_integrity()
-        self.window.check_integrity()
+        self.full.check_integrity()
 
 
 def with_groups(units: int, max_requests: int, context: int) -> Design:
@@ -171,8 +165,8 @@ def half_and_half(units: int, max_requests: int, context: int) -> Design:
     """Half of the bytes for full attention, half for windows."""
     cache = SplitCache(units // 2, units // 2 // WINDOWED_GROUPS, max_requests, context)
     rows = np.arange(max_requests, dtype=np.int32)
-    window = Part(cache.window, WINDOWED_GROUPS, (WINDOWED_GROUPS,), cache.window_row)
-    return Design("half and half", cache, [Part(cache, 1, (0,), rows), window])
+    full = Part(cache.full, 1, (0,), cache.full_row)
+    return Design("half and half", cache, [full, Part(cache, WINDOWED_GROUPS, (WINDOWED_GROUPS,), rows)])
 
 
 DESIGNS = (with_groups, without_groups, half_and_half)
