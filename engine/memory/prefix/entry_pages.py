@@ -181,15 +181,17 @@ class EntryPages:
         held = self._table[:, entries]
         self._table[:, entries] = np.where((pages > 0) & (held == pages), 0, held)
 
-    def use(self, entries: Int32, level: int) -> None:
+    def use(self, entries: Int32, level: int, stamp: int) -> None:
         """Notes that a hit ends after these entries: their window pages are warm from now on."""
         self._is_used[entries] = True
         self._level[entries] = np.maximum(self._level[entries], level)
+        self._warm_up(entries, stamp)
 
-    def end_at(self, entries: Int32, level: int) -> None:
+    def end_at(self, entries: Int32, level: int, stamp: int) -> None:
         """Notes that a sequence ends after these entries."""
         self._is_end[entries] = True
         self._level[entries] = np.maximum(self._level[entries], level)
+        self._warm_up(entries, stamp)
 
     def entries_of(self, pages: Int32 | Int64) -> Int32:
         """The entries, each once, that have some of these pages as window pages."""
@@ -290,6 +292,15 @@ class EntryPages:
         self._is_used[entries] = self._is_end[entries] = False
         if self._fresh is not None:
             self._fresh.extend(entries.tolist())
+
+    def _warm_up(self, entries: Int32, stamp: int) -> None:
+        """Lets the cold ones of these entries stand among the warm: a row's window may have left the first behind."""
+        for entry in entries.tolist():
+            idle = self._idle.get(entry)
+            if idle is not None and not idle.is_warm:
+                self._leave_order(entry)
+                self._stamp[entry] = stamp
+                self._enter_order(entry, idle.num_pages)
 
     def _enter_order(self, entry: int, num_pages: int) -> None:
         is_warm = bool(self._is_used[entry] or self._is_end[entry])
