@@ -4,7 +4,7 @@ Every sequence decodes one token per step, with a model so small that the device
 benchmark waits for each step before its tokens are read, so that no phase contains time of the device, which has a
 column of its own. The rival is the plain way to feed a step, on the same sequences: a loop over requests, whole
 page-table rows and slots per token, one transfer per array. For overlap, two engines take turns and whole steps are
-timed.
+timed. Two layers of which one has a window are two groups: their host time is compared with that of one group.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from engine.serving.llm import LLM
 from engine.serving.request import SamplingParams
 from engine.terminal import count
 
-PAGE_SIZE, CONTEXT = 16, 2048
+PAGE_SIZE, CONTEXT, WINDOW = 16, 2048, 128
 PARTS = ("schedule", "fill", "transfer, dispatch", "commit")
 
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the phases for every batch size, then whole steps with and without overlap."""
+    """Prints the phases for every batch size, whole steps with and without overlap, and what a second group costs."""
     model = make_model(args.hidden)
     rows: list[list[str]] = []
     totals: dict[int, float] = {}
@@ -58,15 +58,18 @@ def run(args: argparse.Namespace) -> None:
     least, most = min(args.batch), max(args.batch)
     print(f"{most / least:.0f} times the batch costs the host {totals[most] / totals[least]:.1f} times as much")
     _compare(model, most, args.rounds)
+    _compare_groups(args.hidden, args.batch, args.rounds)
 
 
-def make_model(hidden: int) -> Decoder:
-    """A Llama of one layer with random weights."""
+def make_model(hidden: int, windows: tuple[int | None, ...] = (None,)) -> Decoder:
+    """A model with random weights, of a layer for each of ``windows``."""
     geometry = ModelConfig(
         vocab_size=256,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
-        num_hidden_layers=1,
+        num_hidden_layers=len(windows),
+        layer_windows=windows,
+        model_type="mistral",
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=16,
@@ -184,6 +187,20 @@ def _compare(model: Decoder, batch: int, rounds: int) -> None:
     ratio = median_ratio(timings["in turn"], timings["overlapped"])
     whole = ", ".join(f"{name} {timing.median * 1e6:.0f}" for name, timing in timings.items())
     print(f"microseconds a whole step of {batch} sequences: {whole}; overlapped is {ratio:.2f} times as fast")
+
+
+def _compare_groups(hidden: int, batches: list[int], rounds: int) -> None:
+    """Host time of two groups over that of one; the device has two layers in both."""
+    kinds = {"one group": (None, None), "two groups": (None, WINDOW)}
+    for batch in batches:
+        engines = {name: DecodingEngine(make_model(hidden, each), batch, overlap=False) for name, each in kinds.items()}
+        host: dict[str, list[float]] = {name: [] for name in engines}
+        for _ in range(rounds):
+            for name, engine in engines.items():
+                host[name].append(sum(engine.measure(2 * PAGE_SIZE)[0].values()))
+        ratio = median(two / one for one, two in zip(*host.values(), strict=True))
+        each = ", ".join(f"{name} {median(times):.0f}" for name, times in host.items())
+        print(f"host microseconds per step, {batch} sequences: {each}; two groups cost {ratio:.2f} times as much")
 
 
 def _counting(program: Callable[..., Any] | None, sent: list[int]) -> Callable[..., Any]:

@@ -141,10 +141,6 @@ class CacheManager:
 
     # How much there is.
 
-    def round_up(self, tokens: int) -> int:
-        """``tokens`` in whole pages, counted in tokens."""
-        return -(-tokens // self.page_size) * self.page_size
-
     @property
     def shares_prefixes(self) -> bool:
         """Whether anything is kept of past requests."""
@@ -416,7 +412,7 @@ class CacheManager:
             self._leases[new_row] = Lease(lease.match, lease.priority, lease.was_reset)
             self._shorten_lease(new_row, tokens)
             self._retain(taken)
-            self.page_table.append_pages(new_row, shared)
+            self.page_table.append_pages(new_row, shared, goes_on_at=tokens)
             if rest:
                 self.grow(np.array([new_row], np.int32), np.array([rest], np.int64))
                 self.page_table.mark_computed([new_row], [tokens])

@@ -350,7 +350,9 @@ class ReqToTokenPool:
 
     # How rows grow and shrink.
 
-    def append_pages(self, row: int, pages: npt.ArrayLike, *, computed: int | None = None) -> PageIds:
+    def append_pages(
+        self, row: int, pages: npt.ArrayLike, *, computed: int | None = None, goes_on_at: int = 0
+    ) -> PageIds:
         """Adds full pages to the end of a row, as after a prefix hit.
 
         Args:
@@ -358,6 +360,7 @@ class ReqToTokenPool:
             pages: page ids, ``[groups, n]``, or ``[n]`` of the only group. In a group with a window the first of them
                 may be null pages: those that lie behind the window when the row goes on after them.
             computed: the tokens of so many of them count as computed, where all tokens before them do; None: of all.
+            goes_on_at: position of the first token that will see them, where that is not the one after them.
 
         Returns:
             int32 ``[k]`` the pages of the row before null pages, which have left it, for the page pool to release.
@@ -375,7 +378,7 @@ class ReqToTokenPool:
         if not new:
             return NO_PAGES
         self._check_context(np.array([row]), np.array([end]))
-        first = self._first_with(row, added, held)
+        first = self._first_with(row, added, held, max(end, goes_on_at))
         listed = added.reshape(-1) if first is None else added[added != 0]
         _check_new_pages(listed)
         if np.isin(listed, self._table[row, :, :held]).any():
@@ -726,15 +729,18 @@ class ReqToTokenPool:
         """The places, given for the first group, in every group; ``[groups * n]``, one group after the other."""
         return places if self.num_groups == 1 else (self._group_offsets + places).reshape(-1)
 
-    def _first_with(self, row: int, added: Int64, held: int) -> Int64 | None:
-        """Of each group the first page that a row holds once pages are added after ``held``; None without windows."""
+    def _first_with(self, row: int, added: Int64, held: int, position: int) -> Int64 | None:
+        """Of each group the first page that a row holds once pages are added after ``held``; None without windows.
+
+        ``position`` is that of the first token that will see them.
+        """
         if not self._windowed:
             return None
         first: Int64 = self._first[row].copy()
-        end, given = (held + added.shape[1]) * self.page_size, added != 0
+        given = added != 0
         for group, window in self._windowed:
             behind = int(given[group].argmax()) if given[group].any() else added.shape[1]
-            if behind and held + behind <= first_kept_page(window, end, self.page_size):
+            if behind and held + behind <= first_kept_page(window, position, self.page_size):
                 first[group] = held + behind
                 given[group, :behind] = True
         if not given.all():

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 )
 from test_memory_faults import with_fault
 
-from engine.errors import KVPoolExhausted, RequestTooLarge
+from engine.errors import KVPoolExhausted, RequestTooLarge, ShapeError
 from engine.memory.manager import CacheManager
 from engine.memory.offload.host_tier import HostTier
 from engine.memory.offload.page_format import PageFormat
@@ -30,9 +30,8 @@ from engine.memory.page_moves import PageCopy, PageLoad
 from engine.memory.scope import CacheScope, LayoutKey
 
 PAGE, CONTEXT, ROWS = 4, 40, 5
-FORMAT = PageFormat(
-    1, np.dtype(np.float32), {"page_size": PAGE, "head_num": 1, "head_dim": 1, "dtype": "float32", "version": 1}
-)
+DESCRIPTOR = {"page_size": PAGE, "head_num": 1, "head_dim": 1, "dtype": "float32", "version": 1}
+MOST_GROUPS = 3
 LAYOUT = LayoutKey.of({"version": 1})
 TRUNK = tuple(range(CONTEXT))
 
@@ -49,17 +48,23 @@ class Sequence:
 
 
 class ManagerMachine(RuleBasedStateMachine):
+    windows = (None,)
+
     @initialize(
         pages=st.integers(8, 24),
         host_pages=st.sampled_from([0, 6, 40]),
         policy=st.sampled_from(["lru", "lru", "lfu", "priority", None]),
+        ahead=st.sampled_from([None, 2 * CONTEXT, 12]),
     )
-    def build(self, pages, host_pages, policy):
-        self.cache = CacheManager(pages * PAGE, PAGE, ROWS, CONTEXT, policy=policy)
+    def build(self, pages, host_pages, policy, ahead):
+        windows = self.windows
+        pages *= len(windows)
+        self.cache = CacheManager(pages * PAGE, PAGE, ROWS, CONTEXT, policy=policy, windows=windows, ahead_tokens=ahead)
+        page_format = PageFormat(1, np.dtype(np.float32), DESCRIPTOR, windows)
         if host_pages:
-            self.cache.attach_host_tier(HostTier(host_pages * FORMAT.page_bytes, FORMAT))
-        self.content = np.full((pages + 1, *FORMAT.page_shape), -1, np.float32)
-        self.device_table = np.zeros((ROWS, CONTEXT // PAGE), np.int32)
+            self.cache.attach_host_tier(HostTier(host_pages * page_format.page_bytes, page_format))
+        self.content = np.full((pages + 1, *page_format.page_shape), -1, np.float32)
+        self.device_table = np.zeros((ROWS, len(windows), CONTEXT // PAGE), np.int32)
         self.numbers: dict[tuple, int] = {}  # of each prefix: what its last token's slot contains
         self.sequences: list[Sequence] = []
         self.flights: list[list[tuple[Sequence, list[int]]]] = []
@@ -120,6 +125,10 @@ class ManagerMachine(RuleBasedStateMachine):
         sequence = self.pick(data)
         length = self.cache.page_table.kv_len(sequence.row)
         tokens = data.draw(st.integers(0, length))
+        if not self.holds_what_is_seen(sequence.row, tokens):
+            with pytest.raises(ShapeError, match="left with the window"):
+                self.cache.truncate(sequence.row, tokens)
+            return
         try:
             self.called(at, self.cache.truncate, sequence.row, tokens)
         except KVPoolExhausted:
@@ -188,15 +197,19 @@ class ManagerMachine(RuleBasedStateMachine):
         self.device_table.reshape(-1)[places] = pages
         flight = []
         for sequence, start, count in zip(chosen, starts, counts, strict=True):
-            held = table.row_pages(sequence.row)
-            np.testing.assert_array_equal(self.device_table[sequence.row, : held.size], held)
-            slots = self.content[held].reshape(-1, 2)
-            np.testing.assert_array_equal(slots[:start, 0], self.right(sequence.scope, sequence.tokens[:start]))
-            ends = self.right(sequence.scope, sequence.tokens[: start + count])[start:]
-            for position in range(start, start + count):
-                page = held[position // PAGE]
-                assert self.cache.allocator.pages.ref_count([page])[0] == 1, "a shared page is written"
-                self.content[page, 0, position % PAGE] = ends[position - start]
+            for group, window in enumerate(self.windows):
+                held = table.row_pages(sequence.row, group)
+                first = 0 if window is None else max(0, start - window + 1)
+                seen = slice(first // PAGE, held.size)
+                np.testing.assert_array_equal(self.device_table[sequence.row, group, seen], held[seen])
+                assert held[seen].all(), "a page that the step sees has left the row"
+                slots = self.content[held].reshape(-1, 2)
+                right = self.right(sequence.scope, sequence.tokens[: start + count], group)
+                np.testing.assert_array_equal(slots[first:start, 0], right[first:start])
+                for position in range(start, start + count):
+                    page = held[position // PAGE]
+                    assert self.cache.allocator.pages.ref_count([page])[0] == 1, "a shared page is written"
+                    self.content[page, 0, position % PAGE] = right[position]
             sequence.flights.append([start + count])
             flight.append((sequence, sequence.flights[-1]))
         self.flights.append(flight)
@@ -206,8 +219,8 @@ class ManagerMachine(RuleBasedStateMachine):
             self.commit(publishes=publishes)
 
     @precondition(lambda self: self.flights)
-    @rule(publishes=st.booleans())
-    def commit(self, publishes):
+    @rule(publishes=st.booleans(), leaves=st.booleans())
+    def commit(self, publishes, leaves=True):
         self.land()
         for sequence, end in self.flights.pop(0):
             sequence.flights.remove(end)
@@ -215,6 +228,35 @@ class ManagerMachine(RuleBasedStateMachine):
                 self.cache.mark_computed([sequence.row], end)
                 if publishes:
                     self.cache.publish(sequence.row, sequence.scope, vector(sequence.tokens))
+                if leaves:
+                    self.leave_behind(sequence.row)
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data(), at=st.none() | st.integers(1, 40))
+    def pass_windows(self, data, at):
+        self.leave_behind(self.pick(data).row, at)
+
+    def leave_behind(self, row, at=None):
+        """After it the row holds in each group just what a step that begins at the first uncomputed token can see."""
+        table = self.cache.page_table
+        before = table.pages_by_group(row)
+        self.called(at, self.cache.leave_behind, [row])
+        if at is not None and (table.pages_by_group(row) == before).all():
+            return  # a fault came first
+        for group, window in enumerate(self.windows):
+            held = table.row_pages(row, group)
+            first = 0 if window is None else max(0, table.computed_len(row) - window + 1) // PAGE
+            assert held[first:].all()
+            left = before[group, : np.flatnonzero(before[group])[0]].size if before[group].any() else 0
+            assert not held[: max(first, left)].any(), "a page that no step sees stays in the row"
+
+    def holds_what_is_seen(self, row, tokens):
+        """Whether a row that is cut to ``tokens`` has all that the next token sees."""
+        for group, window in enumerate(self.windows):
+            first = 0 if window is None else max(0, tokens - window + 1) // PAGE
+            if tokens and not self.cache.page_table.row_pages(row, group)[first : -(-tokens // PAGE)].all():
+                return False
+        return True
 
     def make_moves(self):
         for move in self.cache.take_moves():
@@ -227,7 +269,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
     def land(self):
         for move, data in self.saves:
-            self.cache.host_tier.put(move.scope, move.token_ids, move.first_page, data)
+            self.cache.host_tier.put(move.scope, move.token_ids, move.first_page, data, move.group)
         self.saves = []
 
     @rule(pages=st.sampled_from([1, 3, 30]))
@@ -275,23 +317,29 @@ class ManagerMachine(RuleBasedStateMachine):
         prefix, table = self.cache.prefix, self.cache.page_table
         nodes = [node for tree in prefix._forest.trees() for node in tree.nodes()]
         loose = [page for node in nodes if not node.locks for page in node.pages.tolist()]
-        assert not set(loose) & set(table.held_pages().tolist()), "a row holds a page that counts as evictable"
+        full, held = self.windows.count(None), table.held_pages()
+        assert not full or not set(loose) & set(held.tolist()), "a row holds a page that counts as evictable"
+        cached = prefix.pages()
+        assert prefix.evictable_pages <= cached.size - np.isin(cached, held).sum()
+        assert len(self.windows) > full or prefix.evictable_pages == len(loose) * full
         for sequence in self.sequences:
             locked = self.cache.locked_pages(sequence.row)
-            assert locked <= table.kv_len(sequence.row) // PAGE, "a row locks more than it holds"
-            assert prefix.is_cached(table.row_pages(sequence.row)[:locked]).all()
+            mine = table.pages_by_group(sequence.row)
+            assert locked <= table.kv_len(sequence.row) // PAGE * len(self.windows), "a row locks more than it holds"
+            assert len(self.windows) > full or prefix.is_cached(mine[:, : locked // full].reshape(-1)).all()
         assert prefix.hit_tokens <= prefix.query_tokens
 
     @invariant()
     def only_right_contents_are_cached(self):
         if not hasattr(self, "cache"):
             return
-        for scope, tokens, pages, _ in self.cache.prefix.runs():
+        for scope, tokens, pages, group in self.cache.prefix.runs():
             slots = self.content[pages].reshape(-1, 2)[:, 0]
-            np.testing.assert_array_equal(slots, self.right(scope, tokens.tolist())[-slots.size :])
+            np.testing.assert_array_equal(slots, self.right(scope, tokens.tolist(), group)[-slots.size :])
         for segment in self.cache.host_tier.segments() if self.cache.host_tier else ():
             slots = segment.data.reshape(-1, 2)[:, 0]
-            np.testing.assert_array_equal(slots, self.right(segment.scope, segment.token_ids.tolist())[-slots.size :])
+            right = self.right(segment.scope, segment.token_ids.tolist(), segment.group)
+            np.testing.assert_array_equal(slots, right[-slots.size :])
 
     # Help.
 
@@ -302,13 +350,13 @@ class ManagerMachine(RuleBasedStateMachine):
     def pick(self, data):
         return data.draw(st.sampled_from(self.sequences), label="sequence")
 
-    def right(self, scope, tokens):
-        """What the slots of a sequence contain: a number for each prefix."""
+    def right(self, scope, tokens, group):
+        """What the slots of a sequence contain in a group: a number for each prefix."""
         found, key = [], (scope,)
         for token in tokens:
             key = self.numbers.setdefault((key, int(token)), len(self.numbers))
             found.append(key)
-        return np.array(found, np.float32)
+        return np.array(found, np.float32) * MOST_GROUPS + group
 
     def called(self, at, function, *arguments, done=None, **options):
         """The result of a call, ``done`` in place of None; None where it has raised at its ``at``-th line instead."""
@@ -331,8 +379,20 @@ def vector(tokens):
     return np.array(tokens, np.int32)
 
 
+def play(windows, examples, *, faults):
+    machine = type("Machine", (ManagerMachine if faults else WithoutFaults,), {"windows": windows})
+    options = {"stateful_step_count": 40, "deadline": None, "suppress_health_check": list(HealthCheck)}
+    run_state_machine_as_test(machine, settings=settings(max_examples=examples, **options))
+
+
+@pytest.mark.parametrize(("windows", "examples"), [((None,), 60), ((None, 8), 25), ((None, 4, 13), 15), ((9,), 15)])
 @pytest.mark.parametrize("faults", [False, True])
-def test_whatever_is_called_in_any_order_every_step_reads_right_contents(faults):
-    machine = ManagerMachine if faults else WithoutFaults
-    chosen = settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
-    run_state_machine_as_test(machine, settings=chosen)
+def test_whatever_is_called_in_any_order_every_step_reads_right_contents(faults, windows, examples):
+    play(windows, examples, faults=faults)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("windows", [(None,), (None, 8), (None, 5, 5), (None, 4, 13), (None, None, 6), (9,), (4, 11)])
+@pytest.mark.parametrize("faults", [False, True])
+def test_the_same_for_long(faults, windows):
+    play(windows, 200, faults=faults)
