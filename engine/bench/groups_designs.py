@@ -121,12 +121,12 @@ class SplitCache(CacheManager):
 
     def has_room_to_grow(self, rows: npt.ArrayLike, counts: npt.ArrayLike) -> bool:
         """As a CacheManager, in both."""
-        return super().has_room_to_grow(rows, counts) and self.full.has_room_to_grow(self.full_row[rows], counts)
+        return super().has_room_to_grow(rows, counts) and self.full.has_room_to_grow(self._full_rows(rows), counts)
 
     def grow(self, rows: npt.ArrayLike, counts: npt.ArrayLike) -> None:
         """As a CacheManager, in both; the engine has asked whether there is room."""
         super().grow(rows, counts)
-        self.full.grow(self.full_row[rows], counts)
+        self.full.grow(self._full_rows(rows), counts)
 
     def release(self, row: int, scope: CacheScope, token_ids: Int32) -> None:
         """As a CacheManager, in both."""
@@ -137,6 +137,10 @@ class SplitCache(CacheManager):
         """As a CacheManager, for both."""
         super().check_integrity()
         self.full.check_integrity()
+
+    def _full_rows(self, rows: npt.ArrayLike) -> Int32:
+        found: Int32 = self.full_row[np.asarray(rows)]
+        return found
 
 
 def with_groups(units: int, max_requests: int, context: int) -> Design:
