@@ -33,10 +33,10 @@ def serve(cache, tokens, chunk):
     return admission.cached_tokens
 
 
-def make(chunk):
-    all_pages = SESSIONS * CONTEXT_PAGES * len(WINDOWS)
-    assert all_pages > FITTING + chunk  # or nothing would be evicted
-    pages = FITTING + 2 * (chunk // PAGE + 1) + 40
+def make(chunk, windows_before_the_last=0):
+    before = SESSIONS * 2 * windows_before_the_last * WINDOW // PAGE
+    pages = FITTING + before + 2 * (chunk // PAGE + 1) + 40
+    assert pages < SESSIONS * CONTEXT_PAGES * len(WINDOWS)  # or nothing would be evicted
     return CacheManager(pages * PAGE, PAGE, 2, 100 * PAGE, windows=WINDOWS, ahead_tokens=chunk)
 
 
@@ -54,12 +54,15 @@ def test_sessions_that_go_on_find_all_that_they_have_said(chunk, tail):
 
 
 @pytest.mark.parametrize("chunk", [PAGE - 1, 2 * PAGE, 17, 60])
-@pytest.mark.parametrize("question", [1, PAGE, 5 * PAGE + 1])
-def test_other_questions_to_the_same_context_find_it_from_the_third_time_on(chunk, question):
-    rng, cache = np.random.default_rng(), make(chunk)
+@pytest.mark.parametrize("question", [1, PAGE, 5 * PAGE + 1, 20 * PAGE])
+@pytest.mark.parametrize("has_room", [True, False])
+def test_other_questions_to_the_same_context_find_it_once_it_is_known_where_they_part(chunk, question, has_room):
+    """That is from the third time on; the second, where a few windows before the end of each sequence fit."""
+    rng, cache = np.random.default_rng(), make(chunk, 3 * has_room)
     contexts = [rng.integers(0, 2**31, CONTEXT_PAGES * PAGE).astype(np.int32) for _ in range(SESSIONS)]
     for turn in range(ROUNDS):
         for context in contexts:
             cached = serve(cache, np.append(context, rng.integers(0, 2**31, question).astype(np.int32)), chunk)
-            assert turn < 2 or cached == context.size
+            is_near = has_room and question <= 2 * WINDOW
+            assert turn < (1 if is_near else 2) or cached == context.size
     assert cache.prefix.evicted_pages > 0
