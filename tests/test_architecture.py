@@ -54,7 +54,7 @@ RUN_WITHOUT_JAX = [
 # Lines of Python in all files of a room: to grow beyond it is a decision, and is made here.
 MOST_LINES = {
     "attention": 4400,
-    "bench": 6600,
+    "bench": 7000,
     "distributed": 750,
     "kv": 1650,
     "memory": 5500,

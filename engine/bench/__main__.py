@@ -13,6 +13,7 @@ NAMES = (
     "attention",
     "gpu",
     "gpu-static",
+    "groups",
     "pods",
     "prefix",
     "scaling",

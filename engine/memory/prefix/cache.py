@@ -294,7 +294,7 @@ class RadixCache:
             if node is not None and not node.tree.order.is_retired:
                 self._forest.use(node, counts_hit=self.policy == "lfu")
                 if self._groups is not None:
-                    self._groups.use(self._last_seen(match.pages), node.level)
+                    self._groups.use(match.pages, node.level, self._forest.tick())
             self.query_tokens, self.hit_tokens = before[0] + match.num_queried, before[1] + match.num_tokens
         except BaseException:
             self.query_tokens, self.hit_tokens = before
@@ -448,7 +448,7 @@ class RadixCache:
             if self._accepts(scope):
                 entries, _, node = self._enter(scope, tokens, page_ids, level, match, done)
                 if self._groups is not None and node is not None:
-                    self._groups.end_at(self._last_seen(entries), node.level)
+                    self._groups.end_at(entries, node.level, self._forest.tick())
             self._unlock(match)
         except BaseException:
             self._undo({match: locks}, done)
@@ -575,10 +575,6 @@ class RadixCache:
         """Every entry of every tree, int32 ``[n]``."""
         return np.concatenate([NO_PAGES, *(node.pages for tree in self._forest.trees() for node in tree.nodes())])
 
-    def _last_seen(self, entries: Int32) -> Int32:
-        """The last entries that a token after them sees through the largest window."""
-        return entries[max(0, entries.size - max(self._groups.needed, default=0)) :] if self._groups else NO_PAGES
-
     def _enter(
         self,
         scope: CacheScope,
@@ -606,7 +602,7 @@ class RadixCache:
         elif after is not None and after.node is not None:
             start = tree.resume(after.node, after.num_tokens // self.page_size, tokens)
         walk = tree.walk(tokens, start)
-        known, end = walk.num_pages, walk.node
+        known, end, parts = walk.num_pages, walk.node, False
         runs = walk.runs if start is None or after is None else [after.pages, *walk.runs]
         if known < count:
             fresh, rest = self._fresh_entries(pages[:, known:]), tokens[known * self.page_size :]
@@ -616,6 +612,7 @@ class RadixCache:
                 done.nodes.append((end, end.tokens, end.pages, NO_PAGES))
                 forest.extend(end, rest, fresh)
             else:
+                parts = known > 0 and len(end.children) > 0
                 done.nodes.append((end, end.tokens, end.pages, rest))
                 end = forest.attach(end, rest, fresh, level)
             runs = [*runs, fresh]
@@ -624,6 +621,8 @@ class RadixCache:
         entries = joined(runs) if runs else NO_PAGES
         if self._groups is not None:
             self._adopt(entries, pages, known, end, done)
+            if parts:  # sequences part here: the next one that begins like them will go on here
+                self._groups.use(entries[:known], level, forest.tick())
         # A leaf just attached to ``start``, which is the root or locked with all above it, stands in order already.
         if start is None or walk.node is not start or self.policy == "priority":
             forest.use(end, least_level=level)

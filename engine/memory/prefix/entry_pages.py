@@ -5,14 +5,16 @@ page in every group of full attention, always, and in a group with a window as l
 prefix is a hit where its entries have the window's last pages (``longest_hit``); earlier ones nobody reads.
 
 The pages of windows may be evicted while the entry stays. They are *idle* when the cache alone holds them. Of those
-that are idle, the *cold* go first: pages from the middle of sequences, which a window has passed. *Warm* are the pages
-at the end of a sequence, where the next turn goes on, and those that a hit has used before, as at the end of a common
-system prompt; they are as old as their last use, by the same clock as the nodes of the trees.
+that are idle, the *cold* go first: pages from the middle of sequences, which a window has passed; and among these those
+*near* the end of a sequence last, because the next request may put another question in place of the last. *Warm* are
+the pages at the end of a sequence, where the next turn goes on, and those that a hit has used before, as at the end of
+a common system prompt; they are as old as their last use, by the same clock as the nodes of the trees.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +22,11 @@ import numpy.typing as npt
 from engine.errors import IntegrityError
 from engine.memory.integers import Bool, Int32, Int64
 from engine.memory.pages import PagePool
-from engine.memory.prefix.eviction import Evictable, EvictionOrder, UseList
+from engine.memory.prefix.eviction import Evictable, EvictionOrder
 from engine.memory.prefix.tree import RadixNode
 
 NO_NODE = None
+NEAR_WINDOWS = 3  # before the last one of a sequence
 
 
 def pages_seen(window: int, page_size: int) -> int:
@@ -105,10 +108,15 @@ class EntryPages:
         self._ends: npt.NDArray[np.object_] = np.full(count, NO_NODE, np.object_)
         self._is_used: Bool = np.zeros(count, np.bool_)
         self._is_end: Bool = np.zeros(count, np.bool_)
+        self._is_near: Bool = np.zeros(count, np.bool_)
+
+    def _columns(self) -> tuple[npt.NDArray[Any], ...]:
+        flags = self._is_used, self._is_end, self._is_near
+        return self._table, self._level, self._stamp, self._column, self._ends, *flags
 
     def _start_orders(self) -> None:
         self._idle: dict[int, IdlePages] = {}
-        self._cold: UseList[IdlePages] = UseList()
+        self._cold: EvictionOrder[IdlePages] = EvictionOrder()  # by level: those near an end have the higher one
         self._warm: EvictionOrder[IdlePages] = EvictionOrder()
         self.idle_pages = 0
         self.window_pages = int(np.count_nonzero(self._table[self.windowed]))
@@ -181,15 +189,25 @@ class EntryPages:
         held = self._table[:, entries]
         self._table[:, entries] = np.where((pages > 0) & (held == pages), 0, held)
 
-    def use(self, entries: Int32, level: int) -> None:
-        """Notes that a hit ends after these entries: their window pages are warm from now on."""
-        self._is_used[entries] = True
-        self._level[entries] = np.maximum(self._level[entries], level)
+    def last_seen(self, entries: Int32, windows: int = 1) -> Int32:
+        """The last entries that a token after them sees through the largest window, or through so many of them."""
+        return entries[max(0, entries.size - windows * max(self.needed, default=0)) :]
 
-    def end_at(self, entries: Int32, level: int) -> None:
-        """Notes that a sequence ends after these entries."""
-        self._is_end[entries] = True
-        self._level[entries] = np.maximum(self._level[entries], level)
+    def use(self, entries: Int32, level: int, stamp: int) -> None:
+        """Notes that a hit ends after these entries: the window pages before its end are warm from now on."""
+        seen = self.last_seen(entries)
+        self._is_used[seen] = True
+        self._level[seen] = np.maximum(self._level[seen], level)
+        self._reorder(seen, stamp)
+
+    def end_at(self, entries: Int32, level: int, stamp: int) -> None:
+        """Notes that a sequence ends after these entries: its last window pages are warm, and some before them near."""
+        seen = self.last_seen(entries)
+        self._is_end[seen] = True
+        self._level[seen] = np.maximum(self._level[seen], level)
+        near = self.last_seen(entries, 1 + NEAR_WINDOWS)
+        self._is_near[near] = True
+        self._reorder(near, stamp)
 
     def entries_of(self, pages: Int32 | Int64) -> Int32:
         """The entries, each once, that have some of these pages as window pages."""
@@ -255,6 +273,7 @@ class EntryPages:
         wrong[kept[~full]] = True
         ordered: list[IdlePages] = [*self._cold, *self._warm]
         count = sum(each.num_pages for each in ordered)
+        self._cold.check_integrity()
         self._warm.check_integrity()
         for each in ordered:
             pages = self._table[self.windowed, each.entry]
@@ -287,13 +306,23 @@ class EntryPages:
         self._table[:, entries] = 0
         self._ends[entries] = NO_NODE
         self._level[entries] = self._stamp[entries] = 0
-        self._is_used[entries] = self._is_end[entries] = False
+        self._is_used[entries] = self._is_end[entries] = self._is_near[entries] = False
         if self._fresh is not None:
             self._fresh.extend(entries.tolist())
 
+    def _reorder(self, entries: Int32, stamp: int) -> None:
+        """Lets the cold ones of these entries stand where they belong now: a row's window may have left them behind."""
+        for entry in entries.tolist():
+            idle = self._idle.get(entry)
+            if idle is not None and not idle.is_warm:
+                self._leave_order(entry)
+                self._stamp[entry] = stamp
+                self._enter_order(entry, idle.num_pages)
+
     def _enter_order(self, entry: int, num_pages: int) -> None:
         is_warm = bool(self._is_used[entry] or self._is_end[entry])
-        idle = IdlePages(entry, num_pages, int(self._level[entry]), int(self._stamp[entry]), is_warm=is_warm)
+        level = int(self._level[entry] if is_warm else self._is_near[entry])
+        idle = IdlePages(entry, num_pages, level, int(self._stamp[entry]), is_warm=is_warm)
         (self._warm if is_warm else self._cold).append(idle)
         self._idle[entry] = idle
         self.idle_pages += num_pages
@@ -307,13 +336,9 @@ class EntryPages:
     def _lengthen(self, more: int) -> None:
         """Makes room for ``more`` entries whose numbers are no pages."""
         before = self._level.size
-        columns = self._table, self._level, self._stamp, self._column, self._ends, self._is_used, self._is_end
+        columns = self._columns()
         self._make_columns(before + more)
-        for new, old in zip(
-            (self._table, self._level, self._stamp, self._column, self._ends, self._is_used, self._is_end),
-            columns,
-            strict=True,
-        ):
+        for new, old in zip(self._columns(), columns, strict=True):
             new[..., :before] = old
         if self._fresh is not None:
             self._fresh[:0] = range(before + more - 1, before - 1, -1)
