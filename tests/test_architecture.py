@@ -54,10 +54,10 @@ RUN_WITHOUT_JAX = [
 # Lines of Python in all files of a room: to grow beyond it is a decision, and is made here.
 MOST_LINES = {
     "attention": 4400,
-    "bench": 7000,
+    "bench": 7300,
     "distributed": 750,
     "kv": 1650,
-    "memory": 5500,
+    "memory": 6700,
     "models": 3000,
     "native": 270,
     "planning": 460,

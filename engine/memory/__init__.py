@@ -6,6 +6,7 @@ buffer, and never waits for a device: integers go out, and whoever runs steps ma
     manager         CacheManager, the face of the room: admit, grow, mark_computed, publish, fork, truncate, release
     rows            ReqToTokenPool, the row table: one column for each fact of a row
     admission       the rule by which requests are admitted
+    prefix_search   what there is of a request's tokens on the device and on the host
     page_moves      PageCopy, PageLoad, EvictedPages: what the device must copy before the next step
     scope           CacheScope: what must be equal, beside the tokens, for cached pages to be the right ones
     pages/          the pool of pages: holders and free runs; the slot-level contract over it

@@ -55,11 +55,13 @@ class Lease:
         match: the locked handle of its cached pages.
         priority: of its pages in the prefix cache, where the policy of eviction reads it.
         was_reset: whether the cache was reset since it was admitted: its pages are not cached any more.
+        missed_tokens: tokens that its query of the prefix cache asked for and has not found.
     """
 
     match: PrefixMatch
     priority: int
     was_reset: bool = False
+    missed_tokens: int = 0
 
 
 class CacheManager:
@@ -219,6 +221,7 @@ class CacheManager:
             loads = self._load(row, found, data)
             if counts_hit:
                 self.prefix.record(found.match)  # a hit only now that the row is there
+                self._leases[row].missed_tokens = found.match.num_queried - found.match.num_tokens
             self._moves += loads
             return Admission(row, found.match.num_tokens, found.num_pages * self.page_size - found.match.num_tokens)
         except BaseException:  # an interrupt too: the caller never learns of this row
@@ -250,8 +253,13 @@ class CacheManager:
         match = found.match
         goes_on = np.array_equal(match.pages[: lease.match.pages.size], lease.match.pages)  # not after a reset
         if match.num_tokens > before == lease.match.num_tokens and goes_on and not lease.was_reset:
-            self._extend_lease(row, lease, found)
-            self.prefix.hit_tokens += (match.num_tokens - before) * counts_hit
+            hits, missed = self.prefix.hit_tokens, lease.missed_tokens
+            counted = min(match.num_tokens - before, missed) * counts_hit  # no token that was not asked for
+            try:
+                self._extend_lease(row, lease, found)
+            finally:
+                if lease.match is match:
+                    self.prefix.hit_tokens, lease.missed_tokens = hits + counted, missed - counted
         return self.page_table.kv_len(row) - before
 
     def has_room_to_grow(self, rows: npt.ArrayLike, counts: npt.ArrayLike) -> bool:
@@ -630,9 +638,10 @@ class CacheManager:
             self._release(left)
             self.prefix.unlock(before)
         except BaseException:
-            if lease.match is before:
+            if self.page_table.kv_len(row) == before.num_tokens:
                 self._unlock_unleased([found.match])
             else:  # finish the change
+                lease.match = found.match
                 self._unlock_unleased([before])
             self._release_surplus(np.concatenate([added, held[held > 0]]))
             raise

@@ -2,12 +2,12 @@
 
 It knows scopes, tokens and page ids; it never knows a request or a page-table row, and never reads a page.
 
-    cache       RadixCache: match, lock, insert, advance, evict; holds a reference to each page that it keeps
-    null_cache  NullPrefixCache: a RadixCache that keeps nothing
-    entry_pages the pages of every group by entry, and the order in which those of windows are evicted
-    match       what goes in and out: matches, evicted pages, checked arguments
-    tree        the nodes, the radix tree of one scope, and the forest that makes every change of a node
-    eviction    in which order nodes are evicted
+    cache        RadixCache: match, lock, insert, advance, evict; holds a reference to each page that it keeps
+    null_cache   NullPrefixCache: a RadixCache that keeps nothing
+    entry_pages  EntryPages: the pages of every group by entry, and the order in which those of windows are evicted
+    match        what goes in and out: matches, evicted pages, checked arguments
+    tree         the nodes, the radix tree of one scope, and the forest that makes every change of a node
+    eviction     in which order nodes are evicted
 """
 
 from engine.memory.prefix.cache import EvictionPolicyName, RadixCache
