@@ -199,9 +199,9 @@ OPTIONS = {
 
 # Windows of the layers, so that these are one, two and three groups.
 OF_GROUPS = {
-    "a window": ((8, 8), {"max_total_tokens": 40, "page_size": 4}),
-    "two groups": ((None, 8), {"max_total_tokens": 112, "page_size": 4, "host_tier_bytes": 1 << 18}),
-    "three groups": ((None, 8, 21), {"max_total_tokens": 176, "page_size": 4, "eviction_policy": "lfu"}),
+    "a window": ((8, 8), {"max_total_tokens": 64, "page_size": 4}),
+    "two groups": ((None, 8), {"max_total_tokens": 128, "page_size": 4, "host_tier_bytes": 1 << 18}),
+    "three groups": ((None, 8, 21), {"max_total_tokens": 192, "page_size": 4, "eviction_policy": "lfu"}),
 }
 
 

@@ -119,13 +119,11 @@ class ModelRunner:
         self._copies_ahead = jax.default_backend() != "cpu"  # the host reads a CPU's arrays without a copy
         self._copies_ready = 0
         pages = pool.size // pool.page_size
-        self._copies = [partial(self.copy, np.array([1], np.int32), np.array([2], np.int32))] if pages > 1 else []
+        # A copy is of one page of each group at most.
+        copied = _counts_up_to(min(attention.groups.num_groups, pages // 2))
+        self._copies = [partial(self.copy, *np.arange(1, 2 * n + 1, dtype=np.int32).reshape(2, n)) for n in copied]
         if moves_pages:
-            # A bucket serves every count above the bucket before it.
-            counts = [
-                min(n, pages) for n, before in zip(PAGE_BUCKETS, (0, *PAGE_BUCKETS), strict=False) if before < pages
-            ]
-            self._copies += [partial(self._move, np.arange(1, n + 1, dtype=np.int32)) for n in counts]
+            self._copies += [partial(self._move, np.arange(1, n + 1, dtype=np.int32)) for n in _counts_up_to(pages)]
 
     @property
     def num_programs(self) -> int:
@@ -337,6 +335,11 @@ def _update(placement: Placement, rows: DeviceRows, updates: jax.Array) -> Devic
 
     updated: DeviceRows = placement.own(placement.each_replica(enter)(rows, updates))
     return updated
+
+
+def _counts_up_to(pages: int) -> list[int]:
+    """A number of pages for each program that copies up to ``pages``: a bucket serves all above the one before it."""
+    return [min(n, pages) for n, before in zip(PAGE_BUCKETS, (0, *PAGE_BUCKETS), strict=False) if before < pages]
 
 
 def _is_usable(tree: Any) -> bool:
