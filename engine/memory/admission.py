@@ -53,36 +53,41 @@ def pages_to_admit(rows: ReqToTokenPool, demand: PageDemand, known: int, most: i
     """
     lens, known_lens, most_lens = rows.request_lens()
     size, lookahead = rows.page_size, max(rows.page_size // LOOKAHEAD_DIVISOR, 1)
-    soon = -(-_soon(np.maximum(lens, known_lens), most_lens, lookahead) // size)
+    fresh = -(-_soon(np.maximum(lens, known_lens), most_lens, lookahead) // size) - -(-lens // size)
     needed = -(-max(known, min(known + lookahead, most)) // size)
     total = -shared_pages
     for window, count in demand.kinds.items():
         if window is None:
-            total += count * (needed + int((soon - -(-lens // size)).sum()))
+            total += count * (needed + int(fresh.sum()))
             continue
-        steady = most_pages_held(window, size * needed, size, DECODE_AHEAD_TOKENS)
-        held = rows.window_pages_held(demand.windows.index(window))
-        reserved = np.minimum(soon, _most_pages(window, size, DECODE_AHEAD_TOKENS)) - held
-        short = known_lens > lens
-        unknown = int((known_lens - lens)[short].sum()) + known
-        ends = np.append(-(-known_lens[short] // size), needed)
-        extra = _extra_pages(window, ends, demand).sum()
-        shared_extra = -(-min(unknown, demand.ahead_tokens) // size)
-        total += count * (steady + int(reserved.clip(min=0).sum()) + min(int(extra), shared_extra))
+        held = np.append(rows.window_pages_held(demand.windows.index(window)), 0)
+        unknown = np.append((known_lens - lens).clip(min=0), known)
+        total += count * _window_pages(window, demand, np.append(fresh, needed), held, unknown)
     return total
+
+
+def _window_pages(window: int, demand: PageDemand, fresh: Int64, held: Int64, unknown: Int64) -> int:
+    """Pages that requests may take in one group with a window.
+
+    Args:
+        window: the window.
+        demand: what requests take.
+        fresh: ``[n]`` pages that they begin soon; what leaves meanwhile is not counted on.
+        held: ``[n]`` pages that they hold.
+        unknown: ``[n]`` tokens that they know and have not been granted; 0 while they decode.
+    """
+    size, is_decoding = demand.page_size, unknown == 0
+    steady, most = (_most_pages(window, size, ahead) for ahead in (DECODE_AHEAD_TOKENS, demand.ahead_tokens))
+    taken = np.minimum(fresh, (max(most, steady) - held).clip(min=0))
+    steadily = np.where(is_decoding, taken, np.minimum(taken, (steady - held).clip(min=0)))
+    # Beyond that it takes pages for the tokens of its chunks, and the chunks of all steps under way have so many.
+    chunks = -(-min(int(unknown.sum()), demand.ahead_tokens) // size) + int(np.count_nonzero(~is_decoding))
+    return int(steadily.sum()) + min(int((taken - steadily).sum()), chunks)
 
 
 def _most_pages(window: int, page_size: int, ahead_tokens: int) -> int:
     """Pages of a window that a long request holds at most."""
     return most_pages_held(window, 2 * (window + ahead_tokens + page_size), page_size, ahead_tokens)
-
-
-def _extra_pages(window: int, ends: Int64, demand: PageDemand) -> Int64:
-    """Pages that requests hold while they compute what they know, ``ends[n]`` pages, beyond those of later steps."""
-    size = demand.page_size
-    steady, most = (_most_pages(window, size, ahead) for ahead in (DECODE_AHEAD_TOKENS, demand.ahead_tokens))
-    extra: Int64 = np.minimum(ends, max(most, steady)) - np.minimum(ends, steady)
-    return extra
 
 
 def _soon(known: Int64, most: Int64, lookahead: int) -> Int64:

@@ -387,7 +387,7 @@ class CacheManager:
         if not self.page_table.available_rows or known > computed:
             return False
         shared = self._fork_pages(row, known)
-        return shared is not None and self._has_room(known + 1, self._most_of(row), int(np.count_nonzero(shared)))
+        return shared is not None and self._has_room(known + 1, self._most_of(row), PageIds(shared[shared > 0]))
 
     def fork(self, row: int, tokens: int) -> int:
         """Gives a new row the first ``tokens`` tokens of ``row``.
@@ -522,8 +522,10 @@ class CacheManager:
     def _most_of(self, row: int) -> int:
         return int(self.page_table.request_lens(np.array([row])).most[0])
 
-    def _has_room(self, known: int, most: int, shared_pages: int) -> bool:
-        return pages_to_admit(self.page_table, self.demand, known, most, shared_pages) <= self.reclaimable_pages
+    def _has_room(self, known: int, most: int, shared: PageIds) -> bool:
+        """Whether the rule of admission holds with one more request, which shares pages whose entries are locked."""
+        reclaimable = self._pool.available + self.prefix.evictable_without(shared)
+        return pages_to_admit(self.page_table, self.demand, known, most, shared.size) <= reclaimable
 
     def _retain(self, pages: PageIds) -> None:
         """Takes a reference to each page for a row."""
@@ -670,7 +672,7 @@ class CacheManager:
         for found in (find_prefix(self.prefix, tier, scope, tokens), find_on_device(self.prefix, scope, tokens)):
             locked.append(found.match)
             self.prefix.lock(found.match)
-            if not self._has_room(tokens.size, most, found.num_shared):
+            if not self._has_room(tokens.size, most, PageIds(found.pages[found.pages > 0])):
                 self.prefix.unlock(found.match)
                 return None
             data = [

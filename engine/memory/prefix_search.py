@@ -43,11 +43,6 @@ class FoundPrefix:
     loads: Sequence[PageRun] = ()
     num_pages: int = 0
 
-    @property
-    def num_shared(self) -> int:
-        """Pages on the device, over all groups."""
-        return int(np.count_nonzero(self.pages))
-
 
 def find_on_device(prefix: RadixCache, scope: CacheScope, tokens: Int32) -> FoundPrefix:
     """The longest prefix after which a request can go on with pages of the device alone; changes nothing."""

@@ -240,6 +240,10 @@ class RadixCache:
         pages, tokens = PageIds(match.pages[:num_pages]), num_pages * self.page_size
         return PrefixMatch(pages, tokens, match.num_queried, match.owner, match.node)
 
+    def evictable_without(self, pages: Int32) -> int:
+        """Cached pages that ``evict`` could release once a request holds these, whose entries are locked already."""
+        return self.evictable_pages - (0 if self._groups is None else self._groups.idle_with(pages))
+
     def note_holders(self, pages: Int32) -> None:
         """Notes that requests have taken or given back references to some pages, of any group.
 

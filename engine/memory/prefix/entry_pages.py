@@ -229,6 +229,11 @@ class EntryPages:
                 self._stamp[entry] = stamp
                 self._enter_order(entry, count)
 
+    def idle_with(self, pages: Int32) -> int:
+        """How many pages are no longer idle once a request holds these."""
+        idle = (self._idle.get(entry) for entry in self.entries_of(pages).tolist())
+        return sum(each.num_pages for each in idle if each is not None)
+
     def next_windows(self) -> IdlePages | None:
         """The idle pages to be evicted first: the oldest cold ones, else the oldest warm ones."""
         return self._cold.oldest() or self._warm.oldest()
