@@ -51,6 +51,7 @@ _HOMES = {
     "CacheScope": "engine.memory",
     "EvictedPages": "engine.memory",
     "HostTier": "engine.memory",
+    "LayerGroups": "engine.layer_groups",
     "LayoutKey": "engine.memory",
     "PageCopy": "engine.memory",
     "PagedTokenToKVPoolAllocator": "engine.memory",

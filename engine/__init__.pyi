@@ -29,6 +29,7 @@ from engine.kv import (
     start_reading,
     write_pages,
 )
+from engine.layer_groups import LayerGroups
 from engine.memory import (
     Adapter,
     Admission,
@@ -74,6 +75,7 @@ __all__ = [
     "Interrupted",
     "KVLayout",
     "KVPoolExhausted",
+    "LayerGroups",
     "LayoutKey",
     "MeshAttention",
     "PageCopy",
