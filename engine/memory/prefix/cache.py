@@ -671,6 +671,8 @@ class RadixCache:
             done.pages.append(pages[pages > 0])
             if idle.is_warm and self._on_evict is not None:
                 done.told += self._window_pages_told(entry, pages)
+            if not groups.num_full:
+                self._cut_empty_ends(groups, done)
             return idle.num_pages
         leaf = leaf or forest.oldest()
         before, count = self.evictable_pages, min(-(-wanted // self._pages_an_entry), leaf.pages.size)
@@ -687,6 +689,20 @@ class RadixCache:
             done.emptied.append((groups, entries, by_group))
             done.pages.append(groups.take_out(entries))
         return before - self.evictable_pages
+
+    def _cut_empty_ends(self, groups: EntryPages, done: Eviction) -> None:
+        """Takes out the ends of the oldest leaves that have no page any more: without full attention nothing else does.
+
+        Leaves are as old as their last window pages, so these lose theirs first.
+        """
+        forest = self._forest
+        while forest.evictable:
+            leaf = forest.oldest()
+            count = groups.empty_end(leaf.pages)
+            if not count:
+                return
+            done.cut.append((leaf, leaf.tokens, leaf.pages))
+            groups.take_out(forest.cut(leaf, count))
 
     @property
     def _pages_an_entry(self) -> int:
