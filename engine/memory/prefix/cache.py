@@ -249,8 +249,13 @@ class RadixCache:
 
         What no request holds any more counts as used just now.
         """
-        if self._groups is not None and pages.size:
+        if self._groups is None or not pages.size:
+            return
+        try:
             self._groups.refresh(self._groups.entries_of(pages), self._forest.tick())
+        except BaseException:
+            self._mend()
+            raise
 
     def lock(self, match: PrefixMatch) -> None:
         """Protects the pages of a match from eviction, once more if they are already; undone by ``unlock``.
