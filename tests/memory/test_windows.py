@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from prefix_pages import scope
 
+from engine.errors import ConfigError
 from engine.memory.manager import CacheManager
 from engine.memory.offload import HostTier, PageFormat
 
@@ -103,3 +104,8 @@ def test_a_row_that_is_extended_by_cached_pages_holds_its_window_and_no_more():
     assert np.count_nonzero(cache.page_table.row_pages(waiting.row, 1)) == 5
     cache.release(waiting.row, SCOPE, tokens_of(31))
     cache.check_integrity()
+
+
+def test_full_attention_comes_first():
+    with pytest.raises(ConfigError, match="put full attention first"):
+        make(100, (8, None))

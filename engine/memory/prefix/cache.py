@@ -94,7 +94,8 @@ class RadixCache:
         policy: which pages are evicted first. "lru": those unused for longest. "lfu": those hit least (counted up to
             255), of equals the least recently used. "priority": those inserted with the lowest priority, likewise.
             A use of a page is a use of the prefix before it.
-        windows: of each group of layers, the tokens that a query sees, itself included; None is all before it.
+        windows: of each group of layers, the tokens that a query sees, itself included; None is all before it, and
+            comes first.
         on_evict: called with pages just before they are released, so that their contents can be saved; not with pages
             that have become unreachable, and not with cold ones. An error in it comes out of ``evict``, which is
             complete by then.
@@ -104,7 +105,8 @@ class RadixCache:
         evicted_pages: pages that ``evict`` has released.
 
     Raises:
-        ConfigError: an argument is of a wrong type, ``page_size`` is not the allocator's, or the policy is unknown.
+        ConfigError: an argument is of a wrong type, ``page_size`` is not the allocator's, the policy is unknown, or a
+            group with full attention follows one with a window.
     """
 
     def __init__(
@@ -128,6 +130,11 @@ class RadixCache:
         if page_size != allocator.page_size:
             raise ConfigError(
                 f"page_size is {page_size!r} tokens here and {allocator.page_size} in the allocator; they must be equal"
+            )
+        if None in windows and windows[0] is not None:
+            raise ConfigError(
+                f"windows={list(windows)} has full attention after a window: the pages of the first group tell entries "
+                "apart, so it must keep them all; put full attention first, as LayerGroups.of does"
             )
         self.allocator = allocator
         self.caller = allocator.caller
