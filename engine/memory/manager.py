@@ -358,8 +358,9 @@ class CacheManager:
         if not self.page_table.has_windows:
             return
         self.caller.enter()
-        pages = self.page_table.leave_behind(rows)
+        pages = NO_PAGES
         try:
+            pages = self.page_table.leave_behind(rows)
             self._release(pages)
         except BaseException:
             self._release_surplus(pages)
