@@ -77,8 +77,9 @@ def _window_pages(window: int, demand: PageDemand, fresh: Int64, held: Int64, un
         unknown: ``[n]`` tokens that they know and have not been granted; 0 while they decode.
     """
     size, is_decoding = demand.page_size, unknown == 0
-    steady, most = (_most_pages(window, size, ahead) for ahead in (DECODE_AHEAD_TOKENS, demand.ahead_tokens))
-    taken = np.minimum(fresh, (max(most, steady) - held).clip(min=0))
+    most = _most_pages(window, size, demand.ahead_tokens)
+    steady = min(_most_pages(window, size, DECODE_AHEAD_TOKENS), most)
+    taken = np.minimum(fresh, (most - held).clip(min=0))
     steadily = np.where(is_decoding, taken, np.minimum(taken, (steady - held).clip(min=0)))
     # Beyond that it takes pages for the tokens of its chunks, and the chunks of all steps under way have so many.
     chunks = -(-min(int(unknown.sum()), demand.ahead_tokens) // size) + int(np.count_nonzero(~is_decoding))

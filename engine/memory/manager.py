@@ -223,7 +223,8 @@ class CacheManager:
                 self.prefix.record(found.match)  # a hit only now that the row is there
                 self._leases[row].missed_tokens = found.match.num_queried - found.match.num_tokens
             self._moves += loads
-            return Admission(row, found.match.num_tokens, found.num_pages * self.page_size - found.match.num_tokens)
+            cached = self.page_table.computed_len(row)
+            return Admission(row, cached, self.page_table.kv_len(row) - cached)
         except BaseException:  # an interrupt too: the caller never learns of this row
             self._moves[planned:] = [move for move in self._moves[planned:] if not isinstance(move, PageLoad)]
             self._undo_row(row, locked, pages)
@@ -357,8 +358,9 @@ class CacheManager:
         if not self.page_table.has_windows:
             return
         self.caller.enter()
-        pages = self.page_table.leave_behind(rows)
+        pages = NO_PAGES
         try:
+            pages = self.page_table.leave_behind(rows)
             self._release(pages)
         except BaseException:
             self._release_surplus(pages)
@@ -635,9 +637,9 @@ class CacheManager:
         try:
             self.prefix.lock(found.match)
             self._retain(added)
-            left = self.page_table.append_pages(row, pages)
+            left = [self.page_table.append_pages(row, pages), self.page_table.leave_behind(np.array([row]))]
             lease.match = found.match
-            self._release(left)
+            self._release(PageIds(np.concatenate(left)))
             self.prefix.unlock(before)
         except BaseException:
             if self.page_table.kv_len(row) == before.num_tokens:
@@ -697,7 +699,8 @@ class CacheManager:
             parts = np.split(fresh, np.cumsum(counts)[:-1]) if counts else []
             for load, mine in zip(found.loads, parts, strict=True):
                 pages[load.group, load.start : load.stop] = mine
-            self.page_table.append_pages(row, pages, computed=device)
+            computed = min([device, *(load.start for load in found.loads)])  # a window's pages may be loaded before
+            self.page_table.append_pages(row, pages, computed=computed)
             return [PageLoad(mine, contents) for mine, contents in zip(parts, data, strict=True)]
         except BaseException:
             if fresh is None:

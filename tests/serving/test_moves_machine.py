@@ -3,6 +3,9 @@
 The device keeps a number for each prefix, and the slot of a prefix's last token contains it. A step reads what the
 slots of its sequences contain and chooses the next token by that alone. So a wrong page, or a right one at a wrong
 time, shows as a chain of numbers that does not join up, or as a wrong answer.
+
+Layers form up to three groups, and each slot contains its group too. A group with a window is read through the window
+alone: what lies behind it may contain anything.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -22,6 +26,8 @@ from hypothesis.stateful import (
 )
 from scheduler_support import CONTEXT, PAGE, Clock
 
+from engine.errors import RequestTooLarge
+from engine.layer_groups import first_kept_page
 from engine.memory.manager import CacheManager
 from engine.memory.offload.host_tier import HostTier
 from engine.memory.offload.page_format import PageFormat
@@ -38,9 +44,7 @@ from engine.serving.request import FinishReason, Request, SamplingParams
 from engine.serving.stepper import Stepper
 from engine.serving.watch.stats import EngineStats
 
-FORMAT = PageFormat(
-    1, np.dtype(np.float32), {"page_size": PAGE, "head_num": 1, "head_dim": 1, "dtype": "float32", "version": 1}
-)
+WINDOWS = [(None,), (None,), (None, 8), (None, 5, 5), (9,), (4, 11), (None, None, 6)]
 SLOTS, VOCAB, STOP, PATIENCE = 4, 5, 3, 2_000
 TRUNK = np.arange(40) % 7 + 10
 
@@ -77,12 +81,12 @@ class Numbers:
 class PretendRunner:
     """Runs every program when it is dispatched, which is in the order in which a device would."""
 
-    def __init__(self, caches, numbers):
+    def __init__(self, caches, numbers, page_shape):
         self.caches, self.numbers, self.root = caches, numbers, -1
-        pages = caches[0].size // PAGE + 1
         table = caches[0].page_table
-        self.content = np.full((len(caches), pages, *FORMAT.page_shape), -7, np.float32)
-        self.table = np.zeros((len(caches), table.max_requests, table.max_pages), np.int32)
+        self.windows, self.page_size = table.windows, table.page_size
+        self.content = np.full((len(caches), caches[0].size // self.page_size + 1, *page_shape), -7, np.float32)
+        self.table = np.zeros((len(caches), table.max_requests, table.num_groups, table.max_pages), np.int32)
         self.last = np.zeros((len(caches), table.max_requests), np.int32)
         self.fails_at = None
 
@@ -123,24 +127,35 @@ class PretendRunner:
         chosen = np.zeros(parcel.kv_lens.size, np.int32)
         rows = parcel.req_pool_idx[parcel.req_pool_idx != NOWHERE].tolist()
         assert len(set(rows)) == len(rows)
-        slots = self.content[replica]
-        written = []
+        slots, written = self.content[replica], []
         for index, row in enumerate(rows):
             first, stop = parcel.cu_q_lens[index : index + 2].tolist()
-            end, pages = int(parcel.kv_lens[index]), self.table[replica, row]
-            start = end - (stop - first)
-            before = slots[pages[: -(-end // PAGE)]].reshape(-1, 2)[:start, 0].astype(int).tolist()
-            number = before[-1] if before else self.root
-            assert before == self.numbers.chain(number, start), "a step reads what is not its sequence"
-            for position, token in zip(range(start, end), parcel.token_ids[first:stop].tolist(), strict=True):
+            end, fed = int(parcel.kv_lens[index]), parcel.token_ids[first:stop].tolist()
+            number = self.read(replica, row, end - len(fed))
+            for position, token in enumerate(fed, end - len(fed)):
                 number = self.numbers.after(number, self.last[replica, row] if token == LAST_SAMPLED else token)
-                written.append((pages[position // PAGE], position % PAGE, number))
+                column, offset = divmod(position, self.page_size)
+                pages = self.table[replica, row, :, column].tolist()
+                written += [(page, offset, number, group) for group, page in enumerate(pages)]
             chosen[index] = self.last[replica, row] = self.numbers.next_token(number)
-        assert len({(page, offset) for page, offset, _ in written}) == len(written), "two rows write one slot"
-        for page, offset, number in written:
+        assert len({(page, offset) for page, offset, _, _ in written}) == len(written), "two rows write one slot"
+        for page, offset, number, group in written:
             assert page, "the null page is written"
-            slots[page, 0, offset] = number
+            slots[page, 0, offset, :, 0] = number, group
         return chosen
+
+    def read(self, replica, row, start):
+        """The number of a row's first ``start`` tokens, after a look at all that the next token sees of them."""
+        number, slots = self.root, self.content[replica].reshape(-1, 2).astype(int)
+        for group, window in enumerate(self.windows):
+            seen = np.arange(0 if window is None else max(start - window + 1, 0), start)
+            pages = self.table[replica, row, group, seen // self.page_size]
+            found = slots[pages * self.page_size + seen % self.page_size]
+            number = found[-1, 0] if seen.size else number
+            expected = self.numbers.chain(number, start)[start - seen.size :]
+            assert found[:, 0].tolist() == expected, "a step reads what is not its sequence"
+            assert (found[:, 1] == group).all(), "a step reads what is of another group"
+        return number
 
     def recover(self):
         return True
@@ -154,20 +169,26 @@ class MovesMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["lru", "lru", "lfu", "priority", None]),
         budget=st.sampled_from([4, 9, 40]),
         overlap=st.booleans(),
+        windows=st.sampled_from(WINDOWS),
+        page_size=st.sampled_from([PAGE, PAGE, 2, 1]),
     )
-    def build(self, replicas, pages, host_pages, policy, budget, overlap):
-        self.numbers = Numbers()
-        self.caches = [CacheManager(pages * PAGE, PAGE, SLOTS, CONTEXT, policy=policy) for _ in range(replicas)]
-        self.tier = HostTier(host_pages * FORMAT.page_bytes, FORMAT) if host_pages else None
+    def build(self, replicas, pages, host_pages, policy, budget, overlap, windows, page_size):
+        self.numbers, self.page_size = Numbers(), page_size
+        layout = {"page_size": page_size, "head_num": 1, "head_dim": 1, "dtype": "float32", "version": 1}
+        form = PageFormat(1, np.dtype(np.float32), layout, windows)
+        size = pages * PAGE * (1 + sum(window is None for window in windows))
+        options = {"policy": policy, "windows": windows, "ahead_tokens": (1 + overlap) * max(budget, SLOTS)}
+        self.caches = [CacheManager(size, page_size, SLOTS, CONTEXT, **options) for _ in range(replicas)]
+        self.tier = HostTier(host_pages * PAGE // page_size * form.page_bytes, form) if host_pages else None
         for cache in self.caches if self.tier else ():
             cache.attach_host_tier(self.tier)
         queue = RequestQueue()
         options = {"max_running_requests": SLOTS, "max_step_tokens": budget}
         members = [Replica(cache, queue, index=index, **options) for index, cache in enumerate(self.caches)]
         self.scheduler = Scheduler(members, queue, Clock())
-        self.runner = PretendRunner(self.caches, self.numbers)
+        self.runner = PretendRunner(self.caches, self.numbers, form.page_shape)
         self.mover = PageMover(self.runner, self.tier)
-        batcher = Batcher(parcel_shapes(SLOTS, members[0].max_step_tokens, PAGE), replicas)
+        batcher = Batcher(parcel_shapes(SLOTS, members[0].max_step_tokens, page_size, len(windows)), replicas)
         stats = EngineStats()
         self.stepper = Stepper(self.scheduler, batcher, self.runner, self.mover, stats, overlap=overlap)
         self.groups = AnswerGroups()
@@ -193,6 +214,10 @@ class MovesMachine(RuleBasedStateMachine):
             prompt = np.concatenate([TRUNK[:trunk], own, [99] * (not trunk and not own.size)]).astype(np.int32)
             leader, *siblings = (self.make_request(prompt, params, salt, stops) for _ in range(n))
             leader.siblings = siblings
+            try:
+                self.scheduler.check_fits(leader)
+            except RequestTooLarge:
+                continue
             self.groups.add(leader)
             self.scheduler.add(leader)
 
@@ -286,9 +311,18 @@ class MovesMachine(RuleBasedStateMachine):
             return
         self.scheduler.check_integrity()
         for cache in self.caches:
-            held = set(cache.page_table.held_pages().tolist())
-            nodes = [node for tree in cache.prefix._forest.trees() for node in tree.nodes()]
-            assert not held & {page for node in nodes if not node.locks for page in node.pages.tolist()}
+            table, nodes = cache.page_table, [node for tree in cache.prefix._forest.trees() for node in tree.nodes()]
+            unlocked = np.concatenate([np.zeros(0, np.int32), *(node.pages for node in nodes if not node.locks)])
+            for group, window in enumerate(cache.prefix.windows):
+                if window is None:
+                    pages = unlocked if cache.prefix._groups is None else cache.prefix._groups.of(unlocked)[group]
+                    assert not np.isin(pages, table.held_pages()).any()
+                    continue
+                for row in table.rows_in_use().tolist():
+                    kept = first_kept_page(window, table.computed_len(row), self.page_size)
+                    # What is being loaded counts as computed when a step has run.
+                    assert self.tier or table.row_pages(row, group)[kept:].all(), "a page within the window has gone"
+                    assert not table.row_pages(row, group)[:kept].any(), "a page behind the window is held"
             assert cache.prefix.hit_tokens <= cache.prefix.query_tokens
         if not self.scheduler.has_work:
             assert self.scheduler.held_tokens == 0
@@ -298,17 +332,18 @@ class MovesMachine(RuleBasedStateMachine):
         if not hasattr(self, "caches"):
             return
         for index, cache in enumerate(self.caches):
-            for scope, tokens, pages, _ in cache.prefix.runs():
-                self.check_content(scope, tokens, self.runner.content[index][pages])
+            for scope, tokens, pages, group in cache.prefix.runs():
+                self.check_content(scope, tokens, self.runner.content[index][pages], group)
         for segment in self.tier.segments() if self.tier else ():
-            self.check_content(segment.scope, segment.token_ids, segment.data)
+            self.check_content(segment.scope, segment.token_ids, segment.data, segment.group)
 
-    def check_content(self, scope, tokens, content):
+    def check_content(self, scope, tokens, content, group):
         number = -1 - scope.weights_epoch
         for token in tokens.tolist():
             number = self.numbers.after(number, token)
-        found = content.reshape(-1, 2)[:, 0].astype(int).tolist()
+        found, groups = content.reshape(-1, 2).astype(int).T.tolist()
         assert found == self.numbers.chain(number, tokens.size)[-len(found) :]
+        assert set(groups) <= {group}
 
     def teardown(self):
         for _ in range(PATIENCE):
@@ -318,6 +353,8 @@ class MovesMachine(RuleBasedStateMachine):
         raise AssertionError("requests do not get on")
 
 
-def test_whatever_comes_every_step_reads_its_own_sequence_and_every_answer_is_right():
-    chosen = settings(max_examples=100, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize("examples", [100, pytest.param(2_000, marks=pytest.mark.slow)])
+def test_whatever_comes_every_step_reads_its_own_sequence_and_every_answer_is_right(examples):
+    options = {"max_examples": examples, "stateful_step_count": 30, "deadline": None}
+    chosen = settings(**options, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(MovesMachine, settings=chosen)

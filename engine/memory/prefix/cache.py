@@ -94,7 +94,8 @@ class RadixCache:
         policy: which pages are evicted first. "lru": those unused for longest. "lfu": those hit least (counted up to
             255), of equals the least recently used. "priority": those inserted with the lowest priority, likewise.
             A use of a page is a use of the prefix before it.
-        windows: of each group of layers, the tokens that a query sees, itself included; None is all before it.
+        windows: of each group of layers, the tokens that a query sees, itself included; None is all before it, and
+            comes first.
         on_evict: called with pages just before they are released, so that their contents can be saved; not with pages
             that have become unreachable, and not with cold ones. An error in it comes out of ``evict``, which is
             complete by then.
@@ -104,7 +105,8 @@ class RadixCache:
         evicted_pages: pages that ``evict`` has released.
 
     Raises:
-        ConfigError: an argument is of a wrong type, ``page_size`` is not the allocator's, or the policy is unknown.
+        ConfigError: an argument is of a wrong type, ``page_size`` is not the allocator's, the policy is unknown, or a
+            group with full attention follows one with a window.
     """
 
     def __init__(
@@ -128,6 +130,11 @@ class RadixCache:
         if page_size != allocator.page_size:
             raise ConfigError(
                 f"page_size is {page_size!r} tokens here and {allocator.page_size} in the allocator; they must be equal"
+            )
+        if None in windows and windows[0] is not None:
+            raise ConfigError(
+                f"windows={list(windows)} has full attention after a window: the pages of the first group tell entries "
+                "apart, so it must keep them all; put full attention first, as LayerGroups.of does"
             )
         self.allocator = allocator
         self.caller = allocator.caller
@@ -249,8 +256,13 @@ class RadixCache:
 
         What no request holds any more counts as used just now.
         """
-        if self._groups is not None and pages.size:
+        if self._groups is None or not pages.size:
+            return
+        try:
             self._groups.refresh(self._groups.entries_of(pages), self._forest.tick())
+        except BaseException:
+            self._mend()
+            raise
 
     def lock(self, match: PrefixMatch) -> None:
         """Protects the pages of a match from eviction, once more if they are already; undone by ``unlock``.
@@ -671,6 +683,8 @@ class RadixCache:
             done.pages.append(pages[pages > 0])
             if idle.is_warm and self._on_evict is not None:
                 done.told += self._window_pages_told(entry, pages)
+            if not groups.num_full:
+                self._cut_empty_ends(groups, done)
             return idle.num_pages
         leaf = leaf or forest.oldest()
         before, count = self.evictable_pages, min(-(-wanted // self._pages_an_entry), leaf.pages.size)
@@ -687,6 +701,20 @@ class RadixCache:
             done.emptied.append((groups, entries, by_group))
             done.pages.append(groups.take_out(entries))
         return before - self.evictable_pages
+
+    def _cut_empty_ends(self, groups: EntryPages, done: Eviction) -> None:
+        """Takes out the ends of the oldest leaves that have no page any more: without full attention nothing else does.
+
+        Leaves are as old as their last window pages, so these lose theirs first.
+        """
+        forest = self._forest
+        while forest.evictable:
+            leaf = forest.oldest()
+            count = groups.empty_end(leaf.pages)
+            if not count:
+                return
+            done.cut.append((leaf, leaf.tokens, leaf.pages))
+            groups.take_out(forest.cut(leaf, count))
 
     @property
     def _pages_an_entry(self) -> int:

@@ -4,11 +4,12 @@ An *entry* is a page of tokens in the trees. With full attention its number is t
 page in every group of full attention, always, and in a group with a window as long as that is worth its memory. A
 prefix is a hit where its entries have the window's last pages (``longest_hit``); earlier ones nobody reads.
 
-The pages of windows may be evicted while the entry stays. They are *idle* when the cache alone holds them. Of those
-that are idle, the *cold* go first: pages from the middle of sequences, which a window has passed; and among these those
-*near* the end of a sequence last, because the next request may put another question in place of the last. *Warm* are
-the pages at the end of a sequence, where the next turn goes on, and those that a hit has used before, as at the end of
-a common system prompt; they are as old as their last use, by the same clock as the nodes of the trees.
+The pages of windows may be evicted while the entry stays. A page is *idle* when the cache alone holds it: of an entry
+that a request sees through a large window, that of a small window may be. Of those that are idle, the *cold* go first:
+pages from the middle of sequences, which a window has passed; and among these those *near* the end of a sequence last,
+because the next request may put another question in place of the last. *Warm* are the pages at the end of a sequence,
+where the next turn goes on, and those that a hit has used before, as at the end of a common system prompt; they are as
+old as their last use, by the same clock as the nodes of the trees.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def longest_hit(has_page: Bool, pages_needed: Sequence[int]) -> int:
 
 
 class IdlePages(Evictable):
-    """The window pages of one entry while they are idle.
+    """The idle window pages of one entry.
 
     Attributes:
         entry: the entry.
@@ -171,12 +172,13 @@ class EntryPages:
         return taken
 
     def take_windows(self, entry: int) -> Int32:
-        """Takes the window pages of an entry that stays; int32 ``[groups]``, 0 where there was none."""
+        """Takes the idle window pages of an entry that stays; int32 ``[groups]``, 0 where there was none."""
         self._leave_order(entry)
         pages = self._table[:, entry].copy()
         pages[self.full] = 0
+        pages[~self._is_alone(pages)] = 0
         self._entry_of[pages[pages > 0]] = 0
-        self._table[self.windowed, entry] = 0
+        self._table[pages > 0, entry] = 0
         self.window_pages -= int(np.count_nonzero(pages))
         return pages
 
@@ -188,6 +190,13 @@ class EntryPages:
         """Undoes ``put`` of ``pages[groups, n]``, as far as ``rebuild`` needs it."""
         held = self._table[:, entries]
         self._table[:, entries] = np.where((pages > 0) & (held == pages), 0, held)
+
+    def empty_end(self, entries: Int32) -> int:
+        """How many of the last of these entries have no page any more."""
+        if self._table[:, entries[-1]].any():
+            return 0
+        has: Bool = np.any(self._table[:, entries[::-1]], axis=0)
+        return int(has.argmax()) if has.any() else has.size
 
     def last_seen(self, entries: Int32, windows: int = 1) -> Int32:
         """The last entries that a token after them sees through the largest window, or through so many of them."""
@@ -216,23 +225,19 @@ class EntryPages:
 
     def refresh(self, entries: Int32, stamp: int) -> None:
         """Brings the orders up to date after the holders, or the pages, of entries have changed."""
-        pages = self._table[np.ix_(self.windowed, entries)]
-        has = pages > 0
-        alone = self._pool.holders(pages.reshape(-1).astype(np.int64)).reshape(pages.shape) == 1
-        is_idle = has.any(axis=0) & (alone | ~has).all(axis=0)
-        for entry, idle, count in zip(entries.tolist(), is_idle.tolist(), has.sum(axis=0).tolist(), strict=True):
+        idle = self._is_alone(self._table[np.ix_(self.windowed, entries)])
+        for entry, count in zip(entries.tolist(), idle.sum(axis=0).tolist(), strict=True):
             before = self._idle.get(entry)
-            if before is not None and (not idle or before.num_pages != count):
+            if before is not None and before.num_pages != count:
                 self._leave_order(entry)
                 before = None
-            if idle and before is None:
+            if count and before is None:
                 self._stamp[entry] = stamp
                 self._enter_order(entry, count)
 
     def idle_with(self, pages: Int32) -> int:
         """How many pages are no longer idle once a request holds these."""
-        idle = (self._idle.get(entry) for entry in self.entries_of(pages).tolist())
-        return sum(each.num_pages for each in idle if each is not None)
+        return int(np.count_nonzero(self._is_alone(pages[self._entry_of[pages] > 0])))
 
     def next_windows(self) -> IdlePages | None:
         """The idle pages to be evicted first: the oldest cold ones, else the oldest warm ones."""
@@ -281,14 +286,10 @@ class EntryPages:
         self._cold.check_integrity()
         self._warm.check_integrity()
         for each in ordered:
-            pages = self._table[self.windowed, each.entry]
-            alone = self._pool.holders(pages[pages > 0].astype(np.int64)) == 1
-            is_right = self._idle.get(each.entry) is each and alone.all() and alone.size == each.num_pages
-            wrong[each.entry] |= not is_right
+            alone = self._is_alone(self._table[self.windowed, each.entry])
+            wrong[each.entry] |= self._idle.get(each.entry) is not each or alone.sum() != each.num_pages
         every = self._table[self.windowed]
-        lonely = (every > 0) & (self._pool.holders(every.reshape(-1).astype(np.int64)).reshape(every.shape) <= 1)
-        held = (every > 0) & ~lonely
-        unordered: Bool = np.any(lonely, axis=0) & ~np.any(held, axis=0)
+        unordered: Bool = np.any(self._is_alone(every), axis=0)
         unordered[[each.entry for each in ordered]] = False
         wrong |= unordered
         for group in self.windowed.tolist():
@@ -302,6 +303,11 @@ class EntryPages:
             )
         if self.window_pages != np.count_nonzero(every):
             raise IntegrityError(f"{self.window_pages} window pages are counted, {np.count_nonzero(every)} are there")
+
+    def _is_alone(self, pages: Int32) -> Bool:
+        """Which of these pages, 0 where there is none, are held by the cache alone."""
+        alone: Bool = self._pool.holders(pages.reshape(-1).astype(np.int64)).reshape(pages.shape) == 1
+        return alone & (pages > 0)
 
     def _clear(self, entries: Int32) -> None:
         """Forgets entries that have left the trees."""
