@@ -286,9 +286,13 @@ class CacheManager:
         """
         self.caller.enter()
         growth = self.page_table.plan_growth(rows, counts)
-        if not growth.num_pages:
+        if growth.num_pages:
+            self._grow_by_pages(growth)
+        else:
             self.page_table.grow(growth, NO_PAGES)
-            return
+
+    def _grow_by_pages(self, growth: RowGrowth) -> None:
+        """Grows rows as planned, by fresh pages, for which cached ones are evicted where need be."""
         groups = self.page_table.num_groups
         self._make_room(growth.num_pages, f"{groups} groups of {growth.num_pages // groups} each" if groups > 1 else "")
         clock = self._pool.clock
