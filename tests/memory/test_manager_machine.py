@@ -385,7 +385,7 @@ def play(windows, examples, *, faults):
     run_state_machine_as_test(machine, settings=settings(max_examples=examples, **options))
 
 
-@pytest.mark.parametrize(("windows", "examples"), [((None,), 60), ((None, 8), 25), ((None, 4, 13), 15), ((9,), 15)])
+@pytest.mark.parametrize(("windows", "examples"), [((None,), 40), ((None, 8), 15), ((None, 4, 13), 10), ((9,), 10)])
 @pytest.mark.parametrize("faults", [False, True])
 def test_whatever_is_called_in_any_order_every_step_reads_right_contents(faults, windows, examples):
     play(windows, examples, faults=faults)

@@ -214,14 +214,14 @@ def test_every_answer_is_right_and_every_page_comes_back(one_group, name):
 def test_the_same_where_layers_are_groups(name):
     windows, options = OF_GROUPS[name]
     models = make_models(windows)
-    play(models, answers_of(models), options)
+    play(models, answers_of(models), options, examples=5)
 
 
-def play(models, answers, options):
+def play(models, answers, options, examples=8):
     llm = LLM(models[0], max_running_requests=4, chunked_prefill_size=24, context_length=64, **options)
     compiles = llm.compiles_after_warmup
     machine = type("Machine", (EngineMachine,), {"llm": llm, "models": models, "answers": answers})
-    run(machine, max_examples=12, steps=25)
+    run(machine, max_examples=examples, steps=25)
     assert llm.compiles_after_warmup == compiles
 
 
