@@ -57,8 +57,8 @@ class EngineConfig:
             templates need; otherwise it is plain text, so that a user's words cannot end or begin a turn.
         page_size: tokens per page.
         max_total_tokens: usable token slots in the pool, a multiple of ``page_size``; None sizes the pool by
-            ``mem_fraction_static``, at most ``max_running_requests * context_length``. A pool that the memory cannot
-            hold is refused.
+            ``mem_fraction_static``, at most ``max_running_requests * context_length`` of every group of layers. A pool
+            that the memory cannot hold is refused.
         mem_fraction_static: fraction of the device's memory for weights and pool together, above 0 and below 1; on a
             CPU, of the memory that the machine had available before the weights were loaded, less ``host_tier_bytes``.
         max_running_requests: most requests that run at once, over all replicas; the page table, of one row each and

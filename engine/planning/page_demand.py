@@ -42,8 +42,8 @@ class PageDemand:
         return self._total(tokens, DECODE_AHEAD_TOKENS)
 
     def pages_of(self, requests: int, tokens: int) -> int:
-        """Pages for so many requests of so many tokens, of which one at a time computes its prompt."""
-        return (requests - 1) * self.decoding_pages(tokens) + self.most_pages(tokens)
+        """Pages that hold every token of so many requests in every group, also what a window has passed."""
+        return requests * len(self.windows) * -(-tokens // self.page_size)
 
     def requests_in(self, pages: int, tokens: int) -> float:
         """How many requests of so many tokens such pages serve at once; below 1 where they do not hold one."""

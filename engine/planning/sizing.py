@@ -137,7 +137,8 @@ def size_pool(
         groups: the groups of the model's layers.
         demand: the pages that requests take.
         token_bytes: bytes per token and layer, padding included, on all devices that hold a part of the token.
-        wanted_pages: pages that are enough: every running request at its full context.
+        wanted_pages: pages that are enough: every token of every running request at its full context; what windows
+            leave free of them keeps prefixes.
         device_bytes: bytes of memory of each device; None where it does not report them, which gives ``wanted_pages``.
         weight_bytes: bytes of that memory which the weights take.
         mem_fraction_static: fraction of the device's memory for weights and pool together.

@@ -186,10 +186,14 @@ def test_a_pool_of_gemma_3_27b_serves_what_its_groups_hold():
     assert short.max_concurrency == (most - 1) / most
 
 
-def test_the_automatic_size_holds_every_request_at_its_longest_and_one_that_computes_its_prompt():
+def test_requests_of_windows_hold_little_while_they_decode_and_the_prompt_that_is_computed_more():
+    _, demand = layers_of(16, [None, 64, 64, 64], 512)
+    assert demand.requests_in(8 * (256 + 3 * 6) + 3 * (37 - 6), 4096) == 8
+
+
+def test_the_automatic_size_has_room_for_what_the_windows_of_every_request_have_passed():
     windows = [None, 64, 64, 64]
     groups, demand = layers_of(16, windows, 512)
-    pages = demand.pages_of(8, 4096)
-    assert demand.requests_in(pages, 4096) == 8
-    assert pages == 8 * (256 + 3 * 6) + 3 * (37 - 6)
+    pages = demand.pages_of(8, 4090)
+    assert pages == 8 * 4 * 256 > 2 * 8 * demand.most_pages(4090)
     assert size_pool(groups, demand, token_bytes=1, wanted_pages=pages) == 16 * pages

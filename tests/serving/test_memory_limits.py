@@ -49,6 +49,13 @@ def test_the_default_pool_takes_its_share_of_what_the_machine_has(machine_with):
     assert 8 <= plan.size_tokens < 4 * 192
 
 
+@pytest.mark.parametrize("windows", [(9, 9), (9, None)])
+def test_the_default_pool_of_a_model_with_windows_is_as_large_as_without(machine_with, windows):
+    machine_with(10 * 2**30)
+    with_windows = plan_of(make_llama(model_type="mistral", layer_windows=windows))
+    assert with_windows.total_bytes - with_windows.buffers * 8 * TOKEN_BYTES // 2 == 4 * 192 * TOKEN_BYTES
+
+
 def test_a_planned_pool_is_never_larger_than_its_slots_can_be_numbered():
     model = make_llama(max_position_embeddings=2**20).config
     config = EngineConfig(page_size=256, max_running_requests=2**15, chunked_prefill_size=2**15)
