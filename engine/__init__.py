@@ -66,8 +66,9 @@ _HOMES = {
     "Slots": "engine.memory",
     "PrefixStore": "engine.memory.offload.store",
     "LLM": "engine.serving.llm",
+    "AnswerDelta": "engine.serving.request",
     "RequestOutput": "engine.serving.request",
-    "SamplingParams": "engine.serving.request",
+    "SamplingParams": "engine.serving.sampling_params",
 }
 
 __all__ = sorted(_HOMES)  # typed in __init__.pyi

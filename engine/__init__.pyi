@@ -52,12 +52,14 @@ from engine.memory import (
 )
 from engine.memory.offload.store import PrefixStore
 from engine.serving.llm import LLM
-from engine.serving.request import RequestOutput, SamplingParams
+from engine.serving.request import AnswerDelta, RequestOutput
+from engine.serving.sampling_params import SamplingParams
 
 __all__ = [
     "LLM",
     "Adapter",
     "Admission",
+    "AnswerDelta",
     "AttentionMetadata",
     "BackendUnsupported",
     "CacheManager",

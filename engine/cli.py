@@ -30,7 +30,8 @@ from engine.serving.build import plan_pool
 from engine.serving.check import check_against_dense
 from engine.serving.llm import LLM
 from engine.serving.loading import describe_dtype
-from engine.serving.request import RequestOutput, SamplingParams
+from engine.serving.request import RequestOutput
+from engine.serving.sampling_params import SamplingParams
 from engine.serving.watch.exporter import serve_metrics
 from engine.terminal import FAILED, INTERRUPTED, keep_stdout_for_answers, plain_console, run_command
 from engine.version import NAME, package_version

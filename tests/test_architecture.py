@@ -28,17 +28,18 @@ LEVEL = {
     "attention": 4,
     "models": 5,
     "serving": 6,
-    "cli": 7,
-    "bench": 7,
-    "__main__": 8,
-    "__init__": 8,
+    "server": 7,
+    "cli": 8,
+    "bench": 8,
+    "__main__": 9,
+    "__init__": 9,
 }
 # Within a room a folder or file may import those with smaller numbers. What is not named is on top of the room, where
 # files may import one another.
 TOP = 9
 LEVEL_WITHIN = {
     "memory": {"integers": 0, "one_caller": 0, "scope": 0, "pages": 1, "prefix": 2, "offload": 3},
-    "serving": {"request": 0, "interrupts": 0, "gate": 0, "plan": 1, "device": 2, "watch": 3},
+    "serving": {"sampling_params": -1, "request": 0, "interrupts": 0, "gate": 0, "plan": 1, "device": 2, "watch": 3},
 }
 # The device half of serving fills parcels from planned steps, and knows nothing else of the plan.
 OF_THE_PLAN_FOR_THE_DEVICE = "engine.serving.plan.step."
@@ -54,14 +55,15 @@ RUN_WITHOUT_JAX = [
 # Lines of Python in all files of a room: to grow beyond it is a decision, and is made here.
 MOST_LINES = {
     "attention": 4400,
-    "bench": 7300,
+    "bench": 8000,
     "distributed": 750,
     "kv": 1650,
     "memory": 6700,
-    "models": 3000,
+    "models": 3150,
     "native": 270,
     "planning": 460,
-    "serving": 4800,
+    "server": 1800,
+    "serving": 6000,
 }
 # Lines of a function's body without its docstring: one screen, which is held in the head at once. The longest function,
 # one lane of the TPU kernel's loop, has 50.

@@ -16,7 +16,8 @@ from engine.serving.plan.queue import RequestQueue
 from engine.serving.plan.replica import Replica
 from engine.serving.plan.scheduler import Scheduler
 from engine.serving.plan.step import ScheduledStep
-from engine.serving.request import Request, SamplingParams
+from engine.serving.request import Request
+from engine.serving.sampling_params import SamplingParams
 
 SCOPE = CacheScope("model", 0, None, "", LayoutKey.of({"version": 1}))
 SAMPLED = 7  # the token that the pretend device samples

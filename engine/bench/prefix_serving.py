@@ -20,7 +20,7 @@ from engine.bench.timing import median_and_interval, replaced, timed
 from engine.models.decoder import Decoder
 from engine.models.default_model import default_config
 from engine.serving.llm import LLM
-from engine.serving.request import SamplingParams
+from engine.serving.sampling_params import SamplingParams
 
 SYSTEM_TOKENS, OWN_TOKENS, REQUESTS = 1_024, 32, 64
 SLOTS = 16

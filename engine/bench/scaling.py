@@ -94,7 +94,7 @@ def measure(devices: int, split: str, requests: int, context: int, steps: int) -
     from engine.models.decoder import Decoder
     from engine.models.model_config import ModelConfig
     from engine.serving.llm import LLM
-    from engine.serving.request import SamplingParams
+    from engine.serving.sampling_params import SamplingParams
 
     geometry = ModelConfig(
         vocab_size=4096,

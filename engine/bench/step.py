@@ -24,7 +24,7 @@ from engine.bench.timing import median_ratio, print_table, replaced, time_in_tur
 from engine.models.decoder import Decoder
 from engine.models.model_config import ModelConfig
 from engine.serving.llm import LLM
-from engine.serving.request import SamplingParams
+from engine.serving.sampling_params import SamplingParams
 from engine.terminal import count
 
 PAGE_SIZE, CONTEXT, WINDOW = 16, 2048, 128

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import ConfigError, EngineError
-from engine.serving.request import SamplingParams
+from engine.serving.sampling_params import SamplingParams
 
 FORMAT, VERSION = "engine-trace", 1
 

@@ -4,7 +4,8 @@ This room takes requests, plans steps, sends them to the device and books what c
 buffer, and no kernel knows of its requests.
 
     llm             LLM: prompts in, tokens out
-    request         a request and its states; SamplingParams, RequestOutput
+    sampling_params SamplingParams: how the tokens of a request are chosen
+    request         a request and its states; RequestOutput
     intake          checks prompts and makes requests of them
     plan/           which requests run in a step; no jax
     device/         what a step sends to the device, and what runs there

@@ -15,7 +15,8 @@ from engine.errors import RequestError, shown
 from engine.memory.scope import CacheScope
 from engine.models.model_config import ModelConfig
 from engine.models.text import Tokenizer
-from engine.serving.request import SEEDS, Request, SamplingParams
+from engine.serving.request import Request
+from engine.serving.sampling_params import SEEDS, SamplingParams
 
 Checked = tuple[npt.NDArray[np.int32], SamplingParams]
 
@@ -101,16 +102,23 @@ class Intake:
                 f"prompt of {len(ids)} tokens leaves no room for an answer in a context of {self._context_length}"
                 f" tokens; shorten it to at most {self._context_length - 1}"
             )
-        unknown = [token for token in params.stop_token_ids if token >= self._vocab_size]
-        if unknown:
-            raise RequestError(
-                f"stop_token_ids holds {unknown[0]}, which the model cannot choose; ids run from 0 to"
-                f" {self._vocab_size - 1}"
-            )
+        self._require_known("stop_token_ids", params.stop_token_ids)
+        self._require_known("logit_bias", [token for token, _ in params.biases])
+        if params.stop and self._tokenizer is None:
+            raise RequestError("the model has no tokenizer.json, so no text can end an answer; use stop_token_ids")
         seed = params.seed
         if seed is None:  # from the system, so that seeding a generator of this process does not repeat it
             seed = secrets.randbelow(SEEDS) if params.temperature > 0 else 0
-        return ids, dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, room), seed=seed)
+        most = min(params.max_new_tokens, room)
+        least = min(params.min_tokens, most)
+        return ids, dataclasses.replace(params, seed=seed, max_new_tokens=most, min_tokens=least)
+
+    def _require_known(self, name: str, tokens: Iterable[int]) -> None:
+        unknown = next((token for token in tokens if token >= self._vocab_size), None)
+        if unknown is not None:
+            raise RequestError(
+                f"{name} holds {unknown}, which the model cannot choose; ids run from 0 to {self._vocab_size - 1}"
+            )
 
     def _make(self, ids: npt.NDArray[np.int32], params: SamplingParams, index: int) -> Request:
         self._made += 1
@@ -157,10 +165,7 @@ def _to_json(checked: list[Checked]) -> list[Any]:
 
 def _from_json(values: list[Any]) -> list[Checked]:
     """What ``_to_json`` was given."""
-    return [
-        (np.array(ids, np.int32), SamplingParams(**params | {"stop_token_ids": tuple(params["stop_token_ids"])}))
-        for ids, params in values
-    ]
+    return [(np.array(ids, np.int32), SamplingParams(**params)) for ids, params in values]
 
 
 def _as_array(prompt: Any) -> npt.NDArray[Any]:

@@ -38,7 +38,8 @@ from engine.serving.intake import Intake
 from engine.serving.loading import load_parts
 from engine.serving.recovery import Recovery
 from engine.serving.reports import Reports
-from engine.serving.request import FinishReason, Request, RequestOutput, SamplingParams
+from engine.serving.request import FinishReason, Request, RequestOutput
+from engine.serving.sampling_params import SamplingParams
 from engine.serving.stepper import Stepper
 from engine.serving.watch.board import SnapshotBoard
 from engine.serving.watch.metrics import EngineMetrics, collect_metrics

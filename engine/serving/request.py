@@ -1,142 +1,17 @@
-"""Parameters of a request, its state, and its result."""
+"""A request: its state and its result."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import wraps
-from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import RequestError, shown
-from engine.memory.scope import CacheScope, is_text
+from engine.memory.scope import CacheScope
+from engine.serving.sampling_params import SamplingParams
 
-MAX_LOGPROBS = 20
-MAX_ANSWERS = 128  # to one prompt; for more, give the prompt more than once
-SEEDS = 2**31
-LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 AGING_SECONDS = 10.0  # an arrival earlier by this outweighs one level of priority
-
-Made = TypeVar("Made")
-
-
-def _refuses_unknown_names(cls: type[Made]) -> type[Made]:
-    """Lets a dataclass name the field that was meant, where Python's own error would not."""
-    make: Callable[..., None] = cls.__init__
-    known = sorted(field.name for field in fields(cls))  # type: ignore[arg-type]
-
-    @wraps(make)
-    def checked(self: Made, *values: Any, **named: Any) -> None:
-        for name in named:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(known)}"
-                raise RequestError(f"{cls.__name__} has no {name!r}; {hint}")
-        make(self, *values, **named)
-
-    cls.__init__ = checked  # type: ignore[method-assign, assignment]
-    return cls
-
-
-@_refuses_unknown_names
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the tokens of one request are chosen.
-
-    NumPy's numbers are taken as Python's. A wrong value or name raises RequestError.
-
-    Attributes:
-        max_new_tokens: most tokens to generate, at least 1.
-        temperature: 0 is greedy; else logits are divided by it.
-        top_k: keep the k most likely tokens; 0 keeps all. Of equal ones at the edge the lower ids stay.
-        top_p: keep the smallest set of most likely tokens whose probability reaches this, in (0, 1]; 1 keeps all.
-        seed: seed of this request's own random stream, 0 to 2**31 - 1: with the same seed a prompt gets the same answer
-            in any batch. None draws one for each request, which ``RequestOutput.seed`` has.
-        stop_token_ids: tokens that end the answer; they are part of it.
-        ignore_eos: do not stop at the model's end-of-text tokens.
-        logprobs: how many of the most likely tokens to report at each position beside the chosen one, 0 to 20;
-            None reports nothing.
-        n: answers to draw from one prompt, 1 to 128; answer ``i`` uses seed ``(seed + i) % 2**31`` and shares the
-            prompt's pages.
-        priority: higher goes first; each level is worth as much as ``AGING_SECONDS`` of waiting. Under the eviction
-            policy "priority" what is cached of it stays longer, too.
-        timeout: seconds from arrival after which the request is ended with what it has; None never.
-        tenant_salt: prompts share cached prefixes only with prompts of the same salt.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    n: int = 1
-    priority: int = 0
-    timeout: float | None = None
-    tenant_salt: str = ""
-
-    def __post_init__(self) -> None:
-        """Checks every value."""
-        self._require("max_new_tokens", _whole(self.max_new_tokens, 1), "a whole number at least 1")
-        hot = f"0 (greedy) or positive and at most {LARGEST_FLOAT32:.3g}"
-        self._require("temperature", _number(self.temperature, 0, LARGEST_FLOAT32), hot)
-        self._require("top_k", _whole(self.top_k, 0, 2**31), "0 (all tokens) or a positive whole number below 2**31")
-        top_p = _number(self.top_p, 0, 1)
-        self._require("top_p", top_p or None, "above 0 and at most 1")
-        if self.seed is not None:
-            self._require("seed", _whole(self.seed, 0, SEEDS), "None or a whole number from 0 to 2**31 - 1")
-        self._require("n", _whole(self.n, 1, MAX_ANSWERS + 1), f"a whole number from 1 to {MAX_ANSWERS}")
-        self._require("priority", _whole(self.priority, 1 - 2**31, 2**31), "a whole number of 32 bits")
-        if self.timeout is not None:
-            seconds = _number(self.timeout, 0, LARGEST_FLOAT32)
-            self._require("timeout", seconds or None, "None or a positive and finite number of seconds")
-        if self.logprobs is not None:
-            allowed = _whole(self.logprobs, 0, MAX_LOGPROBS + 1)
-            self._require("logprobs", allowed, f"None or a whole number from 0 to {MAX_LOGPROBS}")
-        self._require("ignore_eos", _flag(self.ignore_eos), "True or False")
-        salt = str(self.tenant_salt) if isinstance(self.tenant_salt, str) and is_text(self.tenant_salt) else None
-        self._require("tenant_salt", salt, "a string that UTF-8 can spell")
-        self._require("stop_token_ids", _tokens(self.stop_token_ids), "a list of token ids, whole numbers from 0")
-
-    def _require(self, name: str, value: object, rule: str) -> None:
-        """Takes ``value``, which is None where the field ``name`` breaks its rule."""
-        if value is None:
-            raise RequestError(f"{name}={shown(getattr(self, name))} is not allowed: it must be {rule}")
-        object.__setattr__(self, name, value)
-
-
-def _whole(value: object, least: int, end: int | None = None) -> int | None:
-    """The value as Python's int; None where it is none, or not from ``least`` to ``end - 1``."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        return None
-    return int(value) if least <= value and (end is None or value < end) else None
-
-
-def _number(value: object, least: float, most: float) -> float | None:
-    """The value as Python's float; None where it is none, NaN, or not from ``least`` to ``most``."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        return None
-    number = value if isinstance(value, int) else float(value)  # an int may be too large for a float
-    return float(number) if least <= number <= most else None
-
-
-def _flag(value: object) -> bool | None:
-    return bool(value) if isinstance(value, bool | np.bool_) else None
-
-
-def _tokens(values: object) -> tuple[int, ...] | None:
-    if isinstance(values, np.ndarray):
-        values = values.tolist()
-    if not isinstance(values, list | tuple | set | frozenset):
-        return None
-    known = [token for value in values if (token := _whole(value, 0, 2**31)) is not None]
-    return tuple(known) if len(known) == len(values) else None
 
 
 class FinishReason(StrEnum):
@@ -208,6 +83,26 @@ class RequestOutput:
     siblings: tuple[RequestOutput, ...] = ()
     error: str | None = None
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class AnswerDelta:
+    """What an answer has gained since it was last reported.
+
+    Attributes:
+        token_ids: its new tokens.
+        text: the text that is certain now and was not before. What later tokens may still change, as the first bytes of
+            a character or what may be the beginning of a stop text, comes with them, or with the last delta.
+        logprobs: of the new tokens, where the request asked for them.
+        index: which of the ``n`` answers to the prompt, from 0.
+        finish_reason: as ``RequestOutput.finish_reason`` in the last delta of the answer, before that None.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    index: int = 0
+    finish_reason: str | None = None
 
 
 @dataclass(eq=False)

@@ -10,7 +10,8 @@ from engine.serving.device.parcel import LAST_SAMPLED, NOWHERE
 from engine.serving.plan.queue import RequestQueue
 from engine.serving.plan.replica import Replica
 from engine.serving.plan.scheduler import Scheduler
-from engine.serving.request import Request, SamplingParams
+from engine.serving.request import Request
+from engine.serving.sampling_params import SamplingParams
 
 PAGE, CONTEXT = 4, 64
 SCOPE = CacheScope("model", 0, None, "", LayoutKey.of({"version": 1}))

@@ -10,7 +10,8 @@ from engine.models.dense import dense_logits
 from engine.models.model_config import ModelConfig
 from engine.serving.check import CHECK_BOUND, check_against_dense
 from engine.serving.llm import LLM
-from engine.serving.request import RequestOutput, SamplingParams
+from engine.serving.request import RequestOutput
+from engine.serving.sampling_params import SamplingParams
 
 # What is in question is how large the logits are, not what the engine does: answers are made from the dense ones.
 PROMPT, ANSWER = [5, 7, 11], [3, 1, 4, 1]

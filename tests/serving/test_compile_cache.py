@@ -110,7 +110,7 @@ from flax import nnx
 from engine.models.decoder import Decoder
 from engine.models.model_config import ModelConfig
 from engine.serving.llm import LLM
-from engine.serving.request import SamplingParams
+from engine.serving.sampling_params import SamplingParams
 
 hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name) if name.endswith("cache_hits") else None)

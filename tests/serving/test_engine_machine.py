@@ -9,7 +9,7 @@ from serving_support import VOCAB, make_llama
 
 from engine.serving.llm import LLM
 from engine.serving.recovery import MAX_TRIES
-from engine.serving.request import SamplingParams
+from engine.serving.sampling_params import SamplingParams
 from engine.serving.watch.exporter import EngineCollector
 
 LONGEST_ANSWER = 20

@@ -17,7 +17,7 @@ from engine.models.checkpoint import save_model
 from engine.serving.build import weights_identity
 from engine.serving.check import check_against_dense
 from engine.serving.llm import LLM
-from engine.serving.request import SamplingParams
+from engine.serving.sampling_params import SamplingParams
 
 
 class Boom(Exception):

@@ -8,7 +8,7 @@ import pytest
 from test_generation import random_prompts, small_llm
 
 import engine
-from engine.serving.request import SamplingParams
+from engine.serving.sampling_params import SamplingParams
 
 ROOMS = str(Path(engine.__file__).parent)
 # What a fault may leave undone or do twice is not the books': when held-back interrupts come, and log lines.

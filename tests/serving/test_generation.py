@@ -18,7 +18,7 @@ from serving_support import VOCAB, make_llama
 from engine.errors import ConfigError, RequestError, RequestTooLarge
 from engine.serving.check import check_against_dense
 from engine.serving.llm import LLM
-from engine.serving.request import SamplingParams
+from engine.serving.sampling_params import SamplingParams
 
 CHUNK = 32
 # The logits are sums of float32 products in another order; their size is below 10.

@@ -12,7 +12,7 @@ from engine.distributed.agreement import Agreement
 from engine.errors import EngineError, RequestError
 from engine.models.model_config import ModelConfig
 from engine.serving.intake import Intake
-from engine.serving.request import SamplingParams
+from engine.serving.sampling_params import SamplingParams
 
 VOCAB, CONTEXT = 97, 64
 

@@ -8,7 +8,7 @@ import pytest
 from test_generation import random_prompts, small_llm
 
 from engine.serving.interrupts import HeldInterrupts
-from engine.serving.request import SamplingParams
+from engine.serving.sampling_params import SamplingParams
 
 PARAMS = SamplingParams(max_new_tokens=8)
 

@@ -16,7 +16,7 @@ from engine.models.rotary import LinearScaling
 from engine.serving.device.runner import ModelRunner
 from engine.serving.llm import LLM
 from engine.serving.loading import describe_dtype, load_parts, weights_dtype
-from engine.serving.request import SamplingParams
+from engine.serving.sampling_params import SamplingParams
 
 SMALL = {"max_running_requests": 1, "chunked_prefill_size": 1}
 WORDS = ("<s>", "</s>", "<end>", *"abcdefgh")

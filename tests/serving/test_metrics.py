@@ -14,7 +14,7 @@ from test_scheduler import PAGE, make, request, run_step
 from engine.errors import ConfigError, IntegrityError
 from engine.memory.pool_snapshot import snapshot_pool
 from engine.serving.gate import Gate
-from engine.serving.request import SamplingParams
+from engine.serving.sampling_params import SamplingParams
 from engine.serving.watch.board import SnapshotBoard
 from engine.serving.watch.exporter import PREFIX, serve_metrics
 from engine.serving.watch.metrics import collect_metrics

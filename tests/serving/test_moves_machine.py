@@ -40,7 +40,8 @@ from engine.serving.plan.queue import RequestQueue
 from engine.serving.plan.replica import Replica
 from engine.serving.plan.scheduler import Scheduler
 from engine.serving.recovery import Recovery
-from engine.serving.request import FinishReason, Request, SamplingParams
+from engine.serving.request import FinishReason, Request
+from engine.serving.sampling_params import SamplingParams
 from engine.serving.stepper import Stepper
 from engine.serving.watch.stats import EngineStats
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_generation import random_prompts, small_llm
 
 from engine.serving.device.parcel import NOWHERE, SHARED_PAGES, ParcelShape, StepParcel
-from engine.serving.request import SamplingParams
+from engine.serving.sampling_params import SamplingParams
 
 TIGHT = {"max_total_tokens": 48, "context_length": 60}
 

@@ -14,7 +14,7 @@ from engine.errors import RequestError
 from engine.serving.device import sampler
 from engine.serving.device.parcel import LAST_SAMPLED, NOT_A_TOKEN
 from engine.serving.device.sampler import SamplingInputs, most_likely
-from engine.serving.request import SamplingParams
+from engine.serving.sampling_params import SamplingParams
 
 VOCAB, ROWS = 12, 4
 sample = jax.jit(sampler.sample)

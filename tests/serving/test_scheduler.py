@@ -23,7 +23,8 @@ from scheduler_support import (
 from engine.errors import RequestTooLarge, ShapeError
 from engine.serving.device.batcher import parcel_shapes, token_buckets
 from engine.serving.device.parcel import FIELDS
-from engine.serving.request import AGING_SECONDS, FinishReason, Request, RequestState, SamplingParams
+from engine.serving.request import AGING_SECONDS, FinishReason, Request, RequestState
+from engine.serving.sampling_params import SamplingParams
 
 
 def test_decoding_requests_come_first_and_a_long_prompt_takes_the_rest_in_chunks():

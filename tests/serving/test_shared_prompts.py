@@ -11,7 +11,8 @@ from engine.serving.device.batcher import parcel_shapes
 from engine.serving.plan.queue import RequestQueue
 from engine.serving.plan.replica import Replica
 from engine.serving.plan.scheduler import Scheduler
-from engine.serving.request import FinishReason, Request, RequestState, SamplingParams
+from engine.serving.request import FinishReason, Request, RequestState
+from engine.serving.sampling_params import SamplingParams
 
 
 def make_large(page_size, *, slots=8, budget=1024, policy="lru"):

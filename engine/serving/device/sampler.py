@@ -18,7 +18,7 @@ from jax import lax
 from jax.extend.random import threefry2x32_p
 
 from engine.serving.device.parcel import NOT_A_TOKEN
-from engine.serving.request import MAX_LOGPROBS
+from engine.serving.sampling_params import MAX_LOGPROBS
 
 _BELOW_ONE = np.float32(1 - 2**-24)  # the float32 before 1
 
