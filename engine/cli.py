@@ -1,4 +1,4 @@
-"""The commands people type: ``python -m engine generate | launch | plan | train``."""
+"""The commands people type: ``python -m engine generate | serve | launch | plan | train``."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from engine.models.checkpoint import CONFIG_FILE, load_config
 from engine.models.default_model import DEFAULT_MODEL_DIR
 from engine.models.model_config import ModelConfig
 from engine.planning.units import format_bytes
+from engine.server.server_options import MAX_PORT, add_server_options, options_from
 from engine.serving.build import plan_pool
 from engine.serving.check import check_against_dense
 from engine.serving.llm import LLM
@@ -38,7 +39,7 @@ from engine.version import NAME, package_version
 
 DEFAULT_PROMPT = "Alice was beginning to"
 FAULTS = ("error", "non_finite")  # finish reasons of an answer that the engine could not complete
-MAX_PORT = 2**16 - 1
+SERVE_PACKAGES = ("starlette", "uvicorn", "pydantic", "jinja2", "prometheus_client")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--metrics-port", type=int, metavar="N", help="serve Prometheus metrics here while it runs")
     generate.add_argument("--metrics-address", default="127.0.0.1", metavar="IP", help="address to listen on")
     generate.set_defaults(run=run_generate)
+    serve = commands.add_parser("serve", help="answer requests over HTTP, as clients of OpenAI's API send them")
+    add_server_options(serve)
+    add_engine_options(serve)
+    serve.set_defaults(run=run_serve)
     plan = commands.add_parser("plan", help="print the size of a configuration's pool, without loading weights")
     plan.add_argument(
         "config", type=Path, nargs="+", help="TOML files with [model] and [engine] tables, or checkpoint directories"
@@ -181,6 +186,28 @@ def run_generate(args: argparse.Namespace) -> int:
     _print_stats(llm, outputs, compiles)
     failed = any(output.finish_reason in FAULTS for output in outputs)
     return max(_print_check(llm, outputs) if args.check else 0, FAILED if failed else 0)
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """``serve``: answers requests over HTTP until it is stopped."""
+    if INDEX in os.environ:
+        raise ConfigError("serve runs in one process, which drives all of its devices; start it without launch")
+    if missing := [name for name in SERVE_PACKAGES if find_spec(name) is None]:
+        raise ConfigError(f"serve needs {', '.join(missing)}; install this package with [serve]")
+    from engine.server.http_server import serve  # here, since only this command needs the packages of that extra
+    from engine.server.service import prepare
+
+    server_options, engine_options = options_from(args, os.environ), _engine_options(args)
+    prepared = prepare(server_options, engine_options.get("model"))
+    with server_options.bind(has_keys=bool(prepared.keys)) as bound:  # before a model is loaded for nothing
+        with _progress("loading the model", "compiling") as advance:
+            llm = LLM(**engine_options, on_compile=advance)
+        _tell(describe_dtype(llm.config, llm.model))
+        _tell(llm.plan.describe())
+        code = serve(llm, prepared, bound, on_ready=_tell)
+    if llm.config.prefix_cache_dir:
+        llm.save_prefix_cache()
+    return code
 
 
 def run_plan(args: argparse.Namespace) -> int:

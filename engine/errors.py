@@ -5,6 +5,7 @@
     │   └── CheckpointError                           a checkpoint is missing, incomplete or corrupt
     ├── ShapeError             (ValueError)           an array has the wrong shape, dtype or contents
     ├── RequestError           (ValueError)           a request can never be served as it was asked
+    │   ├── PromptTooLong                             … because its prompt fills the context
     │   └── RequestTooLarge                           … because the whole pool is too small for it
     ├── KVPoolExhausted        (RuntimeError)         the pool has too few free tokens; retry after a free
     │   └── RequestTooLarge                           … and no free will ever help
@@ -44,6 +45,10 @@ class RequestError(EngineError, ValueError):
     """A request can never be served as it was asked."""
 
 
+class PromptTooLong(RequestError):
+    """A prompt leaves no room for an answer in the context."""
+
+
 class KVPoolExhausted(EngineError, RuntimeError):
     """The pool has fewer free tokens than were asked for.
 
@@ -60,6 +65,18 @@ class KVPoolExhausted(EngineError, RuntimeError):
 
 class RequestTooLarge(RequestError, KVPoolExhausted):
     """A request needs more tokens than the whole pool has; it is refused before it is queued."""
+
+
+class QueueFull(EngineError, RuntimeError):
+    """As many requests wait as may; later there may be room.
+
+    Attributes:
+        retry_after: seconds after which it is worth another try.
+    """
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class DoubleFreeError(EngineError, RuntimeError):

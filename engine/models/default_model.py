@@ -9,6 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from engine.models.model_config import ModelConfig
+from engine.models.token_bytes import byte_alphabet
 
 DEFAULT_MODEL_DIR: Final = Path(__file__).parent / "default"
 """Folder of the shipped checkpoint."""
@@ -37,8 +38,7 @@ def default_config() -> ModelConfig:
 
 def byte_tokenizer() -> tokenizers.Tokenizer:
     """A tokenizer whose ids 0 to 255 are the bytes of the text; 256 begins a text and 257 ends it."""
-    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=byte_alphabet(), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in _SPECIAL_TOKENS])
@@ -47,10 +47,3 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=list(_SPECIAL_TOKENS.items())
     )
     return tokenizer
-
-
-def _byte_characters() -> list[str]:
-    """The character for each byte in GPT-2's byte-level alphabet: its own where it prints, else one from 256 on."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    unprintable = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) if byte in printable else chr(256 + unprintable.index(byte)) for byte in range(256)]

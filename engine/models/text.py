@@ -62,6 +62,11 @@ class Tokenizer:
         self._byte_of = _byte_tokens(backend)
 
     @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The parsed ``tokenizer.json``."""
+        return self._backend
+
+    @property
     def vocab_size(self) -> int:
         """Number of token ids, special tokens included."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.distributed.agreement import Agreement
-from engine.errors import RequestError, shown
+from engine.errors import PromptTooLong, RequestError, shown
 from engine.memory.scope import CacheScope
 from engine.models.model_config import ModelConfig
 from engine.models.text import Tokenizer
@@ -98,7 +98,7 @@ class Intake:
         ids = self._token_ids(prompt)
         room = self._context_length - len(ids)
         if room < 1:
-            raise RequestError(
+            raise PromptTooLong(
                 f"prompt of {len(ids)} tokens leaves no room for an answer in a context of {self._context_length}"
                 f" tokens; shorten it to at most {self._context_length - 1}"
             )
