@@ -12,6 +12,8 @@ from engine.serving.async_llm import Answering, AsyncLLM
 from engine.serving.request import AnswerDelta, FinishReason, RequestOutput
 from engine.serving.sampling_params import SamplingParams
 
+Prompts = Sequence[str] | Sequence[Sequence[int]]
+
 
 class Choices:
     """The answers under way: answer ``i`` to prompt ``p`` is choice ``p * n + i``.
@@ -27,16 +29,26 @@ class Choices:
         self.count = n * len(answerings)
 
     @classmethod
-    async def begin(cls, llm: AsyncLLM, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> Choices:
-        """Queues the prompts, all or none; raises what ``AsyncLLM.submit`` raises."""
+    async def begin(cls, llm: AsyncLLM, prompts: Prompts, params: SamplingParams, *, streams: bool) -> Choices:
+        """Queues the prompts, all or none.
+
+        Args:
+            llm: the engine.
+            prompts: texts, or lists of token ids.
+            params: for all of them.
+            streams: whether ``deltas`` will be read, else ``outputs``.
+
+        Raises:
+            EngineError: as ``AsyncLLM.submit``; then nothing is answered.
+        """
         begun: list[Answering] = []
         try:
-            for prompt, param in zip(prompts, params, strict=True):
-                begun.append(await llm.submit(prompt, param))
+            for prompt in prompts:
+                begun.append(await llm.submit(prompt, params, streams=streams))
         except BaseException:
             _abort(begun)
             raise
-        return cls(begun, params[0].n)
+        return cls(begun, params.n)
 
     async def deltas(self) -> AsyncIterator[list[tuple[int, AnswerDelta]]]:
         """What the choices gain, with their numbers, as it comes."""
@@ -74,7 +86,7 @@ class Choices:
     def usage(self, completion_tokens: int) -> dict[str, Any]:
         """The counts of tokens, as the API reports them."""
         prompts = sum(answering.prompt_tokens for answering in self._answerings)
-        cached = sum(answering.cached_tokens or 0 for answering in self._answerings)
+        cached = sum(answering.cached_tokens for answering in self._answerings)
         return {
             "prompt_tokens": prompts,
             "completion_tokens": completion_tokens,

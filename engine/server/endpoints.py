@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import time
-from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -24,11 +22,10 @@ from engine.server.front import Front
 from engine.server.logprob_json import ChatLogprobs, CompletionLogprobs
 from engine.server.safe_log import log_failure
 from engine.server.service import Service
-from engine.serving.sampling_params import MAX_ANSWERS, SamplingParams
+from engine.serving.sampling_params import MAX_ANSWERS
 from engine.serving.watch.exporter import EngineCollector
 from engine.version import NAME, package_version
 
-Prompts = Sequence[str] | Sequence[Sequence[int]]
 Answer = Response | EventStream
 
 JSON = "application/json"
@@ -70,8 +67,7 @@ class Endpoints:
         if len(body.prompt) * body.n > MAX_ANSWERS:
             raise invalid(f"{len(body.prompt)} prompts with n={body.n} are more than {MAX_ANSWERS} answers", "n")
         try:
-            checked = [await self._llm.check(prompt, params) for prompt in body.prompt]
-            choices = await Choices.begin(self._llm, [ids for ids, _ in checked], [param for _, param in checked])
+            choices = await Choices.begin(self._llm, body.prompt, params, streams=body.stream)
         except EngineError as error:
             raise self._refusal(error, body, "prompt") from error
         logprobs = CompletionLogprobs(self._service.names) if body.num_logprobs is not None else None
@@ -81,22 +77,11 @@ class Endpoints:
     async def chat(self, request: Request) -> Answer:
         """``POST /v1/chat/completions``: a conversation is continued."""
         body = await self._read(request, ChatBody)
-        template = self._service.prepared.template
-        if template is None:
-            raise invalid(
-                "this model has no chat template, so it cannot make a prompt of messages; start the server with "
-                "--chat-template FILE, or use /v1/completions",
-                "messages",
-            )
-        most = self._llm.plan.context_length if body.most_tokens is None else body.most_tokens
-        params = body.sampling_params(most=most, tenant_salt=self._salt(request))
-        messages = [message.model_dump(exclude_none=True) for message in body.messages]
         try:
-            prompt = await asyncio.to_thread(template.render, messages)
-            ids, param = await self._llm.check(prompt, params)
-            if body.most_tokens is None:
-                param = self._within_pool(len(ids), param)
-            choices = await Choices.begin(self._llm, [ids], [param])
+            prompt = await self._prompt_of(body)
+            most = self._room_behind(len(prompt)) if body.most_tokens is None else body.most_tokens
+            params = body.sampling_params(most=most, tenant_salt=self._salt(request))
+            choices = await Choices.begin(self._llm, [prompt], params, streams=body.stream)
         except EngineError as error:
             raise self._refusal(error, body, "messages") from error
         logprobs = ChatLogprobs(self._service.names) if body.num_logprobs is not None else None
@@ -158,12 +143,22 @@ class Endpoints:
             log_failure(error)
         return from_engine(error, type(body).model_fields, prompt_field)
 
-    def _within_pool(self, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
-        """Parameters whose answer, which nobody limited, fits into a pool that is smaller than the context."""
+    async def _prompt_of(self, body: ChatBody) -> list[int]:
+        """The tokens of a conversation."""
+        template, tokenizer = self._service.prepared.template, self._llm.tokenizer
+        if template is None or tokenizer is None:
+            lacks = "chat template; start the server with --chat-template FILE" if tokenizer else "tokenizer.json"
+            raise invalid(
+                f"messages cannot become a prompt: this model has no {lacks}, or use /v1/completions", "messages"
+            )
+        messages = [message.model_dump(exclude_none=True) for message in body.messages]
+        return await asyncio.to_thread(lambda: tokenizer.encode(template.render(messages)))
+
+    def _room_behind(self, prompt_tokens: int) -> int:
+        """Most tokens that an answer can have, in the context and in the pool."""
         plan = self._llm.plan
         fitting = plan.demand.most_tokens(plan.pages // plan.replicas, plan.context_length)
-        most = max(1, min(params.max_new_tokens, fitting + 1 - prompt_tokens))
-        return dataclasses.replace(params, max_new_tokens=most, min_tokens=min(params.min_tokens, most))
+        return max(1, min(plan.context_length, fitting + 1) - prompt_tokens)
 
     def _told_of(self, body: SamplingBody) -> dict[str, bool]:
         """What of an answer is written besides its text."""

@@ -134,13 +134,11 @@ class FakeEngine:
             context_length=64, pages=100, replicas=1, demand=SimpleNamespace(most_tokens=lambda pages, most: most)
         )
 
-    async def check(self, prompt, params):
-        return (self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt), params
-
-    async def submit(self, prompt, params=None):
+    async def submit(self, prompt, params=None, *, streams=True):
         if self.refusal is not None:
             raise self.refusal
-        answering = FakeAnswering(list(prompt), params or SamplingParams())
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        answering = FakeAnswering(list(tokens), params or SamplingParams())
         self.answerings.append(answering)
         self.answer(answering)
         return answering
@@ -172,6 +170,12 @@ def exchange(server, method="POST", path="/v1/completions", body=None, headers=(
     with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as connection:
         connection.sendall(request_bytes(method, path, body, headers) if raw is None else raw)
         return parsed(read_all(connection))
+
+
+def connect(server, content=b""):
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS)
+    connection.sendall(content)
+    return connection
 
 
 def request_bytes(method="POST", path="/v1/completions", body=None, headers=(), close=True):

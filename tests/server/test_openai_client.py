@@ -294,19 +294,20 @@ def test_what_asks_for_nothing_or_changes_nothing_is_let_through(client):
 
 def test_parameters_reach_the_engine_by_its_own_names(server, client, monkeypatch):
     seen = []
-    check = server.service.llm.check
+    submit = server.service.llm.submit
 
-    async def noted(prompt, params):
+    async def noted(prompt, params, **options):
         seen.append(params)
-        return await check(prompt, params)
+        return await submit(prompt, params, **options)
 
-    monkeypatch.setattr(server.service.llm, "check", noted)
+    monkeypatch.setattr(server.service.llm, "submit", noted)
     given = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "min_tokens": 2, "ignore_eos": True, "priority": 3}
     client.completions.create(
         model="default", prompt="a", max_tokens=4, temperature=0.5, top_p=0.9, seed=-1, presence_penalty=0.5, n=2,
         frequency_penalty=0.25, logit_bias={"7": 2}, stop=["zz", "yy"], extra_body={**given, "stop_token_ids": [9]},
     )  # fmt: skip
-    assert seen[0] == SamplingParams(
+    (params,) = seen
+    assert params == SamplingParams(
         max_new_tokens=4, temperature=0.5, top_p=0.9, seed=2**31 - 1, presence_penalty=0.5, n=2,
         frequency_penalty=0.25, logit_bias={7: 2}, stop=("zz", "yy"), stop_token_ids=(9,), **given,
     )  # fmt: skip

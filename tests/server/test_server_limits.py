@@ -12,6 +12,7 @@ from server_support import (
     SECONDS,
     FakeAnswering,
     client_of,
+    connect,
     events,
     exchange,
     faked,
@@ -29,12 +30,6 @@ BODY = {"model": "default", "prompt": "hello"}
 
 def never(answering):
     """An answer that does not come."""
-
-
-def connect(server, content=b""):
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS)
-    connection.sendall(content)
-    return connection
 
 
 def error_of(body):
