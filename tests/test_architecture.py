@@ -62,7 +62,7 @@ MOST_LINES = {
     "models": 3150,
     "native": 270,
     "planning": 460,
-    "server": 1800,
+    "server": 2000,
     "serving": 6000,
 }
 # Lines of a function's body without its docstring: one screen, which is held in the head at once. The longest function,

@@ -37,7 +37,7 @@ class ServerOptions:
         tenant_header: header that carries the salt of a client's tenant: prompts share cached prefixes only with
             prompts of the same salt.
         require_tenant_salt: whether a request without that header is refused, unless its key has a salt of its own.
-        max_waiting: most requests that wait for the engine; further ones are refused with 429.
+        max_waiting: most answers that wait for a place among those that run; further ones are refused with 429.
         max_connections: most connections at once; further ones are told 503, or cut off.
         max_body_bytes: most bytes of a request's body.
         client_timeout: seconds within which a client must send a request's head, and its body; and seconds without any
@@ -120,45 +120,27 @@ def is_key(text: object) -> bool:
 def add_server_options(parser: argparse.ArgumentParser) -> None:
     """Declares a flag for each field of ServerOptions; ``options_from`` reads them."""
     group = parser.add_argument_group("server")
-    group.add_argument("--host", metavar="ADDRESS", help="address to listen on; default 127.0.0.1")
-    group.add_argument("--port", type=int, metavar="N", help="port to listen on, 0 for a free one; default 8000")
-    group.add_argument(
-        "--api-key",
-        dest="api_keys",
-        action="append",
-        metavar="KEY",
-        help=f"a key that clients must have; may be given several times; safer: {KEY_VARIABLE} in the environment",
-    )
-    group.add_argument("--api-key-file", metavar="FILE", help="TOML file with a table [[keys]] for each key")
-    group.add_argument(
-        "--allow-no-key",
-        action="store_true",
-        default=None,
-        help="serve without any key even where other machines can reach it",
-    )
-    group.add_argument("--served-model-name", metavar="NAME", help="the name that clients ask for")
-    group.add_argument(
-        "--tenant-header", metavar="NAME", help="header with the salt of a client's tenant; default X-Tenant-Salt"
-    )
-    group.add_argument(
-        "--require-tenant-salt", action="store_true", default=None, help="refuse requests without that header"
-    )
-    group.add_argument("--max-waiting", type=int, metavar="N", help="most requests that wait; default 256")
-    group.add_argument("--max-connections", type=int, metavar="N", help="most connections at once; default 512")
-    group.add_argument("--max-body-bytes", type=int, metavar="N", help="most bytes of a request's body; default 4 MiB")
-    group.add_argument(
-        "--client-timeout",
-        type=float,
-        metavar="SECONDS",
-        help="time for a client to send a request, or to read something of an answer; default 30",
-    )
-    group.add_argument(
-        "--stop-timeout",
-        type=float,
-        metavar="SECONDS",
-        help="time for running requests to finish when the server is stopped; default 30",
-    )
-    group.add_argument("--chat-template", metavar="FILE", help="Jinja template; default: the checkpoint's own")
+
+    def add(flag: str, meaning: str, **how: Any) -> None:
+        group.add_argument(flag, help=meaning, **how)
+
+    add("--host", "address to listen on; default 127.0.0.1", metavar="ADDRESS")
+    add("--port", "port to listen on, 0 for a free one; default 8000", type=int, metavar="N")
+    several = f"a key that clients must have, may be given several times; safer: {KEY_VARIABLE} in the environment"
+    add("--api-key", several, dest="api_keys", action="append", metavar="KEY")
+    add("--api-key-file", "TOML file with a table [[keys]] for each key", metavar="FILE")
+    add("--allow-no-key", "need no key even where other machines can reach it", action="store_true", default=None)
+    add("--served-model-name", "the name that clients ask for; default: the checkpoint's folder", metavar="NAME")
+    add("--tenant-header", "header with the salt of a client's tenant; default X-Tenant-Salt", metavar="NAME")
+    add("--require-tenant-salt", "refuse requests without that header", action="store_true", default=None)
+    add("--max-waiting", "most answers that wait; default 256", type=int, metavar="N")
+    add("--max-connections", "most connections at once; default 512", type=int, metavar="N")
+    add("--max-body-bytes", "most bytes of a request's body; default 4 MiB", type=int, metavar="N")
+    slow = "time for a client to send a request, or to read something of an answer; default 30"
+    add("--client-timeout", slow, type=float, metavar="SECONDS")
+    stop = "time for running requests to finish when the server is stopped; default 30"
+    add("--stop-timeout", stop, type=float, metavar="SECONDS")
+    add("--chat-template", "Jinja template; default: the checkpoint's own", metavar="FILE")
 
 
 def options_from(args: argparse.Namespace, environment: Mapping[str, str]) -> ServerOptions:
