@@ -65,6 +65,8 @@ _HOMES = {
     "ReqToTokenPool": "engine.memory",
     "Slots": "engine.memory",
     "PrefixStore": "engine.memory.offload.store",
+    "QueueFull": "engine.errors",
+    "AsyncLLM": "engine.serving.async_llm",
     "LLM": "engine.serving.llm",
     "AnswerDelta": "engine.serving.request",
     "RequestOutput": "engine.serving.request",

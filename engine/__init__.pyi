@@ -12,6 +12,7 @@ from engine.errors import (
     Interrupted,
     KVPoolExhausted,
     ProcessLost,
+    QueueFull,
     RequestError,
     RequestTooLarge,
     ShapeError,
@@ -51,6 +52,7 @@ from engine.memory import (
     Slots,
 )
 from engine.memory.offload.store import PrefixStore
+from engine.serving.async_llm import AsyncLLM
 from engine.serving.llm import LLM
 from engine.serving.request import AnswerDelta, RequestOutput
 from engine.serving.sampling_params import SamplingParams
@@ -60,6 +62,7 @@ __all__ = [
     "Adapter",
     "Admission",
     "AnswerDelta",
+    "AsyncLLM",
     "AttentionMetadata",
     "BackendUnsupported",
     "CacheManager",
@@ -91,6 +94,7 @@ __all__ = [
     "PrefixSegment",
     "PrefixStore",
     "ProcessLost",
+    "QueueFull",
     "RadixCache",
     "ReqToTokenPool",
     "RequestError",

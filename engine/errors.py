@@ -8,6 +8,7 @@
     │   └── RequestTooLarge                           … because the whole pool is too small for it
     ├── KVPoolExhausted        (RuntimeError)         the pool has too few free tokens; retry after a free
     │   └── RequestTooLarge                           … and no free will ever help
+    ├── QueueFull              (RuntimeError)         as many requests wait as may; retry later
     ├── DoubleFreeError        (RuntimeError)         slots or pages are freed that are not held
     ├── ConcurrentUse          (RuntimeError)         another thread is in a call, or this process is a fork
     ├── ProcessLost            (RuntimeError)         another process of this engine died or stopped answering
@@ -60,6 +61,18 @@ class KVPoolExhausted(EngineError, RuntimeError):
 
 class RequestTooLarge(RequestError, KVPoolExhausted):
     """A request needs more tokens than the whole pool has; it is refused before it is queued."""
+
+
+class QueueFull(EngineError, RuntimeError):
+    """As many requests wait as may; later there may be room.
+
+    Attributes:
+        retry_after: seconds after which it is worth another try.
+    """
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class DoubleFreeError(EngineError, RuntimeError):

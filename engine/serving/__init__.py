@@ -12,6 +12,9 @@ buffer, and no kernel knows of its requests.
     device/         what a step sends to the device, and what runs there
     stepper         the loop: plan, make page moves, dispatch, commit
     groups          several answers to one prompt
+    deltas          what answers gain from step to step, for who asks
+    answering       the answers to one prompt while they come, under asyncio
+    async_llm       AsyncLLM: a thread owns an LLM, coroutines wait for its answers
     reports         finished requests as answers for the caller
     recovery        what becomes of an engine in which a step has failed
     interrupts      Ctrl-C waits until a change of the engine is whole
