@@ -12,6 +12,8 @@ from engine.errors import (
     Interrupted,
     KVPoolExhausted,
     ProcessLost,
+    PromptTooLong,
+    QueueFull,
     RequestError,
     RequestTooLarge,
     ShapeError,
@@ -51,6 +53,7 @@ from engine.memory import (
     Slots,
 )
 from engine.memory.offload.store import PrefixStore
+from engine.serving.async_llm import AsyncLLM
 from engine.serving.llm import LLM
 from engine.serving.request import AnswerDelta, RequestOutput
 from engine.serving.sampling_params import SamplingParams
@@ -60,6 +63,7 @@ __all__ = [
     "Adapter",
     "Admission",
     "AnswerDelta",
+    "AsyncLLM",
     "AttentionMetadata",
     "BackendUnsupported",
     "CacheManager",
@@ -91,6 +95,8 @@ __all__ = [
     "PrefixSegment",
     "PrefixStore",
     "ProcessLost",
+    "PromptTooLong",
+    "QueueFull",
     "RadixCache",
     "ReqToTokenPool",
     "RequestError",

@@ -9,6 +9,7 @@
     │   └── RequestTooLarge                           … because the whole pool is too small for it
     ├── KVPoolExhausted        (RuntimeError)         the pool has too few free tokens; retry after a free
     │   └── RequestTooLarge                           … and no free will ever help
+    ├── QueueFull              (RuntimeError)         as many requests wait as may; retry later
     ├── DoubleFreeError        (RuntimeError)         slots or pages are freed that are not held
     ├── ConcurrentUse          (RuntimeError)         another thread is in a call, or this process is a fork
     ├── ProcessLost            (RuntimeError)         another process of this engine died or stopped answering

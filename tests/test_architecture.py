@@ -39,7 +39,16 @@ LEVEL = {
 TOP = 9
 LEVEL_WITHIN = {
     "memory": {"integers": 0, "one_caller": 0, "scope": 0, "pages": 1, "prefix": 2, "offload": 3},
-    "serving": {"sampling_params": -1, "request": 0, "interrupts": 0, "gate": 0, "plan": 1, "device": 2, "watch": 3},
+    "serving": {
+        "answer_text": -1,
+        "sampling_params": -1,
+        "request": 0,
+        "interrupts": 0,
+        "gate": 0,
+        "plan": 1,
+        "device": 2,
+        "watch": 3,
+    },
 }
 # The device half of serving fills parcels from planned steps, and knows nothing else of the plan.
 OF_THE_PLAN_FOR_THE_DEVICE = "engine.serving.plan.step."

@@ -14,7 +14,7 @@ is supported.
     mxfp4                            weights that are stored in four bits
     sharding                         which device holds which part of the weights
     fingerprint, replacement         whether two models compute the same; whether one can replace the other
-    text, token_bytes                tokenizer; what single tokens spell
+    text, text_stream, token_bytes   tokenizer; the text of an answer while its tokens come; what single tokens spell
     dense                            the forward pass without a cache, as a check and for training
     default_model                    the small Llama that ships with the package
     train, training_data             how it was trained

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby, islice, takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tokenizers
+from tokenizers import decoders
 
 from engine.errors import CheckpointError, EngineError, RequestError, shown
 from engine.models.tensor_files import read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-# Last tokens of the prompt that an answer is decoded with: a character has at most 4 bytes, a token at least one.
-_CONTEXT_TOKENS = 8
-_REPLACEMENT = "\ufffd"
+UNDECODABLE = "the tokenizer cannot decode the answer"
+# Last tokens of a text that those behind it are decoded with: a character has at most 4 bytes, a token at least one.
+CONTEXT_TOKENS = 8
+
+Stream = Callable[[int], str | None]
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Tokenizer:
         Raises:
             RequestError: the tokenizer cannot encode the text.
         """
-        with _refused_as(RequestError, "the tokenizer cannot encode the prompt"):
+        with refused_as(RequestError, "the tokenizer cannot encode the prompt"):
             encoding = self._backend.encode(text)
         ids, added = list(encoding.ids), encoding.special_tokens_mask
         begin = next((at for at, mark in enumerate(added) if not mark), len(ids))
@@ -113,33 +116,55 @@ class Tokenizer:
         Raises:
             CheckpointError: the tokenizer cannot decode the tokens.
         """
-        with _refused_as(CheckpointError, "the tokenizer cannot decode the answer"):
-            context = self._last_with_text(prompt)
-            before, text = self._text(context), self._text([*context, *token_ids])
+        context = self.context_of(prompt)
+        before, text = self.text_of(context), self.text_of([*context, *token_ids])
         while not text.startswith(before):
             before = before[:-1]
         return text[len(before) :]
 
-    def _last_with_text(self, prompt: Sequence[int] | npt.NDArray[np.int32]) -> list[int]:
-        """The last ``_CONTEXT_TOKENS`` tokens of ``prompt`` that decode to text."""
-        backwards = (int(prompt[at]) for at in range(len(prompt) - 1, -1, -1))
-        with_text = (t for t in backwards if t not in self._special and self._backend.id_to_token(t) is not None)
-        return list(islice(with_text, _CONTEXT_TOKENS))[::-1]
+    def has_text(self, token: int) -> bool:
+        """Whether a token is part of a text: special tokens are not, nor ids that the vocabulary lacks."""
+        return token not in self._special and self._backend.id_to_token(token) is not None
 
-    def _text(self, token_ids: Sequence[int]) -> str:
-        text = str(self._backend.decode(list(token_ids), skip_special_tokens=True))
-        if self._byte_of and _REPLACEMENT in text:
-            return "".join(self._pieces([token for token in token_ids if token not in self._special]))
-        return text
+    def context_of(self, prompt: Sequence[int] | npt.NDArray[np.int32]) -> list[int]:
+        """The last ``CONTEXT_TOKENS`` tokens of ``prompt`` that have text: what follows depends on no other."""
+        backwards = (int(prompt[at]) for at in range(len(prompt) - 1, -1, -1))
+        return list(islice(filter(self.has_text, backwards), CONTEXT_TOKENS))[::-1]
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """Returns the text of ``token_ids`` where they begin a text; raises as ``decode``."""
+        with refused_as(CheckpointError, UNDECODABLE):
+            if not self._byte_of or self._byte_of.keys().isdisjoint(token_ids):
+                return str(self._backend.decode(list(token_ids), skip_special_tokens=True))
+            return "".join(self._pieces(list(filter(self.has_text, token_ids))))
+
+    def stream_behind(self, token_ids: Sequence[int]) -> Stream | None:
+        """The library's incremental decoder, to go on behind ``token_ids``, which have text and end no half character.
+
+        It takes tokens with text that stand for no single byte, and returns the text that each adds. It returns None
+        for one that ends in the middle of a character, and takes none after that.
+
+        Returns:
+            The decoder; None behind a token that stands for a single byte.
+        """
+        whole = list(takewhile(lambda token: token not in self._byte_of, reversed(token_ids)))[::-1]
+        if not whole:
+            return None
+        stream = decoders.DecodeStream(whole, skip_special_tokens=True)
+        return lambda token: None if token in self._byte_of else stream.step(self._backend, token)
 
     def _pieces(self, token_ids: list[int]) -> Iterator[str]:
-        """The text in pieces, since the library replaces a whole run of byte tokens if one byte of it is wrong."""
+        """The text in pieces: a byte token is its byte, wherever it stands, which the library does not ensure.
+
+        It replaces a whole run of byte tokens if one byte of it is wrong, and takes a space that a byte spells for one
+        that begins the text.
+        """
         for at, (is_bytes, run) in enumerate(groupby(token_ids, self._byte_of.__contains__)):
             tokens = list(run)
             if is_bytes:
                 yield bytes(self._byte_of[token] for token in tokens).decode(errors="replace")
             elif at == 0:
-                yield self._backend.decode(tokens, skip_special_tokens=True)
+                yield self._backend.decode(tokens)
             else:  # decoded after another token, because the beginning of a text may lose its first space
                 yield self._backend.decode([tokens[0], *tokens])[len(self._backend.decode(tokens[:1])) :]
 
@@ -160,18 +185,18 @@ def load_tokenizer(directory: str | Path, *, parse_special_tokens: bool = True) 
     path = Path(directory) / TOKENIZER_FILE
     if not path.is_file():
         return None
-    with _refused_as(CheckpointError, f"cannot read {path}; restore the file as it was published"):
+    with refused_as(CheckpointError, f"cannot read {path}; restore the file as it was published"):
         backend = tokenizers.Tokenizer.from_file(str(path))
     ends = _text_ends(Path(directory) / TOKENIZER_CONFIG_FILE, backend)
     return Tokenizer(backend, ends, parse_special_tokens=parse_special_tokens)
 
 
 @contextmanager
-def _refused_as(kind: type[EngineError], what: str) -> Iterator[None]:
-    """Turns whatever the tokenizer library raises into ``kind``."""
+def refused_as(kind: type[EngineError], what: str) -> Iterator[None]:
+    """Turns whatever the tokenizer library raises into ``kind``; the engine's own errors stay what they are."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+    except (KeyboardInterrupt, SystemExit, MemoryError, EngineError):
         raise
     except BaseException as error:  # a panic of the library is not an Exception
         raise kind(f"{what}: {error}") from error

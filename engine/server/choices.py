@@ -8,7 +8,8 @@ from typing import Any
 
 from engine.server.answer_json import COMPLETE
 from engine.server.api_error import ApiError, engine_failed, stopping
-from engine.serving.async_llm import Answering, AsyncLLM
+from engine.serving.answering import Answering
+from engine.serving.async_llm import AsyncLLM
 from engine.serving.request import AnswerDelta, FinishReason, RequestOutput
 from engine.serving.sampling_params import SamplingParams
 

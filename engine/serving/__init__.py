@@ -4,13 +4,17 @@ This room takes requests, plans steps, sends them to the device and books what c
 buffer, and no kernel knows of its requests.
 
     llm             LLM: prompts in, tokens out
-    sampling_params SamplingParams: how the tokens of a request are chosen
+    sampling_params  SamplingParams: how the tokens of a request are chosen
+    answer_text     the text of an answer that grows, and the stop texts that end it
     request         a request and its states; RequestOutput
     intake          checks prompts and makes requests of them
     plan/           which requests run in a step; no jax
     device/         what a step sends to the device, and what runs there
     stepper         the loop: plan, make page moves, dispatch, commit
     groups          several answers to one prompt
+    deltas          what answers gain from step to step, for who asks
+    answering       the answers to one prompt while they come, under asyncio
+    async_llm       AsyncLLM: a thread owns an LLM, coroutines wait for its answers
     reports         finished requests as answers for the caller
     recovery        what becomes of an engine in which a step has failed
     interrupts      Ctrl-C waits until a change of the engine is whole

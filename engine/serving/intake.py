@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class Intake:
         self._eos = frozenset(model.eos_token_id) | (tokenizer.eos_token_ids if tokenizer else frozenset())
         self._tokenizer = tokenizer
         self._context_length = context_length
-        self._made = 0
+        self._ids = count(1)  # its next is atomic: requests are made in any thread
 
     def check(
         self, prompts: Iterable[str | Sequence[int]], params: SamplingParams | Iterable[SamplingParams] | None
@@ -121,9 +122,8 @@ class Intake:
             )
 
     def _make(self, ids: npt.NDArray[np.int32], params: SamplingParams, index: int) -> Request:
-        self._made += 1
         return Request(
-            request_id=self._made,
+            request_id=next(self._ids),
             prompt=ids,
             params=params,
             seed=((params.seed or 0) + index) % SEEDS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from engine.serving.build import (
     weights_identity,
 )
 from engine.serving.compile_cache import use_compile_cache
+from engine.serving.deltas import Deltas, Follower, StepOutput
 from engine.serving.device.batcher import Batcher, parcel_shapes
 from engine.serving.device.page_mover import PageMover
 from engine.serving.device.runner import CompileCounter, ModelRunner
@@ -38,7 +39,7 @@ from engine.serving.intake import Intake
 from engine.serving.loading import load_parts
 from engine.serving.recovery import Recovery
 from engine.serving.reports import Reports
-from engine.serving.request import FinishReason, Request, RequestOutput
+from engine.serving.request import AnswerDelta, FinishReason, Request, RequestOutput
 from engine.serving.sampling_params import SamplingParams
 from engine.serving.stepper import Stepper
 from engine.serving.watch.board import SnapshotBoard
@@ -107,6 +108,7 @@ class LLM:
         )
         self._groups = AnswerGroups()
         self._recovery = Recovery(self.scheduler, self._stepper, self._runner, self._groups, self.stats)
+        self._deltas = Deltas(self.tokenizer)
         self._reports = Reports(self._groups, self._recovery, self.stats, self._text_of)
         self._board = SnapshotBoard(
             lambda: collect_metrics(self.scheduler, self.stats), self._gate, lambda: self.scheduler.has_work
@@ -158,7 +160,7 @@ class LLM:
         with self._reports.claimed(requests) as done:
             try:
                 for request in requests:
-                    self._add(request)
+                    self.add_made(request)
                 open_ids = {request.request_id for request in requests}
                 while open_ids := open_ids & self._groups.unfinished.keys():
                     self._advance_or_recover(return_logits)
@@ -179,16 +181,67 @@ class LLM:
 
     def add_request(self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None) -> int:
         """Queues a request for ``step`` and returns its id; raises RequestError if it can never be served."""
-        (checked,) = self._intake.check_in_all(self._agreement, [prompt], sampling_params)
-        request = self._intake.make(checked)
-        self._add(request)
+        request = self.make_request(prompt, sampling_params)
+        self.add_made(request)
         return request.request_id
 
-    def step(self, *, return_logits: bool = False) -> dict[int, RequestOutput]:
+    def make_request(self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None) -> Request:
+        """A request for ``add_made``, from a thread of one's own if need be; raises as ``add_request``."""
+        (checked,) = self._intake.check_in_all(self._agreement, [prompt], sampling_params)
+        request = self._intake.make(checked)
+        self.scheduler.check_fits(request)
+        return request
+
+    def add_made(self, request: Request) -> None:
+        """Queues a request of ``make_request`` for ``step``."""
+        with self._gate.entered():
+            try:
+                self._groups.add(request)
+                self.scheduler.add(request)
+            except BaseException:
+                self._groups.forget(request)
+                if request in self.scheduler.waiting:
+                    self.scheduler.waiting.remove(request)
+                raise
+
+    def follow(self, request: Request) -> Follower:
+        """Tells what the answers to a request gain, each gain once and from their beginning."""
+        return self._deltas.follow(request)
+
+    def is_unfinished(self, request_id: int) -> bool:
+        """Whether a request was queued and has neither ended nor been aborted."""
+        return request_id in self._groups.unfinished
+
+    def output_so_far(self, request: Request) -> RequestOutput:
+        """A request's answer, or what there is of it."""
+        return self._reports.output(request)
+
+    def stream(
+        self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None
+    ) -> Generator[AnswerDelta, None, RequestOutput]:
+        """Answers a prompt and yields what its answers gain, step by step.
+
+        Other requests are served meanwhile, in the steps of whoever drives the engine. Closing the generator early
+        aborts the request. A step that fails is run again by the rule of ``engine.serving.recovery``.
+
+        Args:
+            prompt: a text or a list of token ids.
+            sampling_params: as for ``generate``.
+
+        Returns:
+            A generator of deltas, whose value at its end is the whole output: the texts of the deltas of an answer
+            together are its text.
+
+        Raises:
+            RequestError: at once, where the prompt can never be served.
+        """
+        return self._streamed(self.make_request(prompt, sampling_params))
+
+    def step(self, *, return_logits: bool = False) -> StepOutput:
         """Advances by one step and returns the answers that are finished, by request id.
 
-        Where steps overlap, what is dispatched now is read and booked by the next call. Answers to a running
-        ``generate`` are left to it.
+        Its ``new`` reports what every request has gained, finished or not. Where steps overlap, what is dispatched now
+        is read and booked by the next call. Answers to a running ``generate`` or ``stream`` are left to it.
 
         Raises:
             Exception: whatever made the step fail. The engine has recovered by the rule of ``engine.serving.recovery``:
@@ -196,7 +249,20 @@ class LLM:
             ProcessLost: another process is gone; this one cannot go on.
         """
         self._advance(return_logits)
-        return self._reports.take()
+        finished, ended = self._reports.take()
+        return StepOutput(finished, lambda: self._deltas.take(ended, self._reports.unclaimed()))
+
+    def _streamed(self, request: Request) -> Generator[AnswerDelta, None, RequestOutput]:
+        follower = self.follow(request)
+        with self._reports.claimed([request]) as done:
+            try:
+                self.add_made(request)
+                while request.request_id in self._groups.unfinished:
+                    self._advance_or_recover(return_logits=False)
+                    yield from follower.take()
+            finally:
+                self._abort_all([request])
+        return self._reports.answers([request], done)[0]
 
     def _advance(self, return_logits: bool) -> None:
         """A step, with what it has finished put where it belongs."""
@@ -338,6 +404,11 @@ class LLM:
             self.scheduler.check_integrity()
 
     @property
+    def is_shared(self) -> bool:
+        """Whether several processes run this engine, each of which makes every call."""
+        return self._agreement.plan.is_shared
+
+    @property
     def cache(self) -> CacheManager:
         """The books of the only replica; raises ConfigError where there are several: ``caches`` has them."""
         if len(self.caches) > 1:
@@ -366,17 +437,6 @@ class LLM:
 
     def _scope_for(self, tenant_salt: str) -> CacheScope:
         return CacheScope(self._identity, self._weights_epoch, None, tenant_salt, self._layout)
-
-    def _add(self, request: Request) -> None:
-        with self._gate.entered():
-            try:
-                self._groups.add(request)
-                self.scheduler.add(request)
-            except BaseException:
-                self._groups.forget(request)
-                if request in self.scheduler.waiting:
-                    self.scheduler.waiting.remove(request)
-                raise
 
     def _with_unstarted(self, request: Request) -> list[Request]:
         """A request that ran out of time, and the siblings that wait for it to compute their prompt."""

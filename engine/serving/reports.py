@@ -33,6 +33,7 @@ class Reports:
         self._text_of = text_of
         # The answers by call of generate, or None for the caller of step; and the calls of generate by request.
         self._made: dict[int | None, dict[int, RequestOutput]] = {}
+        self._unclaimed: list[Request] = []  # the leaders of the answers of None
         self._claims: dict[int, int] = {}
 
     @contextmanager
@@ -58,22 +59,33 @@ class Reports:
         """The finished answers in the order of the requests; for aborted requests the tokens so far."""
         return [done.get(request.request_id) or self.output(request) for request in requests]
 
-    def take(self) -> dict[int, RequestOutput]:
-        """The answers that no call has claimed, once each; taken last of all, or they are lost with the call."""
-        return self._made.pop(None, {})
+    def take(self) -> tuple[dict[int, RequestOutput], list[Request]]:
+        """The answers that no call has claimed, and their leaders, once each.
+
+        Taken last of all, or they are lost with the call.
+        """
+        leaders, self._unclaimed = self._unclaimed, []
+        return self._made.pop(None, {}), leaders
+
+    def unclaimed(self) -> list[Request]:
+        """The leaders of the unfinished groups that no call has claimed."""
+        return [leader for leader in self._groups.unfinished.values() if leader.request_id not in self._claims]
 
     def make(self) -> list[Exception]:
         """Makes the answers that are complete; returns what failed for some of them, which are made again."""
         failures: list[Exception] = []
         for leader in self._groups.complete():
             call = self._claims.get(leader.request_id)
-            made = self._made.setdefault(call if call in self._made else None, {})
+            is_claimed = call is not None and call in self._made
+            made = self._made.setdefault(call if is_claimed else None, {})
             if leader.request_id not in made:  # a fault may have come after it was put there
                 try:
                     made[leader.request_id] = self._output_or_blame(leader)
                 except Exception as error:
                     failures.append(error)
                     continue
+                if not is_claimed:
+                    self._unclaimed.append(leader)
                 self.count(leader)
             self._groups.forget(leader)
         self._groups.ended[:] = [request for leader in self._groups.complete() for request in group_of(leader)]

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.memory.scope import CacheScope
+from engine.serving.answer_text import AnswerText
 from engine.serving.sampling_params import SamplingParams
 
 AGING_SECONDS = 10.0  # an arrival earlier by this outweighs one level of priority
@@ -147,6 +148,7 @@ class Request:
     error: str | None = None
     failures: int = 0
     failures_at: int = 0  # tokens of the answer at the last of them
+    text: AnswerText | None = None
 
     @property
     def rank(self) -> tuple[float, int]:

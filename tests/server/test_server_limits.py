@@ -434,7 +434,8 @@ def test_the_fake_is_what_the_server_needs_of_the_true_one(llm):
     """The names that the fake has, the true ones have too."""
     from server_support import FakeEngine
 
-    from engine.serving.async_llm import Answering, AsyncLLM
+    from engine.serving.answering import Answering
+    from engine.serving.async_llm import AsyncLLM
 
     for fake, true in ((FakeEngine, AsyncLLM), (FakeAnswering, Answering)):
         names = {name for name in vars(fake) if not name.startswith("_")} - {"give", "fail"}

@@ -1,0 +1,362 @@
+"""The engine under asyncio: one thread owns it, and coroutines of any number of event loops wait for its answers.
+
+    event loops                       the engine's thread
+    submit ──── commands ───────────▶ add, abort, call          between two steps
+    Answering ◀─ one call per step ── step, what each gained    and loop
+
+A step never waits for a reader: what a reader has not taken is merged, and no more than the answer itself is kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Any, TypeVar
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError, EngineError, IntegrityError, ProcessLost, QueueFull
+from engine.models.decoder import Decoder
+from engine.models.text import Tokenizer
+from engine.planning.sizing import PoolPlan
+from engine.serving.answering import Answering, Gain, gain_all
+from engine.serving.groups import group_of
+from engine.serving.llm import LLM
+from engine.serving.request import AnswerDelta, Request, RequestOutput
+from engine.serving.sampling_params import SamplingParams
+from engine.serving.watch.metrics import EngineMetrics
+
+# A text up to so many characters is encoded at once: a thread for it would cost more than it takes.
+SHORT_TEXT = 2_000
+RECENT_ENDS = 32  # whose pace tells how long a queue takes
+LONGEST_WAIT = 60.0  # seconds that a refusal asks to wait at most
+
+Result = TypeVar("Result")
+Prompt = str | Sequence[int]
+_logger = logging.getLogger(__name__)
+
+
+class AsyncLLM:
+    """An LLM for asyncio.
+
+    A thread of its own makes every step. The methods are called in any running event loop, those that are not
+    coroutines from any thread. Nobody else may use the LLM until this is closed. Cancelling a task that waits for an
+    answer aborts it, and its pages go back within a step.
+
+    Args:
+        model: as for ``LLM``; the engine is made, and its programs compiled, before this returns.
+        max_waiting: most answers that wait for a place among the ``max_running_requests``; None is any number.
+        **options: as for ``LLM``.
+
+    Raises:
+        ConfigError, CheckpointError: as for ``LLM``.
+    """
+
+    def __init__(
+        self, model: str | Path | Decoder | None = None, *, max_waiting: int | None = None, **options: Any
+    ) -> None:
+        self._start(LLM(model, **options), max_waiting)
+
+    @classmethod
+    def over(cls, llm: LLM, *, max_waiting: int | None = None) -> AsyncLLM:
+        """Takes an LLM that was made already.
+
+        Raises:
+            ConfigError: ``max_waiting`` is not a whole number from 0, or the LLM runs in several processes, which
+                would have to be told of every request.
+        """
+        made = cls.__new__(cls)
+        made._start(llm, max_waiting)
+        return made
+
+    def _start(self, llm: LLM, max_waiting: int | None) -> None:
+        if llm.is_shared:
+            raise ConfigError("AsyncLLM runs in one process, which drives all of its devices; start it without launch")
+        if max_waiting is not None and (not isinstance(max_waiting, int) or max_waiting < 0):
+            raise ConfigError(f"max_waiting={max_waiting!r} is not allowed: it must be None or a whole number from 0")
+        self.llm = llm
+        self._most = None if max_waiting is None else llm.config.max_running_requests + max_waiting
+        self._count = 0  # of answers that have not ended
+        self._lock = threading.Lock()  # of the count
+        self._ends: deque[float] = deque(maxlen=RECENT_ENDS)
+        self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._live: dict[int, Answering] = {}  # by request id; the engine's thread alone changes it
+        self._failure: EngineError | None = None
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # What it is.
+
+    @property
+    def config(self) -> EngineConfig:
+        """The engine's options."""
+        return self.llm.config
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer."""
+        return self.llm.tokenizer
+
+    @property
+    def plan(self) -> PoolPlan:
+        """The sizes of the pool."""
+        return self.llm.plan
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether it takes requests: it was not closed, and its engine has not failed."""
+        return self._failure is None and not self._is_closing
+
+    @property
+    def unfinished(self) -> int:
+        """Answers that have not ended; of a request with ``n`` there are ``n``."""
+        return self._count
+
+    def metrics(self) -> EngineMetrics:
+        """As ``LLM.metrics``."""
+        return self.llm.metrics()
+
+    # Requests.
+
+    async def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, streams: bool = True) -> Answering:
+        """Begins to answer a prompt.
+
+        Args:
+            prompt: a text or a list of token ids.
+            params: how; None is the default.
+            streams: whether its deltas will be read; otherwise there is only the output at the end.
+
+        Raises:
+            RequestError: it can never be served.
+            QueueFull: as many wait as may.
+            EngineError: this was closed, or the engine has failed.
+        """
+        answers = params.n if isinstance(params, SamplingParams) else 1
+        self._enter(answers)
+        try:
+            if isinstance(prompt, str) and len(prompt) > SHORT_TEXT:
+                request = await asyncio.to_thread(self.llm.make_request, prompt, params)
+            else:
+                request = self.llm.make_request(prompt, params)
+        except BaseException:
+            self._leave(answers)
+            raise
+        answering = Answering(request, self.llm.follow(request) if streams else None, self.abort)
+        try:
+            self._command(lambda: self._add(answering))
+        except BaseException:
+            self._leave(answers)
+            raise
+        return answering
+
+    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncGenerator[AnswerDelta, None]:
+        """Yields what the answers to a prompt gain; raises as ``submit`` at the first item."""
+        answering = await self.submit(prompt, params)
+        each = answering.__aiter__()
+        try:
+            async for deltas in each:
+                for delta in deltas:
+                    yield delta
+        finally:
+            await each.aclose()
+
+    async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> RequestOutput:
+        """Answers a prompt; raises as ``submit``."""
+        return await (await self.submit(prompt, params, streams=False)).result()
+
+    def abort(self, request: Request) -> None:
+        """Ends a request; see ``Answering.abort``."""
+        self._commands.put(lambda: self._abort(request.request_id))
+
+    async def call(self, function: Callable[[LLM], Result]) -> Result:
+        """Calls a function with the LLM between two steps, in the engine's thread, and returns its result.
+
+        For what changes the engine, such as ``reset_prefix_cache``, or ``check_integrity``. It must not make steps.
+
+        Raises:
+            Exception: what the function raises.
+            EngineError: this was closed, or the engine has failed.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Result] = loop.create_future()
+
+        def made() -> None:
+            try:
+                self._require_sound()
+                report = partial(done.set_result, function(self.llm))
+            except Exception as error:
+                report = partial(done.set_exception, error)
+            with suppress(RuntimeError):  # the loop was closed, and nobody waits any more
+                loop.call_soon_threadsafe(lambda: None if done.done() else report())
+
+        self._command(made)
+        return await done
+
+    # The end.
+
+    async def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
+        """Ends the engine's thread. No more requests are taken; the LLM can be used again afterwards.
+
+        Args:
+            drain: whether the requests under way are answered first; otherwise they are aborted.
+            timeout: seconds after which those that are still under way are aborted; None is any time.
+        """
+        with self._lock:
+            self._is_closing = True
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while drain and self._count and self._thread.is_alive():
+            if deadline is not None and time.monotonic() >= deadline:
+                break
+            await asyncio.sleep(0.01)
+        self._commands.put(self._abort_all)
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    async def __aenter__(self) -> AsyncLLM:
+        """Itself; the context's end closes it."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Answers what is under way and closes; after an error it aborts that."""
+        await self.close(drain=kind is None)
+
+    # How many there are.
+
+    def _enter(self, answers: int) -> None:
+        with self._lock:
+            if self._most is not None and self._count + answers > self._most:
+                waiting = max(self._count - self.config.max_running_requests, 0)
+                raise QueueFull(
+                    f"{waiting} answers wait and {self._most - self.config.max_running_requests} may, beside "
+                    f"{self.config.max_running_requests} that run; {answers} more were asked for: try again later",
+                    retry_after=self._seconds_for(waiting + answers),
+                )
+            self._count += answers
+
+    def _leave(self, answers: int) -> None:
+        with self._lock:
+            self._count -= answers
+
+    def _seconds_for(self, answers: int) -> float:
+        """How long it will take until so many more answers have ended, at the pace of the last ones."""
+        if len(self._ends) < 2:
+            return 1.0
+        pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        return min(max(pace * answers, 1.0), LONGEST_WAIT)
+
+    def _command(self, command: Callable[[], None]) -> None:
+        """Has the engine's thread do something: all that is taken here comes before its end."""
+        with self._lock:
+            self._require_sound()
+            if self._is_closing:
+                raise EngineError("the engine is closed and takes no requests; make another one")
+            self._commands.put(command)
+
+    def _require_sound(self) -> None:
+        if self._failure is not None:
+            raise EngineError(f"the engine has failed: {self._failure}") from self._failure
+
+    # The engine's thread.
+
+    def _run(self) -> None:
+        try:
+            while self._do_commands():
+                self._report(self._step())
+        except BaseException as error:
+            _logger.exception("the engine has failed")
+            self._fail(error)
+            while self._do_commands():  # which are refused
+                pass
+
+    def _do_commands(self) -> bool:
+        """Does what was asked for between two steps, and waits for more while nothing is to be answered.
+
+        Returns:
+            Whether to go on.
+        """
+        while True:
+            try:
+                command = self._commands.get(block=not self._live)
+            except Empty:
+                return True
+            if command is None:
+                return False
+            command()
+
+    def _step(self) -> dict[int, RequestOutput]:
+        try:
+            return self.llm.step()
+        except (ProcessLost, IntegrityError):
+            raise
+        except Exception:  # it has recovered; what keeps failing ends by the rule of recovery
+            _logger.exception("a step failed; the engine goes on")
+            return {}
+
+    def _report(self, finished: dict[int, RequestOutput]) -> None:
+        """Tells every event loop, in one call each, what its requests have gained in a step."""
+        gains: dict[asyncio.AbstractEventLoop, list[Gain]] = {}
+        for request_id, answering in list(self._live.items()):
+            output, deltas = finished.get(request_id), answering.take()
+            if output is None and not self.llm.is_unfinished(request_id):  # as after a step that failed
+                output = self.llm.output_so_far(answering.request)
+            if output is not None:
+                self._forget(answering)
+            if deltas or output is not None:
+                gains.setdefault(answering.loop, []).append((answering, deltas, output, None))
+        for loop, gained in gains.items():
+            self._tell(loop, gained)
+
+    def _tell(self, loop: asyncio.AbstractEventLoop, gained: list[Gain]) -> None:
+        try:
+            loop.call_soon_threadsafe(gain_all, gained)
+        except RuntimeError:  # the loop was closed, and nobody waits any more
+            for answering, *_ in gained:
+                self._abort(answering.request_id)
+
+    def _add(self, answering: Answering) -> None:
+        try:
+            self._require_sound()
+            self.llm.add_made(answering.request)
+            self._live[answering.request_id] = answering
+        except Exception as error:
+            self._leave(len(group_of(answering.request)))
+            self._tell(answering.loop, [(answering, (), None, _as_engine_error(error))])
+
+    def _abort(self, request_id: int) -> None:
+        answering = self._live.get(request_id)
+        if answering is not None:
+            self._forget(answering)
+            self.llm.abort(request_id)
+            gain = answering, answering.take(), self.llm.output_so_far(answering.request), None
+            self._tell(answering.loop, [gain])
+
+    def _abort_all(self) -> None:
+        for request_id in list(self._live):
+            self._abort(request_id)
+
+    def _forget(self, answering: Answering) -> None:
+        del self._live[answering.request_id]
+        self._leave(len(group_of(answering.request)))
+        self._ends.append(time.monotonic())
+
+    def _fail(self, error: BaseException) -> None:
+        """Ends everything with an error, where the engine cannot go on."""
+        self._failure = failure = _as_engine_error(error)
+        for answering in list(self._live.values()):
+            self._forget(answering)
+            self._tell(answering.loop, [(answering, (), None, failure)])
+
+
+def _as_engine_error(error: BaseException) -> EngineError:
+    return error if isinstance(error, EngineError) else EngineError(f"{type(error).__name__}: {error}")

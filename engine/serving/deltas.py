@@ -1,0 +1,120 @@
+"""What answers gain from step to step, reported when somebody asks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from functools import cached_property
+
+from engine.models.text import Tokenizer
+from engine.models.text_stream import TextStream
+from engine.serving.answer_text import AnswerText
+from engine.serving.groups import group_of, has_ended
+from engine.serving.request import AnswerDelta, Request, RequestOutput
+
+_logger = logging.getLogger(__name__)
+
+
+class StepOutput(dict[int, RequestOutput]):
+    """The answers that a step has finished, by request id.
+
+    Args:
+        finished: these answers.
+        new: makes ``new``.
+    """
+
+    def __init__(self, finished: dict[int, RequestOutput], new: Callable[[], dict[int, tuple[AnswerDelta, ...]]]):
+        super().__init__(finished)
+        self._new = new
+
+    @cached_property
+    def new(self) -> dict[int, tuple[AnswerDelta, ...]]:
+        """What each request's answers have gained since this was last read of a step, by request id.
+
+        Made when it is read, so that steps whose caller does not ask for it pay nothing. A request whose answers have
+        gained nothing is left out; so is an aborted one.
+        """
+        return self._new()
+
+
+class Follower:
+    """Reports what the answers to one prompt gain.
+
+    Args:
+        leader: the first of them.
+        tokenizer: makes text of tokens; without one the text is empty.
+    """
+
+    def __init__(self, leader: Request, tokenizer: Tokenizer | None) -> None:
+        self._members = [_Member(request, index, tokenizer) for index, request in enumerate(group_of(leader))]
+
+    def take(self) -> tuple[AnswerDelta, ...]:
+        """What each answer has gained since the last call; answers that have gained nothing are left out."""
+        return tuple([delta for member in self._members if (delta := member.take()) is not None])
+
+
+class _Member:
+    """One answer, and how much of it has been reported."""
+
+    def __init__(self, request: Request, index: int, tokenizer: Tokenizer | None) -> None:
+        self._request = request
+        self._index = index
+        self._tokenizer = tokenizer
+        self._text = request.text  # of a request with stop texts; the engine keeps it up to date
+        self._reported = 0
+        self._has_ended = False
+
+    def take(self) -> AnswerDelta | None:
+        request, start = self._request, self._reported
+        ends, stop = has_ended(request), len(request.output)
+        if self._has_ended or (stop == start and not ends):
+            return None
+        text = self._take_text(ends)
+        self._reported, self._has_ended = stop, ends
+        return AnswerDelta(
+            token_ids=tuple(request.output[start:stop]),
+            text=text,
+            logprobs=None if request.params.logprobs is None else tuple(request.logprobs[start:stop]),
+            index=self._index,
+            finish_reason=request.finish_reason.value if ends and request.finish_reason else None,
+        )
+
+    def _take_text(self, ends: bool) -> str:
+        """The text that is certain now; no more of it once the tokenizer has failed, which the answer will tell."""
+        if self._tokenizer is None:
+            return ""
+        try:
+            if self._text is None:
+                self._text = AnswerText(TextStream(self._tokenizer, self._request.prompt))
+            self._text.push(self._request.output[self._text.num_tokens :])
+            if ends:
+                self._text.finish()
+            return self._text.take()
+        except Exception:
+            _logger.exception("the text of request %d cannot be had as it comes", self._request.request_id)
+            self._tokenizer = None
+            return ""
+
+
+class Deltas:
+    """Follows the requests of those who read ``StepOutput.new``.
+
+    Args:
+        tokenizer: makes text of tokens; None where there is none.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._followers: dict[Request, Follower] = {}  # of the groups that were unfinished when last asked
+
+    def follow(self, leader: Request) -> Follower:
+        """A new follower of a group, from its beginning."""
+        return Follower(leader, self._tokenizer)
+
+    def take(self, ended: Iterable[Request], unfinished: Iterable[Request]) -> dict[int, tuple[AnswerDelta, ...]]:
+        """What the answers of these groups have gained since it was last taken, by request id of the leader."""
+        followed = self._followers
+        last = {leader: followed.get(leader) or self.follow(leader) for leader in ended}
+        self._followers = {leader: followed.get(leader) or self.follow(leader) for leader in unfinished}
+        each = [*last.items(), *self._followers.items()]
+        return {leader.request_id: deltas for leader, follower in each if (deltas := follower.take())}
