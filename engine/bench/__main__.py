@@ -19,6 +19,7 @@ NAMES = (
     "scaling",
     "scatter",
     "serve",
+    "server",
     "step",
     "tpu-static",
     "tune",
