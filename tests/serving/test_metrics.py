@@ -114,7 +114,7 @@ def test_a_scrape_over_http_says_what_the_engine_says(llm):
     assert first["num_preemptions_total",] == metrics.retractions > before.retractions
     assert first["prefix_cache_queries_total",] - before.prefix_cache.queried_tokens == 10 + 12 + 9 + 11 + 10
     assert first["prefix_cache_hits_total",] == metrics.prefix_cache.hit_tokens
-    assert first["requests_finished_total", "length"] - before.finished.get("length", 0) == 5
+    assert first["request_success_total", "length"] - before.finished.get("length", 0) == 5
     assert first["generation_tokens_total",] == metrics.generation_tokens
     assert (first["num_requests_running",], first["num_requests_waiting",], first["kv_cache_usage_perc",]) == (0, 0, 0)
     states = ("free", "held", "cached_locked", "cached_evictable")
