@@ -15,9 +15,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ CLIENT_TIMEOUT = 3.0  # seconds, so that the server cuts off what stalls while t
 SAMPLE_SECONDS = 1.0
 SETTLE_SECONDS = 30.0
 NEAR_TIE = 2e-4  # twice what a logit differs by between batches
-Ask = Callable[[np.random.Generator], Awaitable[None]]
+Ask = Callable[[np.random.Generator], Coroutine[Any, Any, None]]
 ENGINE = ["--max-running-requests", str(RUNNING), "--context-length", str(CONTEXT)]
 
 
@@ -139,7 +140,8 @@ def print_cost(llm: LLM, server: ServerProcess, jobs: Sequence[Job], rounds: int
     for name, each in seconds.items():
         ratio = median(own / other for own, other in zip(seconds["generate"], each, strict=True))
         rows.append((name, f"{tokens / median(each):,.0f}", f"{ratio:.2f}"))
-    print_table(f"{COST_CLIENTS} clients, {COST_REQUESTS} requests", ("way", "tokens/s", "of generate"), rows)
+    print_table((f"{COST_REQUESTS} requests, {COST_CLIENTS} clients", "tokens/s", "of generate"), rows)
+    print()
 
 
 async def _ask_all(server: ServerProcess, jobs: Sequence[Job], *, streams: bool) -> None:
@@ -264,26 +266,21 @@ def _quantile_bound(before: dict[str, float], after: dict[str, float], name: str
 
 def report(offline: Crowd, behaved: Crowd, mixed: Crowd, expected: Expected) -> int:
     """Prints what came of the crowds; returns 1 where something is wrong."""
-    columns = (
-        "crowd",
-        "answers",
-        "tokens/s",
-        *(f"{what} p{p}" for what in ("first", "between", "whole") for p in (50, 99)),
-    )
+    shown = [(what, percent) for what in ("first", "between", "whole") for percent in (50, 90, 99)]
+    columns = ("crowd; times in ms", "answers", "tokens/s", *(f"{what} p{percent}" for what, percent in shown))
     rows = []
     for each in (offline, behaved, mixed):
-        times = [
-            _percentile(values, p) for values in (each.seen.first, each.seen.between, each.seen.whole) for p in (50, 99)
-        ]
+        times = [_percentile(getattr(each.seen, what), percent) for what, percent in shown]
         rows.append((each.name, f"{len(each.seen.whole):,}", f"{each.seen.tokens / each.seconds:,.0f}", *times))
-    print_table("crowds; times in milliseconds", columns, rows)
+    print_table(columns, rows)
+    print()
     bars = [bar for each in (behaved, mixed) for bar in _bars(each, expected)]
     ratio = _p99(mixed.seen.first) / _p99(offline.seen.first)
     bars += [
         ("p99 of the first token, of the queue alone", f"{ratio:.2f}", "at most 1.5", True),
         ("p99 of steps, misbehaving or not", f"{mixed.step_p99:g} s and {behaved.step_p99:g} s", "equal", True),
     ]
-    print_table("bars", ("what", "measured", "wanted", "holds"), [(*bar[:3], "" if bar[3] else "NO") for bar in bars])
+    print_table(("what", "measured", "wanted", "holds"), [(*bar[:3], "" if bar[3] else "NO") for bar in bars])
     return 0 if all(bar[3] for bar in bars) else 1
 
 

@@ -18,6 +18,7 @@ MODEL = "default"
 READ_BYTES = 2**16
 STALL_RECEIVE_BYTES = 4096  # so that a stalled answer fills the sockets soon
 EVENT = b"data: "
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class Clients:
 
     async def _read_events(self, reader: asyncio.StreamReader, begun: float) -> str:
         """The text of a stream; notes when its pieces come."""
-        last, text = begun, []
+        last, text = begun, list[str]()
         async for event in _events(reader):
             now = time.perf_counter()
             piece = json.loads(event)["choices"][0]
@@ -167,9 +168,7 @@ class Clients:
         return self._jobs[int(rng.integers(len(self._jobs)))]
 
     @asynccontextmanager
-    async def _connected(
-        self, limit: int = READ_BYTES
-    ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    async def _connected(self, limit: int = READ_BYTES) -> AsyncIterator[Streams]:
         reader, writer = await asyncio.open_connection(*self._place, limit=limit)
         try:
             yield reader, writer
@@ -177,9 +176,7 @@ class Clients:
             writer.transport.abort()
 
     @asynccontextmanager
-    async def _sent(
-        self, body: bytes, limit: int = READ_BYTES
-    ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    async def _sent(self, body: bytes, limit: int = READ_BYTES) -> AsyncIterator[Streams]:
         async with self._connected(limit) as (reader, writer):
             writer.write(_request(body))
             yield reader, writer

@@ -196,6 +196,7 @@ class LLM:
         """Queues a request of ``make_request`` for ``step``."""
         with self._gate.entered():
             try:
+                self.stats.latency.note_arrival(group_of(request), self.stats.clock())
                 self._groups.add(request)
                 self.scheduler.add(request)
             except BaseException:
@@ -450,6 +451,7 @@ class LLM:
         for leader, sibling in self._groups.to_start():
             self.scheduler.queue.acting_for = sibling
             self.scheduler.fork(leader, sibling)
+            self.stats.latency.note_fork(sibling, self.stats.clock())
             self.scheduler.queue.acting_for = None
 
     def _text_of(self, request: Request) -> str:

@@ -20,7 +20,7 @@ class Reports:
     Args:
         groups: the groups of requests.
         recovery: handles an answer that cannot be made.
-        stats: counts why requests ended.
+        stats: counts the answers.
         text_of: returns a request's answer as text.
     """
 
@@ -92,8 +92,8 @@ class Reports:
         return failures
 
     def count(self, leader: Request) -> None:
-        """Counts why the requests of a group ended."""
-        self._stats.finished.update(member.finish_reason or FinishReason.ABORT for member in group_of(leader))
+        """Counts the answers of a group, which nobody waits for any more."""
+        self._stats.note_answers(group_of(leader))
 
     def output(self, request: Request, *, has_text: bool = True) -> RequestOutput:
         """A request's answer, or what there is of it."""

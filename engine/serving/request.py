@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -106,6 +107,27 @@ class AnswerDelta:
     finish_reason: str | None = None
 
 
+@dataclass(eq=False, slots=True)
+class RequestTimes:
+    """When what happened to a request, in seconds on the clock of ``EngineStats``; NaN: it has not happened.
+
+    They are for metrics alone: processes that share a plan have different clocks.
+
+    Attributes:
+        arrived: its arrival.
+        admitted: when it first had pages.
+        first_token: its first token.
+        last_token: its last token; while it runs, ``TokenTimes`` has the time.
+        ended: its last token, where that has ended it.
+    """
+
+    arrived: float = math.nan
+    admitted: float = math.nan
+    first_token: float = math.nan
+    last_token: float = math.nan
+    ended: float = math.nan
+
+
 @dataclass(eq=False)
 class Request:
     """One request on its way through the engine; lives on the host only.
@@ -126,6 +148,7 @@ class Request:
         siblings: the requests of the other answers to the same prompt.
         error: what was wrong, see ``RequestOutput``.
         failures: steps that failed because of it since its last token.
+        times: when what happened to it.
     """
 
     request_id: int
@@ -149,6 +172,7 @@ class Request:
     failures: int = 0
     failures_at: int = 0  # tokens of the answer at the last of them
     text: AnswerText | None = None
+    times: RequestTimes = field(default_factory=RequestTimes)
 
     @property
     def rank(self) -> tuple[float, int]:

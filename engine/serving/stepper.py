@@ -9,7 +9,6 @@ and taken for the next but one, that later program writes it after the step unde
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -83,6 +82,8 @@ class Stepper:
         """
         while (step := self._scheduler.next_step(settled=not self._flights)) is None:
             self._land(finished)
+        if step.admitted:
+            self._stats.latency.note_admitted(step.admitted, self._stats.clock())
         if step.moves:
             self._mover.make(step.moves)
         has_requests = step.num_tokens > 0
@@ -119,7 +120,7 @@ class Stepper:
         parcel, shape, earlier_updates = self._batcher.fill(step)
         result = self._runner.step(parcel, shape, earlier_updates)
         logits = self._runner.to_read(result.logits) if keeps_logits else None
-        return Flight(step, result, time.perf_counter(), logits, bool(parcel.wants_logprobs[0]), self._mover.started)
+        return Flight(step, result, self._stats.clock(), logits, bool(parcel.wants_logprobs[0]), self._mover.started)
 
     def _land(self, finished: list[Request]) -> None:
         """Waits for the oldest step and commits it; adds the requests that finish."""
@@ -132,10 +133,11 @@ class Stepper:
             for request, index in self._scheduler.sampled_rows(step):
                 if tokens[index] >= 0:
                     _keep(request, index, logits, sampled)
-        now, held_tokens = time.perf_counter(), self._scheduler.held_tokens
-        self._scheduler.commit(step, tokens, finished)
+        now, held_tokens, before = self._stats.clock(), self._scheduler.held_tokens, len(finished)
+        gained = self._scheduler.commit(step, tokens, finished)
         self._flights.popleft()
         self._stats.note(step, now - max(flight.dispatched, self._landed), held_tokens)
+        self._stats.latency.note_step(self._scheduler.replicas, step, gained, finished[before:], now)
         self._landed = now
         self._mover.land(flight.saves)
 

@@ -178,9 +178,9 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 def counters(metrics):
-    """Every counter that Prometheus would see, with its labels."""
+    """Every counter that Prometheus would see, those of histograms too, with its labels."""
     families = EngineCollector(lambda: metrics).collect()
-    samples = (sample for family in families if family.type == "counter" for sample in family.samples)
+    samples = (sample for family in families if family.type != "gauge" for sample in family.samples)
     return {f"{sample.name}{sample.labels}": sample.value for sample in samples}
 
 

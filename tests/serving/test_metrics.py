@@ -1,5 +1,7 @@
 """Metrics say what is so: every page has one place, counts are of what happened, a scrape sees no half step."""
 
+import dataclasses
+import math
 import socket
 import threading
 import time
@@ -17,8 +19,11 @@ from engine.serving.gate import Gate
 from engine.serving.sampling_params import SamplingParams
 from engine.serving.watch.board import SnapshotBoard
 from engine.serving.watch.exporter import PREFIX, serve_metrics
+from engine.serving.watch.latency import LatencyMetrics
 from engine.serving.watch.metrics import collect_metrics
 from engine.serving.watch.stats import EngineStats
+
+FIELDS = dataclasses.fields(LatencyMetrics)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +119,7 @@ def test_a_scrape_over_http_says_what_the_engine_says(llm):
     assert first["num_preemptions_total",] == metrics.retractions > before.retractions
     assert first["prefix_cache_queries_total",] - before.prefix_cache.queried_tokens == 10 + 12 + 9 + 11 + 10
     assert first["prefix_cache_hits_total",] == metrics.prefix_cache.hit_tokens
-    assert first["requests_finished_total", "length"] - before.finished.get("length", 0) == 5
+    assert first["request_success_total", "length"] - before.finished.get("length", 0) == 5
     assert first["generation_tokens_total",] == metrics.generation_tokens
     assert (first["num_requests_running",], first["num_requests_waiting",], first["kv_cache_usage_perc",]) == (0, 0, 0)
     states = ("free", "held", "cached_locked", "cached_evictable")
@@ -122,6 +127,28 @@ def test_a_scrape_over_http_says_what_the_engine_says(llm):
         assert sum(scraped["kv_pages", state] for state in states) == scraped["kv_pages_total_size",] == 12
     assert first["kv_pages", "cached_evictable"] > 0 == second["kv_pages", "cached_evictable"]
     assert all(second[key] >= value for key, value in first.items() if key[0].endswith("_total"))
+
+
+def test_the_buckets_of_a_scraped_histogram_contain_those_below_and_count_what_the_engine_counted(llm):
+    before = llm.metrics().latency
+    outputs = llm.generate(random_prompts([10, 12, 9, 11], seed=26), SamplingParams(max_new_tokens=20, n=2))
+    latency = llm.metrics().latency
+    with serve_metrics(llm.metrics, 0) as port:
+        scraped = scrape(port)
+    for each in FIELDS:
+        value, name = getattr(latency, each.name), each.name
+        buckets = [(float(key[1]), count) for key, count in scraped.items() if key[0] == f"{name}_bucket"]
+        assert [bound for bound, _ in buckets] == [*value.bounds, math.inf]
+        assert [count for _, count in buckets] == np.cumsum(value.counts).tolist()
+        assert scraped[f"{name}_count",] == buckets[-1][1] == value.count > 0
+        assert scraped[f"{name}_sum",] == pytest.approx(value.sum)
+    added = {each.name: getattr(latency, each.name).count - getattr(before, each.name).count for each in FIELDS}
+    answers = 2 * len(outputs)
+    assert added["time_to_first_token_seconds"] == added["e2e_request_latency_seconds"] == answers
+    assert added["inter_token_latency_seconds"] == answers * (20 - 1)
+    assert latency.request_generation_tokens.sum - before.request_generation_tokens.sum == answers * 20
+    assert latency.request_prompt_tokens.sum - before.request_prompt_tokens.sum == 2 * (10 + 12 + 9 + 11)
+    assert 0 < latency.time_to_first_token_seconds.sum < latency.e2e_request_latency_seconds.sum
 
 
 def test_scrapes_during_steps_see_whole_steps_and_are_answered(llm):

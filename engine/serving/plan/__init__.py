@@ -8,6 +8,7 @@ that the device makes before it.
     prefix_waits   requests that begin alike: one computes, the others wait for it
     queue          RequestQueue: the requests that wait, for all replicas
     step           ScheduledStep and ReplicaStep: a step as it is decided
+    token_times    TokenTimes: when each row got its last token, for metrics
 """
 
 from engine.serving.plan.queue import RequestQueue

@@ -19,6 +19,7 @@ from engine.memory.manager import CacheManager
 from engine.serving.plan.prefix_waits import PrefixWaits
 from engine.serving.plan.queue import RequestQueue
 from engine.serving.plan.step import ReplicaStep, SamplingColumns, StepPlan
+from engine.serving.plan.token_times import TokenTimes
 from engine.serving.request import Request
 
 NO_TOKENS = np.empty(0, np.int32)
@@ -41,6 +42,7 @@ class Replica:
         running: the requests that have a row, in order of admission.
         planned: int64 ``[rows]`` tokens of each row's request, including those that steps under way will sample.
         retractions: how often a request was retracted.
+        token_times: when each row's request got its last token.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Replica:
         self.running: list[Request] = []
         rows = cache.page_table.max_requests
         self.planned = np.zeros(rows, np.int64)
+        self.token_times = TokenTimes(rows)
         self._queue = queue
         self._pool_name = pool_name
         self._sampling = SamplingColumns.of_rows(rows)
@@ -211,7 +214,7 @@ class Replica:
 
     # What becomes of a step.
 
-    def commit(self, step: ReplicaStep, tokens: Int32, finished: list[Request]) -> None:
+    def commit(self, step: ReplicaStep, tokens: Int32, finished: list[Request]) -> Bool | None:
         """Books a step that has run.
 
         What was computed for a request that has ended or lost its pages since the step was planned is dropped. Where
@@ -221,6 +224,9 @@ class Replica:
             step: one that was planned, and not taken back since.
             tokens: ``tokens[i]`` was sampled for row ``i``, or is negative where none could be; padding may follow.
             finished: the requests that finish are added to it; what they held is free or cached.
+
+        Returns:
+            Which of the step's requests have got a token; None where all have, and all had one in the step before.
         """
         tokens = tokens[: len(step.requests)]
         chosen, is_chosen, rows, table = tokens.tolist(), tokens >= 0, step.req_pool_idx, self.cache.page_table
@@ -232,7 +238,7 @@ class Replica:
                 self._mark_run()
                 self.cache.leave_behind(rows)
             self._release_ended(step, step.ends, chosen, finished)
-            return
+            return None
         self._mark_run()
         live = self._still_run(step)
         table.mark_computed(rows[live], (step.starts + step.counts)[live])
@@ -246,6 +252,7 @@ class Replica:
             self._publish(step.requests[index])
         self.cache.leave_behind(rows[live])  # only now that they are published
         self._release_ended(step, step.ends, chosen, finished, sampled)
+        return sampled
 
     def sampled_rows(self, step: ReplicaStep) -> list[tuple[Request, int]]:
         """The running requests whose next token a step that has run has chosen, each with its row of the results."""
@@ -291,6 +298,9 @@ class Replica:
         with suppress(Exception):
             self._mark_run()
         self._unmarked = None
+        for request in self.running:
+            if (row := request.req_pool_idx) is not None:
+                self.token_times.leave(row, request.times)
         for request in self.running if keeps_pages else ():
             if (row := request.req_pool_idx) is not None:
                 with suppress(Exception):  # the check below says whether that was harmless
@@ -321,6 +331,7 @@ class Replica:
     def _enter(self, request: Request, row: int) -> None:
         """Begins to plan for a request that has got ``row``."""
         self.planned[row] = request.num_tokens
+        self.token_times.enter(row, request.times)
         self._sampling.enter(row, request)
         self._requests[row] = request
         request.run(row)
@@ -413,6 +424,8 @@ class Replica:
 
     def _retract(self, request: Request) -> None:
         """Sends a running request back to wait with the tokens it has; what it computed may stay cached."""
+        if (row := request.req_pool_idx) is not None:
+            self.token_times.leave(row, request.times)
         self.release(request)
         self._queue.wait(request)
         request.retractions += 1

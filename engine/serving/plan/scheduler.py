@@ -23,7 +23,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from engine.memory.integers import Int32
+from engine.memory.integers import Bool, Int32
 from engine.serving.plan.queue import RequestQueue
 from engine.serving.plan.replica import Replica
 from engine.serving.plan.step import ScheduledStep, StepPlan
@@ -103,8 +103,9 @@ class Scheduler:
             if plan is None:
                 return None
             plans.append(plan)
-        while self.waiting and self._admit_first(plans):
-            pass
+        admitted: list[Request] = []
+        while self.waiting and (request := self._admit_first(plans)) is not None:
+            admitted.append(request)
         parts = [replica.schedule(plan) for replica, plan in zip(self.replicas, plans, strict=True)]
         moves = [(replica.index, move) for replica in self.replicas for move in replica.cache.take_moves()]
         return ScheduledStep(
@@ -112,22 +113,25 @@ class Scheduler:
             moves,
             num_tokens=sum([part.num_tokens for part in parts]),
             num_decode_tokens=sum([part.num_decode_tokens for part in parts]),
+            admitted=admitted,
         )
 
-    def commit(self, step: ScheduledStep, tokens: Int32, finished: list[Request]) -> None:
+    def commit(self, step: ScheduledStep, tokens: Int32, finished: list[Request]) -> list[Bool | None]:
         """Books a step that has run, as ``Replica.commit``.
 
         Args:
             step: the step, with a part for each replica.
             tokens: sampled tokens, equally many for each replica, one replica after the other.
             finished: the requests that finish are added to it.
+
+        Returns:
+            What each replica returns.
         """
         if len(self.replicas) == 1:
-            self.replicas[0].commit(step.parts[0], tokens, finished)
-            return
+            return [self.replicas[0].commit(step.parts[0], tokens, finished)]
         by_replica = tokens.reshape(len(self.replicas), -1)
-        for replica, part, of_part in zip(self.replicas, step.parts, by_replica, strict=True):
-            replica.commit(part, of_part, finished)
+        parts = zip(self.replicas, step.parts, by_replica, strict=True)
+        return [replica.commit(part, of_part, finished) for replica, part, of_part in parts]
 
     def sampled_rows(self, step: ScheduledStep) -> list[tuple[Request, int]]:
         """As ``Replica.sampled_rows``; every replica has as many rows of the results."""
@@ -187,20 +191,20 @@ class Scheduler:
         for replica in self.replicas:
             replica.check_integrity()
 
-    def _admit_first(self, plans: Sequence[StepPlan]) -> bool:
-        """Admits the request that is first to some replica; returns whether there is one and room for it."""
+    def _admit_first(self, plans: Sequence[StepPlan]) -> Request | None:
+        """Admits the request that is first to some replica, and returns it; None where there is none, or no room."""
         places = [index for index, plan in enumerate(plans) if self.replicas[index].has_place(plan)]
         request = self.queue.first() if places else None
         if request is None:
-            return False
+            return None
         self.queue.acting_for = request
         for index in self._by_preference(request, places):
             request.replica = index  # set before it has a row there, so that no fault can come between the two
             if self.replicas[index].admit(request, plans[index]):
                 self.queue.acting_for = None
-                return True
+                return request
         self.queue.acting_for = None
-        return False
+        return None
 
     def _by_preference(self, request: Request, places: list[int]) -> list[int]:
         """Replicas in the order in which a request would go to them."""

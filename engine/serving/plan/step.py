@@ -135,12 +135,14 @@ class ScheduledStep:
         moves: page moves that the device makes before it, in this order, each with the replica whose pages they are.
         num_tokens: tokens fed.
         num_decode_tokens: tokens fed that the device has sampled itself.
+        admitted: the requests that were admitted when it was planned, also those that only wait with a row.
     """
 
     parts: Sequence[ReplicaStep]
     moves: Sequence[tuple[int, PageMove]]
     num_tokens: int
     num_decode_tokens: int
+    admitted: Sequence[Request] = ()
 
     @property
     def requests(self) -> list[Request]:

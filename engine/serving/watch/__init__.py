@@ -3,6 +3,8 @@
 This room reads every other one and changes none.
 
     stats            running totals that the stepper counts
+    histogram        counts of values by fixed bounds
+    latency          how long requests and steps take: LatencyMetrics, and the Latencies that measure it
     metrics          EngineMetrics: what the engine does and holds at one moment
     board            the last snapshot, for readers in other threads
     exporter         metrics over HTTP for Prometheus

@@ -6,19 +6,36 @@ everywhere else. Hits and queries are counters of tokens, of which the reader ta
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError
 from engine.serving.watch.bounded_server import BoundedServer
+from engine.serving.watch.histogram import HistogramSnapshot
 from engine.serving.watch.metrics import EngineMetrics
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
 PREFIX = "engine_"
+HISTOGRAMS = {
+    "time_to_first_token_seconds": "From a request's arrival to its first token",
+    "inter_token_latency_seconds": "From a token to the next of the same request",
+    "e2e_request_latency_seconds": "From a request's arrival to the end of its complete answer",
+    "request_queue_time_seconds": "From a request's arrival until it first had pages",
+    "request_prefill_time_seconds": "From the first pages of a request to its first token",
+    "request_decode_time_seconds": "From the first token of a complete answer to its last",
+    "request_time_per_output_token_seconds": "Mean time between the tokens of a complete answer",
+    "request_prompt_tokens": "Tokens of the prompts of complete answers",
+    "request_generation_tokens": "Tokens of complete answers",
+    "iteration_tokens_total": "Tokens fed by a step",
+    "step_time_seconds": "Time of a step",
+}
 
 
 class EngineCollector:
@@ -36,6 +53,7 @@ class EngineCollector:
         metrics = self._read()
         yield from _pool(metrics)
         yield from _traffic(metrics)
+        yield from _latency(metrics)
         yield from _prefix_cache(metrics)
         yield from _host_tier(metrics)
 
@@ -107,7 +125,12 @@ def _traffic(metrics: EngineMetrics) -> Iterator[Metric]:
     yield _counter("prompt_tokens", "Tokens fed by prefill", metrics.prompt_tokens)
     yield _counter("generation_tokens", "Tokens fed by decode", metrics.generation_tokens)
     yield _counter("steps", "Steps run", metrics.steps)
-    yield _counter("requests_finished", "Answers by finish reason", metrics.finished, label="finished_reason")
+    yield _counter("request_success", "Answers by finish reason", metrics.finished, label="finished_reason")
+
+
+def _latency(metrics: EngineMetrics) -> Iterator[Metric]:
+    for each in fields(metrics.latency):
+        yield _histogram(each.name, HISTOGRAMS[each.name], getattr(metrics.latency, each.name))
 
 
 def _prefix_cache(metrics: EngineMetrics) -> Iterator[Metric]:
@@ -141,6 +164,17 @@ def _counter(name: str, text: str, value: Any, *, label: str | None = None) -> M
     from prometheus_client.core import CounterMetricFamily
 
     return _filled(CounterMetricFamily(PREFIX + name, text, labels=[label] if label else []), value)
+
+
+def _histogram(name: str, text: str, value: HistogramSnapshot) -> Metric:
+    """A histogram; its buckets contain those below them, as Prometheus wants it."""
+    from prometheus_client.core import HistogramMetricFamily
+    from prometheus_client.utils import floatToGoString
+
+    upper = map(floatToGoString, (*value.bounds, math.inf))
+    family = HistogramMetricFamily(PREFIX + name, text)
+    family.add_metric([], list(zip(upper, accumulate(value.counts), strict=True)), value.sum)
+    return family
 
 
 def _filled(family: Any, value: Any) -> Metric:

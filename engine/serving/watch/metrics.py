@@ -10,6 +10,7 @@ from engine.memory.pool_snapshot import PoolSnapshot, add_snapshots, snapshot_po
 from engine.memory.prefix.cache import RadixCache
 from engine.serving.plan.replica import Replica
 from engine.serving.plan.scheduler import Scheduler
+from engine.serving.watch.latency import LatencyMetrics
 from engine.serving.watch.stats import EngineStats
 
 
@@ -86,6 +87,7 @@ class EngineMetrics:
         generation_tokens: tokens fed by decode, one per sequence and step.
         steps: steps run.
         finished: number of answers by finish reason.
+        latency: how long requests and steps took, as histograms.
     """
 
     pool: PoolSnapshot
@@ -99,6 +101,7 @@ class EngineMetrics:
     generation_tokens: int
     steps: int
     finished: Mapping[str, int]
+    latency: LatencyMetrics
 
     def describe(self) -> str:
         """One line for a log."""
@@ -138,6 +141,7 @@ def collect_metrics(scheduler: Scheduler, stats: EngineStats) -> EngineMetrics:
         generation_tokens=stats.decode_tokens,
         steps=stats.steps,
         finished=dict(stats.finished),
+        latency=stats.latency.snapshot(),
     )
 
 
