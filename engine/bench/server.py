@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.bench.server_clients import Clients, Job, Seen
+from engine.bench.server_clients import MISDEEDS, PATIENCE, STALLED, Clients, Job, Seen
 from engine.bench.server_process import ServerProcess, running_server
 from engine.bench.timing import print_table
 from engine.serving.async_llm import AsyncLLM
@@ -179,7 +179,7 @@ class Crowd:
 
 
 async def crowd_without_http(llm: LLM, jobs: Sequence[Job], args: argparse.Namespace) -> Crowd:
-    """The well-behaved crowd as coroutines over ``AsyncLLM``, for a third of the time."""
+    """The crowd of which a fifth misbehaves as coroutines over ``AsyncLLM``, for a third of the time."""
     seen, seconds = Seen(), args.seconds / 3
     async with AsyncLLM.over(llm) as engine:
 
@@ -192,8 +192,26 @@ async def crowd_without_http(llm: LLM, jobs: Sequence[Job], args: argparse.Names
             seen.whole.append(time.perf_counter() - begun)
             seen.tokens += job.tokens
 
-        await load(ask, args, seconds)
-    return Crowd("AsyncLLM alone", seen, seconds, llm.cache.held_tokens // llm.config.page_size)
+        async def misbehave(rng: np.random.Generator) -> None:
+            """What the engine has of a client that does: the same requests, and as little reading."""
+            job, kind = jobs[int(rng.integers(len(jobs)))], rng.choice(list(MISDEEDS))
+            if kind == "hang-up":
+                answering = await engine.submit(job.prompt, params_of(job))
+                async for _ in answering:
+                    if rng.random() < 1 / 6:
+                        break
+            elif kind == "stall":
+                answering = await engine.submit(job.prompt, STALLED)
+                await asyncio.sleep(rng.uniform(*PATIENCE))
+                answering.abort()
+            elif kind == "half-open":
+                await asyncio.sleep(rng.uniform(*PATIENCE))
+
+        behaving = args.clients - args.clients // BAD_SHARE
+        async with asyncio.TaskGroup() as group:
+            group.create_task(load(ask, args, seconds, behaving))
+            group.create_task(closed_loop(misbehave, args.seed + 1, seconds, args.clients - behaving))
+    return Crowd("AsyncLLM, no HTTP", seen, seconds, llm.cache.held_tokens // llm.config.page_size)
 
 
 async def crowd(server: ServerProcess, jobs: Sequence[Job], args: argparse.Namespace, *, bad: bool) -> Crowd:

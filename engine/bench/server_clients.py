@@ -6,18 +6,23 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from engine.serving.sampling_params import SamplingParams
+
 PATH = "/v1/completions"
 MODEL = "default"
 READ_BYTES = 2**16
-STALL_RECEIVE_BYTES = 4096  # so that a stalled answer fills the sockets soon
+STALL_READ_BYTES = 4096  # so that a stalled answer fills the sockets soon
 EVENT = b"data: "
+MISDEEDS = ("hang-up", "stall", "half-open", "rubbish")
+PATIENCE = 1.0, 8.0  # seconds from and to which a client stalls
+STALLED = SamplingParams(max_new_tokens=200, n=2, temperature=1.0, logprobs=5)  # an answer that fills the sockets
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -79,12 +84,7 @@ class Clients:
         self._place = host, port
         self._jobs = jobs
         self.seen = seen
-        self._bad: dict[str, Callable[[np.random.Generator, Job], Awaitable[None]]] = {
-            "hang-up": self.hang_up,
-            "stall": self.stall,
-            "half-open": self.half_open,
-            "rubbish": self.send_rubbish,
-        }
+        self._misdeeds = dict(zip(MISDEEDS, (self.hang_up, self.stall, self.half_open, self.send_rubbish), strict=True))
 
     async def ask_any(self, rng: np.random.Generator) -> None:
         """Asks for the streamed answer to some job."""
@@ -92,9 +92,9 @@ class Clients:
 
     async def misbehave(self, rng: np.random.Generator) -> None:
         """Does one of the things that no client should."""
-        kind = str(rng.choice(list(self._bad)))
+        kind = str(rng.choice(MISDEEDS))
         with suppress(OSError):  # it was cut off, which is right
-            await self._bad[kind](rng, self._drawn(rng))
+            await self._misdeeds[kind](rng, self._drawn(rng))
         self.seen.left[kind] += 1
 
     async def ask(self, job: Job, *, streams: bool) -> None:
@@ -124,16 +124,17 @@ class Clients:
 
     async def stall(self, rng: np.random.Generator, job: Job) -> None:
         """Asks for an answer that is as large as can be, and reads nothing of it until it is cut off or tired of it."""
-        body = job.body(stream=True, n=4, temperature=1, logprobs=5)
-        async with self._sent(body, limit=STALL_RECEIVE_BYTES):
-            await asyncio.sleep(rng.uniform(1, 8))
+        asked = {name: getattr(STALLED, name) for name in ("n", "temperature", "logprobs")}
+        body = job.body(stream=True, max_tokens=STALLED.max_new_tokens, **asked)
+        async with self._sent(body, limit=STALL_READ_BYTES):
+            await asyncio.sleep(rng.uniform(*PATIENCE))
 
     async def half_open(self, rng: np.random.Generator, job: Job) -> None:
         """Sends half a request and waits."""
         async with self._connected() as (_, writer):
             request = _request(job.body())
             writer.write(request[: int(rng.integers(1, len(request)))])
-            await asyncio.sleep(rng.uniform(1, 8))
+            await asyncio.sleep(rng.uniform(*PATIENCE))
 
     async def send_rubbish(self, rng: np.random.Generator, job: Job) -> None:
         """Sends what no request can be; anything but a refusal or a closed connection is a fault."""
