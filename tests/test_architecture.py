@@ -27,7 +27,7 @@ LEVEL = {
     "memory": 3,
     "attention": 4,
     "models": 5,
-    "serving": 6,
+    "serving": 6700,
     "server": 7,
     "cli": 8,
     "bench": 8,
@@ -72,7 +72,7 @@ MOST_LINES = {
     "native": 270,
     "planning": 460,
     "server": 2000,
-    "serving": 6000,
+    "serving": 6700,
 }
 # Lines of a function's body without its docstring: one screen, which is held in the head at once. The longest function,
 # one lane of the TPU kernel's loop, has 50.

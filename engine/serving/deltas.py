@@ -86,7 +86,7 @@ class _Member:
         try:
             if self._text is None:
                 self._text = AnswerText(TextStream(self._tokenizer, self._request.prompt))
-            self._text.push(self._request.output[self._text.num_tokens :])
+            self._text.read(self._request.output)
             if ends:
                 self._text.finish()
             return self._text.take()
