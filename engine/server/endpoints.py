@@ -64,8 +64,7 @@ class Endpoints:
         """``POST /v1/completions``: texts, or lists of token ids, are continued."""
         body = await self._read(request, CompletionBody)
         params = body.sampling_params(most=body.max_tokens, tenant_salt=self._salt(request))
-        if len(body.prompt) * body.n > MAX_ANSWERS:
-            raise invalid(f"{len(body.prompt)} prompts with n={body.n} are more than {MAX_ANSWERS} answers", "n")
+        self._require_few(len(body.prompt) * body.n)
         try:
             choices = await Choices.begin(self._llm, body.prompt, params, streams=body.stream)
         except EngineError as error:
@@ -81,6 +80,7 @@ class Endpoints:
             prompt = await self._prompt_of(body)
             most = self._room_behind(len(prompt)) if body.most_tokens is None else body.most_tokens
             params = body.sampling_params(most=most, tenant_salt=self._salt(request))
+            self._require_few(body.n)
             choices = await Choices.begin(self._llm, [prompt], params, streams=body.stream)
         except EngineError as error:
             raise self._refusal(error, body, "messages") from error
@@ -159,6 +159,12 @@ class Endpoints:
         plan = self._llm.plan
         fitting = plan.demand.most_tokens(plan.pages // plan.replicas, plan.context_length)
         return max(1, min(plan.context_length, fitting + 1) - prompt_tokens)
+
+    def _require_few(self, answers: int) -> None:
+        """Refuses a request for more answers than there can be at once, whatever else there is to do."""
+        most = min(MAX_ANSWERS, self._llm.config.max_running_requests + self._service.options.max_waiting)
+        if answers > most:
+            raise invalid(f"{answers} answers, prompts times n, are more than the {most} that a request may have", "n")
 
     def _told_of(self, body: SamplingBody) -> dict[str, bool]:
         """What of an answer is written besides its text."""
