@@ -145,6 +145,7 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-p", type=float, default=defaults.top_p)
     group.add_argument("--seed", type=int, default=defaults.seed)
     group.add_argument("--ignore-eos", action="store_true")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a text that ends an answer")
     group.add_argument(
         "--check",
         action="store_true",

@@ -196,7 +196,7 @@ def refused_as(kind: type[EngineError], what: str) -> Iterator[None]:
     """Turns whatever the tokenizer library raises into ``kind``; the engine's own errors stay what they are."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, MemoryError, EngineError):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, EngineError):
         raise
     except BaseException as error:  # a panic of the library is not an Exception
         raise kind(f"{what}: {error}") from error

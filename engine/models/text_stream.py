@@ -24,6 +24,9 @@ class TextStream:
     (``<0xNN>``) that are wrong follow such as are right. There the last tokens are decoded again, at most
     ``2 * CONTEXT_TOKENS`` of them. Either way the cost of a token does not depend on how many came before it.
 
+    It relies on what holds of byte-level, sentencepiece and word-piece decoders: a token's text depends on the tokens
+    just before it, and no text depends on the tokens behind it but for a character that is not whole.
+
     Args:
         tokenizer: the tokenizer.
         prompt_ids: the tokens before the answer, of which only the last few matter.
@@ -34,9 +37,14 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] | npt.NDArray[np.int32] = ()) -> None:
         self._tokenizer = tokenizer
-        self._window = tokenizer.context_of(prompt_ids)  # the last tokens with text
+        self._context = tokenizer.context_of(prompt_ids)
+        self.restart()
+
+    def restart(self) -> None:
+        """Goes back to before the first token of the answer."""
+        self._window = self._context  # the last tokens with text
         # What has been given of the window's text, the prompt's part included; None where that is all of it.
-        self._given: str | None = tokenizer.text_of(self._window)
+        self._given: str | None = self._tokenizer.text_of(self._window)
         self._held = ""  # what is behind it and may still change
         self._stream: Stream | None = None  # None within a character, and where the library's decoder is of no use
 
@@ -45,16 +53,10 @@ class TextStream:
 
         Raises:
             CheckpointError: the tokenizer cannot decode them, or its decoder changes text because of what follows it.
-                None of them has been taken.
+                After that, or any other fault, only ``restart`` makes sense.
         """
-        state = self._window, self._given, self._held
-        try:
-            with refused_as(CheckpointError, UNDECODABLE):
-                return "".join([self._piece(token) for token in token_ids if self._tokenizer.has_text(token)])
-        except BaseException:
-            self._window, self._given, self._held = state
-            self._stream = None
-            raise
+        with refused_as(CheckpointError, UNDECODABLE):
+            return "".join([self._piece(token) for token in token_ids if self._tokenizer.has_text(token)])
 
     def finish(self) -> str:
         """Returns the rest of the text, when no more tokens come."""

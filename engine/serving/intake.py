@@ -16,6 +16,8 @@ from engine.errors import PromptTooLong, RequestError, shown
 from engine.memory.scope import CacheScope
 from engine.models.model_config import ModelConfig
 from engine.models.text import Tokenizer
+from engine.models.text_stream import TextStream
+from engine.serving.answer_text import AnswerText
 from engine.serving.request import Request
 from engine.serving.sampling_params import SEEDS, SamplingParams
 
@@ -122,6 +124,9 @@ class Intake:
             )
 
     def _make(self, ids: npt.NDArray[np.int32], params: SamplingParams, index: int) -> Request:
+        text = None
+        if params.stop and self._tokenizer is not None:
+            text = AnswerText(TextStream(self._tokenizer, ids), params.stop, params.min_tokens)
         return Request(
             request_id=next(self._ids),
             prompt=ids,
@@ -129,6 +134,7 @@ class Intake:
             seed=((params.seed or 0) + index) % SEEDS,
             stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos),
             scope=self._scope_for(params.tenant_salt),
+            text=text,
         )
 
     def _token_ids(self, prompt: str | Sequence[int]) -> npt.NDArray[np.int32]:

@@ -453,4 +453,9 @@ class LLM:
             self.scheduler.queue.acting_for = None
 
     def _text_of(self, request: Request) -> str:
-        return self.tokenizer.decode(request.output, prompt=request.prompt) if self.tokenizer else ""
+        text = request.text
+        if text is None:
+            return self.tokenizer.decode(request.output, prompt=request.prompt) if self.tokenizer else ""
+        text.read(request.output)
+        text.finish()
+        return text.text

@@ -18,8 +18,8 @@ AGING_SECONDS = 10.0  # an arrival earlier by this outweighs one level of priori
 class FinishReason(StrEnum):
     """Why an answer ended.
 
-    STOP: by a token that ends it. LENGTH: by its length. ABORT: by its caller. TIMEOUT: its time was up. NON_FINITE:
-    the model's logits were NaN or infinite. ERROR: steps failed because of this request, see ``recovery``.
+    STOP: by a token or text that ends it. LENGTH: by its length. ABORT: by its caller. TIMEOUT: its time was up.
+    NON_FINITE: the model's logits were NaN or infinite. ERROR: steps failed because of this request, see ``recovery``.
     """
 
     STOP = "stop"
@@ -63,7 +63,7 @@ class RequestOutput:
     Attributes:
         prompt_token_ids: the prompt as it was fed.
         token_ids: the generated tokens.
-        text: the generated tokens as text; empty where the model has no tokenizer.
+        text: the generated tokens as text, up to the stop text that ended it; empty where the model has no tokenizer.
         finish_reason: a ``FinishReason``: "stop", "length", "abort", "timeout", "non_finite" or "error".
         cached_tokens: tokens of the prompt that were not computed because their pages were cached.
         logprobs: one entry per generated token where the request asked for them.
@@ -126,6 +126,7 @@ class Request:
         siblings: the requests of the other answers to the same prompt.
         error: what was wrong, see ``RequestOutput``.
         failures: steps that failed because of it since its last token.
+        text: the text of its answer, where a stop text may end it.
     """
 
     request_id: int
@@ -191,12 +192,33 @@ class Request:
         self.finish_reason, self.error, self.state = reason, error, RequestState.ENDED
 
     def note_end(self) -> bool:
-        """Whether the last generated token ends the answer; ends it then."""
-        if self.output[-1] in self.stop_ids:
+        """Whether the last generated token ends the answer; ends it then.
+
+        Raises:
+            CheckpointError: a stop text may end it, and the token has no text.
+        """
+        is_longest = len(self.output) == self.params.max_new_tokens
+        if self.output[-1] in self.stop_ids or self._is_ended_by_text(is_longest):
             self.end(FinishReason.STOP)
-        elif len(self.output) == self.params.max_new_tokens:
+        elif is_longest:
             self.end(FinishReason.LENGTH)
         return self.state is RequestState.ENDED
+
+    def _is_ended_by_text(self, is_longest: bool) -> bool:
+        if self.text is None:
+            return False
+        self.text.read(self.output)
+        if is_longest:
+            self.text.finish()
+        return self.text.has_stopped
+
+    def take_back_token(self) -> None:
+        """Where ``note_end`` has failed for its text: forgets the last token, so that the next step fails here again.
+
+        Then ``note_failure`` sees that it gets no further.
+        """
+        if self.text is not None and self.state is not RequestState.ENDED:
+            self.output.pop()
 
     def note_non_finite(self) -> None:
         """Ends the answer where no token could be chosen."""
@@ -215,9 +237,17 @@ class Request:
 
     def restart(self) -> None:
         """Makes its parts agree, without a row, after a fault that may have come between any two of them."""
-        del self.logprobs[len(self.output) :], self.logits[len(self.output) :]
         self.req_pool_idx = None
         if self.finish_reason is not None:
             self.state = RequestState.ENDED
-        elif not (self.output and self.note_end()):
+        elif not self._has_come_to_its_end():
             self.state = RequestState.NEW if self.arrival is None else RequestState.WAITING
+        del self.logprobs[len(self.output) :], self.logits[len(self.output) :]
+
+    def _has_come_to_its_end(self) -> bool:
+        """As ``note_end``, with any number of tokens; where their text cannot be had the next step is to fail."""
+        try:
+            return bool(self.output) and self.note_end()
+        except Exception:
+            del self.output[self.params.max_new_tokens - 1 :]
+            return False

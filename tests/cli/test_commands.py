@@ -178,6 +178,13 @@ def test_the_model_that_ships_answers_in_words(capsys):
     assert sum(word in out.lower().split() for word in ("the", "and", "to", "a", "of", "she", "said", "it")) >= 1
 
 
+def test_texts_that_end_an_answer_may_be_given_several_times(capsys):
+    code, out, err = run(capsys, "generate", *SMALL, "--max-new-tokens", 60, "--stop", "never this", "--stop", " same")
+    assert code == 0
+    assert "ended by stop" in err
+    assert " same" not in out
+
+
 def test_metrics_are_served_while_it_runs(capsys, checkpoint, monkeypatch):
     ports, scraped = [], []
     original = LLM._advance_or_recover

@@ -65,9 +65,11 @@ class Replica:
         self._pool_name = pool_name
         self._sampling = SamplingColumns.of_rows(rows)
         self._requests: list[Request | None] = [None] * rows  # by row
-        self._ordered_at = -1  # the membership at which the next four were made, all in order of admission
+        self._ordered_at = -1  # the membership at which the next five were made, all in order of admission
         self._order, self._in_order, self._outputs = NO_TOKENS, tuple[Request, ...](), list[list[int]]()
         self._stop_ids: frozenset[int] = frozenset()
+        self._has_texts = False  # whether a stop text may end one of them
+        self._reads_text = np.zeros(rows, np.bool_)  # which rows' requests it may end
         self._last: ReplicaStep | None = None  # of all running requests, each decoding
         self._repeats = 0  # how many steps may follow it, each a token further, until a request reaches its length
         self._unmarked: ReplicaStep | None = (
@@ -322,6 +324,7 @@ class Replica:
         """Begins to plan for a request that has got ``row``."""
         self.planned[row] = request.num_tokens
         self._sampling.enter(row, request)
+        self._reads_text[row] = request.text is not None
         self._requests[row] = request
         request.run(row)
         self.running.append(request)
@@ -346,6 +349,7 @@ class Replica:
             self._in_order = tuple(self.running)
             self._outputs = [request.output for request in self.running]
             self._stop_ids = frozenset[int]().union(*{request.stop_ids for request in self.running})
+            self._has_texts = bool(self._reads_text[self._order].any())
             self._ordered_at = membership
         return self._order
 
@@ -395,13 +399,26 @@ class Replica:
         self._rows()
         if not self._stop_ids.isdisjoint(chosen):
             may_end = may_end | np.isin(chosen, list(self._stop_ids))
+        if self._has_texts:
+            may_end = may_end | self._reads_text[step.req_pool_idx]
         if sampled is not None:
             may_end = may_end & sampled
         ending = [step.requests[index] for index in may_end.nonzero()[0].tolist()]
-        ended = [request for request in ending if request.note_end()]
+        ended = [request for request in ending if self._note_end(request)]
         finished += ended
         for request in ended:
             self.release(request)
+
+    def _note_end(self, request: Request) -> bool:
+        """Whether a request that has got a token ends; takes the token back where its text cannot be had."""
+        self._queue.acting_for = request
+        try:
+            has_ended = request.note_end()
+        except Exception:
+            request.take_back_token()
+            raise
+        self._queue.acting_for = None
+        return has_ended
 
     def _end_unchosen(self, step: ReplicaStep, rows: Bool, finished: list[Request]) -> None:
         """Ends the requests of a step for which no token could be chosen; nothing of them is cached."""
