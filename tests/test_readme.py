@@ -31,6 +31,12 @@ def test_the_readme_runs_as_printed(capsys):
     assert (cache.held_tokens, cache.prefix.cached_pages) == (0, 6)
 
 
+def test_what_is_streamed_runs_as_printed():
+    names = run_blocks("docs/streaming.md")
+    assert all(names["streamed"])
+    assert names["llm"].cache.held_tokens == 0
+
+
 @pytest.mark.parametrize("page", ["docs/embedding.md"])
 def test_a_page_runs_as_printed(page):
     cache = run_blocks(page)["cache"]

@@ -129,15 +129,17 @@ def test_a_stream_that_is_closed_early_aborts_and_gives_its_pages_back(llm):
 def test_two_streams_and_added_requests_share_steps(llm, params, right):
     added = llm.add_request(PROMPTS[0], params[0])
     streams = {1: llm.stream(PROMPTS[1], params[1]), 3: llm.stream(PROMPTS[3], params[3])}
-    collected = defaultdict(Collected)
+    collected, outputs = defaultdict(Collected), {}
     while streams:
         for index, stream in list(streams.items()):
             try:
                 collected[index].add((next(stream),))
             except StopIteration as end:
-                collected[index].check(end.value)
-                assert end.value.token_ids == right[index].token_ids
+                outputs[index] = end.value
                 del streams[index]
+    for index, output in outputs.items():
+        collected[index].check(output)
+        assert output.token_ids == right[index].token_ids
     finished = {}
     while added not in finished:
         finished |= llm.step()

@@ -1,0 +1,368 @@
+"""AsyncLLM: many coroutines, one engine's thread; cancelled tasks, slow readers, closing, faults."""
+
+import asyncio
+import random
+import threading
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine import LLM, AsyncLLM, ConfigError, EngineError, IntegrityError, QueueFull, RequestError, SamplingParams
+
+PROMPTS = ["Alice was beginning to", "The Queen", "Down, down, down. Would the fall", "A"]
+OPTIONS = {"max_running_requests": 4, "chunked_prefill_size": 16, "context_length": 192, "page_size": 8}
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return LLM(**OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def params():
+    drawn = {"temperature": 0.9, "seed": 3}
+    return [
+        SamplingParams(max_new_tokens=20),
+        SamplingParams(max_new_tokens=33, n=3, **drawn),
+        SamplingParams(max_new_tokens=1, logprobs=2),
+        SamplingParams(max_new_tokens=40, logprobs=3, **drawn),
+    ]
+
+
+@pytest.fixture(scope="module")
+def right(llm, params):
+    return llm.generate(PROMPTS, params)
+
+
+def told(output):
+    """What depends on neither the cache nor the batch; log-probabilities are rounded differently in another batch."""
+    answers = (output, *output.siblings)
+    return [(a.token_ids, a.text, a.finish_reason, a.seed, a.logprobs and len(a.logprobs)) for a in answers]
+
+
+async def collect(answering):
+    deltas = {}
+    async for gained in answering:
+        for delta in gained:
+            deltas.setdefault(delta.index, []).append(delta)
+    return deltas
+
+
+def check(deltas, output):
+    for index, answer in enumerate((output, *output.siblings)):
+        mine = deltas[index]
+        assert [token for delta in mine for token in delta.token_ids] == answer.token_ids
+        assert "".join(delta.text for delta in mine) == answer.text
+        assert [delta.finish_reason for delta in mine] == [None] * (len(mine) - 1) + [answer.finish_reason]
+
+
+def runs(llm, play, **options):
+    """Plays with an AsyncLLM over ``llm``; whatever happened, it is idle, whole and without a page held afterwards."""
+
+    async def main():
+        async with AsyncLLM.over(llm, **options) as engine:
+            result = await asyncio.wait_for(play(engine), 60)
+        assert engine.unfinished == 0
+        return result
+
+    threads = threading.active_count()
+    result = asyncio.run(main())
+    assert threading.active_count() <= threads
+    assert not llm.scheduler.has_work
+    assert llm.cache.held_tokens == 0
+    llm.check_integrity()
+    return result
+
+
+def test_answers_and_their_deltas_are_those_of_generate(llm, params, right):
+    async def play(engine):
+        answerings = [await engine.submit(p, each) for p, each in zip(PROMPTS, params, strict=True)]
+        gained = await asyncio.gather(*map(collect, answerings))
+        outputs = await asyncio.gather(*(engine.generate(p, each) for p, each in zip(PROMPTS, params, strict=True)))
+        return answerings, gained, outputs
+
+    answerings, gained, outputs = runs(llm, play)
+    for answering, deltas, output, expected in zip(answerings, gained, outputs, right, strict=True):
+        check(deltas, answering.output)
+        assert told(answering.output) == told(output) == told(expected)
+        assert answering.prompt_tokens == len(expected.prompt_token_ids)
+        assert answering.cached_tokens == answering.output.cached_tokens
+
+
+def test_a_stream_yields_delta_by_delta(llm, params, right):
+    async def play(engine):
+        return [delta async for delta in engine.stream(PROMPTS[1], params[1])]
+
+    deltas = {}
+    for delta in runs(llm, play):
+        deltas.setdefault(delta.index, []).append(delta)
+    check(deltas, right[1])
+
+
+def test_a_text_is_encoded_elsewhere_and_a_prompt_is_refused_at_once(llm):
+    async def play(engine):
+        long = "Alice was beginning to get very tired. " * 100
+        for prompt, params in ((long, None), ([], None), ([1], SamplingParams(stop_token_ids=(10**6,)))):
+            with pytest.raises(RequestError):
+                await engine.submit(prompt, params)
+        with pytest.raises(RequestError):
+            async for _ in engine.stream(""):
+                pass
+        assert engine.unfinished == 0
+
+    runs(llm, play)
+
+
+@pytest.mark.parametrize("waits", ["stream", "result", "generate"])
+def test_cancelling_a_task_aborts_its_request_within_a_step(llm, waits):
+    async def play(engine):
+        answering = await engine.submit("Alice was", SamplingParams(max_new_tokens=150))
+
+        async def stream():
+            async for _ in engine.stream("Alice was", SamplingParams(max_new_tokens=150)):
+                pass
+
+        waiting = {
+            "stream": stream,
+            "result": answering.result,
+            "generate": lambda: engine.generate("Alice was", SamplingParams(max_new_tokens=150)),
+        }[waits]
+        task = asyncio.create_task(waiting())
+        while not (await engine.call(lambda llm: len(llm.scheduler.running))):
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        if waits != "result":
+            answering.abort()
+            await answering.result()
+        steps = await engine.call(lambda llm: llm.stats.steps)
+        held = await engine.call(lambda llm: llm.cache.held_tokens)
+        assert held == 0
+        assert await engine.call(lambda llm: llm.stats.steps) <= steps + 1
+
+    runs(llm, play)
+
+
+def test_an_iteration_that_is_left_aborts_and_the_output_says_so(llm):
+    async def play(engine):
+        answering = await engine.submit("Alice was", SamplingParams(max_new_tokens=150))
+        async for _ in answering:
+            break
+        output = await answering.result()
+        assert output.finish_reason == "abort"
+        assert 0 < len(output.token_ids) < 150
+        assert await answering.result() is output
+        answering.abort()
+
+    runs(llm, play)
+
+
+def test_a_slow_reader_holds_nobody_up_and_gets_everything_in_few_items(llm, params, right):
+    async def play(engine):
+        slow = await engine.submit(PROMPTS[3], params[3])
+        fast = [await engine.submit(PROMPTS[0], params[0]) for _ in range(5)]
+        await asyncio.gather(*map(collect, fast))
+        while not slow.has_ended:
+            await asyncio.sleep(0.001)
+        items = [item async for item in slow]
+        assert len(items) == 1
+        check({0: list(items[0])}, slow.output)
+        assert told(slow.output) == told(right[3])
+
+    runs(llm, play)
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back(llm):
+    async def play(engine):
+        params = SamplingParams(max_new_tokens=8)
+        first = [await engine.submit([i + 1, 2, 3], params, streams=False) for i in range(6)]
+        with pytest.raises(QueueFull, match="2 answers wait and 2 may") as refused:
+            await engine.submit([9], params)
+        assert refused.value.retry_after >= 1
+        with pytest.raises(QueueFull):
+            await engine.submit([9], SamplingParams(n=2))
+        await asyncio.gather(*(each.result() for each in first))
+        await engine.generate([9], params)
+        for _ in range(3):
+            with pytest.raises(RequestError):  # refused prompts leave their places
+                await engine.submit([], SamplingParams(n=4))
+        assert engine.unfinished == 0
+
+    runs(llm, play, max_waiting=2)
+
+
+@pytest.mark.parametrize("max_waiting", [-1, 1.5, "many"])
+def test_a_wrong_bound_of_the_queue_is_refused(llm, max_waiting):
+    with pytest.raises(ConfigError, match="max_waiting"):
+        AsyncLLM.over(llm, max_waiting=max_waiting)
+
+
+def test_a_call_runs_between_steps_and_its_errors_come_back(llm):
+    async def play(engine):
+        answering = await engine.submit("Alice was", SamplingParams(max_new_tokens=60))
+        assert await engine.call(lambda _: threading.current_thread().name) == "engine"
+        with pytest.raises(ZeroDivisionError):
+            await engine.call(lambda _: 1 / 0)
+        await engine.call(lambda llm: llm.reset_prefix_cache())
+        await engine.call(lambda llm: llm.abort(answering.request_id))
+        assert (await answering.result()).finish_reason == "abort"
+        assert engine.metrics().waiting == 0
+
+    runs(llm, play)
+
+
+def test_closing_drains_or_aborts_and_refuses_what_comes_later(llm):
+    async def play():
+        outputs = []
+        for options in ({"drain": True}, {"drain": False}, {"drain": True, "timeout": 0.0}):
+            engine = AsyncLLM.over(llm)
+            assert engine.is_healthy
+            answering = await engine.submit("Alice was", SamplingParams(max_new_tokens=150))
+            await engine.call(lambda _: None)
+            await engine.close(**options)
+            assert not engine.is_healthy
+            outputs.append(await answering.result())
+            for late in (engine.submit("A"), engine.generate("A"), engine.call(lambda _: None)):
+                with pytest.raises(EngineError, match="closed"):
+                    await late
+            await engine.close()
+        return [output.finish_reason for output in outputs]
+
+    assert asyncio.run(play()) == ["length", "abort", "abort"]
+    assert llm.cache.held_tokens == 0
+    assert llm.generate(["A"])[0].token_ids  # and the LLM serves on
+
+
+def test_a_step_that_fails_once_is_run_again(llm, params, right, monkeypatch):
+    async def play(engine):
+        advance, left = llm._stepper.advance, [3]
+
+        def failing(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0:
+                raise RuntimeError("the device is unwell")
+            return advance(*args, **kwargs)
+
+        monkeypatch.setattr(llm._stepper, "advance", failing)
+        answering = await engine.submit(PROMPTS[3], params[3])
+        check(await collect(answering), answering.output)
+        assert told(answering.output) == told(right[3])
+
+    runs(llm, play)
+
+
+def test_a_request_that_keeps_failing_ends_with_an_error_and_others_go_on(llm, params, right, monkeypatch):
+    async def play(engine):
+        admit = llm.caches[0].admit
+
+        def failing(scope, tokens, **options):
+            if tokens[0] == 7:
+                raise RuntimeError("this one is unwell")
+            return admit(scope, tokens, **options)
+
+        monkeypatch.setattr(llm.caches[0], "admit", failing)
+        bad, good = await engine.submit([7, 7, 7]), await engine.submit(PROMPTS[0], params[0])
+        outputs = await asyncio.gather(bad.result(), good.result())
+        assert outputs[0].finish_reason == "error"
+        assert "unwell" in outputs[0].error
+        assert told(outputs[1]) == told(right[0])
+
+    runs(llm, play)
+
+
+def test_an_engine_that_has_failed_tells_everybody(llm, monkeypatch):
+    async def play():
+        engine = AsyncLLM.over(llm)
+        answering = await engine.submit("Alice was", SamplingParams(max_new_tokens=150))
+        await engine.call(lambda _: None)
+        monkeypatch.setattr(llm, "step", lambda: (_ for _ in ()).throw(IntegrityError("a page is lost")))
+        with pytest.raises(IntegrityError, match="a page is lost"):
+            await answering.result()
+        assert not engine.is_healthy
+        for late in (engine.submit("A"), engine.call(lambda _: None)):
+            with pytest.raises(EngineError, match="has failed: a page is lost"):
+                await late
+        assert engine.unfinished == 0
+        await engine.close()
+        monkeypatch.undo()
+        llm.abort(answering.request_id)
+
+    asyncio.run(play())
+
+
+def test_requests_of_a_loop_that_was_closed_are_aborted(llm):
+    engines = []
+
+    async def leave():
+        engines.append(AsyncLLM.over(llm))
+        await engines[0].submit("Alice was", SamplingParams(max_new_tokens=150))
+
+    async def look():
+        while engines[0].unfinished:
+            await asyncio.sleep(0.001)
+        await engines[0].close()
+
+    asyncio.run(leave())
+    asyncio.run(asyncio.wait_for(look(), 30))
+    assert llm.cache.held_tokens == 0
+
+
+DOING = st.lists(
+    st.tuples(
+        st.integers(0, 3), st.integers(1, 30), st.sampled_from(["read", "slow", "leave", "cancel", "abort", "wait"])
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(doing=DOING, seed=st.integers(0, 2**16))
+def test_whatever_readers_do_answers_are_right_and_pages_come_back(llm, doing, seed):
+    whole = whole_answers(llm)
+    chance = random.Random(seed)
+
+    async def one(engine, which, count, kind):
+        params = SamplingParams(max_new_tokens=count, ignore_eos=True)
+        if kind == "wait":
+            return which, await engine.generate(PROMPTS[which], params)
+        answering = await engine.submit(PROMPTS[which], params)
+        if kind == "abort":
+            asyncio.get_running_loop().call_later(chance.random() / 100, answering.abort)
+        tokens = []
+        async for deltas in answering:
+            tokens += [token for delta in deltas for token in delta.token_ids]
+            assert tokens == whole[which][: len(tokens)]
+            if kind == "slow":
+                await asyncio.sleep(chance.random() / 200)
+            if kind == "leave":
+                break
+        return which, await answering.result()
+
+    async def play(engine):
+        tasks = [asyncio.create_task(one(engine, *each)) for each in doing]
+        for task, (_, _, kind) in zip(tasks, doing, strict=True):
+            if kind == "cancel":
+                await asyncio.sleep(chance.random() / 100)
+                task.cancel()
+        for (_, count, kind), result in zip(doing, await asyncio.gather(*tasks, return_exceptions=True), strict=True):
+            if isinstance(result, asyncio.CancelledError):
+                assert kind == "cancel"
+                continue
+            which, output = result
+            assert output.token_ids == whole[which][: len(output.token_ids)]
+            if output.finish_reason == "length":
+                assert len(output.token_ids) == count
+            else:
+                assert (kind, output.finish_reason) in (("leave", "abort"), ("abort", "abort"))
+
+    runs(llm, play)
+
+
+def whole_answers(llm, known={}):  # noqa: B006
+    if not known:
+        outputs = llm.generate(PROMPTS, SamplingParams(max_new_tokens=30, ignore_eos=True))
+        known.update(enumerate(output.token_ids for output in outputs))
+    return known
