@@ -343,7 +343,7 @@ def test_metrics_are_those_of_the_engine(server, client):
     assert status == 200
     assert headers["content-type"].startswith("text/plain")
     assert b"engine_num_requests_running 0.0" in page
-    assert b'engine_requests_finished_total{finished_reason="length"}' in page
+    assert b"engine_generation_tokens_total" in page
 
 
 def test_the_template_of_a_checkpoint_is_not_needed_by_completions(llm):
