@@ -29,6 +29,7 @@ from engine.version import NAME, package_version
 Answer = Response | EventStream
 
 JSON = "application/json"
+LARGE_BODY = 2**16  # bytes, from which on reading them is left to a thread
 
 
 def make_app(service: Service) -> ASGIApp:
@@ -122,7 +123,10 @@ class Endpoints:
                 content = await _read_bytes(request, options.max_body_bytes)
         except TimeoutError:
             raise ApiError(408, f"the body did not come within {options.client_timeout:g} seconds") from None
-        body = parse_body(content, kind)
+        if len(content) > LARGE_BODY:  # others go on meanwhile
+            body = await asyncio.to_thread(parse_body, content, kind)
+        else:
+            body = parse_body(content, kind)
         self._require_model(body.model)
         return body
 
@@ -134,7 +138,9 @@ class Endpoints:
         finally:
             choices.abort()
         usage = choices.usage(sum(len(output.token_ids) for output in outputs))
-        return json_response(form.whole(outputs, usage))
+        if body.num_logprobs is None:
+            return json_response(form.whole(outputs, usage))
+        return await asyncio.to_thread(lambda: json_response(form.whole(outputs, usage)))  # they may be many
 
     def _refusal(self, error: EngineError, body: SamplingBody, prompt_field: str) -> ApiError:
         if self._service.is_stopping:
