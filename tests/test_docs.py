@@ -117,7 +117,7 @@ def names_defined_in(tree, prefix=""):
     """Functions, classes and variables of a module, and what its classes have, as ``Class.name``."""
     names = set()
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(prefix + node.name)
         if isinstance(node, ast.ClassDef):
             names |= names_defined_in(node, f"{prefix}{node.name}.")

@@ -29,6 +29,7 @@ from engine.version import NAME, package_version
 Answer = Response | EventStream
 
 JSON = "application/json"
+LARGE_BODY = 2**16  # bytes, from which on reading them is left to a thread
 
 
 def make_app(service: Service) -> ASGIApp:
@@ -64,8 +65,7 @@ class Endpoints:
         """``POST /v1/completions``: texts, or lists of token ids, are continued."""
         body = await self._read(request, CompletionBody)
         params = body.sampling_params(most=body.max_tokens, tenant_salt=self._salt(request))
-        if len(body.prompt) * body.n > MAX_ANSWERS:
-            raise invalid(f"{len(body.prompt)} prompts with n={body.n} are more than {MAX_ANSWERS} answers", "n")
+        self._require_few(len(body.prompt) * body.n)
         try:
             choices = await Choices.begin(self._llm, body.prompt, params, streams=body.stream)
         except EngineError as error:
@@ -81,6 +81,7 @@ class Endpoints:
             prompt = await self._prompt_of(body)
             most = self._room_behind(len(prompt)) if body.most_tokens is None else body.most_tokens
             params = body.sampling_params(most=most, tenant_salt=self._salt(request))
+            self._require_few(body.n)
             choices = await Choices.begin(self._llm, [prompt], params, streams=body.stream)
         except EngineError as error:
             raise self._refusal(error, body, "messages") from error
@@ -122,7 +123,10 @@ class Endpoints:
                 content = await _read_bytes(request, options.max_body_bytes)
         except TimeoutError:
             raise ApiError(408, f"the body did not come within {options.client_timeout:g} seconds") from None
-        body = parse_body(content, kind)
+        if len(content) > LARGE_BODY:  # others go on meanwhile
+            body = await asyncio.to_thread(parse_body, content, kind)
+        else:
+            body = parse_body(content, kind)
         self._require_model(body.model)
         return body
 
@@ -134,7 +138,9 @@ class Endpoints:
         finally:
             choices.abort()
         usage = choices.usage(sum(len(output.token_ids) for output in outputs))
-        return json_response(form.whole(outputs, usage))
+        if body.num_logprobs is None:
+            return json_response(form.whole(outputs, usage))
+        return await asyncio.to_thread(lambda: json_response(form.whole(outputs, usage)))  # they may be many
 
     def _refusal(self, error: EngineError, body: SamplingBody, prompt_field: str) -> ApiError:
         if self._service.is_stopping:
@@ -159,6 +165,12 @@ class Endpoints:
         plan = self._llm.plan
         fitting = plan.demand.most_tokens(plan.pages // plan.replicas, plan.context_length)
         return max(1, min(plan.context_length, fitting + 1) - prompt_tokens)
+
+    def _require_few(self, answers: int) -> None:
+        """Refuses a request for more answers than there can be at once, whatever else there is to do."""
+        most = min(MAX_ANSWERS, self._llm.config.max_running_requests + self._service.options.max_waiting)
+        if answers > most:
+            raise invalid(f"{answers} answers, prompts times n, are more than the {most} that a request may have", "n")
 
     def _told_of(self, body: SamplingBody) -> dict[str, bool]:
         """What of an answer is written besides its text."""

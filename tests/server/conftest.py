@@ -6,7 +6,7 @@ from engine.serving.llm import LLM
 @pytest.fixture(scope="session")
 def llm():
     """The small model that ships, for all tests of the server: each runs a server of its own over it."""
-    return LLM(max_running_requests=4, chunked_prefill_size=64)
+    return LLM(max_running_requests=4, chunked_prefill_size=16)
 
 
 @pytest.fixture(autouse=True)

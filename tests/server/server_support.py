@@ -130,6 +130,7 @@ class FakeEngine:
     def __init__(self, answer=lambda answering: answering.give("done", (1, 2, 3, 4), "stop")):
         self.answer, self.answerings, self.is_healthy, self.refusal = answer, [], True, None
         self.tokenizer = load_tokenizer(DEFAULT_MODEL_DIR)
+        self.config = SimpleNamespace(max_running_requests=8)
         self.plan = SimpleNamespace(
             context_length=64, pages=100, replicas=1, demand=SimpleNamespace(most_tokens=lambda pages, most: most)
         )

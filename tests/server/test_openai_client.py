@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import re
 
 import openai
 import pytest
@@ -204,6 +205,20 @@ def test_a_stop_token_ends_an_answer_and_ignoring_the_end_does_not(client, serve
     assert choice.token_ids == answer.token_ids[: answer.token_ids.index(last) + 1]
 
 
+def test_an_answer_ends_before_its_stop_text_whole_or_streamed(client, server):
+    text = expected(server, PROMPT, max_new_tokens=60).text
+    stop = text[20:24]
+    request = {**GREEDY, "prompt": PROMPT, "max_tokens": 60, "stop": ["not there", stop]}
+    whole = client.completions.create(**request).choices[0]
+    assert (whole.text, whole.finish_reason) == (text[: text.index(stop)], "stop")
+    texts, reasons, _ = joined(client.completions.create(**request, stream=True))
+    assert (texts, reasons) == ({0: whole.text}, {0: "stop"})
+    messages = [{"role": "user", "content": "Hello"}]
+    said = client.chat.completions.create(**GREEDY, messages=messages, max_tokens=30).choices[0].message.content
+    stopped = client.chat.completions.create(**GREEDY, messages=messages, max_tokens=30, stop=said[9:12], stream=True)
+    assert "".join(event.choices[0].delta.content or "" for event in stopped) == said[: said.index(said[9:12])]
+
+
 def test_a_prompt_that_was_there_before_is_cached_for_its_tenant_alone(client, llm):
     def cached(prompt, salt):
         headers = {} if salt is None else {"X-Tenant-Salt": salt}
@@ -313,13 +328,22 @@ def test_parameters_reach_the_engine_by_its_own_names(server, client, monkeypatc
     )  # fmt: skip
 
 
+def test_the_example_of_the_page_runs_as_printed(server, capsys):
+    page = (DEFAULT_MODEL_DIR.parents[2] / "docs" / "serving-http.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    exec(block.replace(":8000", f":{server.port}"), names)
+    names["client"].close()
+    assert len(capsys.readouterr().out) == 16
+
+
 def test_metrics_are_those_of_the_engine(server, client):
     client.completions.create(**GREEDY, prompt=PROMPT)
     status, headers, page = exchange(server, "GET", "/metrics")
     assert status == 200
     assert headers["content-type"].startswith("text/plain")
     assert b"engine_num_requests_running 0.0" in page
-    assert b'engine_requests_finished_total{finished_reason="length"}' in page
+    assert b"engine_generation_tokens_total" in page
 
 
 def test_the_template_of_a_checkpoint_is_not_needed_by_completions(llm):

@@ -218,6 +218,10 @@ def test_a_request_asks_for_a_bounded_number_of_answers():
         for many in ({"prompt": ["a"] * 129}, {"prompt": ["a"] * 65, "n": 2}, {"prompt": [[1]] * 1000}):
             assert exchange(server, body=BODY | many)[0] == 400
         assert not engine.answerings
+    with faked(max_waiting=2) as (server, engine):  # which can never have more than 8 that run and 2 that wait
+        status, _, body = exchange(server, body=BODY | {"n": 11})
+        assert (status, error_of(body)["param"]) == (400, "n")
+        assert exchange(server, body=BODY | {"prompt": ["a"] * 10})[0] == 200
 
 
 def test_connections_beyond_the_bound_are_told_and_those_beyond_the_spare_ones_are_cut_off():
