@@ -152,11 +152,11 @@ class Endpoints:
     async def _prompt_of(self, body: ChatBody) -> list[int]:
         """The tokens of a conversation."""
         template, tokenizer = self._service.prepared.template, self._llm.tokenizer
-        if template is None or tokenizer is None:
-            lacks = "chat template; start the server with --chat-template FILE" if tokenizer else "tokenizer.json"
-            raise invalid(
-                f"messages cannot become a prompt: this model has no {lacks}, or use /v1/completions", "messages"
-            )
+        if tokenizer is None:
+            raise invalid("this model has no tokenizer.json: send token ids to /v1/completions", "messages")
+        if template is None:
+            remedy = "start the server with --chat-template FILE, or use /v1/completions"
+            raise invalid(f"this model has no chat template, which makes a prompt of messages: {remedy}", "messages")
         messages = [message.model_dump(exclude_none=True) for message in body.messages]
         return await asyncio.to_thread(lambda: tokenizer.encode(template.render(messages)))
 

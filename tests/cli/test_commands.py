@@ -120,15 +120,19 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, checkpoint, arguments, me
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("prompt", ["", "99", " ".join(["1"] * 64)], ids=["empty", "unknown token", "too long"])
-def test_prompts_are_checked_before_anything_is_compiled(capsys, checkpoint, monkeypatch, prompt):
+@pytest.mark.parametrize(
+    ("prompt", "error"),
+    [("", "RequestError"), ("99", "RequestError"), (" ".join(["1"] * 64), "PromptTooLong")],
+    ids=["empty", "unknown token", "too long"],
+)
+def test_prompts_are_checked_before_anything_is_compiled(capsys, checkpoint, monkeypatch, prompt, error):
     def compile_all(self, on_compile):
         raise AssertionError("compiled")
 
     monkeypatch.setattr(ModelRunner, "compile_all", compile_all)
     code, _, err = run(capsys, "generate", "--model", checkpoint, "--prompt", "1", "--prompt", prompt)
     assert code == 2
-    assert "RequestError" in err
+    assert error in err
 
 
 def test_the_dtype_and_its_reason_are_told(capsys, checkpoint):

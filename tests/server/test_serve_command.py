@@ -181,8 +181,9 @@ def long_request(**changes):
     return request_bytes(body=body, headers=[f"Authorization: Bearer {KEY}"])
 
 
-def test_a_signal_lets_running_answers_finish_and_the_log_has_no_word_of_them():
-    with Served("--stop-timeout", "30") as served:
+def test_a_signal_lets_running_answers_finish_and_the_log_has_no_word_of_them(tmp_path):
+    tier = ("--host-tier-bytes", str(1 << 20), "--prefix-cache-dir", str(tmp_path / "prefixes"))
+    with Served("--stop-timeout", "30", *tier) as served:
         assert exchange(served, body={"model": "default", "prompt": "Once"})[0] == 401
         with connect(served, long_request(max_tokens=200, echo=False, user="Somebody")) as running:
             started = running.recv(1 << 16)
@@ -192,6 +193,7 @@ def test_a_signal_lets_running_answers_finish_and_the_log_has_no_word_of_them():
         assert (event["choices"][0]["finish_reason"], last) == ("length", "[DONE]")
         code, out = served.ended()
         assert (code, out) == (0, "")
+        assert list((tmp_path / "prefixes").iterdir())
         assert re.search(r"POST /v1/completions 200 \d+\.\d{3}s [0-9a-f]{24}\n", served.err)
         for secret in (KEY, "Once", "Somebody", "Traceback"):
             assert secret not in served.err

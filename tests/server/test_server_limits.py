@@ -366,6 +366,19 @@ def test_a_fault_of_the_server_is_an_error_and_its_message_stays_within(streams,
     assert caplog.text.count("a request failed by IntegrityError") == 2
 
 
+def test_a_model_without_texts_is_served_by_token_ids():
+    with faked(lambda answering: answering.give("", (5, 6, 7), "length")) as (server, engine):
+        engine.tokenizer = None
+        for streams in (True, False):
+            _, _, body = exchange(server, body=BODY | {"prompt": [1, 2], "stream": streams})
+            (choice,) = events(body)[0]["choices"] if streams else json.loads(body)["choices"]
+            assert (choice["text"], choice["token_ids"]) == ("", [5, 6, 7])
+        chat = {"model": "default", "messages": [{"role": "user", "content": "a"}]}
+        status, _, body = exchange(server, path="/v1/chat/completions", body=chat)
+        assert (status, error_of(body)["param"]) == (400, "messages")
+        assert "token ids" in error_of(body)["message"]
+
+
 def test_health_says_whether_the_engine_lives():
     with faked() as (server, engine):
         assert exchange(server, "GET", "/health")[0] == 200
