@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence, Sized
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -34,8 +34,8 @@ from engine.serving.request import AnswerDelta, Request, RequestOutput
 from engine.serving.sampling_params import SamplingParams
 from engine.serving.watch.metrics import EngineMetrics
 
-# A text up to so many characters is encoded at once: a thread for it would cost more than it takes.
-SHORT_TEXT = 2_000
+# A prompt up to so many characters or tokens is checked at once: a thread for it would cost more than it takes.
+SHORT_PROMPT = 2_000
 RECENT_ENDS = 32  # whose pace tells how long a queue takes
 LONGEST_WAIT = 60.0  # seconds that a refusal asks to wait at most
 
@@ -143,7 +143,7 @@ class AsyncLLM:
         answers = params.n if isinstance(params, SamplingParams) else 1
         self._enter(answers)
         try:
-            if isinstance(prompt, str) and len(prompt) > SHORT_TEXT:
+            if isinstance(prompt, Sized) and len(prompt) > SHORT_PROMPT:
                 request = await asyncio.to_thread(self.llm.make_request, prompt, params)
             else:
                 request = self.llm.make_request(prompt, params)
