@@ -17,6 +17,7 @@ MAX_LOGPROBS = 20
 MAX_ANSWERS = 128  # to one prompt; for more, give the prompt more than once
 MAX_BIASES = 300
 MAX_STOPS = 16
+MAX_STOP_LENGTH = 1_024  # characters
 SEEDS = 2**31
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
@@ -62,8 +63,8 @@ class SamplingParams:
         repetition_penalty: the logit of every token that prompt or answer has is divided by this where it is positive,
             else multiplied (arXiv 1909.05858); above 0 and at most 100; 1 changes nothing.
         logit_bias: added to the logits of these tokens, -100 to 100, for at most 300 of them; a mapping, kept as pairs.
-        stop: texts that end the answer, at most 16; the answer's text ends before the first of them. Its tokens are
-            those up to the one that completed the stop text. Needs a tokenizer.
+        stop: texts that end the answer, at most 16 of up to 1,024 characters; the answer's text ends before the first
+            of them. Its tokens are those up to the one that completed the stop text. Needs a tokenizer.
         min_tokens: until the answer has so many tokens nothing ends it by its contents: the tokens that would are not
             chosen, and stop texts are not looked for.
         stop_token_ids: tokens that end the answer; they are part of it.
@@ -112,7 +113,7 @@ class SamplingParams:
         self._require("repetition_penalty", _number(self.repetition_penalty, 0, 100) or None, "above 0 and at most 100")
         bias = f"a mapping of at most {MAX_BIASES} token ids to numbers from -100 to 100"
         self._require("logit_bias", _biases(self.logit_bias), bias)
-        self._require("stop", _texts(self.stop), f"at most {MAX_STOPS} texts, none of them empty")
+        self._require("stop", _texts(self.stop), f"at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters")
         self._require("min_tokens", _whole(self.min_tokens, 0), "a whole number from 0")
         if self.min_tokens > self.max_new_tokens:
             raise RequestError(
@@ -187,8 +188,12 @@ def _texts(values: object) -> tuple[str, ...] | None:
     values = (values,) if isinstance(values, str) else values
     if not isinstance(values, list | tuple) or len(values) > MAX_STOPS:
         return None
-    known = [str(value) for value in values if isinstance(value, str) and value and is_text(value)]
+    known = [str(value) for value in values if isinstance(value, str) and _is_stop(value)]
     return tuple(dict.fromkeys(known)) if len(known) == len(values) else None
+
+
+def _is_stop(text: str) -> bool:
+    return 0 < len(text) <= MAX_STOP_LENGTH and is_text(text)
 
 
 def _tokens(values: object) -> tuple[int, ...] | None:
