@@ -4,7 +4,7 @@ This room takes requests, plans steps, sends them to the device and books what c
 buffer, and no kernel knows of its requests.
 
     llm             LLM: prompts in, tokens out
-    sampling_params SamplingParams: how the tokens of a request are chosen
+    sampling_params  SamplingParams: how the tokens of a request are chosen
     request         a request and its states; RequestOutput
     intake          checks prompts and makes requests of them
     plan/           which requests run in a step; no jax
