@@ -142,7 +142,22 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N")
     group.add_argument("--temperature", type=float, default=defaults.temperature, help="0 is greedy")
     group.add_argument("--top-k", type=int, default=defaults.top_k, help="0 keeps all")
-    group.add_argument("--top-p", type=float, default=defaults.top_p)
+    group.add_argument("--top-p", type=float, default=defaults.top_p, help="1 keeps all")
+    group.add_argument("--min-p", type=float, default=defaults.min_p, help="0 keeps all")
+    for name in ("presence_penalty", "frequency_penalty", "repetition_penalty"):
+        default = getattr(defaults, name)
+        group.add_argument(
+            f"--{name.replace('_', '-')}", type=float, default=default, metavar="F", help=f"{default:g} changes nothing"
+        )
+    group.add_argument(
+        "--logit-bias",
+        action="append",
+        type=_bias,
+        default=[],
+        metavar="ID=F",
+        help="added to the logit of a token; may be given several times",
+    )
+    group.add_argument("--min-tokens", type=int, default=defaults.min_tokens, metavar="N", help="least new tokens")
     group.add_argument("--seed", type=int, default=defaults.seed)
     group.add_argument("--ignore-eos", action="store_true")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a text that ends an answer")
@@ -151,6 +166,16 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="recompute every generated token with dense attention over unfused K and V, and compare",
     )
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no bias; give a token id and a number, such as 42=-1.5"
+        ) from error
 
 
 def run_generate(args: argparse.Namespace) -> int:

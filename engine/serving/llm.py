@@ -137,7 +137,7 @@ class LLM:
             prompts: texts, or lists of token ids; any iterable of them that has an order.
             sampling_params: for all, or one for each prompt; None is greedy with the default length. Where it has no
                 seed each prompt draws its own, which its answer reports.
-            return_logits: also return the float32 logits each token was chosen from.
+            return_logits: also return the model's own float32 logits at each token, before a request adjusts them.
             on_progress: called with (requests finished, requests in all) after each step.
 
         Returns:

@@ -47,13 +47,18 @@ def _refuses_unknown_names(cls: type[Made]) -> type[Made]:
 class SamplingParams:
     """How the tokens of one request are chosen.
 
+    Logits are adjusted in this order: ``logit_bias``; ``repetition_penalty``; ``frequency_penalty`` and
+    ``presence_penalty``; tokens that end the answer, before ``min_tokens``. A greedy request takes the best of the
+    result; any other draws from it after ``temperature``, ``min_p``, ``top_k`` and ``top_p``, in this order.
+
     NumPy's numbers are taken as Python's. A wrong value or name raises RequestError.
 
     Attributes:
         max_new_tokens: most tokens to generate, at least 1.
         temperature: 0 is greedy; else logits are divided by it.
         top_k: keep the k most likely tokens; 0 keeps all. Of equal ones at the edge the lower ids stay.
-        top_p: keep the smallest set of most likely tokens whose probability reaches this, in (0, 1]; 1 keeps all.
+        top_p: of these keep the smallest set of most likely tokens whose probability reaches this, in (0, 1]; 1 keeps
+            all.
         seed: seed of this request's own random stream, 0 to 2**31 - 1: with the same seed a prompt gets the same answer
             in any batch. None draws one for each request, which ``RequestOutput.seed`` has.
         min_p: keep tokens whose probability, after temperature, is at least this part of the most likely one's, 0 to 1

@@ -86,6 +86,7 @@ class Stepper:
             self._stats.latency.note_admitted(step.admitted, self._stats.clock())
         if step.moves:
             self._mover.make(step.moves)
+        self._runner.enter_rows(self._batcher.entries(step))
         has_requests = step.num_tokens > 0
         if has_requests:
             self._flights.append(self._dispatch(step, keeps_logits=return_logits))
@@ -118,7 +119,7 @@ class Stepper:
 
     def _dispatch(self, step: ScheduledStep, *, keeps_logits: bool) -> Flight:
         parcel, shape, earlier_updates = self._batcher.fill(step)
-        result = self._runner.step(parcel, shape, earlier_updates)
+        result = self._runner.step(parcel, shape, earlier_updates, self._batcher.adjusts(step))
         logits = self._runner.to_read(result.logits) if keeps_logits else None
         return Flight(step, result, self._stats.clock(), logits, bool(parcel.wants_logprobs[0]), self._mover.started)
 

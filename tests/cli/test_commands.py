@@ -62,6 +62,13 @@ def test_generate_prints_what_the_pool_holds_the_answers_and_the_cost(capsys, ch
     assert 0 <= float(difference[1]) <= 1e-4
 
 
+def test_the_logits_may_be_adjusted(capsys, checkpoint):
+    flags = ("--logit-bias", "7=100", "--logit-bias", "8=80", "--repetition-penalty", 2, "--min-tokens", 2)
+    arguments = ("--prompt", "1", "--max-new-tokens", 2, "--frequency-penalty", 1, "--presence-penalty", 1)
+    code, out, _ = run(capsys, "generate", "--model", checkpoint, *SMALL, *arguments, *flags, "--min-p", 0.5)
+    assert (code, out) == (0, "7 8\n")
+
+
 def test_a_failed_check_is_an_exit_code(capsys, checkpoint, monkeypatch):
     monkeypatch.setitem(CHECK_BOUND, "float32", -1.0)
     arguments = ("--model", checkpoint, *SMALL, "--prompt", "1", "--max-new-tokens", 2, "--check")
@@ -110,6 +117,7 @@ def test_options_come_from_the_file_and_the_command_line_wins(capsys, checkpoint
         (["--prompt", ""], "RequestError: the prompt is empty"),
         (["--prompt", "99"], "RequestError: token id 99 is outside the vocabulary"),
         (["--temperature", "-1"], "RequestError: temperature=-1.0 is not allowed"),
+        (["--prompt", "1", "--logit-bias", "99=1"], "RequestError: logit_bias holds 99, which the model cannot choose"),
         (["--config", "absent.toml"], "ConfigError: cannot read the configuration absent.toml"),
     ],
 )

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from adjusting import answer_of
 from test_generation import random_prompts, small_llm
 
 import engine
@@ -51,8 +52,8 @@ SHARED = random_prompts([17], seed=90)[0]
 PROMPTS = [SHARED, [*SHARED, 5, 6], *random_prompts([3, 30], seed=91)]
 PARAMS = [
     SamplingParams(max_new_tokens=9, logprobs=2),
-    SamplingParams(max_new_tokens=6, n=3),
-    SamplingParams(max_new_tokens=12, priority=1),
+    SamplingParams(max_new_tokens=6, n=3, repetition_penalty=1.5, logit_bias={3: 1}),
+    SamplingParams(max_new_tokens=12, priority=1, frequency_penalty=0.7),
     SamplingParams(max_new_tokens=5, timeout=1e6),
 ]
 DOOMED = SamplingParams(max_new_tokens=40)
@@ -132,8 +133,8 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def right(dense_greedy):
-    answers = [dense_greedy(prompt, params.max_new_tokens) for prompt, params in zip(PROMPTS, PARAMS, strict=True)]
+def right(dense):
+    answers = [answer_of(dense, prompt, params) for prompt, params in zip(PROMPTS, PARAMS, strict=True)]
     return [[answer] * params.n for answer, params in zip(answers, PARAMS, strict=True)]
 
 

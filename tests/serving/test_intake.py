@@ -145,8 +145,13 @@ def test_what_is_no_prompt_is_refused_in_one_line(intake, prompt, message):
         ([{"seed": 1}], "sampling_params holds {'seed': 1}"),
         ([SamplingParams()] * 2, "2 sampling_params for 1 prompts"),
         (SamplingParams(stop_token_ids=(5, 97)), "stop_token_ids holds 97, which the model cannot choose"),
+        (SamplingParams(logit_bias={5: 1, 97: 1}), "logit_bias holds 97, which the model cannot choose"),
+        (
+            SamplingParams(min_tokens=2, stop_token_ids=[0, *range(2, VOCAB)]),  # 1 ends a text
+            "with min_tokens=2 no token could be chosen, because every one of the model's 97 tokens ends the answer",
+        ),
     ],
-    ids=range(7),
+    ids=range(9),
 )
 def test_what_are_no_sampling_params_is_refused(intake, params, message):
     assert message in refusal(intake, [[1]], params)
@@ -155,6 +160,12 @@ def test_what_are_no_sampling_params_is_refused(intake, params, message):
 def test_a_stop_text_needs_a_tokenizer(intake):
     intake._tokenizer = None
     assert "no tokenizer.json, so no text can end an answer" in refusal(intake, [[1]], SamplingParams(stop="a"))
+
+
+def test_all_tokens_but_one_may_end_an_answer_and_all_where_it_may_be_short(intake):
+    most = [0, *range(3, VOCAB)]
+    assert intake.check([[1]], SamplingParams(min_tokens=2, stop_token_ids=most))
+    assert intake.check([[1]], SamplingParams(stop_token_ids=[*most, 2]))
 
 
 def test_each_prompt_without_a_seed_draws_its_own(intake):
@@ -202,7 +213,7 @@ class End:
 def test_processes_draw_with_the_seeds_of_process_0(intake):
     sent = []
     first, other = (Agreement(End(leads, sent)) for leads in (True, False))
-    params = SamplingParams(temperature=1.0, stop_token_ids=np.array([3, 4]), n=2)
+    params = SamplingParams(temperature=1.0, stop_token_ids=np.array([3, 4]), n=2, logit_bias={3: 0.1}, min_p=0.1)
     ours = intake.check_in_all(first, ([token] for token in range(5)), params)
     theirs = intake.check_in_all(other, None, None)  # which process 0's check would refuse
     assert [ids.tolist() for ids, _ in theirs] == [[token] for token in range(5)]

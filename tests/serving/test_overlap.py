@@ -264,11 +264,11 @@ def test_the_host_does_not_change_a_parcel_after_it_is_sent(llm, dense_greedy, m
     sent = []
     run = llm._runner.step
 
-    def keep(parcel, shape, earlier):
+    def keep(parcel, shape, *rest):
         aligned = aligned_copy(parcel)
         assert aligned.packed.ctypes.data % 64 == 0
         sent.append((aligned.packed, aligned.packed.copy()))
-        return run(aligned, shape, earlier)
+        return run(aligned, shape, *rest)
 
     monkeypatch.setattr(llm._runner, "step", keep)
     prompts = random_prompts([9, 40, 17], seed=57)

@@ -265,6 +265,38 @@ def test_the_sampler_runs_where_jax_is_strict():
         {"top_k": -1},
         {"top_p": 0},
         {"top_p": 1.01},
+        {"min_p": -0.1},
+        {"min_p": 1.01},
+        {"min_p": float("nan")},
+        {"min_p": True},
+        {"presence_penalty": 2.01},
+        {"presence_penalty": -2.01},
+        {"presence_penalty": float("nan")},
+        {"presence_penalty": "high"},
+        {"frequency_penalty": 2.01},
+        {"frequency_penalty": -2.01},
+        {"frequency_penalty": float("-inf")},
+        {"frequency_penalty": None},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": -1},
+        {"repetition_penalty": 100.5},
+        {"repetition_penalty": float("nan")},
+        {"logit_bias": {1: 100.5}},
+        {"logit_bias": {1: -100.5}},
+        {"logit_bias": {1: float("nan")}},
+        {"logit_bias": {1: True}},
+        {"logit_bias": {-1: 1}},
+        {"logit_bias": {2**31: 1}},
+        {"logit_bias": {1.5: 1}},
+        {"logit_bias": {"1": 1}},
+        {"logit_bias": dict.fromkeys(range(301), 1)},
+        {"logit_bias": [(1, 2, 3)]},
+        {"logit_bias": 5},
+        {"logit_bias": None},
+        {"min_tokens": -1},
+        {"min_tokens": 1.5},
+        {"min_tokens": True},
+        {"min_tokens": None},
         {"seed": -1},
         {"seed": 2**31},
         {"logprobs": 21},
@@ -319,11 +351,44 @@ def test_a_wrong_sampling_value_is_named_with_its_rule(wrong):
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("max_tokens", "did you mean 'max_new_tokens'"), ("topk", "did you mean 'top_k'"), ("zzz", "it knows ignore_eos")],
+    [
+        ("max_tokens", "did you mean 'max_new_tokens'"),
+        ("topk", "did you mean 'top_k'"),
+        ("zzz", "it knows frequency_penalty"),
+    ],
 )
 def test_an_unknown_sampling_parameter_is_refused_with_the_nearest_one(name, hint):
     with pytest.raises(RequestError, match=f"SamplingParams has no '{name}'; {hint}"):
         SamplingParams(**{name: 1})
+
+
+def test_more_tokens_are_not_asked_for_than_allowed():
+    with pytest.raises(RequestError, match="min_tokens=65 exceeds max_new_tokens=64; lower it or raise that"):
+        SamplingParams(min_tokens=65)
+    assert SamplingParams(min_tokens=64).min_tokens == 64
+
+
+@pytest.mark.parametrize(
+    ("asked", "adjusts"),
+    [
+        ({}, False),
+        ({"temperature": 1, "top_k": 3, "top_p": 0.5, "seed": 1, "logprobs": 2, "stop_token_ids": [1]}, False),
+        ({"min_p": 0, "presence_penalty": 0, "repetition_penalty": 1, "logit_bias": {}, "min_tokens": 0}, False),
+        ({"min_p": 0.1}, True),
+        ({"presence_penalty": -0.1}, True),
+        ({"frequency_penalty": 0.1}, True),
+        ({"repetition_penalty": 0.9}, True),
+        ({"logit_bias": {3: 0}}, True),
+        ({"min_tokens": 1}, True),
+    ],
+)
+def test_only_what_changes_logits_adjusts_them(asked, adjusts):
+    assert SamplingParams(**asked).adjusts_logits == adjusts
+
+
+def test_biases_are_pairs_in_the_order_of_their_tokens_however_they_are_given():
+    given = [{7: 1, 3: np.float32(-2.5)}, [(7, 1.0), (3, -2.5)], ((np.int64(3), -2.5), (7, np.int8(1)))]
+    assert {SamplingParams(logit_bias=bias).biases for bias in given} == {((3, -2.5), (7, 1.0))}
 
 
 def test_numpys_numbers_are_taken_as_pythons():

@@ -9,8 +9,10 @@ from itertools import zip_longest
 import numpy as np
 
 from engine.serving.device.parcel import LAST_SAMPLED, NOWHERE, SHARED_PAGES, Int32, ParcelShape, StepParcel
+from engine.serving.device.row_entries import chunks_of, empty_chunk
 from engine.serving.plan.step import ReplicaStep, ScheduledStep
 
+NO_CHUNK = empty_chunk()
 NO_UPDATES = np.stack([np.full(SHARED_PAGES, NOWHERE, np.int32), np.zeros(SHARED_PAGES, np.int32)])
 
 
@@ -71,6 +73,30 @@ class Batcher:
         parcel = StepParcel.joined([parcel for parcel, _ in filled], shape)
         rounds = zip_longest(*(updates for _, updates in filled), fillvalue=NO_UPDATES)
         return parcel, shape, [np.concatenate(parts) for parts in rounds]
+
+    def adjusts(self, step: ScheduledStep) -> Int32 | None:
+        """Which rows of the step's parcel choose by adjusted logits, 1 or 0: int32 ``[replicas * B]``; None for none.
+
+        It goes to the device apart, because few steps have such rows.
+        """
+        if not step.adjusts:
+            return None
+        rows = np.zeros((len(step.parts), self._shapes[0].rows), np.int32)
+        for own, part in zip(rows, step.parts, strict=True):
+            if part.adjusts is not None:
+                own[: part.adjusts.size] = part.adjusts
+        return rows.reshape(-1)
+
+    def entries(self, step: ScheduledStep) -> list[Int32]:
+        """What the device must know of the requests that a step has entered, before it: see ``row_entries``.
+
+        Returns:
+            int32 ``[replicas * CHUNK_WORDS]`` each, a chunk of every replica.
+        """
+        if not step.has_entered:
+            return []
+        each = [[chunk for request in part.entered for chunk in chunks_of(request)] for part in step.parts]
+        return [np.concatenate(chunks) for chunks in zip_longest(*each, fillvalue=NO_CHUNK)]
 
     def shape_of(self, tokens: int) -> ParcelShape:
         """The smallest shape that holds as many new tokens."""

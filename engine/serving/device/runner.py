@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
 import jax
@@ -30,10 +31,12 @@ from engine.kv.page_copy import (
 from engine.kv.pool import TokenToKVPool
 from engine.models.decoder import Decoder
 from engine.models.fingerprint import settings_of
+from engine.serving.device.adjuster import Adjuster
+from engine.serving.device.compiling import lower, placed
 from engine.serving.device.device_rows import DeviceRows
 from engine.serving.device.layer_attention import LayerAttention
 from engine.serving.device.parcel import SHARED_PAGES, ParcelShape, StepParcel, unpack
-from engine.serving.device.sampler import Sampled, SamplingInputs, most_likely, sample
+from engine.serving.device.sampler import Sampled, SamplingInputs, ToSample, most_likely, sample
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -62,20 +65,6 @@ class StepResult:
     tokens: jax.Array
     sampled: Sampled | None
     logits: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class ToSample:
-    """What a step leaves for the sampler: two arrays only, since every result of a program costs the host microseconds.
-
-    Attributes:
-        logits: float32 ``[B, vocab]``, split over a mesh by replica and by vocabulary.
-        words: int32 ``[sampling_size]``, the beginning of the packed parcel: how and for which rows to choose.
-    """
-
-    logits: jax.Array
-    words: jax.Array
 
 
 class ModelRunner:
@@ -115,9 +104,9 @@ class ModelRunner:
         self._sample: Callable[..., tuple[Sampled, DeviceRows]] | None = None
         self._update_rows: Callable[..., DeviceRows] | None = None
         self._gather: Callable[[jax.Array], jax.Array] | None = None
+        self._adjuster = Adjuster(self._placement)
         self.parcels = 0  # checksum of all parcels, where several processes must send the same
         self._copies_ahead = jax.default_backend() != "cpu"  # the host reads a CPU's arrays without a copy
-        self._copies_ready = 0
         pages = pool.size // pool.page_size
         # A copy is of one page of each group at most.
         copied = _counts_up_to(min(attention.groups.num_groups, pages // 2))
@@ -128,37 +117,39 @@ class ModelRunner:
     @property
     def num_programs(self) -> int:
         """How many programs ``compile_all`` compiles."""
-        return len(self._shapes) + 2 + self._placement.is_split + len(self._copies)
+        return len(self._shapes) + 2 + self._placement.is_split + Adjuster.NUM_PROGRAMS + len(self._copies)
 
     def compile_all(self, on_compile: Callable[[int, int], None] | None) -> None:
         """Compiles every program; calls ``on_compile`` with (programs compiled, programs in all) after each."""
+        done = count(1)
 
         def compiled() -> None:
             if on_compile:
-                others = (self._sample, self._update_rows, self._gather)
-                done = len(self._steps) + sum(program is not None for program in others) + self._copies_ready
-                on_compile(done, self.num_programs)
+                on_compile(next(done), self.num_programs)
 
         for shape in self._shapes:
             step = jax.jit(partial(self._step_function, shape), donate_argnums=(1, 2))
             packed = self._placement.like((self.pool.replicas * shape.packed_size,))
-            lowered = _lowered(step, self._weights, self.pool, self.rows, packed)
+            lowered = lower(step, self._weights, self.pool, self.rows, packed)
             self._steps[shape] = program = lowered.compile()
             compiled()
         # The sampler is not part of the step, which is greedy: its sort takes longer to compile than a small model, and
         # would be compiled for every shape.
-        to_sample = jax.tree.map(_placed, lowered.out_info[0], program.output_shardings[0])
+        to_sample = jax.tree.map(placed, lowered.out_info[0], program.output_shardings[0])
         sampler = jax.jit(partial(_sample, self._placement, shape), donate_argnums=0)
-        self._sample = _lowered(sampler, self.rows, to_sample).compile()
+        self._sample = lower(sampler, self.rows, to_sample, to_sample.logits).compile()
         compiled()
         update = jax.jit(partial(_update, self._placement), donate_argnums=0)
         updates = self._placement.like((2 * self.pool.replicas, SHARED_PAGES))
-        self._update_rows = _lowered(update, self.rows, updates).compile()
+        self._update_rows = lower(update, self.rows, updates).compile()
         compiled()
         if self._placement.is_split:
-            self._gather = _lowered(jax.jit(self._placement.whole), to_sample.logits).compile()
+            self._gather = lower(jax.jit(self._placement.whole), to_sample.logits).compile()
             compiled()
-        self._warm_up_copies(compiled)
+        self._adjuster.compile_all(shape, to_sample, self.pool.replicas, compiled)
+        for copy in self._copies:  # runs once, while no page holds anything
+            copy()
+            compiled()
 
     def start_reading(self, pages: Int32, *, replica: int = 0) -> PageRead:
         """Starts to copy pages of a replica's pool to the host."""
@@ -176,33 +167,49 @@ class ModelRunner:
         """A step's logits, gathered so that the host of every process can read them."""
         return logits if self._gather is None else self._gather(logits)
 
-    def step(self, parcel: StepParcel, shape: ParcelShape, earlier_updates: Sequence[Int32] = ()) -> StepResult:
+    def enter_rows(self, chunks: Sequence[Int32]) -> None:
+        """Tells the device, before their steps, of requests that adjust their logits: see ``Batcher.entries``."""
+        for chunk in chunks:
+            self._adjuster.enter(self._sent(chunk))
+
+    def step(
+        self,
+        parcel: StepParcel,
+        shape: ParcelShape,
+        earlier_updates: Sequence[Int32] = (),
+        adjusts: Int32 | None = None,
+    ) -> StepResult:
         """Sends a step to the device and returns without waiting for it.
 
         Args:
             parcel: what the host decided; it must not be changed any more.
             shape: the parcel's static shape, one of those compiled.
             earlier_updates: page-table updates to apply first, see ``Batcher.fill``.
+            adjusts: which rows choose by adjusted logits, see ``Batcher.adjusts``; they have been entered.
         """
         if self._sample is None or self._update_rows is None:
             raise ConfigError("nothing is compiled; call compile_all before the first step")
         for updates in earlier_updates:
             self.rows = self._update_rows(self.rows, self._placement.on_device(updates))
-        if self._placement.is_shared:
-            self.parcels = zlib.crc32(parcel.packed.tobytes(), self.parcels)
-        packed = self._placement.on_device(parcel.packed)
+        packed = self._sent(parcel.packed)
         run = self._steps[shape]
         to_sample, tokens, self.pool, self.rows = run(self._weights, self.pool, self.rows, packed)
         sampled = None
-        if parcel.wants_logprobs[0] or parcel.temperature.any():
-            sampled, self.rows = self._sample(self.rows, to_sample)
+        if adjusts is not None:
+            on_device = self._sent(adjusts)
+            chosen_by = self._adjuster.adjust(to_sample, on_device)
+            sampled, self.rows = self._sample(self.rows, to_sample, chosen_by)
+            self._adjuster.count(to_sample, sampled.tokens, on_device)
+            tokens = sampled.tokens
+        elif parcel.wants_logprobs[0] or parcel.temperature.any():
+            sampled, self.rows = self._sample(self.rows, to_sample, to_sample.logits)
             tokens = sampled.tokens
         if self._copies_ahead:
             tokens.copy_to_host_async()
         return StepResult(tokens, sampled, to_sample.logits)
 
     def recover(self) -> bool:
-        """Makes the pool and the rows anew where a step that failed has consumed them.
+        """Makes the pool and the rows anew where a step that failed has consumed them; no row is a request's any more.
 
         Returns:
             Whether the pages still hold what they held before the step.
@@ -210,6 +217,7 @@ class ModelRunner:
         Raises:
             Exception: whatever the device raises where it cannot make them.
         """
+        self._adjuster.forget()
         if not _is_usable(self.rows):
             self.rows = self._empty_rows()
         if _is_usable(self.pool):
@@ -232,12 +240,11 @@ class ModelRunner:
         """Takes the weights that ``weights_of`` returned; every program stays compiled."""
         self._weights = weights
 
-    def _warm_up_copies(self, compiled: Callable[[], None]) -> None:
-        """Runs each copy of pages once, while no page holds anything."""
-        for copy in self._copies:
-            copy()
-            self._copies_ready += 1
-            compiled()
+    def _sent(self, array: Int32) -> Any:
+        """A host array on the device; several processes must send the same."""
+        if self._placement.is_shared:
+            self.parcels = zlib.crc32(array.tobytes(), self.parcels)
+        return self._placement.on_device(array)
 
     def _move(self, pages: Int32) -> None:
         self.write(pages, self.start_reading(pages).wait())
@@ -315,17 +322,21 @@ def _last_of_each(hidden: jax.Array, bounds: jax.Array) -> jax.Array:
     return hidden[jnp.maximum(bounds[1:] - 1, 0)]
 
 
-def _sample(placement: Placement, shape: ParcelShape, rows: DeviceRows, step: ToSample) -> tuple[Sampled, DeviceRows]:
-    sampled, noted = placement.each_replica(partial(_sample_rows, shape))(rows, step)
+def _sample(
+    placement: Placement, shape: ParcelShape, rows: DeviceRows, step: ToSample, chosen_by: jax.Array
+) -> tuple[Sampled, DeviceRows]:
+    sampled, noted = placement.each_replica(partial(_sample_rows, shape))(rows, step, chosen_by)
     both: tuple[Sampled, DeviceRows] = placement.whole(sampled), placement.own(noted)
     return both
 
 
-def _sample_rows(shape: ParcelShape, rows: DeviceRows, step: ToSample) -> tuple[Sampled, DeviceRows]:
+def _sample_rows(
+    shape: ParcelShape, rows: DeviceRows, step: ToSample, chosen_by: jax.Array
+) -> tuple[Sampled, DeviceRows]:
     """One replica's tokens; drawing and log-probabilities run only where its own rows ask for them."""
     parts = unpack(step.words, shape)
     how = SamplingInputs(parts["temperature"], parts["top_k"], parts["top_p"], parts["seed"], position=parts["kv_lens"])
-    sampled = sample(step.logits, how, parts["wants_logprobs"][0] != 0)
+    sampled = sample(step.logits, how, parts["wants_logprobs"][0] != 0, chosen_by)
     return sampled, rows.with_tokens(parts["req_pool_idx"], sampled.tokens)
 
 
@@ -349,13 +360,3 @@ def _is_usable(tree: Any) -> bool:
     except Exception:  # what the failed program raised, or jax's RuntimeError for a deleted array
         return False
     return not any(array.is_deleted() for array in jax.tree.leaves(tree))
-
-
-def _lowered(program: Any, *arguments: Any) -> Any:
-    """Traces and lowers a jitted program in 32 bits whatever jax is set to, as TPU kernels need."""
-    with jax.enable_x64(False):
-        return program.lower(*arguments)
-
-
-def _placed(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)

@@ -37,6 +37,20 @@ class SamplingInputs:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class ToSample:
+    """What a step leaves for the sampler: two arrays only, since every result of a program costs the host microseconds.
+
+    Attributes:
+        logits: float32 ``[B, vocab]``, split over a mesh by replica and by vocabulary.
+        words: int32 ``[sampling_size]``, the beginning of the packed parcel: how and for which rows to choose.
+    """
+
+    logits: jax.Array
+    words: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Sampled:
     """The chosen tokens with log-probabilities; where a token is ``NOT_A_TOKEN`` the rest of its row means nothing.
 
@@ -53,7 +67,9 @@ class Sampled:
     top_logprobs: jax.Array
 
 
-def sample(logits: jax.Array, inputs: SamplingInputs, wants_logprobs: jax.Array) -> Sampled:
+def sample(
+    logits: jax.Array, inputs: SamplingInputs, wants_logprobs: jax.Array, chosen_by: jax.Array | None = None
+) -> Sampled:
     """Chooses one token per row.
 
     A row's draw depends on its logits, seed and position alone, never on its place in the batch. What no row of the
@@ -64,11 +80,13 @@ def sample(logits: jax.Array, inputs: SamplingInputs, wants_logprobs: jax.Array)
         logits: float32 ``[B, vocab]``; -inf is a token that cannot be chosen.
         inputs: how each row chooses.
         wants_logprobs: bool scalar; where it is false, log-probabilities are zeros.
+        chosen_by: the logits to choose by, where some rows adjust the model's; log-probabilities are of ``logits``.
 
     Returns:
         Tokens; ``NOT_A_TOKEN`` for a row whose logits are not usable, see ``most_likely``.
     """
-    tokens = lax.cond(jnp.any(inputs.temperature > 0), _draw_all, _most_likely, logits, inputs)
+    chosen_by = logits if chosen_by is None else chosen_by
+    tokens = lax.cond(jnp.any(inputs.temperature > 0), _draw_all, _most_likely, chosen_by, inputs)
     sampled: Sampled = lax.cond(wants_logprobs, _with_logprobs, _without_logprobs, logits, tokens)
     return sampled
 
@@ -103,11 +121,17 @@ def _draw_all(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
     draws = inputs.temperature > 0
     leaves_out = draws & ((inputs.top_p < 1) | ((inputs.top_k > 0) & (inputs.top_k < logits.shape[-1])))
     kept = lax.cond(jnp.any(leaves_out), jax.vmap(_kept), _all_kept, logits, inputs)
-    # Distances to the best logit, so that a tiny temperature cannot overflow.
-    distances = logits - jnp.max(logits, axis=-1, keepdims=True)
-    scores = distances / _divisor(inputs.temperature)[:, None] + _noise(inputs, logits.shape[-1])
+    scores = below_best(logits, inputs.temperature) + _noise(inputs, logits.shape[-1])
     drawn = jnp.argmax(jnp.where(kept, scores, -jnp.inf), axis=-1).astype(jnp.int32)
     return jnp.where(draws & (greedy != NOT_A_TOKEN), drawn, greedy)
+
+
+def below_best(logits: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Logits over the temperature, less the best of their row: ``[B, vocab]``, at most 0.
+
+    What float32 cannot hold of them is -inf: a tiny temperature cannot overflow.
+    """
+    return (logits - jnp.max(logits, axis=-1, keepdims=True)) / _divisor(temperature)[:, None]
 
 
 def _divisor(temperature: jax.Array) -> jax.Array:

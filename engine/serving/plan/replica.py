@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -68,6 +69,7 @@ class Replica:
         self._pool_name = pool_name
         self._sampling = SamplingColumns.of_rows(rows)
         self._requests: list[Request | None] = [None] * rows  # by row
+        self._entered: dict[int, Request] = {}  # by row: those that adjust their logits, until a step tells the device
         self._ordered_at = -1  # the membership at which the next five were made, all in order of admission
         self._order, self._in_order, self._outputs = NO_TOKENS, tuple[Request, ...](), list[list[int]]()
         self._stop_ids: frozenset[int] = frozenset()
@@ -183,7 +185,8 @@ class Replica:
         self.cache.grow(rows, counts)
         samples = starts + counts == self.planned[rows]
         self.planned[rows] += samples
-        on_device = starts >= known
+        sampling, on_device = self._sampling.at(rows), starts >= known
+        adjusts = sampling.adjusts_logits & samples
         is_all = plan.is_all and rows.size == len(self.running) and self._ordered_at == table.membership
         step = ReplicaStep(
             requests=self._in_order if is_all else [self._request_of(row) for row in rows.tolist()],
@@ -194,11 +197,13 @@ class Replica:
             samples=samples,
             ends=samples & (self.planned[rows] > most),  # the last token of an answer is never fed
             generations=table.generations(rows),
-            sampling=self._sampling.at(rows),
+            sampling=sampling,
             new_pages=table.take_new_pages(rows),
             num_tokens=int(counts.sum()),
             num_decode_tokens=int(counts[on_device].sum()),
             membership=table.membership if is_all else None,
+            adjusts=adjusts if adjusts.any() else None,
+            entered=self._take_entered(),
         )
         self._last = step if rows.size and is_all and on_device.all() and samples.all() else None
         self._repeats = int((most + 1 - self.planned[rows]).min()) if self._last else 0
@@ -337,11 +342,21 @@ class Replica:
         self._sampling.enter(row, request)
         self._reads_text[row] = request.text is not None
         self._requests[row] = request
+        if self._sampling.adjusts_logits[row]:
+            self._entered[row] = request
         request.run(row)
         self.running.append(request)
 
+    def _take_entered(self) -> Sequence[Request]:
+        """The requests that adjust their logits and got their row since this was last called."""
+        if not self._entered:
+            return ()
+        entered, self._entered = list(self._entered.values()), {}
+        return entered
+
     def _forget_row(self, row: int) -> None:
         self._requests[row] = None
+        self._entered.pop(row, None)
         self._waits.forget(row)
         # They would keep requests alive that have ended, which may hold much memory.
         self._last, self._repeats, self._in_order, self._outputs, self._ordered_at = None, 0, (), [], -1

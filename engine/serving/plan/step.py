@@ -36,7 +36,7 @@ class SamplingColumns:
     Attributes:
         top_k, seed: int32.
         temperature, top_p: float32.
-        wants_logprobs: bool.
+        wants_logprobs, adjusts_logits: bool.
     """
 
     top_k: Int32
@@ -44,24 +44,30 @@ class SamplingColumns:
     temperature: npt.NDArray[np.float32]
     top_p: npt.NDArray[np.float32]
     wants_logprobs: Bool
+    adjusts_logits: Bool
 
     @classmethod
     def of_rows(cls, rows: int) -> SamplingColumns:
         """Columns for ``rows`` rows, to be entered as requests come."""
-        int32s, float32s = np.zeros((2, rows), np.int32), np.zeros((2, rows), np.float32)
-        return cls(int32s[0], int32s[1], float32s[0], float32s[1], np.zeros(rows, np.bool_))
+        int32s, float32s, bools = (np.zeros((2, rows), dtype) for dtype in (np.int32, np.float32, np.bool_))
+        return cls(*int32s, *float32s, *bools)
 
     def enter(self, row: int, request: Request) -> None:
         """Enters the request that has got ``row``."""
         params = request.params
         self.top_k[row], self.seed[row] = params.top_k, request.seed
         self.temperature[row], self.top_p[row] = params.temperature, params.top_p
-        self.wants_logprobs[row] = params.logprobs is not None
+        self.wants_logprobs[row], self.adjusts_logits[row] = params.logprobs is not None, params.adjusts_logits
 
     def at(self, rows: Int32) -> SamplingColumns:
         """The columns of ``rows``, fresh."""
         return SamplingColumns(
-            self.top_k[rows], self.seed[rows], self.temperature[rows], self.top_p[rows], self.wants_logprobs[rows]
+            self.top_k[rows],
+            self.seed[rows],
+            self.temperature[rows],
+            self.top_p[rows],
+            self.wants_logprobs[rows],
+            self.adjusts_logits[rows],
         )
 
 
@@ -81,6 +87,8 @@ class ReplicaStep:
         sampling: how the next tokens are chosen.
         new_pages: int32 places in the page table, and page ids there, that have not been sent to the device.
         membership: the row table's number, where these are all running requests in order of admission; else None.
+        adjusts: whether the logits are adjusted from which the next token is chosen; None where no row's are.
+        entered: requests that adjust their logits and got their row since the last step; they need not be in this one.
         repeats: whether this is the step before it, a token further.
     """
 
@@ -97,6 +105,8 @@ class ReplicaStep:
     num_tokens: int
     num_decode_tokens: int
     membership: int | None
+    adjusts: Bool | None = None
+    entered: Sequence[Request] = ()
     repeats: bool = False
 
     def further(self, ends: Bool, new_pages: tuple[Int32, Int32]) -> ReplicaStep:
@@ -115,6 +125,7 @@ class ReplicaStep:
             self.num_tokens,
             self.num_decode_tokens,
             self.membership,
+            self.adjusts,
             repeats=True,
         )
 
@@ -143,6 +154,16 @@ class ScheduledStep:
     num_tokens: int
     num_decode_tokens: int
     admitted: Sequence[Request] = ()
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether any row chooses its next token by adjusted logits."""
+        return any(part.adjusts is not None for part in self.parts)
+
+    @property
+    def has_entered(self) -> bool:
+        """Whether the device is to be told of requests that adjust their logits."""
+        return any(part.entered for part in self.parts)
 
     @property
     def requests(self) -> list[Request]:
