@@ -98,9 +98,9 @@ def test_nothing_is_counted_before_there_is_a_count(capsys, monkeypatch):
     code, _, err = run(capsys, "generate", *SMALL)
     assert code == 0
     assert "loading the model" in err
-    assert "4/4" in err
+    assert "8/8" in err
     assert "/?" not in err
-    assert "0/" not in err.replace("0/4", "")
+    assert "0/" not in err.replace("0/8", "")
 
 
 def config_with(tmp_path, model):
