@@ -1,8 +1,10 @@
 """Meshes as jax makes them by default, whose axes are Explicit: everything below the engine works on them."""
 
+import pytest
 from devices import run_on_devices
 
 
+@pytest.mark.slow
 def test_pool_layout_scatter_and_attention_run_on_auto_and_on_explicit_meshes():
     results = run_on_devices("explicit_program.py", devices=4)
     cases = [[kind, is_set] for kind in ("Auto", "Explicit") for is_set in (False, True)]

@@ -210,7 +210,9 @@ def test_every_answer_is_right_and_every_page_comes_back(one_group, name):
     play(*one_group, OPTIONS[name])
 
 
-@pytest.mark.parametrize("name", OF_GROUPS)
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("a window", "two groups")), "three groups"]
+)
 def test_the_same_where_layers_are_groups(name):
     windows, options = OF_GROUPS[name]
     models = make_models(windows)

@@ -132,6 +132,7 @@ def test_an_engine_that_saves_is_named_by_what_its_model_holds(llama, tmp_path):
     assert len({weights_identity(saving, make_llama(seed=seed)) for seed in range(5)}) == 5
 
 
+@pytest.mark.slow
 def test_saved_prefixes_of_replaced_weights_are_not_taken_for_those_of_other_ones(llama, tmp_path):
     """Each process counts its own weights epochs: the number alone names no weights."""
     options = {**ONE_ROW, "prefix_cache_dir": str(tmp_path)}
@@ -168,6 +169,7 @@ def test_equal_weights_get_saved_prefixes_back_whatever_file_or_object_they_are_
     assert small_llm(tmp_path, **options).generate(prompt, params)[0].cached_tokens == 56
 
 
+@pytest.mark.slow
 def test_a_compute_dtype_shares_nothing_saved_with_another_whatever_the_pool_stores(tmp_path):
     options = {**ONE_ROW, "kv_cache_dtype": "float32", "prefix_cache_dir": str(tmp_path / "prefixes")}
     prompt, params = random_prompts([60], seed=48), SamplingParams(max_new_tokens=2)
@@ -178,6 +180,7 @@ def test_a_compute_dtype_shares_nothing_saved_with_another_whatever_the_pool_sto
     assert small_llm(tmp_path, dtype="float32", **options).generate(prompt, params)[0].cached_tokens == 0
 
 
+@pytest.mark.slow
 def test_the_same_object_changed_and_served_again_shares_nothing_saved(tmp_path):
     model, options = make_llama(), {**ONE_ROW, "prefix_cache_dir": str(tmp_path)}
     prompt, params = random_prompts([60], seed=49), SamplingParams(max_new_tokens=2)
