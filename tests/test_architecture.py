@@ -27,7 +27,7 @@ LEVEL = {
     "memory": 3,
     "attention": 4,
     "models": 5,
-    "serving": 6700,
+    "serving": 6,
     "server": 7,
     "cli": 8,
     "bench": 8,
