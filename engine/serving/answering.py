@@ -99,7 +99,9 @@ class Answering:
     # Called in the event loop.
 
     def gain(self, deltas: tuple[AnswerDelta, ...], output: RequestOutput | None, error: EngineError | None) -> None:
-        """Notes what the engine's thread has reported."""
+        """Notes what the engine's thread has reported, until there is an end."""
+        if self.has_ended:  # a fault came between its end and the note that it was told
+            return
         self._gained.extend(deltas)
         self.output, self._error = output, error
         if deltas or self.has_ended:

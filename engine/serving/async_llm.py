@@ -10,6 +10,7 @@ A step never waits for a reader: what a reader has not taken is merged, and no m
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import threading
 import time
@@ -20,10 +21,10 @@ from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from engine.config import EngineConfig
-from engine.errors import ConfigError, EngineError, IntegrityError, ProcessLost, QueueFull
+from engine.errors import ConfigError, EngineError, IntegrityError, ProcessLost, QueueFull, RequestError, shown
 from engine.models.decoder import Decoder
 from engine.models.text import Tokenizer
 from engine.planning.sizing import PoolPlan
@@ -39,7 +40,11 @@ SHORT_PROMPT = 2_000
 RECENT_ENDS = 32  # whose pace tells how long a queue takes
 LONGEST_WAIT = 60.0  # seconds that a refusal asks to wait at most
 
+EXIT_SECONDS = 30.0  # that the end of the process waits for a step
+
 Result = TypeVar("Result")
+# What to do, and what to do with the error where that cannot be done.
+Command = tuple[Callable[[], None], Callable[[BaseException], None]]
 Prompt = str | Sequence[int]
 _logger = logging.getLogger(__name__)
 
@@ -87,12 +92,15 @@ class AsyncLLM:
         self._count = 0  # of answers that have not ended
         self._lock = threading.Lock()  # of the count
         self._ends: deque[float] = deque(maxlen=RECENT_ENDS)
-        self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._commands: SimpleQueue[Command | None] = SimpleQueue()
         self._live: dict[int, Answering] = {}  # by request id; the engine's thread alone changes it
+        self._untold: dict[int, Answering] = {}  # which have ended and may not have been told
         self._failure: EngineError | None = None
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        # A thread that is within the device's library when the interpreter goes would bring the process down.
+        atexit.register(self._end_at_exit)
 
     # What it is.
 
@@ -140,7 +148,10 @@ class AsyncLLM:
             QueueFull: as many wait as may.
             EngineError: this was closed, or the engine has failed.
         """
-        answers = params.n if isinstance(params, SamplingParams) else 1
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params is {shown(params)}; give a SamplingParams, or None")
+        answers = params.n
         self._enter(answers)
         try:
             if isinstance(prompt, Sized) and len(prompt) > SHORT_PROMPT:
@@ -152,7 +163,7 @@ class AsyncLLM:
             raise
         answering = Answering(request, self.llm.follow(request) if streams else None, self.abort)
         try:
-            self._command(lambda: self._add(answering))
+            self._command(partial(self._add, answering), partial(self._refuse, answering))
         except BaseException:
             self._leave(answers)
             raise
@@ -175,7 +186,7 @@ class AsyncLLM:
 
     def abort(self, request: Request) -> None:
         """Ends a request; see ``Answering.abort``."""
-        self._commands.put(lambda: self._abort(request.request_id))
+        self._commands.put((partial(self._abort, request.request_id), _told_already))
 
     async def call(self, function: Callable[[LLM], Result]) -> Result:
         """Calls a function with the LLM between two steps, in the engine's thread, and returns its result.
@@ -183,28 +194,32 @@ class AsyncLLM:
         For what changes the engine, such as ``reset_prefix_cache``, or ``check_integrity``. It must not make steps.
 
         Raises:
-            Exception: what the function raises.
+            BaseException: what the function raises.
             EngineError: this was closed, or the engine has failed.
         """
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[Result] = loop.create_future()
+        done: asyncio.Future[tuple[Result | None, BaseException | None]] = loop.create_future()
 
-        def made() -> None:
-            try:
-                self._require_sound()
-                report = partial(done.set_result, function(self.llm))
-            except Exception as error:
-                report = partial(done.set_exception, error)
+        def report(result: Result | None, error: BaseException | None = None) -> None:
             with suppress(RuntimeError):  # the loop was closed, and nobody waits any more
-                loop.call_soon_threadsafe(lambda: None if done.done() else report())
+                loop.call_soon_threadsafe(lambda: None if done.done() else done.set_result((result, error)))
 
-        self._command(made)
-        return await done
+        def do() -> None:
+            self._require_sound()
+            report(function(self.llm))
+
+        self._command(do, partial(report, None))
+        result, error = await done
+        if error is not None:
+            raise error
+        return cast(Result, result)
 
     # The end.
 
     async def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Ends the engine's thread. No more requests are taken; the LLM can be used again afterwards.
+
+        Where this is cancelled, the requests that are still under way are aborted and the thread ends by itself.
 
         Args:
             drain: whether the requests under way are answered first; otherwise they are aborted.
@@ -213,13 +228,24 @@ class AsyncLLM:
         with self._lock:
             self._is_closing = True
         deadline = None if timeout is None else time.monotonic() + timeout
-        while drain and self._count and self._thread.is_alive():
-            if deadline is not None and time.monotonic() >= deadline:
-                break
-            await asyncio.sleep(0.01)
-        self._commands.put(self._abort_all)
-        self._commands.put(None)
+        try:
+            while drain and self._count and self._failure is None and self._thread.is_alive():
+                if deadline is not None and time.monotonic() >= deadline:
+                    break
+                await asyncio.sleep(0.01)
+        finally:
+            self._end_thread()
         await asyncio.to_thread(self._thread.join)
+
+    def _end_thread(self) -> None:
+        with self._lock:
+            self._is_closing = True
+        self._commands.put((self._abort_all, _told_already))
+        self._commands.put(None)
+
+    def _end_at_exit(self) -> None:
+        self._end_thread()
+        self._thread.join(EXIT_SECONDS)
 
     async def __aenter__(self) -> AsyncLLM:
         """Itself; the context's end closes it."""
@@ -235,6 +261,11 @@ class AsyncLLM:
 
     def _enter(self, answers: int) -> None:
         with self._lock:
+            if self._most is not None and answers > self._most:
+                raise RequestError(
+                    f"n={answers} answers to a prompt are more than the {self.config.max_running_requests} that may "
+                    f"run and the {self._most - self.config.max_running_requests} that may wait; lower n"
+                )
             if self._most is not None and self._count + answers > self._most:
                 waiting = max(self._count - self.config.max_running_requests, 0)
                 raise QueueFull(
@@ -255,13 +286,13 @@ class AsyncLLM:
         pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
         return min(max(pace * answers, 1.0), LONGEST_WAIT)
 
-    def _command(self, command: Callable[[], None]) -> None:
-        """Has the engine's thread do something: all that is taken here comes before its end."""
+    def _command(self, do: Callable[[], None], refuse: Callable[[BaseException], None]) -> None:
+        """Has the engine's thread do something, or refuse it: all that is taken here comes before its end."""
         with self._lock:
             self._require_sound()
             if self._is_closing:
                 raise EngineError("the engine is closed and takes no requests; make another one")
-            self._commands.put(command)
+            self._commands.put((do, refuse))
 
     def _require_sound(self) -> None:
         if self._failure is not None:
@@ -273,11 +304,15 @@ class AsyncLLM:
         try:
             while self._do_commands():
                 self._report(self._step())
+            if self._live:
+                self._fail(EngineError("the engine was closed, and what was under way could not be aborted"))
         except BaseException as error:
             _logger.exception("the engine has failed")
             self._fail(error)
             while self._do_commands():  # which are refused
                 pass
+        finally:
+            atexit.unregister(self._end_at_exit)
 
     def _do_commands(self) -> bool:
         """Does what was asked for between two steps, and waits for more while nothing is to be answered.
@@ -292,7 +327,11 @@ class AsyncLLM:
                 return True
             if command is None:
                 return False
-            command()
+            do, refuse = command
+            try:
+                do()
+            except BaseException as error:  # also what would end a thread: it is whose command this was that is told
+                refuse(error)
 
     def _step(self) -> dict[int, RequestOutput]:
         try:
@@ -312,10 +351,13 @@ class AsyncLLM:
                 output = self.llm.output_so_far(answering.request)
             if output is not None:
                 self._forget(answering)
-            if deltas or output is not None:
+            if answering.loop.is_closed():
+                self._abort(request_id)
+            elif deltas or output is not None:
                 gains.setdefault(answering.loop, []).append((answering, deltas, output, None))
         for loop, gained in gains.items():
             self._tell(loop, gained)
+        self._untold.clear()
 
     def _tell(self, loop: asyncio.AbstractEventLoop, gained: list[Gain]) -> None:
         try:
@@ -325,27 +367,40 @@ class AsyncLLM:
                 self._abort(answering.request_id)
 
     def _add(self, answering: Answering) -> None:
-        try:
-            self._require_sound()
-            self.llm.add_made(answering.request)
-            self._live[answering.request_id] = answering
-        except Exception as error:
-            self._leave(len(group_of(answering.request)))
-            self._tell(answering.loop, [(answering, (), None, _as_engine_error(error))])
+        self._require_sound()
+        self.llm.add_made(answering.request)
+        self._live[answering.request_id] = answering
+
+    def _refuse(self, answering: Answering, error: BaseException) -> None:
+        """Tells that a request was not added."""
+        self._leave(len(group_of(answering.request)))
+        self._tell(answering.loop, [(answering, (), None, _as_engine_error(error))])
+        self.llm.abort(answering.request_id)  # where the fault came after it was added
 
     def _abort(self, request_id: int) -> None:
         answering = self._live.get(request_id)
-        if answering is not None:
-            self._forget(answering)
+        if answering is None:
+            return
+        try:
             self.llm.abort(request_id)
-            gain = answering, answering.take(), self.llm.output_so_far(answering.request), None
-            self._tell(answering.loop, [gain])
+        except Exception:
+            _logger.exception("request %d could not be aborted; once more", request_id)
+            self.llm.abort(request_id)  # the books have been put right
+        gain = answering, answering.take(), self.llm.output_so_far(answering.request), None
+        self._forget(answering)
+        self._tell(answering.loop, [gain])
+        self._untold.pop(request_id, None)
 
     def _abort_all(self) -> None:
         for request_id in list(self._live):
-            self._abort(request_id)
+            try:
+                self._abort(request_id)
+            except Exception:
+                _logger.exception("request %d could not be aborted", request_id)
 
     def _forget(self, answering: Answering) -> None:
+        """Notes that an answer has ended; ``_fail`` tells those that nobody has told."""
+        self._untold[answering.request_id] = answering
         del self._live[answering.request_id]
         self._leave(len(group_of(answering.request)))
         self._ends.append(time.monotonic())
@@ -355,7 +410,15 @@ class AsyncLLM:
         self._failure = failure = _as_engine_error(error)
         for answering in list(self._live.values()):
             self._forget(answering)
-            self._tell(answering.loop, [(answering, (), None, failure)])
+        for answering in self._untold.values():
+            with suppress(RuntimeError):  # the loop was closed, and nobody waits any more
+                answering.loop.call_soon_threadsafe(answering.gain, (), None, failure)
+        self._untold.clear()
+
+
+def _told_already(error: BaseException) -> None:
+    """Refuses to abort: whoever waits for the answer is told of its end anyway."""
+    _logger.error("no request could be aborted: %r", error)
 
 
 def _as_engine_error(error: BaseException) -> EngineError:

@@ -29,7 +29,7 @@ from engine.serving.build import (
     weights_identity,
 )
 from engine.serving.compile_cache import use_compile_cache
-from engine.serving.deltas import Deltas, Follower, StepOutput
+from engine.serving.deltas import Deltas, Follower, Last, StepOutput
 from engine.serving.device.batcher import Batcher, parcel_shapes
 from engine.serving.device.page_mover import PageMover
 from engine.serving.device.runner import CompileCounter, ModelRunner
@@ -108,8 +108,10 @@ class LLM:
         )
         self._groups = AnswerGroups()
         self._recovery = Recovery(self.scheduler, self._stepper, self._runner, self._groups, self.stats)
-        self._deltas = Deltas(self.tokenizer)
-        self._reports = Reports(self._groups, self._recovery, self.stats, self._text_of)
+        self._deltas = Deltas(self.tokenizer, self._text_of)
+        self._reports = Reports(
+            self._groups, self._recovery, self.stats, self._text_of, partial(StepOutput, self._gained), self._deltas
+        )
         self._board = SnapshotBoard(
             lambda: collect_metrics(self.scheduler, self.stats), self._gate, lambda: self.scheduler.has_work
         )
@@ -214,8 +216,13 @@ class LLM:
         return request_id in self._groups.unfinished
 
     def output_so_far(self, request: Request) -> RequestOutput:
-        """A request's answer, or what there is of it."""
-        return self._reports.output(request)
+        """A request's answer, or what there is of it; without its text where that cannot be had."""
+        try:
+            return self._reports.output(request)
+        except Exception as error:
+            _logger.exception("the text of request %d cannot be had", request.request_id)
+            request.error = request.error or f"{type(error).__name__}: {error}"
+            return self._reports.output(request, has_text=False)
 
     def stream(
         self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None
@@ -250,17 +257,25 @@ class LLM:
             ProcessLost: another process is gone; this one cannot go on.
         """
         self._advance(return_logits)
-        finished, ended = self._reports.take()
-        return StepOutput(finished, lambda: self._deltas.take(ended, self._reports.unclaimed()))
+        return self._reports.take()
+
+    def _gained(self, last: Last) -> dict[int, tuple[AnswerDelta, ...]]:
+        with self._gate.entered():
+            return self._deltas.take(last, self._reports.unclaimed())
 
     def _streamed(self, request: Request) -> Generator[AnswerDelta, None, RequestOutput]:
         follower = self.follow(request)
         with self._reports.claimed([request]) as done:
             try:
                 self.add_made(request)
-                while request.request_id in self._groups.unfinished:
-                    self._advance_or_recover(return_logits=False)
-                    yield from follower.take()
+                is_unfinished = True
+                while is_unfinished:
+                    with self._gate.entered():  # or a step of another thread would change what is being taken
+                        if request.request_id in self._groups.unfinished:  # else a step of others has ended it
+                            self._advance_or_recover(return_logits=False)
+                        is_unfinished = request.request_id in self._groups.unfinished
+                        deltas = follower.take()
+                    yield from deltas
             finally:
                 self._abort_all([request])
         return self._reports.answers([request], done)[0]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from engine.errors import Interrupted
+from engine.serving.deltas import Deltas, StepOutput, TextOf
 from engine.serving.groups import AnswerGroups, group_of
 from engine.serving.recovery import Recovery
 from engine.serving.request import FinishReason, Request, RequestOutput
@@ -22,19 +23,29 @@ class Reports:
         recovery: handles an answer that cannot be made.
         stats: counts the answers.
         text_of: returns a request's answer as text.
+        begin: makes a StepOutput without an answer.
+        deltas: follows the requests of the caller of step.
     """
 
     def __init__(
-        self, groups: AnswerGroups, recovery: Recovery, stats: EngineStats, text_of: Callable[[Request], str]
+        self,
+        groups: AnswerGroups,
+        recovery: Recovery,
+        stats: EngineStats,
+        text_of: TextOf,
+        begin: Callable[[], StepOutput],
+        deltas: Deltas,
     ) -> None:
         self._groups = groups
         self._recovery = recovery
         self._stats = stats
         self._text_of = text_of
-        # The answers by call of generate, or None for the caller of step; and the calls of generate by request.
-        self._made: dict[int | None, dict[int, RequestOutput]] = {}
-        self._unclaimed: list[Request] = []  # the leaders of the answers of None
+        self._begin = begin
+        self._deltas = deltas
+        # The answers by call of generate, and the calls of generate by request.
+        self._made: dict[int, dict[int, RequestOutput]] = {}
         self._claims: dict[int, int] = {}
+        self._for_step: dict[str, StepOutput] = {}  # one at most, under "next": the answers for the caller of step
 
     @contextmanager
     def claimed(self, requests: Sequence[Request]) -> Iterator[dict[int, RequestOutput]]:
@@ -59,13 +70,9 @@ class Reports:
         """The finished answers in the order of the requests; for aborted requests the tokens so far."""
         return [done.get(request.request_id) or self.output(request) for request in requests]
 
-    def take(self) -> tuple[dict[int, RequestOutput], list[Request]]:
-        """The answers that no call has claimed, and their leaders, once each.
-
-        Taken last of all, or they are lost with the call.
-        """
-        leaders, self._unclaimed = self._unclaimed, []
-        return self._made.pop(None, {}), leaders
+    def take(self) -> StepOutput:
+        """The answers that no call has claimed, once each; taken last of all, or they are lost with the call."""
+        return self._for_step.pop("next", None) or self._begin()
 
     def unclaimed(self) -> list[Request]:
         """The leaders of the unfinished groups that no call has claimed."""
@@ -76,16 +83,16 @@ class Reports:
         failures: list[Exception] = []
         for leader in self._groups.complete():
             call = self._claims.get(leader.request_id)
-            is_claimed = call is not None and call in self._made
-            made = self._made.setdefault(call if is_claimed else None, {})
+            made = None if call is None else self._made.get(call)
+            if made is None:
+                made = self._for_step.get("next") or self._for_step.setdefault("next", self._begin())
+                self._deltas.note_end(leader, made)
             if leader.request_id not in made:  # a fault may have come after it was put there
                 try:
                     made[leader.request_id] = self._output_or_blame(leader)
                 except Exception as error:
                     failures.append(error)
                     continue
-                if not is_claimed:
-                    self._unclaimed.append(leader)
                 self.count(leader)
             self._groups.forget(leader)
         self._groups.ended[:] = [request for leader in self._groups.complete() for request in group_of(leader)]

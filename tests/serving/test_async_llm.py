@@ -2,6 +2,8 @@
 
 import asyncio
 import random
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -307,6 +309,157 @@ def test_requests_of_a_loop_that_was_closed_are_aborted(llm):
     asyncio.run(leave())
     asyncio.run(asyncio.wait_for(look(), 30))
     assert llm.cache.held_tokens == 0
+
+
+@pytest.mark.parametrize("kind", [SystemExit, StopIteration, KeyboardInterrupt])
+def test_what_would_end_a_thread_reaches_who_has_called_and_the_engine_goes_on(llm, kind):
+    def fails(_):
+        raise kind("stop")
+
+    async def play(engine):
+        calling = engine.call(fails)
+        error = None
+        try:
+            calling.send(None).add_done_callback(lambda done: told.set())  # as a task does, which would pass it on
+            await asyncio.wait_for(told.wait(), 10)
+            calling.send(None)
+        except BaseException as raised:
+            error = raised
+        assert isinstance(error, RuntimeError if kind is StopIteration else kind)
+        assert (await engine.generate("A", SamplingParams(max_new_tokens=2, ignore_eos=True))).finish_reason == "length"
+
+    told = asyncio.Event()
+    runs(llm, play)
+
+
+def test_a_request_that_cannot_be_aborted_at_once_is_told_its_end(llm, monkeypatch):
+    async def play(engine):
+        end, faults = llm.scheduler.end, [MemoryError("full")]
+
+        def failing(*args):
+            if faults:
+                raise faults.pop()
+            return end(*args)
+
+        params = SamplingParams(max_new_tokens=60, ignore_eos=True)
+        aborted, other = await engine.submit("Alice was", params), await engine.submit("The Queen", params)
+        await engine.call(lambda _: monkeypatch.setattr(llm.scheduler, "end", failing))
+        aborted.abort()
+        assert (await asyncio.wait_for(aborted.result(), 10)).finish_reason == "abort"
+        assert not faults
+        assert (await other.result()).finish_reason == "length"
+
+    runs(llm, play)
+
+
+def test_an_aborted_answer_whose_text_fails_costs_nobody_else_anything(llm, monkeypatch):
+    async def play(engine):
+        text_of = llm._reports._text_of
+        params = SamplingParams(max_new_tokens=60, ignore_eos=True)
+        aborted = await engine.submit("Alice was", params, streams=False)
+        other = await engine.submit("The Queen", params)
+        monkeypatch.setattr(llm._reports, "_text_of", lambda r: 1 / 0 if r is aborted.request else text_of(r))
+        aborted.abort()
+        output = await asyncio.wait_for(aborted.result(), 10)
+        assert (output.finish_reason, output.text) == ("abort", "")
+        assert "ZeroDivisionError" in output.error
+        assert (await other.result()).finish_reason == "length"
+
+    runs(llm, play)
+
+
+def test_everybody_is_told_where_telling_one_fails(llm, monkeypatch):
+    async def play():
+        engine = AsyncLLM.over(llm)
+        answerings = [
+            await engine.submit("Alice was", SamplingParams(max_new_tokens=n, ignore_eos=True)) for n in (3, 4)
+        ]
+        await engine.call(lambda _: None)
+        tell = engine._tell
+        monkeypatch.setattr(
+            engine, "_tell", lambda loop, gains: 1 / 0 if any(output for *_, output, _ in gains) else tell(loop, gains)
+        )
+        for answering in answerings:
+            with pytest.raises(EngineError, match="ZeroDivisionError"):
+                await asyncio.wait_for(answering.result(), 10)
+        assert engine.unfinished == 0
+        await engine.close()
+        for answering in answerings:
+            llm.abort(answering.request_id)
+
+    asyncio.run(play())
+
+
+def test_closing_that_is_cancelled_ends_the_thread_all_the_same(llm):
+    async def play():
+        engine = AsyncLLM.over(llm)
+        answering = await engine.submit("Alice was", SamplingParams(max_new_tokens=150, ignore_eos=True))
+        closing = asyncio.create_task(engine.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        assert (await asyncio.wait_for(answering.result(), 10)).finish_reason == "abort"
+        return engine._thread
+
+    thread = asyncio.run(play())
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_requests_that_could_never_have_a_place_or_are_no_request_are_refused(llm):
+    async def play(engine):
+        with pytest.raises(RequestError, match="lower n"):
+            await engine.submit("A", SamplingParams(n=7))
+        for params in ([SamplingParams(n=3)], {"n": 3}, 3):
+            with pytest.raises(RequestError, match="give a SamplingParams"):
+                await engine.submit("A", params)
+        assert engine.unfinished == 0
+
+    runs(llm, play, max_waiting=2)
+
+
+def test_requests_without_a_reader_of_a_loop_that_was_closed_are_aborted(llm):
+    loop = asyncio.new_event_loop()
+    engine = AsyncLLM.over(llm)
+    before = llm.stats.finished["abort"]
+    params = SamplingParams(max_new_tokens=150, ignore_eos=True)
+    loop.run_until_complete(engine.submit("Alice was", params, streams=False))
+    loop.close()
+
+    async def look():
+        while engine.unfinished:
+            await asyncio.sleep(0.001)
+        await engine.close()
+
+    asyncio.run(asyncio.wait_for(look(), 30))
+    assert llm.stats.finished["abort"] == before + 1
+    assert llm.cache.held_tokens == 0
+
+
+BUSY = """
+import asyncio, threading, time
+from engine import AsyncLLM, SamplingParams
+engine = AsyncLLM(max_running_requests=4, chunked_prefill_size=16, context_length=192, page_size=8)
+async def serve():
+    while True:
+        await engine.generate("Alice", SamplingParams(max_new_tokens=150, ignore_eos=True))
+async def main():
+    await asyncio.gather(*(serve() for _ in range(6)))
+def drive():
+    try:
+        asyncio.run(main())
+    except Exception as error:
+        print(error)
+threading.Thread(target=drive, daemon=True).start()
+while engine.unfinished < 6:
+    time.sleep(0.01)
+time.sleep(0.1)
+"""
+
+
+def test_the_process_ends_cleanly_while_the_engine_is_busy():
+    ended = subprocess.run([sys.executable, "-c", BUSY], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert "terminate" not in ended.stderr
 
 
 DOING = st.lists(

@@ -1,6 +1,8 @@
 """What answers gain from step to step: every token and every character once, and in order."""
 
 import gc
+import sys
+import threading
 import weakref
 from collections import defaultdict
 
@@ -161,10 +163,65 @@ def test_an_aborted_request_gains_nothing_more(llm):
     assert llm.step().new == {}
 
 
-def test_a_tokenizer_that_fails_costs_the_text_and_not_the_tokens(llm, monkeypatch):
-    stream = llm.stream("Alice was beginning", SamplingParams(max_new_tokens=12))
+@pytest.mark.parametrize("is_back", [True, False])
+def test_a_text_that_cannot_be_had_as_it_comes_comes_at_the_end(llm, monkeypatch, is_back):
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    expected = llm.generate(["Alice was beginning"], params)[0]
+    stream = llm.stream("Alice was beginning", params)
     deltas = [next(stream)]
-    monkeypatch.setattr("engine.serving.deltas.AnswerText.read", lambda *_: 1 / 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.serving.deltas.AnswerText.read", lambda *_: 1 / 0)
+        deltas += [next(stream)] if is_back else stream
     deltas += stream
-    assert sum(len(delta.token_ids) for delta in deltas) == 12
-    assert "".join(delta.text for delta in deltas[1:]) == ""
+    assert [token for delta in deltas for token in delta.token_ids] == expected.token_ids
+    assert "".join(delta.text for delta in deltas) == expected.text
+    assert {delta.text for delta in deltas[1:-1]} == {""}
+
+
+def test_a_stream_that_the_steps_of_another_have_ended_tells_the_rest(llm):
+    long, short = (llm.stream("Alice was", SamplingParams(max_new_tokens=n, ignore_eos=True)) for n in (30, 5))
+    deltas = [next(short)]
+    for _ in long:
+        pass
+    deltas += short
+    assert sum(len(delta.token_ids) for delta in deltas) == 5
+    assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + ["length"]
+
+
+def test_steps_that_are_read_late_tell_nothing_twice(llm):
+    params = SamplingParams(max_new_tokens=6, ignore_eos=True)
+    request_id = llm.add_request("Alice", params)
+    while not (first := llm.step()).new:
+        pass
+    unread = [llm.step()]
+    while request_id not in unread[-1]:
+        unread.append(llm.step())
+    unread.append(llm.step())
+    collected = Collected()
+    for step in (first, *reversed(unread)):
+        collected.add(step.new.get(request_id, ()))
+    collected.check(unread[-2][request_id])
+
+
+def test_streams_in_several_threads_are_whole(llm):
+    params = SamplingParams(max_new_tokens=60, ignore_eos=True, stop=["zzqzz", "zzy"])
+    expected, streamed = llm.generate(["Alice was"], params)[0], []
+
+    def stream():
+        for _ in range(3):
+            streamed.append(list(llm.stream("Alice was", params)))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=stream) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    for deltas in streamed:
+        assert [token for delta in deltas for token in delta.token_ids] == expected.token_ids
+        assert "".join(delta.text for delta in deltas) == expected.text
+    assert len(streamed) == 12
