@@ -22,6 +22,8 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 UNDECODABLE = "the tokenizer cannot decode the answer"
 # Last tokens of a text that those behind it are decoded with: a character has at most 4 bytes, a token at least one.
 CONTEXT_TOKENS = 8
+# Characters beyond which a text is encoded by the call of the library that lets other threads run meanwhile.
+LONG_TEXT = 2_000
 
 Stream = Callable[[int], str | None]
 
@@ -89,7 +91,8 @@ class Tokenizer:
             RequestError: the tokenizer cannot encode the text.
         """
         with refused_as(RequestError, "the tokenizer cannot encode the prompt"):
-            encoding = self._backend.encode(text)
+            long = len(text) > LONG_TEXT
+            encoding = self._backend.encode_batch_fast([text])[0] if long else self._backend.encode(text)
         ids, added = list(encoding.ids), encoding.special_tokens_mask
         begin = next((at for at, mark in enumerate(added) if not mark), len(ids))
         end = next((at for at in range(len(ids), begin, -1) if not added[at - 1]), begin)
