@@ -177,6 +177,17 @@ def test_what_is_no_request_or_has_too_large_a_head_is_refused(raw):
         assert error_of(body)["type"] == "invalid_request_error"
 
 
+def test_rubbish_behind_an_answer_ends_the_connection_without_a_word(caplog):
+    head = b"POST /nothing HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with faked() as (server, _), connect(server, head) as connection:
+        answer = b""
+        while not answer.endswith(b"}}"):
+            answer += connection.recv(1 << 16)
+        connection.sendall(b"no size\r\n")
+        assert ends(connection)
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
 # Numbers.
 
 
@@ -326,6 +337,24 @@ def test_a_hang_up_aborts_every_prompt_of_the_request(streams):
             assert not any(answering.is_aborted for answering in engine.answerings)
         until(lambda: all(answering.is_aborted for answering in engine.answerings))
         until(lambda: server.service.in_flight == 0)
+
+
+@pytest.mark.parametrize("behind", [b"\r\n", request_bytes(body=BODY), b"x" * 9000])
+def test_a_hang_up_is_noticed_behind_whatever_else_was_sent(behind):
+    with faked(never) as (server, engine):
+        with connect(server, request_bytes(body=BODY, close=False)) as connection:
+            until(lambda: engine.answerings)
+            connection.sendall(behind)
+            time.sleep(0.05)
+        until(lambda: engine.answerings[0].is_aborted)
+        assert len(engine.answerings) == 1
+
+
+def test_what_is_sent_behind_a_request_is_not_kept_without_bound():
+    with faked(never, stop_timeout=0) as (server, _), connect(server, request_bytes(body=BODY, close=False)) as connection:
+        connection.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            connection.sendall(b"x" * 2**26)
 
 
 @pytest.mark.parametrize("streams", [True, False])
