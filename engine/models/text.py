@@ -136,7 +136,7 @@ class Tokenizer:
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """Returns the text of ``token_ids`` where they begin a text; raises as ``decode``."""
-        with refused_as(CheckpointError, UNDECODABLE):
+        with refused_as(CheckpointError, UNDECODABLE, quotes=False):
             if not self._byte_of or self._byte_of.keys().isdisjoint(token_ids):
                 return str(self._backend.decode(list(token_ids), skip_special_tokens=True))
             return "".join(self._pieces(list(filter(self.has_text, token_ids))))
@@ -195,14 +195,20 @@ def load_tokenizer(directory: str | Path, *, parse_special_tokens: bool = True) 
 
 
 @contextmanager
-def refused_as(kind: type[EngineError], what: str) -> Iterator[None]:
-    """Turns whatever the tokenizer library raises into ``kind``; the engine's own errors stay what they are."""
+def refused_as(kind: type[EngineError], what: str, *, quotes: bool = True) -> Iterator[None]:
+    """Turns whatever the tokenizer library raises into ``kind``; the engine's own errors stay what they are.
+
+    Args:
+        kind: of the error.
+        what: what it says.
+        quotes: whether it says what the library says; that may have an answer in it, which is not for a log.
+    """
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, EngineError):
         raise
     except BaseException as error:  # a panic of the library is not an Exception
-        raise kind(f"{what}: {error}") from error
+        raise kind(f"{what}: {error if quotes else type(error).__name__}") from error
 
 
 def _with_or_without(ids: list[int], token: int | None, wanted: bool | None) -> list[int]:

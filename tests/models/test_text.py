@@ -282,5 +282,5 @@ def test_a_decoder_that_panics_is_an_error_of_ours() -> None:
         def decode(self, *args: Any, **options: Any) -> str:
             raise Panic("index out of bounds")
 
-    with pytest.raises(CheckpointError, match="cannot decode the answer: index out of bounds"):
+    with pytest.raises(CheckpointError, match=r"cannot decode the answer: Panic$"):
         Tokenizer(Backend()).decode([104])  # type: ignore[arg-type]
