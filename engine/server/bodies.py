@@ -173,7 +173,7 @@ class CompletionBody(SamplingBody):
     """The body of ``POST /v1/completions``."""
 
     prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts)]
-    max_tokens: int = 16
+    max_tokens: Annotated[int, Field(ge=1)] = 16
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
 
     @property
@@ -208,8 +208,8 @@ class ChatBody(SamplingBody):
     """The body of ``POST /v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     logprobs: bool = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
 
@@ -219,6 +219,10 @@ class ChatBody(SamplingBody):
         if not self.logprobs and self.top_logprobs is not None:
             raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    def plain_messages(self) -> list[dict[str, str]]:
+        """The messages as templates see them."""
+        return [message.model_dump(exclude_none=True) for message in self.messages]
 
     @property
     def most_tokens(self) -> int | None:

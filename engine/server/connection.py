@@ -87,6 +87,10 @@ class Connection(H11Protocol):
         if self.flow.read_paused and not self.cycle.more_body and len(behind) <= MAX_HEAD_BYTES:
             self.flow.resume_reading()
 
+    def _should_upgrade(self) -> bool:
+        """No other protocol is spoken; uvicorn says the same, with two warnings for each request that asks for one."""
+        return False
+
     def pause_writing(self) -> None:
         """The client reads more slowly than it is written to."""
         super().pause_writing()

@@ -108,7 +108,9 @@ class Intake:
         self._require_known("stop_token_ids", params.stop_token_ids)
         self._require_known("logit_bias", [token for token, _ in params.biases])
         if params.stop and self._tokenizer is None:
-            raise RequestError("the model has no tokenizer.json, so no text can end an answer; use stop_token_ids")
+            raise RequestError(
+                "stop has texts, but the model has no tokenizer.json, so no text can end an answer; use stop_token_ids"
+            )
         seed = params.seed
         if seed is None:  # from the system, so that seeding a generator of this process does not repeat it
             seed = secrets.randbelow(SEEDS) if params.temperature > 0 else 0

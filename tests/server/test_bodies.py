@@ -147,7 +147,11 @@ def test_a_wrong_message_is_refused_by_its_place(messages, param):
         (CompletionBody, "stop", b'"stop": [1' + b",1" * 1_000_000 + b"]"),
         (CompletionBody, "logit_bias", b'"logit_bias": {' + b",".join(b'"%d":{}' % i for i in range(150_000)) + b"}"),
         (CompletionBody, None, b",".join(b'"x%d":1' % i for i in range(150_000))),
-        (CompletionBody, "stream_options", b'"stream_options": {' + b",".join(b'"%d":1' % i for i in range(999)) + b"}"),
+        (
+            CompletionBody,
+            "stream_options",
+            b'"stream_options": {' + b",".join(b'"%d":1' % i for i in range(999)) + b"}",
+        ),
         (ChatBody, "messages", b'"messages": [{}' + b",{}" * 600_000 + b"]"),
         (ChatBody, "messages.0", b'"messages": [{' + b",".join(b'"x%d":1' % i for i in range(150_000)) + b"}]"),
     ],

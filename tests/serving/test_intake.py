@@ -154,7 +154,7 @@ def test_what_are_no_sampling_params_is_refused(intake, params, message):
 
 def test_a_stop_text_needs_a_tokenizer(intake):
     intake._tokenizer = None
-    assert "no tokenizer.json, so no text can end an answer" in refusal(intake, [[1]], SamplingParams(stop="a"))
+    assert "stop has texts, but the model has no tokenizer.json" in refusal(intake, [[1]], SamplingParams(stop="a"))
 
 
 def test_each_prompt_without_a_seed_draws_its_own(intake):
