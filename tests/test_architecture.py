@@ -71,7 +71,7 @@ MOST_LINES = {
     "models": 3150,
     "native": 270,
     "planning": 460,
-    "server": 2000,
+    "server": 2100,
     "serving": 6700,
 }
 # Lines of a function's body without its docstring: one screen, which is held in the head at once. The longest function,

@@ -22,6 +22,8 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 UNDECODABLE = "the tokenizer cannot decode the answer"
 # Last tokens of a text that those behind it are decoded with: a character has at most 4 bytes, a token at least one.
 CONTEXT_TOKENS = 8
+# Characters beyond which a text is encoded by the call of the library that lets other threads run meanwhile.
+LONG_TEXT = 2_000
 
 Stream = Callable[[int], str | None]
 
@@ -89,7 +91,8 @@ class Tokenizer:
             RequestError: the tokenizer cannot encode the text.
         """
         with refused_as(RequestError, "the tokenizer cannot encode the prompt"):
-            encoding = self._backend.encode(text)
+            long = len(text) > LONG_TEXT
+            encoding = self._backend.encode_batch_fast([text])[0] if long else self._backend.encode(text)
         ids, added = list(encoding.ids), encoding.special_tokens_mask
         begin = next((at for at, mark in enumerate(added) if not mark), len(ids))
         end = next((at for at in range(len(ids), begin, -1) if not added[at - 1]), begin)
@@ -133,7 +136,7 @@ class Tokenizer:
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """Returns the text of ``token_ids`` where they begin a text; raises as ``decode``."""
-        with refused_as(CheckpointError, UNDECODABLE):
+        with refused_as(CheckpointError, UNDECODABLE, quotes=False):
             if not self._byte_of or self._byte_of.keys().isdisjoint(token_ids):
                 return str(self._backend.decode(list(token_ids), skip_special_tokens=True))
             return "".join(self._pieces(list(filter(self.has_text, token_ids))))
@@ -192,14 +195,20 @@ def load_tokenizer(directory: str | Path, *, parse_special_tokens: bool = True) 
 
 
 @contextmanager
-def refused_as(kind: type[EngineError], what: str) -> Iterator[None]:
-    """Turns whatever the tokenizer library raises into ``kind``; the engine's own errors stay what they are."""
+def refused_as(kind: type[EngineError], what: str, *, quotes: bool = True) -> Iterator[None]:
+    """Turns whatever the tokenizer library raises into ``kind``; the engine's own errors stay what they are.
+
+    Args:
+        kind: of the error.
+        what: what it says.
+        quotes: whether it says what the library says; that may have an answer in it, which is not for a log.
+    """
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, EngineError):
         raise
     except BaseException as error:  # a panic of the library is not an Exception
-        raise kind(f"{what}: {error}") from error
+        raise kind(f"{what}: {error if quotes else type(error).__name__}") from error
 
 
 def _with_or_without(ids: list[int], token: int | None, wanted: bool | None) -> list[int]:

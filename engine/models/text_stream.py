@@ -55,7 +55,7 @@ class TextStream:
             CheckpointError: the tokenizer cannot decode them, or its decoder changes text because of what follows it.
                 After that, or any other fault, only ``restart`` makes sense.
         """
-        with refused_as(CheckpointError, UNDECODABLE):
+        with refused_as(CheckpointError, UNDECODABLE, quotes=False):
             return "".join([self._piece(token) for token in token_ids if self._tokenizer.has_text(token)])
 
     def finish(self) -> str:
@@ -88,8 +88,8 @@ class TextStream:
             given = _certain(given)  # the prompt's last character has become whole, and is the answer's
             if not certain.startswith(given):
                 raise CheckpointError(
-                    f"{UNDECODABLE} while it comes: its decoder has made {text!r} of a text that began {given!r}; ask "
-                    "for the answer as a whole, without stop texts"
+                    f"{UNDECODABLE} while it comes: its decoder changes text that was given, because of what follows; "
+                    "ask for the answer as a whole, without stop texts"
                 )
         self._given, self._held = certain, text[len(certain) :]
         if certain and not self._held:

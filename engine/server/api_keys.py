@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import json
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,16 +33,20 @@ class ApiKey:
     tenant_salt: str | None = None
     require_salt: bool = False
 
-    def salt(self, given: str | None, header: str) -> str:
+    def salt(self, values: Sequence[str], header: str) -> str:
         """The salt of a request, in which no tenant can meet another: what a header says only divides a key's own.
 
         Args:
-            given: value of the header, or None.
+            values: the values of the header, of which a request may have several.
             header: its name.
 
         Raises:
-            ApiError: the key needs the header, and it is absent or empty.
+            ApiError: there are several values, such as a client's own before that which a gateway adds; or the key
+                needs the header, and it is absent or empty.
         """
+        if len(values) > 1:
+            raise invalid(f"the header {header} is there {len(values)} times: it must be there once", header)
+        given = values[0] if values else None
         if self.require_salt and not given:
             raise invalid(f"the header {header} is missing: it must have the salt of your tenant", header)
         return json.dumps([self.tenant_salt, given or None]) if given or self.tenant_salt is not None else ""
@@ -87,6 +91,13 @@ def read_keys(options: ServerOptions) -> KeyRing:
     """The keys that the options name; raises ConfigError where the file of keys is wrong."""
     named = [ApiKey(key, None, options.require_tenant_salt) for key in options.api_keys]
     filed = _read_file(Path(options.api_key_file), options) if options.api_key_file is not None else []
+    known = {key.key for key in named}
+    for number, key in enumerate(filed, 1):
+        if key.key in known:
+            raise ConfigError(
+                f"key {number} in {options.api_key_file} was given before; a key has one tenant: give others"
+            )
+        known.add(key.key)
     return KeyRing([*named, *filed], require_salt=options.require_tenant_salt)
 
 

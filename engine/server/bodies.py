@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, from_json
 
 from engine.errors import RequestError
 from engine.server.api_error import ApiError, from_engine, invalid
-from engine.serving.sampling_params import MAX_ANSWERS, MAX_LOGPROBS, SEEDS, SamplingParams
+from engine.serving.sampling_params import MAX_ANSWERS, MAX_BIASES, MAX_LOGPROBS, MAX_STOPS, SEEDS, SamplingParams
 
 # Fields of OpenAI's API that change nothing here, whatever they say.
 IGNORED = frozenset(
@@ -45,13 +45,29 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 MAX_STOP_IDS = 1024
+# Everything that can be wrong is bounded in number: pydantic makes an error of each, a hundred times as large.
+MAX_MESSAGES = 10_000
+MAX_FIELDS = 128  # of one object
 MAX_NAME = 64  # characters of a name in an error
 
 
-class StreamOptions(BaseModel):
-    """How an answer is streamed."""
+class Checked(BaseModel):
+    """An object with the fields of its class, and no others; a field that is null has its default."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if len(values) > MAX_FIELDS:
+            raise PydanticCustomError("fields", "must have {most} fields at most", {"most": MAX_FIELDS})
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class StreamOptions(Checked):
+    """How an answer is streamed."""
 
     include_usage: bool = False
     include_obfuscation: bool = False  # padding against readers of sizes, which is not added
@@ -61,6 +77,8 @@ def _by_token(value: Any) -> Any:
     """Biases by token id: JSON has texts for keys."""
     if not isinstance(value, dict):
         return value
+    if len(value) > MAX_BIASES:
+        raise PydanticCustomError("tokens", "must have {most} token ids at most", {"most": MAX_BIASES})
     if not all(token.isascii() and token.isdigit() and len(token) < MAX_NAME for token in value):
         raise PydanticCustomError("token", "its keys must be token ids, as texts of digits")
     return {int(token): bias for token, bias in value.items()}
@@ -70,10 +88,8 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class SamplingBody(BaseModel):
+class SamplingBody(Checked):
     """The fields that both endpoints have; values are checked by ``SamplingParams``."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
 
     model: str
     temperature: float = 1.0
@@ -83,7 +99,7 @@ class SamplingBody(BaseModel):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Annotated[dict[int, float], BeforeValidator(_by_token)] = {}
-    stop: Annotated[list[str], BeforeValidator(_as_list)] = []
+    stop: Annotated[list[str], Field(max_length=MAX_STOPS), BeforeValidator(_as_list)] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     # What OpenAI's API lacks, by the names that other servers have for it.
@@ -157,7 +173,7 @@ class CompletionBody(SamplingBody):
     """The body of ``POST /v1/completions``."""
 
     prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts)]
-    max_tokens: int = 16
+    max_tokens: Annotated[int, Field(ge=1)] = 16
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
 
     @property
@@ -180,29 +196,20 @@ def _is_text_part(part: Any) -> bool:
     return has_both and part["type"] == "text" and isinstance(part["text"], str)
 
 
-class Message(BaseModel):
-    """A message of a conversation."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+class Message(Checked):
+    """A message of a conversation; an answer that is sent back names, as null, all that it does not have."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, PlainValidator(_content)]
     name: str | None = None
 
 
-def _without_nulls(messages: Any) -> Any:
-    """Messages without what is null in them: an answer that is sent back names all that it does not have."""
-    if not isinstance(messages, list):
-        return messages
-    return [{k: v for k, v in each.items() if v is not None} if isinstance(each, dict) else each for each in messages]
-
-
 class ChatBody(SamplingBody):
     """The body of ``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1), BeforeValidator(_without_nulls)]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     logprobs: bool = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
 
@@ -212,6 +219,10 @@ class ChatBody(SamplingBody):
         if not self.logprobs and self.top_logprobs is not None:
             raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    def plain_messages(self) -> list[dict[str, str]]:
+        """The messages as templates see them."""
+        return [message.model_dump(exclude_none=True) for message in self.messages]
 
     @property
     def most_tokens(self) -> int | None:
@@ -230,6 +241,8 @@ def parse_body(content: bytes, kind: type[Body]) -> Body:
         raise invalid(f"the body is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise invalid("the body must be a JSON object")
+    if len(values) > MAX_FIELDS:
+        raise invalid(f"the body must have {MAX_FIELDS} fields at most")
     kept = {name: value for name, value in values.items() if value is not None and name not in IGNORED}
     for name in [name for name in kept if name in UNSUPPORTED]:
         if not _asks_for_nothing(name, kept.pop(name), kept):

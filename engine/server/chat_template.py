@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import CheckpointError, ConfigError, RequestError, shown
@@ -24,6 +25,7 @@ from engine.models.text import TOKENIZER_CONFIG_FILE
 TEMPLATE_FILE, TEMPLATE_TABLE = "chat_template.jinja", "chat_template.json"
 RENDER_SECONDS = 5.0
 MOST_CHARACTERS = 2**26  # of a rendered text; what a body may have becomes longer only by the template's own words
+MOST_BITS = 1024  # of a number that a template computes
 _NAMED = "<template>"  # the file name that Jinja gives to the code of a template
 
 
@@ -40,9 +42,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, tokens: dict[str, str], origin: str) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-        )
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
         try:
@@ -106,6 +106,28 @@ def _chosen(value: Any, origin: Path) -> str | None:
     if not isinstance(value, str | None):
         raise CheckpointError(f"{origin} has chat_template={shown(value)}, which must be a text; restore the file")
     return value
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which a product is no larger than a prompt may be: no other operator makes much at once."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """What an operator makes of two values."""
+        if operator == "**" or not _is_small_product(left, right):
+            raise TemplateError(f"{operator} makes something too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def _is_small_product(left: Any, right: Any) -> bool:
+    if isinstance(left, int) and isinstance(right, int):
+        return left.bit_length() + right.bit_length() <= MOST_BITS
+    sizes = [
+        abs(value) if isinstance(value, int) else len(value) if isinstance(value, Sized) else 1
+        for value in (left, right)
+    ]
+    return sizes[0] * sizes[1] <= MOST_CHARACTERS
 
 
 class _Generation(Extension):

@@ -157,8 +157,7 @@ class Endpoints:
         if template is None:
             remedy = "start the server with --chat-template FILE, or use /v1/completions"
             raise invalid(f"this model has no chat template, which makes a prompt of messages: {remedy}", "messages")
-        messages = [message.model_dump(exclude_none=True) for message in body.messages]
-        return await asyncio.to_thread(lambda: tokenizer.encode(template.render(messages)))
+        return await asyncio.to_thread(lambda: tokenizer.encode(template.render(body.plain_messages())))
 
     def _room_behind(self, prompt_tokens: int) -> int:
         """Most tokens that an answer can have, in the context and in the pool."""
@@ -183,7 +182,7 @@ class Endpoints:
 
     def _salt(self, request: Request) -> str:
         header = self._service.options.tenant_header
-        salt: str = request.state.key.salt(request.headers.get(header), header)
+        salt: str = request.state.key.salt(request.headers.getlist(header), header)
         return salt
 
     def _require_model(self, name: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ import uvicorn
 from engine.server.connection import MAX_HEAD_BYTES, connection_class
 from engine.server.endpoints import make_app
 from engine.server.logprob_json import TokenNames
-from engine.server.safe_log import ACCESS_LOGGER
+from engine.server.safe_log import begin_log
 from engine.server.service import Prepared, Service
 from engine.serving.async_llm import AsyncLLM
 from engine.serving.llm import LLM
@@ -126,8 +125,7 @@ def serve(llm: LLM, prepared: Prepared, bound: socket.socket, on_ready: Callable
         bound: a socket at the address to listen on.
         on_ready: called with a line for the user when the server listens.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger(ACCESS_LOGGER).setLevel(logging.INFO)
+    begin_log()
     name = prepared.model_name
 
     async def run() -> int:

@@ -4,11 +4,31 @@ from __future__ import annotations
 
 import logging
 import traceback
+from typing import Any
 
-ACCESS_LOGGER = "engine.server.access"
-
-_access = logging.getLogger(ACCESS_LOGGER)
+_access = logging.getLogger("engine.server.access")
 _logger = logging.getLogger(__name__)
+
+
+def begin_log() -> None:
+    """Sends the log of this process to stderr: warnings of all packages, and each request's line."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlaceFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    _access.setLevel(logging.INFO)
+
+
+class PlaceFormatter(logging.Formatter):
+    """Tells of an exception its kind and place, whoever logs it: its message may quote what a client sent or got."""
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802  as logging calls it
+        """The kinds and places of an exception and of those behind it."""
+        error: BaseException | None = ei[1]
+        lines: list[str] = []
+        while error is not None:
+            lines += [type(error).__name__ + ":", _place_of(error)]
+            error = error.__cause__
+        return "\n".join(lines)
 
 
 def log_access(request_id: str, method: str, path: str, status: int, seconds: float) -> None:
@@ -26,5 +46,8 @@ def log_access(request_id: str, method: str, path: str, status: int, seconds: fl
 
 def log_failure(error: BaseException) -> None:
     """Where a request failed and by what kind of error: its message may quote what the client sent."""
-    place = "".join(traceback.format_tb(error.__traceback__))
-    _logger.error("a request failed by %s:\n%s", type(error).__name__, place.rstrip())
+    _logger.error("a request failed by %s:\n%s", type(error).__name__, _place_of(error))
+
+
+def _place_of(error: BaseException) -> str:
+    return "".join(traceback.format_tb(error.__traceback__)).rstrip()

@@ -114,7 +114,9 @@ class Intake:
                 f"{self._vocab_size} tokens ends the answer; leave some out of stop_token_ids"
             )
         if params.stop and self._tokenizer is None:
-            raise RequestError("the model has no tokenizer.json, so no text can end an answer; use stop_token_ids")
+            raise RequestError(
+                "stop has texts, but the model has no tokenizer.json, so no text can end an answer; use stop_token_ids"
+            )
         seed = params.seed
         if seed is None:  # from the system, so that seeding a generator of this process does not repeat it
             seed = secrets.randbelow(SEEDS) if params.temperature > 0 else 0

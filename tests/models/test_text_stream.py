@@ -152,8 +152,9 @@ def test_a_decoder_that_rewrites_what_was_given_is_refused() -> None:
     steps = decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "c")])
     stream = TextStream(Tokenizer(words(steps, "a", "b")))
     assert stream.push([1]) == "a"
-    with pytest.raises(CheckpointError, match="cannot decode the answer"):
+    with pytest.raises(CheckpointError, match="cannot decode the answer") as error:
         stream.push([2])
+    assert not {"'a'", "'c'", "'ab'"} & set(str(error.value).split())  # no answer is for a log
     stream.restart()
     assert stream.push([1, 1]) == "aa"
 
@@ -176,7 +177,7 @@ def test_a_decoder_that_panics_is_an_error_of_ours_and_the_stream_can_begin_agai
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(tokenizer, "_backend", Backend())
-        with pytest.raises(CheckpointError, match="cannot decode the answer: index out of bounds"):
+        with pytest.raises(CheckpointError, match=r"cannot decode the answer: Panic$"):
             stream.push([105])
     stream.restart()
     assert stream.push([105]) + stream.push([106]) == "ij"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -138,6 +139,40 @@ def test_a_wrong_message_is_refused_by_its_place(messages, param):
     with pytest.raises(ApiError) as error:
         parse_body(json.dumps({"model": "m", "messages": messages}).encode(), ChatBody)
     assert error.value.body["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("kind", "param", "field"),
+    [
+        (CompletionBody, "stop", b'"stop": [1' + b",1" * 1_000_000 + b"]"),
+        (CompletionBody, "logit_bias", b'"logit_bias": {' + b",".join(b'"%d":{}' % i for i in range(150_000)) + b"}"),
+        (CompletionBody, None, b",".join(b'"x%d":1' % i for i in range(150_000))),
+        (
+            CompletionBody,
+            "stream_options",
+            b'"stream_options": {' + b",".join(b'"%d":1' % i for i in range(999)) + b"}",
+        ),
+        (ChatBody, "messages", b'"messages": [{}' + b",{}" * 600_000 + b"]"),
+        (ChatBody, "messages.0", b'"messages": [{' + b",".join(b'"x%d":1' % i for i in range(150_000)) + b"}]"),
+    ],
+    ids=["stop", "logit_bias", "fields", "stream_options", "messages", "message"],
+)
+def test_what_is_wrong_a_million_times_costs_no_more_than_its_size(kind, param, field):
+    tracemalloc.start()
+    try:
+        with pytest.raises(ApiError) as error:
+            parse_body(json.dumps(NEEDED[kind]).encode()[:-1] + b"," + field + b"}", kind)
+        assert tracemalloc.get_traced_memory()[1] < 2**20 + 80 * len(field)
+    finally:
+        tracemalloc.stop()
+    assert error.value.status == 400
+    assert error.value.body["error"]["param"] == param
+
+
+@pytest.mark.parametrize("kind", ROUTES, ids=lambda kind: kind.__name__)
+def test_null_is_the_default_of_every_field(kind):
+    nulls = dict.fromkeys(kind.model_fields) | {"stream_options": {"include_usage": None}} | NEEDED[kind]
+    assert parse_body(json.dumps(nulls).encode(), kind) == parse_body(json.dumps(NEEDED[kind]).encode(), kind)
 
 
 def test_an_empty_content_and_an_answer_sent_back_are_messages():

@@ -40,6 +40,12 @@ def test_json_is_not_escaped_for_html():
     assert rendered("{{ {'b': 'ü'} | tojson(ensure_ascii=true, separators=(',', ':')) }}") == '{"b":"\\u00fc"}'
 
 
+def test_products_are_those_of_python():
+    assert rendered("{{ 'ab' * 3 }} {{ 1000000 * 1000000 }} {{ 2.5 * 2 }} {{ [1] * 2 }} {{ 3 * '-' }}") == (
+        "ababab 1000000000000 5.0 [1, 1] ---"
+    )
+
+
 def test_the_time_can_be_told():
     assert rendered("{{ strftime_now('%Y') }}") in (time.strftime("%Y"), str(int(time.strftime("%Y")) - 1))
 
@@ -51,9 +57,13 @@ def test_the_time_can_be_told():
         ("{{ nothing.at.all }}", "'nothing' is undefined"),
         ("{{ messages.append(1) }}", "unsafe"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
-        ("{{ range(10 ** 9) | length }}", "Range too big"),
+        ("{{ range(1000 * 1000 * 1000) | length }}", "Range too big"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ 'a' * 10000000000 }}", "too large"),
+        ("{{ 10000000000 * [1] }}", "too large"),
+        ("{{ ('a' * 60000) * (60000 * 60000) }}", "too large"),
+        ("{{ 10 ** 9 ** 9 }}", "too large"),
     ],
 )
 def test_what_a_template_cannot_do_is_the_fault_of_the_request(source, message):
@@ -80,7 +90,7 @@ def test_a_template_that_does_not_end_is_ended(source, monkeypatch):
 def test_what_becomes_too_long_is_refused(monkeypatch):
     monkeypatch.setattr(chat_template, "MOST_CHARACTERS", 100)
     with pytest.raises(RequestError, match="101 characters"):
-        rendered("{{ 'a' * 101 }}")
+        rendered("{{ 'a' * 60 }}{{ 'a' * 41 }}")
 
 
 def write(folder, name, value):

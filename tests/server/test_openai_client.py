@@ -300,6 +300,13 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(client, field, wrong)
     assert field in error.value.message or field == "prompt"
 
 
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_a_wrong_limit_of_a_chat_is_refused_by_the_name_it_was_given_by(client, field):
+    with pytest.raises(openai.BadRequestError, match=field) as error:
+        client.chat.completions.create(model="default", messages=[{"role": "user", "content": "a"}], **{field: 0})
+    assert error.value.param == field
+
+
 def test_what_asks_for_nothing_or_changes_nothing_is_let_through(client):
     nothing = {"suffix": None, "echo": False, "best_of": 1, "tools": [], "response_format": {"type": "text"}}
     extra = {"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "top_k": -1, **nothing}

@@ -87,6 +87,7 @@ def test_a_text_that_cannot_be_sent_is_refused(option, message):
         ("keys = []", r"no table \[\[keys\]\]"),
         ("key = 'secret'", "unknown key"),
         ("[[keys]]\nkey = 'secret'\n[[keys]]\nkey = 5", "key 2 in"),
+        ("[[keys]]\nkey = 'secret'\n[[keys]]\nkey = 'secret'\ntenant_salt = 'a'", "key 2 in .* was given before"),
         ("[[keys]]\nkey = 'secret'\nsalt = 'a'", "tenant_salt"),
         ("[[keys]]\nkey = 'secret'\ntenant_salt = ''", "tenant_salt"),
         ("[[keys]]\nkey = 'secret'\nrequire_tenant_salt = 1", "true or false"),

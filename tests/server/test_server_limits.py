@@ -3,6 +3,7 @@
 import json
 import logging
 import socket
+import sys
 import threading
 import time
 
@@ -24,6 +25,7 @@ from server_support import (
 )
 
 from engine.errors import IntegrityError, QueueFull
+from engine.server.safe_log import PlaceFormatter
 
 BODY = {"model": "default", "prompt": "hello"}
 
@@ -109,6 +111,14 @@ def test_a_salt_can_be_required():
         assert len(engine.answerings) == 1
 
 
+def test_a_salt_that_is_there_twice_is_refused():
+    """A client's own might come before that which a gateway adds."""
+    with faked() as (server, engine):
+        status, _, body = exchange(server, body=BODY, headers=["X-Tenant-Salt: a", "X-Tenant-Salt: b"])
+        assert (status, error_of(body)["param"]) == (400, "X-Tenant-Salt")
+        assert not engine.answerings
+
+
 # Paths, sizes, forms.
 
 
@@ -175,6 +185,17 @@ def test_what_is_no_request_or_has_too_large_a_head_is_refused(raw):
         status, headers, body = exchange(server, raw=raw)
         assert (status, headers["connection"]) == (400, "close")
         assert error_of(body)["type"] == "invalid_request_error"
+
+
+def test_rubbish_behind_an_answer_ends_the_connection_without_a_word(caplog):
+    head = b"POST /nothing HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with faked() as (server, _), connect(server, head) as connection:
+        answer = b""
+        while not answer.endswith(b"}}"):
+            answer += connection.recv(1 << 16)
+        connection.sendall(b"no size\r\n")
+        assert ends(connection)
+    assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 # Numbers.
@@ -328,6 +349,27 @@ def test_a_hang_up_aborts_every_prompt_of_the_request(streams):
         until(lambda: server.service.in_flight == 0)
 
 
+@pytest.mark.parametrize("behind", [b"\r\n", request_bytes(body=BODY), b"x" * 9000])
+def test_a_hang_up_is_noticed_behind_whatever_else_was_sent(behind):
+    with faked(never) as (server, engine):
+        with connect(server, request_bytes(body=BODY, close=False)) as connection:
+            until(lambda: engine.answerings)
+            connection.sendall(behind)
+            time.sleep(0.05)
+        until(lambda: engine.answerings[0].is_aborted)
+        assert len(engine.answerings) == 1
+
+
+def test_what_is_sent_behind_a_request_is_not_kept_without_bound():
+    with (
+        faked(never, stop_timeout=0) as (server, _),
+        connect(server, request_bytes(body=BODY, close=False)) as connection,
+    ):
+        connection.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            connection.sendall(b"x" * 2**26)
+
+
 @pytest.mark.parametrize("streams", [True, False])
 @pytest.mark.parametrize("reason", ["error", "non_finite", "timeout", "abort"])
 def test_an_answer_that_the_engine_could_not_complete_is_an_error(streams, reason):
@@ -364,6 +406,31 @@ def test_a_fault_of_the_server_is_an_error_and_its_message_stays_within(streams,
         assert exchange(server, body=BODY)[0] == 500
     assert "secret" not in caplog.text
     assert caplog.text.count("a request failed by IntegrityError") == 2
+
+
+def test_the_log_has_the_kind_and_place_of_an_exception_whoever_logs_it():
+    try:
+        try:
+            raise ValueError("a secret prompt")
+        except ValueError as error:
+            raise IntegrityError("a secret answer") from error
+    except IntegrityError:
+        record = logging.LogRecord("any", logging.ERROR, __file__, 1, "it failed", (), sys.exc_info())
+    text = PlaceFormatter("%(message)s").format(record)
+    assert text.startswith("it failed\nIntegrityError:\n")
+    assert "\nValueError:\n" in text
+    assert text.count("in test_the_log_has_the_kind_and_place") == 2
+    assert "a secret" not in "\n".join(line for line in text.splitlines() if "raise " not in line)
+
+
+def test_a_request_for_another_protocol_is_answered_in_this_one_without_a_warning(caplog):
+    with faked() as (server, _):
+        for protocol in ("websocket", "h2c"):
+            headers = [f"Upgrade: {protocol}", "Connection: upgrade, close"]
+            raw = request_bytes("GET", "/health", headers=headers, close=False)
+            with connect(server, raw) as connection:
+                assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_a_model_without_texts_is_served_by_token_ids():

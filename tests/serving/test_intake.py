@@ -159,7 +159,7 @@ def test_what_are_no_sampling_params_is_refused(intake, params, message):
 
 def test_a_stop_text_needs_a_tokenizer(intake):
     intake._tokenizer = None
-    assert "no tokenizer.json, so no text can end an answer" in refusal(intake, [[1]], SamplingParams(stop="a"))
+    assert "stop has texts, but the model has no tokenizer.json" in refusal(intake, [[1]], SamplingParams(stop="a"))
 
 
 def test_all_tokens_but_one_may_end_an_answer_and_all_where_it_may_be_short(intake):
