@@ -72,7 +72,7 @@ MOST_LINES = {
     "native": 270,
     "planning": 460,
     "server": 2100,
-    "serving": 6700,
+    "serving": 7000,
 }
 # Lines of a function's body without its docstring: one screen, which is held in the head at once. The longest function,
 # one lane of the TPU kernel's loop, has 50.
