@@ -14,6 +14,7 @@ from engine.serving.answer_text import AnswerText
 from engine.serving.sampling_params import SamplingParams
 
 AGING_SECONDS = 10.0  # an arrival earlier by this outweighs one level of priority
+NEVER = 2**31 - 1  # beyond every position
 
 
 class FinishReason(StrEnum):
@@ -184,6 +185,13 @@ class Request:
         """Whether its time is up."""
         timeout = self.params.timeout
         return timeout is not None and self.arrival is not None and now - self.arrival >= timeout
+
+    @property
+    def adjusts_until(self) -> int:
+        """The first position from which on the model's own logits choose its tokens: 0 or ``NEVER`` for most."""
+        if self.params.adjusts_logits:
+            return NEVER
+        return len(self.prompt) + self.params.min_tokens if self.params.min_tokens and self.stop_ids else 0
 
     @property
     def num_tokens(self) -> int:

@@ -146,9 +146,9 @@ class SamplingParams:
 
     @property
     def adjusts_logits(self) -> bool:
-        """Whether tokens are chosen by more than temperature, ``top_k`` and ``top_p``."""
+        """Whether all tokens are chosen by more than temperature, ``top_k`` and ``top_p``: ``min_tokens`` apart."""
         penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1
-        return bool(any(penalties) or self.min_p or self.logit_bias or self.min_tokens)
+        return bool(any(penalties) or (self.min_p and self.temperature) or self.logit_bias)
 
     def _require(self, name: str, value: object, rule: str) -> None:
         """Takes ``value``, which is None where the field ``name`` breaks its rule."""

@@ -47,12 +47,12 @@ def known_request(row, params, prompt, answer=(), stop_ids=()):
     )
 
 
-def adjust(known, requests, logits, adjusts=None):
+def adjust(known, requests, logits):
     """The logits by which the rows of ``requests``, in this order, choose."""
     rows = np.array([each.req_pool_idx for each in requests], np.int32)
     position = np.array([each.num_tokens for each in requests], np.int32)
     temperature = np.array([each.params.temperature for each in requests], np.float32)
-    adjusts = np.array([each.params.adjusts_logits for each in requests]) if adjusts is None else adjusts
+    adjusts = position < [each.adjusts_until for each in requests]
     return np.asarray(choose_by(known, logits, rows, position, temperature, adjusts))
 
 
@@ -115,10 +115,10 @@ def test_rows_of_all_kinds_and_in_any_order_do_not_touch_one_another(seed):
         for row in rng.permutation(ROWS)
     ]
     former = [known_request(row, SamplingParams(repetition_penalty=3.0), range(VOCAB), [5] * 9) for row in range(ROWS)]
-    known = entered([each for each in requests if each.params.adjusts_logits], known=entered(former))
+    known = entered([each for each in requests if each.adjusts_until], known=entered(former))
     logits = rng.normal(size=(ROWS, VOCAB)).astype(np.float32) * 4
     for each, own, got in zip(requests, logits, adjust(known, requests, logits), strict=True):
-        if each.params.adjusts_logits:
+        if each.adjusts_until:
             expected = adjusted_logits(own, each.prompt, each.output, each.params, each.stop_ids)
             np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
         else:
@@ -232,12 +232,54 @@ def test_a_row_that_was_given_back_before_the_next_step_is_not_told():
 
 def test_what_was_not_told_when_a_step_failed_is_told_when_the_requests_run_again():
     _, scheduler = make()
-    requests = [scheduled(number, 5, min_p=0.5) for number in (1, 2)]
+    requests = [scheduled(number, 5, presence_penalty=0.5) for number in (1, 2)]
     for each in requests:
         scheduler.add(each)
     assert list(scheduler.next_step().parts[0].entered) == requests
     scheduler.restart(requests)
     assert list(scheduler.next_step().parts[0].entered) == requests
+
+
+@pytest.mark.parametrize("least", [0, 1, 3, 8])
+def test_a_request_that_only_has_a_least_length_adjusts_until_its_answer_has_it(least):
+    """Beside another one that decodes on, of which no step before or after it is planned anew."""
+    _, scheduler = make()
+    bounded = scheduled(1, 5, new=8, min_tokens=least)
+    bounded.stop_ids = frozenset((3,))
+    scheduler.add(bounded)
+    scheduler.add(scheduled(2, 5, new=12))
+    adjusting, told, repeated = [], 0, []
+    while scheduler.has_work:
+        (part,) = (step := scheduler.next_step()).parts
+        adjusting.append(part.adjusts is not None)
+        told += len(part.entered)
+        repeated.append(part.repeats)
+        commit(scheduler, step, np.full(3, 7, np.int32))
+    assert adjusting == [True] * least + [False] * (12 - least)
+    assert told == (least > 0)
+    anew = {0, 1, 8} | ({least} if 1 < least < 8 else set())  # a prompt, the first token fed, a change, an end
+    assert {index for index, repeats in enumerate(repeated) if not repeats} == anew
+
+
+def test_a_least_length_that_nothing_could_undercut_adjusts_nothing():
+    _, scheduler = make()
+    scheduler.add(scheduled(1, 5, new=8, min_tokens=8))
+    step = scheduler.next_step()
+    assert step.parts[0].adjusts is None
+    assert not step.has_entered
+
+
+def test_a_request_that_runs_again_with_its_least_length_is_not_told_to_the_device():
+    _, scheduler = make()
+    bounded = scheduled(1, 5, new=8, min_tokens=2)
+    bounded.stop_ids = frozenset((3,))
+    scheduler.add(bounded)
+    for _ in range(2):
+        commit(scheduler, scheduler.next_step(), np.full(3, 7, np.int32))
+    scheduler.restart([bounded])
+    step = scheduler.next_step()
+    assert not step.has_entered
+    assert step.parts[0].adjusts is None
 
 
 # Whole answers.

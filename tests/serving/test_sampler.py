@@ -374,12 +374,13 @@ def test_more_tokens_are_not_asked_for_than_allowed():
         ({}, False),
         ({"temperature": 1, "top_k": 3, "top_p": 0.5, "seed": 1, "logprobs": 2, "stop_token_ids": [1]}, False),
         ({"min_p": 0, "presence_penalty": 0, "repetition_penalty": 1, "logit_bias": {}, "min_tokens": 0}, False),
-        ({"min_p": 0.1}, True),
+        ({"min_p": 0.1}, False),  # greedy requests do not read it
+        ({"min_p": 0.1, "temperature": 0.1}, True),
         ({"presence_penalty": -0.1}, True),
         ({"frequency_penalty": 0.1}, True),
         ({"repetition_penalty": 0.9}, True),
         ({"logit_bias": {3: 0}}, True),
-        ({"min_tokens": 1}, True),
+        ({"min_tokens": 1}, False),  # changes only the first tokens
     ],
 )
 def test_only_what_changes_logits_adjusts_them(asked, adjusts):
