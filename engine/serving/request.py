@@ -138,6 +138,7 @@ class Request:
         params: how to choose its tokens.
         seed: seed of its random stream, given or drawn.
         stop_ids: every token that ends it.
+        too_early: the tokens that are not chosen before its answer has ``min_tokens``; empty without a least length.
         state: its state; only the methods below change it.
         req_pool_idx: its page-table row while it runs, else None.
         replica: index of the replica that it runs on.
@@ -174,6 +175,7 @@ class Request:
     failures: int = 0
     failures_at: int = 0  # tokens of the answer at the last of them
     text: AnswerText | None = None
+    too_early: frozenset[int] = frozenset()
     times: RequestTimes = field(default_factory=RequestTimes)
 
     @property
@@ -191,7 +193,7 @@ class Request:
         """The first position from which on the model's own logits choose its tokens: 0 or ``NEVER`` for most."""
         if self.params.adjusts_logits:
             return NEVER
-        return len(self.prompt) + self.params.min_tokens if self.params.min_tokens and self.stop_ids else 0
+        return len(self.prompt) + self.params.min_tokens if self.too_early else 0
 
     @property
     def num_tokens(self) -> int:

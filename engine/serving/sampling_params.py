@@ -70,10 +70,11 @@ class SamplingParams:
         logit_bias: added to the logits of these tokens, -100 to 100, for at most 300 of them; a mapping, kept as pairs.
         stop: texts that end the answer, at most 16 of up to 1,024 characters; the answer's text ends before the first
             of them. Its tokens are those up to the one that completed the stop text. Needs a tokenizer.
-        min_tokens: until the answer has so many tokens nothing ends it by its contents: the tokens that would are not
-            chosen, and stop texts are not looked for.
+        min_tokens: until the answer has so many tokens nothing ends it by its contents: ``stop_token_ids`` and the
+            model's end-of-text tokens are not chosen, these not even with ``ignore_eos``, and stop texts are not looked
+            for. With a token that ends it an answer has at least one more.
         stop_token_ids: tokens that end the answer; they are part of it.
-        ignore_eos: do not stop at the model's end-of-text tokens.
+        ignore_eos: do not stop at the model's end-of-text tokens; they may be chosen.
         logprobs: how many of the most likely tokens to report at each position beside the chosen one, 0 to 20, of the
             model's own distribution; None reports nothing.
         n: answers to draw from one prompt, 1 to 128; answer ``i`` uses seed ``(seed + i) % 2**31`` and shares the

@@ -42,9 +42,9 @@ def entered(requests, *, known=None, vocab=VOCAB):
 
 
 def known_request(row, params, prompt, answer=(), stop_ids=()):
-    return Request(
-        1, np.array(prompt, np.int32), params, frozenset(stop_ids), SCOPE, req_pool_idx=row, output=list(answer)
-    )
+    each = Request(1, np.array(prompt, np.int32), params, frozenset(), SCOPE, req_pool_idx=row, output=list(answer))
+    each.too_early = frozenset(stop_ids if params.min_tokens else ())
+    return each
 
 
 def adjust(known, requests, logits):
@@ -91,7 +91,7 @@ def test_every_rule_is_that_of_float64(rule, seed):
     prompt, answer = rng.integers(0, VOCAB, 30), rng.integers(0, 20, 40).tolist()
     each = known_request(2, params, prompt, answer, stop_ids=rng.choice(VOCAB, 4, replace=False).tolist())
     logits = rng.normal(size=(1, VOCAB)).astype(np.float32) * 4
-    expected = adjusted_logits(logits[0], prompt, answer, params, each.stop_ids)
+    expected = adjusted_logits(logits[0], prompt, answer, params, each.too_early)
     (got,) = adjust(entered([each]), [each], logits)
     at_edge = np.isneginf(got) != np.isneginf(expected)  # of min-p: a probability within rounding of the smallest
     np.testing.assert_allclose(got[~at_edge], expected[~at_edge], rtol=1e-5, atol=1e-5)
@@ -119,7 +119,7 @@ def test_rows_of_all_kinds_and_in_any_order_do_not_touch_one_another(seed):
     logits = rng.normal(size=(ROWS, VOCAB)).astype(np.float32) * 4
     for each, own, got in zip(requests, logits, adjust(known, requests, logits), strict=True):
         if each.adjusts_until:
-            expected = adjusted_logits(own, each.prompt, each.output, each.params, each.stop_ids)
+            expected = adjusted_logits(own, each.prompt, each.output, each.params, each.too_early)
             np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
         else:
             np.testing.assert_array_equal(got, own)
@@ -134,7 +134,7 @@ def test_a_request_of_many_tokens_comes_in_several_chunks():
     assert len(list(chunks_of(each))) >= 3
     logits = rng.normal(size=(1, vocab)).astype(np.float32)
     (got,) = adjust(entered([each], vocab=vocab), [each], logits)
-    np.testing.assert_allclose(got, adjusted_logits(logits[0], prompt, answer, params, each.stop_ids), rtol=1e-5)
+    np.testing.assert_allclose(got, adjusted_logits(logits[0], prompt, answer, params, each.too_early), rtol=1e-5)
 
 
 def test_a_chunk_of_nobody_enters_nothing():
@@ -245,7 +245,7 @@ def test_a_request_that_only_has_a_least_length_adjusts_until_its_answer_has_it(
     """Beside another one that decodes on, of which no step before or after it is planned anew."""
     _, scheduler = make()
     bounded = scheduled(1, 5, new=8, min_tokens=least)
-    bounded.stop_ids = frozenset((3,))
+    bounded.too_early = frozenset((3,) if least else ())
     scheduler.add(bounded)
     scheduler.add(scheduled(2, 5, new=12))
     adjusting, told, repeated = [], 0, []
@@ -272,7 +272,7 @@ def test_a_least_length_that_nothing_could_undercut_adjusts_nothing():
 def test_a_request_that_runs_again_with_its_least_length_is_not_told_to_the_device():
     _, scheduler = make()
     bounded = scheduled(1, 5, new=8, min_tokens=2)
-    bounded.stop_ids = frozenset((3,))
+    bounded.too_early = frozenset((3,))
     scheduler.add(bounded)
     for _ in range(2):
         commit(scheduler, scheduler.next_step(), np.full(3, 7, np.int32))
@@ -396,7 +396,10 @@ def test_nothing_that_ends_an_answer_is_chosen_before_its_least_length(dense, de
     assert short.token_ids == [stop]
     assert not {eos, stop} & set(long.token_ids[:6])
     assert long.token_ids == answer_of(dense, prompt, params, stop_ids=(eos, stop))
-    assert unstopped.token_ids == answer_of(dense, prompt, params, stop_ids=(stop,))
+    begun = unstopped.token_ids[:6]
+    assert begun == answer_of(dense, prompt, dataclasses.replace(params, max_new_tokens=6), stop_ids=(eos, stop))
+    rest = dataclasses.replace(params, max_new_tokens=24, min_tokens=0)
+    assert unstopped.token_ids[6:] == answer_of(dense, prompt + begun, rest, stop_ids=(stop,))
 
 
 def test_a_bias_keeps_a_token_out_or_forces_it(llm, dense_greedy):

@@ -49,7 +49,8 @@ class SamplingColumns:
     @classmethod
     def of_rows(cls, rows: int) -> SamplingColumns:
         """Columns for ``rows`` rows, to be entered as requests come."""
-        return cls(*np.zeros((3, rows), np.int32), *np.zeros((2, rows), np.float32), np.zeros(rows, np.bool_))
+        dtypes: list[npt.DTypeLike] = [*[np.int32] * 3, *[np.float32] * 2, np.bool_]
+        return cls(*(np.zeros(rows, dtype) for dtype in dtypes))
 
     def enter(self, row: int, request: Request) -> None:
         """Enters the request that has got ``row``."""
