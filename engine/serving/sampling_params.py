@@ -178,11 +178,13 @@ def _flag(value: object) -> bool | None:
 
 
 def _biases(values: object) -> tuple[tuple[int, float], ...] | None:
-    """Pairs of token id and bias, by id; None where one is wrong or they are too many."""
+    """Pairs of token id and bias, by id; None where one is wrong, they are too many, or a token has two."""
     try:
         pairs = list(values.items() if isinstance(values, Mapping) else values)  # type: ignore[call-overload]
         checked = {_whole(token, 0, 2**31): _number(bias, -100, 100) for token, bias in pairs}
     except (TypeError, ValueError):
+        return None
+    if isinstance(values, str) or len(pairs) > len(checked):
         return None
     if len(checked) > MAX_BIASES or None in checked or None in checked.values():
         return None

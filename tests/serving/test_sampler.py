@@ -392,6 +392,12 @@ def test_biases_are_pairs_in_the_order_of_their_tokens_however_they_are_given():
     assert {SamplingParams(logit_bias=bias).biases for bias in given} == {((3, -2.5), (7, 1.0))}
 
 
+@pytest.mark.parametrize("biases", [[(1, 2), (1, 3)], [(1, 2), (np.int32(1), 2)], ""])
+def test_biases_of_which_one_would_be_lost_are_refused(biases):
+    with pytest.raises(RequestError, match="it must be a mapping of at most 300 token ids"):
+        SamplingParams(logit_bias=biases)
+
+
 def test_numpys_numbers_are_taken_as_pythons():
     given = {"max_new_tokens": np.int64(5), "temperature": np.float32(0.5), "top_k": np.uint8(3), "seed": np.int32(9)}
     given |= {"top_p": np.float16(0.5), "n": np.int16(2), "timeout": np.float64(2), "ignore_eos": np.True_}
