@@ -107,11 +107,11 @@ class Intake:
             )
         self._require_known("stop_token_ids", params.stop_token_ids)
         self._require_known("logit_bias", [token for token, _ in params.biases])
-        ending = self._stop_ids(params) if params.min_tokens else ()
-        if ending and all(token in ending for token in range(self._vocab_size)):
+        too_early = self._too_early(params)
+        if all(token in too_early for token in range(self._vocab_size)):
             raise RequestError(
                 f"with min_tokens={params.min_tokens} no token could be chosen, because every one of the model's "
-                f"{self._vocab_size} tokens ends the answer; leave some out of stop_token_ids"
+                f"{self._vocab_size} tokens ends answers; leave some out of stop_token_ids"
             )
         if params.stop and self._tokenizer is None:
             raise RequestError(
@@ -143,11 +143,16 @@ class Intake:
             stop_ids=self._stop_ids(params),
             scope=self._scope_for(params.tenant_salt),
             text=text,
+            too_early=self._too_early(params),
         )
 
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
         """Every token that ends an answer."""
         return frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
+
+    def _too_early(self, params: SamplingParams) -> frozenset[int]:
+        """Every token that is not chosen before ``min_tokens``."""
+        return frozenset(params.stop_token_ids) | self._eos if params.min_tokens else frozenset()
 
     def _token_ids(self, prompt: str | Sequence[int]) -> npt.NDArray[np.int32]:
         if isinstance(prompt, str):

@@ -14,6 +14,7 @@ from engine.serving.answer_text import AnswerText
 from engine.serving.sampling_params import SamplingParams
 
 AGING_SECONDS = 10.0  # an arrival earlier by this outweighs one level of priority
+NEVER = 2**31 - 1  # beyond every position
 
 
 class FinishReason(StrEnum):
@@ -137,6 +138,7 @@ class Request:
         params: how to choose its tokens.
         seed: seed of its random stream, given or drawn.
         stop_ids: every token that ends it.
+        too_early: the tokens that are not chosen before its answer has ``min_tokens``; empty without a least length.
         state: its state; only the methods below change it.
         req_pool_idx: its page-table row while it runs, else None.
         replica: index of the replica that it runs on.
@@ -173,6 +175,7 @@ class Request:
     failures: int = 0
     failures_at: int = 0  # tokens of the answer at the last of them
     text: AnswerText | None = None
+    too_early: frozenset[int] = frozenset()
     times: RequestTimes = field(default_factory=RequestTimes)
 
     @property
@@ -184,6 +187,13 @@ class Request:
         """Whether its time is up."""
         timeout = self.params.timeout
         return timeout is not None and self.arrival is not None and now - self.arrival >= timeout
+
+    @property
+    def adjusts_until(self) -> int:
+        """The first position from which on the model's own logits choose its tokens: 0 or ``NEVER`` for most."""
+        if self.params.adjusts_logits:
+            return NEVER
+        return len(self.prompt) + self.params.min_tokens if self.too_early else 0
 
     @property
     def num_tokens(self) -> int:

@@ -70,10 +70,11 @@ class SamplingParams:
         logit_bias: added to the logits of these tokens, -100 to 100, for at most 300 of them; a mapping, kept as pairs.
         stop: texts that end the answer, at most 16 of up to 1,024 characters; the answer's text ends before the first
             of them. Its tokens are those up to the one that completed the stop text. Needs a tokenizer.
-        min_tokens: until the answer has so many tokens nothing ends it by its contents: the tokens that would are not
-            chosen, and stop texts are not looked for.
+        min_tokens: until the answer has so many tokens nothing ends it by its contents: ``stop_token_ids`` and the
+            model's end-of-text tokens are not chosen, these not even with ``ignore_eos``, and stop texts are not looked
+            for. With a token that ends it an answer has at least one more.
         stop_token_ids: tokens that end the answer; they are part of it.
-        ignore_eos: do not stop at the model's end-of-text tokens.
+        ignore_eos: do not stop at the model's end-of-text tokens; they may be chosen.
         logprobs: how many of the most likely tokens to report at each position beside the chosen one, 0 to 20, of the
             model's own distribution; None reports nothing.
         n: answers to draw from one prompt, 1 to 128; answer ``i`` uses seed ``(seed + i) % 2**31`` and shares the
@@ -146,9 +147,9 @@ class SamplingParams:
 
     @property
     def adjusts_logits(self) -> bool:
-        """Whether tokens are chosen by more than temperature, ``top_k`` and ``top_p``."""
+        """Whether all tokens are chosen by more than temperature, ``top_k`` and ``top_p``: ``min_tokens`` apart."""
         penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1
-        return bool(any(penalties) or self.min_p or self.logit_bias or self.min_tokens)
+        return bool(any(penalties) or (self.min_p and self.temperature) or self.logit_bias)
 
     def _require(self, name: str, value: object, rule: str) -> None:
         """Takes ``value``, which is None where the field ``name`` breaks its rule."""
@@ -177,11 +178,13 @@ def _flag(value: object) -> bool | None:
 
 
 def _biases(values: object) -> tuple[tuple[int, float], ...] | None:
-    """Pairs of token id and bias, by id; None where one is wrong or they are too many."""
+    """Pairs of token id and bias, by id; None where one is wrong, they are too many, or a token has two."""
     try:
         pairs = list(values.items() if isinstance(values, Mapping) else values)  # type: ignore[call-overload]
         checked = {_whole(token, 0, 2**31): _number(bias, -100, 100) for token, bias in pairs}
     except (TypeError, ValueError):
+        return None
+    if isinstance(values, str) or len(pairs) > len(checked):
         return None
     if len(checked) > MAX_BIASES or None in checked or None in checked.values():
         return None

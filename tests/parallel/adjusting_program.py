@@ -36,7 +36,7 @@ def main(cases):
         for number in range(9)
     ]
     one = LLM(model, **OPTIONS).generate(prompts, params, return_logits=True)
-    print(json.dumps({"adjusting": sum(each.adjusts_logits for each in params)}), flush=True)
+    print(json.dumps({"adjusting": sum(each.adjusts_logits or each.min_tokens > 0 for each in params)}), flush=True)
     for axes in cases:
         print(json.dumps({"case": axes, **run(axes, model, prompts, params, one)}), flush=True)
 

@@ -42,17 +42,17 @@ def entered(requests, *, known=None, vocab=VOCAB):
 
 
 def known_request(row, params, prompt, answer=(), stop_ids=()):
-    return Request(
-        1, np.array(prompt, np.int32), params, frozenset(stop_ids), SCOPE, req_pool_idx=row, output=list(answer)
-    )
+    each = Request(1, np.array(prompt, np.int32), params, frozenset(), SCOPE, req_pool_idx=row, output=list(answer))
+    each.too_early = frozenset(stop_ids if params.min_tokens else ())
+    return each
 
 
-def adjust(known, requests, logits, adjusts=None):
+def adjust(known, requests, logits):
     """The logits by which the rows of ``requests``, in this order, choose."""
     rows = np.array([each.req_pool_idx for each in requests], np.int32)
     position = np.array([each.num_tokens for each in requests], np.int32)
     temperature = np.array([each.params.temperature for each in requests], np.float32)
-    adjusts = np.array([each.params.adjusts_logits for each in requests]) if adjusts is None else adjusts
+    adjusts = position < [each.adjusts_until for each in requests]
     return np.asarray(choose_by(known, logits, rows, position, temperature, adjusts))
 
 
@@ -91,7 +91,7 @@ def test_every_rule_is_that_of_float64(rule, seed):
     prompt, answer = rng.integers(0, VOCAB, 30), rng.integers(0, 20, 40).tolist()
     each = known_request(2, params, prompt, answer, stop_ids=rng.choice(VOCAB, 4, replace=False).tolist())
     logits = rng.normal(size=(1, VOCAB)).astype(np.float32) * 4
-    expected = adjusted_logits(logits[0], prompt, answer, params, each.stop_ids)
+    expected = adjusted_logits(logits[0], prompt, answer, params, each.too_early)
     (got,) = adjust(entered([each]), [each], logits)
     at_edge = np.isneginf(got) != np.isneginf(expected)  # of min-p: a probability within rounding of the smallest
     np.testing.assert_allclose(got[~at_edge], expected[~at_edge], rtol=1e-5, atol=1e-5)
@@ -115,11 +115,11 @@ def test_rows_of_all_kinds_and_in_any_order_do_not_touch_one_another(seed):
         for row in rng.permutation(ROWS)
     ]
     former = [known_request(row, SamplingParams(repetition_penalty=3.0), range(VOCAB), [5] * 9) for row in range(ROWS)]
-    known = entered([each for each in requests if each.params.adjusts_logits], known=entered(former))
+    known = entered([each for each in requests if each.adjusts_until], known=entered(former))
     logits = rng.normal(size=(ROWS, VOCAB)).astype(np.float32) * 4
     for each, own, got in zip(requests, logits, adjust(known, requests, logits), strict=True):
-        if each.params.adjusts_logits:
-            expected = adjusted_logits(own, each.prompt, each.output, each.params, each.stop_ids)
+        if each.adjusts_until:
+            expected = adjusted_logits(own, each.prompt, each.output, each.params, each.too_early)
             np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
         else:
             np.testing.assert_array_equal(got, own)
@@ -134,7 +134,7 @@ def test_a_request_of_many_tokens_comes_in_several_chunks():
     assert len(list(chunks_of(each))) >= 3
     logits = rng.normal(size=(1, vocab)).astype(np.float32)
     (got,) = adjust(entered([each], vocab=vocab), [each], logits)
-    np.testing.assert_allclose(got, adjusted_logits(logits[0], prompt, answer, params, each.stop_ids), rtol=1e-5)
+    np.testing.assert_allclose(got, adjusted_logits(logits[0], prompt, answer, params, each.too_early), rtol=1e-5)
 
 
 def test_a_chunk_of_nobody_enters_nothing():
@@ -232,12 +232,54 @@ def test_a_row_that_was_given_back_before_the_next_step_is_not_told():
 
 def test_what_was_not_told_when_a_step_failed_is_told_when_the_requests_run_again():
     _, scheduler = make()
-    requests = [scheduled(number, 5, min_p=0.5) for number in (1, 2)]
+    requests = [scheduled(number, 5, presence_penalty=0.5) for number in (1, 2)]
     for each in requests:
         scheduler.add(each)
     assert list(scheduler.next_step().parts[0].entered) == requests
     scheduler.restart(requests)
     assert list(scheduler.next_step().parts[0].entered) == requests
+
+
+@pytest.mark.parametrize("least", [0, 1, 3, 8])
+def test_a_request_that_only_has_a_least_length_adjusts_until_its_answer_has_it(least):
+    """Beside another one that decodes on, of which no step before or after it is planned anew."""
+    _, scheduler = make()
+    bounded = scheduled(1, 5, new=8, min_tokens=least)
+    bounded.too_early = frozenset((3,) if least else ())
+    scheduler.add(bounded)
+    scheduler.add(scheduled(2, 5, new=12))
+    adjusting, told, repeated = [], 0, []
+    while scheduler.has_work:
+        (part,) = (step := scheduler.next_step()).parts
+        adjusting.append(part.adjusts is not None)
+        told += len(part.entered)
+        repeated.append(part.repeats)
+        commit(scheduler, step, np.full(3, 7, np.int32))
+    assert adjusting == [True] * least + [False] * (12 - least)
+    assert told == (least > 0)
+    anew = {0, 1, 8} | ({least} if 1 < least < 8 else set())  # a prompt, the first token fed, a change, an end
+    assert {index for index, repeats in enumerate(repeated) if not repeats} == anew
+
+
+def test_a_least_length_that_nothing_could_undercut_adjusts_nothing():
+    _, scheduler = make()
+    scheduler.add(scheduled(1, 5, new=8, min_tokens=8))
+    step = scheduler.next_step()
+    assert step.parts[0].adjusts is None
+    assert not step.has_entered
+
+
+def test_a_request_that_runs_again_with_its_least_length_is_not_told_to_the_device():
+    _, scheduler = make()
+    bounded = scheduled(1, 5, new=8, min_tokens=2)
+    bounded.too_early = frozenset((3,))
+    scheduler.add(bounded)
+    for _ in range(2):
+        commit(scheduler, scheduler.next_step(), np.full(3, 7, np.int32))
+    scheduler.restart([bounded])
+    step = scheduler.next_step()
+    assert not step.has_entered
+    assert step.parts[0].adjusts is None
 
 
 # Whole answers.
@@ -354,7 +396,10 @@ def test_nothing_that_ends_an_answer_is_chosen_before_its_least_length(dense, de
     assert short.token_ids == [stop]
     assert not {eos, stop} & set(long.token_ids[:6])
     assert long.token_ids == answer_of(dense, prompt, params, stop_ids=(eos, stop))
-    assert unstopped.token_ids == answer_of(dense, prompt, params, stop_ids=(stop,))
+    begun = unstopped.token_ids[:6]
+    assert begun == answer_of(dense, prompt, dataclasses.replace(params, max_new_tokens=6), stop_ids=(eos, stop))
+    rest = dataclasses.replace(params, max_new_tokens=24, min_tokens=0)
+    assert unstopped.token_ids[6:] == answer_of(dense, prompt + begun, rest, stop_ids=(stop,))
 
 
 def test_a_bias_keeps_a_token_out_or_forces_it(llm, dense_greedy):

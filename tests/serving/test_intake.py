@@ -148,7 +148,7 @@ def test_what_is_no_prompt_is_refused_in_one_line(intake, prompt, message):
         (SamplingParams(logit_bias={5: 1, 97: 1}), "logit_bias holds 97, which the model cannot choose"),
         (
             SamplingParams(min_tokens=2, stop_token_ids=[0, *range(2, VOCAB)]),  # 1 ends a text
-            "with min_tokens=2 no token could be chosen, because every one of the model's 97 tokens ends the answer",
+            "with min_tokens=2 no token could be chosen, because every one of the model's 97 tokens ends answers",
         ),
     ],
     ids=range(9),

@@ -374,12 +374,13 @@ def test_more_tokens_are_not_asked_for_than_allowed():
         ({}, False),
         ({"temperature": 1, "top_k": 3, "top_p": 0.5, "seed": 1, "logprobs": 2, "stop_token_ids": [1]}, False),
         ({"min_p": 0, "presence_penalty": 0, "repetition_penalty": 1, "logit_bias": {}, "min_tokens": 0}, False),
-        ({"min_p": 0.1}, True),
+        ({"min_p": 0.1}, False),  # greedy requests do not read it
+        ({"min_p": 0.1, "temperature": 0.1}, True),
         ({"presence_penalty": -0.1}, True),
         ({"frequency_penalty": 0.1}, True),
         ({"repetition_penalty": 0.9}, True),
         ({"logit_bias": {3: 0}}, True),
-        ({"min_tokens": 1}, True),
+        ({"min_tokens": 1}, False),  # changes only the first tokens
     ],
 )
 def test_only_what_changes_logits_adjusts_them(asked, adjusts):
@@ -389,6 +390,12 @@ def test_only_what_changes_logits_adjusts_them(asked, adjusts):
 def test_biases_are_pairs_in_the_order_of_their_tokens_however_they_are_given():
     given = [{7: 1, 3: np.float32(-2.5)}, [(7, 1.0), (3, -2.5)], ((np.int64(3), -2.5), (7, np.int8(1)))]
     assert {SamplingParams(logit_bias=bias).biases for bias in given} == {((3, -2.5), (7, 1.0))}
+
+
+@pytest.mark.parametrize("biases", [[(1, 2), (1, 3)], [(1, 2), (np.int32(1), 2)], ""])
+def test_biases_of_which_one_would_be_lost_are_refused(biases):
+    with pytest.raises(RequestError, match="it must be a mapping of at most 300 token ids"):
+        SamplingParams(logit_bias=biases)
 
 
 def test_numpys_numbers_are_taken_as_pythons():

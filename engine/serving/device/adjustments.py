@@ -1,8 +1,8 @@
 """Logits adjusted row by row, by what the row's request asks and what its prompt and answer have already.
 
-The order: biases; the repetition penalty; frequency and presence penalties; the tokens that end an answer are out
-while it is too short; min-p leaves out what is too unlikely at the row's temperature. The sampler takes the result in
-place of the model's logits: temperature, then top-k, then top-p of what is left.
+The order: biases; the repetition penalty; frequency and presence penalties; the tokens that end answers are out
+while this one is too short; min-p leaves out what is too unlikely at the row's temperature. The sampler takes the
+result in place of the model's logits: temperature, then top-k, then top-p of what is left.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from jax import lax
 from engine.serving.device.parcel import NOWHERE
 from engine.serving.device.row_entries import (
     CHUNK,
-    ENDS_ANSWER,
     ONCE_IN_ANSWER,
     RULE_WORDS,
+    TOO_EARLY,
     fields_of,
     rules_of,
 )
@@ -37,8 +37,8 @@ class RowAdjustments:
     It takes ``4 * R * (vocab + 605)`` bytes.
 
     Attributes:
-        tokens: int32 ``[R, vocab]``, of each token a word: whether it is in the prompt, whether it ends the answer, how
-            often the answer has it (``row_entries``).
+        tokens: int32 ``[R, vocab]``, of each token a word: whether it is in the prompt, whether it may come too
+            early, how often the answer has it (``row_entries``).
         rules: int32 ``[R, RULE_WORDS]``, see ``row_entries.RULES``.
     """
 
@@ -86,8 +86,8 @@ def adjusted(
     has_biases = jnp.any(adjusts & (rules["bias_ids"][:, 0] != NOWHERE))
     biased = lax.cond(has_biases, _biased, _unbiased, logits, rules)
     moved = jnp.clip(_penalised(biased, words, rules), -_LARGEST, _LARGEST)
-    ends_too_early = ((words & ENDS_ANSWER) != 0) & (position[:, None] < rules["free_from"])
-    allowed = jnp.where(ends_too_early, -jnp.inf, moved)
+    is_out = ((words & TOO_EARLY) != 0) & (position[:, None] < rules["free_from"])
+    allowed = jnp.where(is_out, -jnp.inf, moved)
     unlikely = (temperature[:, None] > 0) & (below_best(allowed, temperature) < jnp.log(rules["min_p"]))
     likely = jnp.where(unlikely, -jnp.inf, allowed)
     return jnp.where(adjusts[:, None] & jnp.isfinite(logits), likely, logits)
@@ -109,7 +109,7 @@ def _unbiased(logits: jax.Array, _: Rules) -> jax.Array:
 
 
 def _penalised(logits: jax.Array, words: jax.Array, rules: Rules) -> jax.Array:
-    is_known, count = (words & ~np.int32(ENDS_ANSWER)) != 0, words // np.int32(ONCE_IN_ANSWER)
+    is_known, count = (words & ~np.int32(TOO_EARLY)) != 0, words // np.int32(ONCE_IN_ANSWER)
     repetition = jnp.where(is_known, rules["repetition"], np.float32(1))
     fewer = jnp.where(logits > 0, logits / repetition, logits * repetition)
     present = (count > 0).astype(jnp.float32)

@@ -16,13 +16,13 @@ from engine.serving.request import Request
 from engine.serving.sampling_params import MAX_BIASES
 
 # A token's word is the sum of these: what the rules need to know of the token in one row.
-IN_PROMPT, ENDS_ANSWER, ONCE_IN_ANSWER = 1, 2, 4
+IN_PROMPT, TOO_EARLY, ONCE_IN_ANSWER = 1, 2, 4
 CHUNK_TOKENS = 1024
 LEAST_REPETITION = 1e-30  # a smaller penalty would be zero for a device that has no smaller numbers
 
 # How the logits of one row are adjusted: fields and their sizes in words, as the device keeps them.
 RULES = {
-    "free_from": 1,  # the first position at which the answer may end
+    "free_from": 1,  # the first position at which the tokens may be chosen that are too early before
     "min_p": 1,
     "presence": 1,
     "frequency": 1,
@@ -89,9 +89,8 @@ def _fill_rules(packed: Int32, request: Request) -> None:
 def _known_tokens(request: Request) -> tuple[Int32, Int32]:
     """Every token that the rules of a request ask about, once, with its word."""
     prompt = np.unique(request.prompt) if request.params.repetition_penalty != 1 else np.empty(0, np.int32)
-    ending = request.stop_ids if request.params.min_tokens else ()
-    parts = [np.asarray(tokens, np.int32) for tokens in (prompt, request.output, sorted(ending))]
+    parts = [np.asarray(tokens, np.int32) for tokens in (prompt, request.output, sorted(request.too_early))]
     ids = np.concatenate(parts)
-    each = np.repeat([IN_PROMPT, ONCE_IN_ANSWER, ENDS_ANSWER], [part.size for part in parts])
+    each = np.repeat([IN_PROMPT, ONCE_IN_ANSWER, TOO_EARLY], [part.size for part in parts])
     known, places = np.unique(ids, return_inverse=True)
     return known, np.bincount(places, each, known.size).astype(np.int32)

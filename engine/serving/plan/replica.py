@@ -21,7 +21,7 @@ from engine.serving.plan.prefix_waits import PrefixWaits
 from engine.serving.plan.queue import RequestQueue
 from engine.serving.plan.step import ReplicaStep, SamplingColumns, StepPlan
 from engine.serving.plan.token_times import TokenTimes
-from engine.serving.request import Request
+from engine.serving.request import NEVER, Request
 
 NO_TOKENS = np.empty(0, np.int32)
 
@@ -76,7 +76,7 @@ class Replica:
         self._has_texts = False  # whether a stop text may end one of them
         self._reads_text = np.zeros(rows, np.bool_)  # which rows' requests it may end
         self._last: ReplicaStep | None = None  # of all running requests, each decoding
-        self._repeats = 0  # how many steps may follow it, each a token further, until a request reaches its length
+        self._repeats = 0  # how many steps may follow it, each a token further, until a request changes how it runs
         self._unmarked: ReplicaStep | None = (
             None  # the last of them that has run: its tokens are not marked computed yet
         )
@@ -183,10 +183,11 @@ class Replica:
             counts = np.append(counts, np.array(plan.chunks, np.int64))
         starts, known, most = table.request_lens(rows)
         self.cache.grow(rows, counts)
-        samples = starts + counts == self.planned[rows]
+        position = starts + counts
+        samples = position == self.planned[rows]
         self.planned[rows] += samples
         sampling, on_device = self._sampling.at(rows), starts >= known
-        adjusts = sampling.adjusts_logits & samples
+        adjusts = samples & (position < sampling.adjusts_until)
         is_all = plan.is_all and rows.size == len(self.running) and self._ordered_at == table.membership
         step = ReplicaStep(
             requests=self._in_order if is_all else [self._request_of(row) for row in rows.tolist()],
@@ -206,7 +207,7 @@ class Replica:
             entered=self._take_entered(),
         )
         self._last = step if rows.size and is_all and on_device.all() and samples.all() else None
-        self._repeats = int((most + 1 - self.planned[rows]).min()) if self._last else 0
+        self._repeats = int((_alike_until(step, most) - self.planned[rows]).min()) if self._last else 0
         return step
 
     def _repeat(self, last: ReplicaStep) -> ReplicaStep:
@@ -342,7 +343,7 @@ class Replica:
         self._sampling.enter(row, request)
         self._reads_text[row] = request.text is not None
         self._requests[row] = request
-        if self._sampling.adjusts_logits[row]:
+        if request.num_tokens < self._sampling.adjusts_until[row]:
             self._entered[row] = request
         request.run(row)
         self.running.append(request)
@@ -482,3 +483,10 @@ class Replica:
             _logger.error("the books of the cache do not balance after a fault and are cleared: %s", error)
             return False
         return not self.cache.held_tokens
+
+
+def _alike_until(step: ReplicaStep, most: Int64) -> Int64:
+    """The position of each row's first token that is not chosen as in ``step``: the answer ends, or adjusts no more."""
+    if step.adjusts is None:
+        return most + 1
+    return np.minimum(most + 1, np.where(step.adjusts, step.sampling.adjusts_until, NEVER))

@@ -34,40 +34,40 @@ class SamplingColumns:
     """How the requests of some rows choose tokens, as in SamplingParams; ``[n]`` each.
 
     Attributes:
-        top_k, seed: int32.
+        top_k, seed, adjusts_until: int32; for the last see ``Request``.
         temperature, top_p: float32.
-        wants_logprobs, adjusts_logits: bool.
+        wants_logprobs: bool.
     """
 
     top_k: Int32
     seed: Int32
+    adjusts_until: Int32
     temperature: npt.NDArray[np.float32]
     top_p: npt.NDArray[np.float32]
     wants_logprobs: Bool
-    adjusts_logits: Bool
 
     @classmethod
     def of_rows(cls, rows: int) -> SamplingColumns:
         """Columns for ``rows`` rows, to be entered as requests come."""
-        int32s, float32s, bools = (np.zeros((2, rows), dtype) for dtype in (np.int32, np.float32, np.bool_))
-        return cls(*int32s, *float32s, *bools)
+        dtypes: list[npt.DTypeLike] = [*[np.int32] * 3, *[np.float32] * 2, np.bool_]
+        return cls(*(np.zeros(rows, dtype) for dtype in dtypes))
 
     def enter(self, row: int, request: Request) -> None:
         """Enters the request that has got ``row``."""
         params = request.params
-        self.top_k[row], self.seed[row] = params.top_k, request.seed
+        self.top_k[row], self.seed[row], self.adjusts_until[row] = params.top_k, request.seed, request.adjusts_until
         self.temperature[row], self.top_p[row] = params.temperature, params.top_p
-        self.wants_logprobs[row], self.adjusts_logits[row] = params.logprobs is not None, params.adjusts_logits
+        self.wants_logprobs[row] = params.logprobs is not None
 
     def at(self, rows: Int32) -> SamplingColumns:
         """The columns of ``rows``, fresh."""
         return SamplingColumns(
             self.top_k[rows],
             self.seed[rows],
+            self.adjusts_until[rows],
             self.temperature[rows],
             self.top_p[rows],
             self.wants_logprobs[rows],
-            self.adjusts_logits[rows],
         )
 
 
