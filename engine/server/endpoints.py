@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
@@ -29,7 +31,7 @@ from engine.version import NAME, package_version
 Answer = Response | EventStream
 
 JSON = "application/json"
-LARGE_BODY = 2**16  # bytes, from which on reading them is left to a thread
+LARGE_BODY = 2**16  # bytes, beyond which a body is left to a thread, and takes its turn
 
 
 def make_app(service: Service) -> ASGIApp:
@@ -58,33 +60,34 @@ class Endpoints:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._llm = service.llm
+        self._turn = asyncio.Lock()  # of large bodies
         self._registry = CollectorRegistry()
         self._registry.register(EngineCollector(service.llm.metrics))
 
     async def complete(self, request: Request) -> Answer:
         """``POST /v1/completions``: texts, or lists of token ids, are continued."""
-        body = await self._read(request, CompletionBody)
-        params = body.sampling_params(most=body.max_tokens, tenant_salt=self._salt(request))
-        self._require_few(len(body.prompt) * body.n)
-        try:
-            choices = await Choices.begin(self._llm, body.prompt, params, streams=body.stream)
-        except EngineError as error:
-            raise self._refusal(error, body, "prompt") from error
+        async with self._read(request, CompletionBody) as body:
+            params = body.sampling_params(most=body.max_tokens, tenant_salt=self._salt(request))
+            self._require_few(len(body.prompt) * body.n)
+            try:
+                choices = await Choices.begin(self._llm, body.prompt, params, streams=body.stream)
+            except EngineError as error:
+                raise self._refusal(error, body, "prompt") from error
         logprobs = CompletionLogprobs(self._service.names) if body.num_logprobs is not None else None
         form = CompletionFormat(self._head(request, "cmpl"), logprobs, **self._told_of(body))
         return await self._answer(request, body, choices, form)
 
     async def chat(self, request: Request) -> Answer:
         """``POST /v1/chat/completions``: a conversation is continued."""
-        body = await self._read(request, ChatBody)
-        try:
-            prompt = await self._prompt_of(body)
-            most = self._room_behind(len(prompt)) if body.most_tokens is None else body.most_tokens
-            params = body.sampling_params(most=most, tenant_salt=self._salt(request))
-            self._require_few(body.n)
-            choices = await Choices.begin(self._llm, [prompt], params, streams=body.stream)
-        except EngineError as error:
-            raise self._refusal(error, body, "messages") from error
+        async with self._read(request, ChatBody) as body:
+            try:
+                prompt = await self._prompt_of(body)
+                most = self._room_behind(len(prompt)) if body.most_tokens is None else body.most_tokens
+                params = body.sampling_params(most=most, tenant_salt=self._salt(request))
+                self._require_few(body.n)
+                choices = await Choices.begin(self._llm, [prompt], params, streams=body.stream)
+            except EngineError as error:
+                raise self._refusal(error, body, "messages") from error
         logprobs = ChatLogprobs(self._service.names) if body.num_logprobs is not None else None
         form = ChatFormat(self._head(request, "chatcmpl"), logprobs, **self._told_of(body))
         return await self._answer(request, body, choices, form)
@@ -114,21 +117,34 @@ class Endpoints:
         """``GET /version``."""
         return json_response({"version": package_version()})
 
-    async def _read(self, request: Request, kind: type[Body]) -> Body:
+    @asynccontextmanager
+    async def _read(self, request: Request, kind: type[Body]) -> AsyncIterator[Body]:
+        """The body of a request, in whose context it is made a request of the engine.
+
+        Large ones take turns: several threads at work on them would leave the engine's none of Python's time.
+        """
+        content = await self._content(request)
+        if len(content) <= LARGE_BODY:
+            body = parse_body(content, kind)
+            self._require_model(body.model)
+            yield body
+            return
+        async with self._turn:
+            if await request.is_disconnected():
+                raise ClientDisconnect
+            body = await asyncio.to_thread(parse_body, content, kind)
+            self._require_model(body.model)
+            yield body
+
+    async def _content(self, request: Request) -> bytes:
         options = self._service.options
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != JSON:
             raise ApiError(415, f"the body must be JSON, with the header Content-Type: {JSON}")
         try:
             async with asyncio.timeout(options.client_timeout):
-                content = await _read_bytes(request, options.max_body_bytes)
+                return await _read_bytes(request, options.max_body_bytes)
         except TimeoutError:
             raise ApiError(408, f"the body did not come within {options.client_timeout:g} seconds") from None
-        if len(content) > LARGE_BODY:  # others go on meanwhile
-            body = await asyncio.to_thread(parse_body, content, kind)
-        else:
-            body = parse_body(content, kind)
-        self._require_model(body.model)
-        return body
 
     async def _answer(self, request: Request, body: SamplingBody, choices: Choices, form: AnswerFormat) -> Answer:
         if body.stream:

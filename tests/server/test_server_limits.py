@@ -25,6 +25,8 @@ from server_support import (
 )
 
 from engine.errors import IntegrityError, QueueFull
+from engine.server import endpoints
+from engine.server.bodies import parse_body
 from engine.server.safe_log import PlaceFormatter
 
 BODY = {"model": "default", "prompt": "hello"}
@@ -261,6 +263,31 @@ def test_connections_beyond_the_bound_are_told_and_those_beyond_the_spare_ones_a
                 connection.close()
         until(lambda: not server.connections())
         assert exchange(server, "GET", "/health")[0] == 200
+
+
+def test_large_bodies_are_read_one_at_a_time_and_small_ones_meanwhile(monkeypatch):
+    reading, free = [], threading.Event()
+
+    def slowly(content, kind):
+        if len(content) > endpoints.LARGE_BODY:
+            reading.append(len(content))
+            assert free.wait(SECONDS)
+        return parse_body(content, kind)
+
+    monkeypatch.setattr(endpoints, "parse_body", slowly)
+    large = request_bytes(body=BODY | {"prompt": "x" * endpoints.LARGE_BODY})
+    with faked() as (server, engine), connect(server, large) as first, connect(server, large) as second:
+        until(lambda: reading)
+        with connect(server, large):
+            until(lambda: server.service.in_flight == 3)
+        assert exchange(server, body=BODY)[0] == 200
+        assert len(reading) == 1
+        free.set()
+        for connection in (first, second):
+            assert parsed(read_all(connection))[0] == 200
+        until(lambda: server.service.in_flight == 0)
+        assert len(reading) == 2  # the third has gone
+        assert len(engine.answerings) == 3
 
 
 # Slowness.
