@@ -47,7 +47,12 @@ ENGINE = ["--max-running-requests", str(RUNNING), "--context-length", str(CONTEX
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""
     parser.add_argument("--clients", type=at_least(5), default=256, help="clients of the crowd")
-    parser.add_argument("--seconds", type=positive, default=300.0, help="how long the crowd stays")
+    parser.add_argument(
+        "--seconds",
+        type=positive,
+        default=300.0,
+        help="how long the crowd that misbehaves stays; the others stay a third of it",
+    )
     parser.add_argument("--rounds", type=count, default=5, help="rounds of the cost")
     parser.add_argument("--rate", type=positive, help="requests per second of an open loop, in place of the closed one")
     parser.add_argument("--seed", type=int, default=0)
@@ -216,19 +221,20 @@ async def crowd_without_http(llm: LLM, jobs: Sequence[Job], args: argparse.Names
 
 async def crowd(server: ServerProcess, jobs: Sequence[Job], args: argparse.Namespace, *, bad: bool) -> Crowd:
     """A crowd of clients of the server; waits until what it has left behind is gone."""
+    seconds = args.seconds if bad else args.seconds / 3
     clients, before = Clients(server.host, server.port, jobs, Seen()), server.figures()
     watching = asyncio.create_task(_watch(server))
     behaving = args.clients - args.clients // BAD_SHARE
     async with asyncio.TaskGroup() as group:
-        group.create_task(load(clients.ask_any, args, args.seconds, behaving))
+        group.create_task(load(clients.ask_any, args, seconds, behaving))
         if bad:
-            group.create_task(closed_loop(clients.misbehave, args.seed + 1, args.seconds, args.clients - behaving))
+            group.create_task(closed_loop(clients.misbehave, args.seed + 1, seconds, args.clients - behaving))
     watching.cancel()
     memory, descriptors = await watching
     held = await _settled(server)
     steps = _quantile_bound(before, server.figures(), "engine_step_time_seconds", 0.99)
     name = "a fifth misbehaves" if bad else "all behave"
-    return Crowd(name, clients.seen, args.seconds, held, memory, descriptors, steps)
+    return Crowd(name, clients.seen, seconds, held, memory, descriptors, steps)
 
 
 async def load(ask: Ask, args: argparse.Namespace, seconds: float, clients: int | None = None) -> None:

@@ -26,6 +26,7 @@ class Answering:
         request: the engine's own record of it.
         prompt_tokens: tokens of the prompt.
         output: the whole output, once there is one.
+        has_begun: whether anything of it was reported.
     """
 
     def __init__(self, request: Request, follower: Follower | None, abort: Callable[[Request], None]) -> None:
@@ -33,6 +34,7 @@ class Answering:
         self.output: RequestOutput | None = None
         self.loop = asyncio.get_running_loop()
         self.request = request
+        self.has_begun = False
         self._abort = abort
         self._follower = follower
         self._gained: deque[AnswerDelta] = deque()
@@ -94,7 +96,9 @@ class Answering:
 
     def take(self) -> tuple[AnswerDelta, ...]:
         """What the answers have gained, for ``gain``."""
-        return self._follower.take() if self._follower else ()
+        deltas = self._follower.take() if self._follower else ()
+        self.has_begun = self.has_begun or bool(deltas)
+        return deltas
 
     # Called in the event loop.
 

@@ -37,6 +37,9 @@ from engine.serving.watch.metrics import EngineMetrics
 
 # A prompt up to so many characters or tokens is checked at once: a thread for it would cost more than it takes.
 SHORT_PROMPT = 2_000
+# Steps that come within this of a report are reported with the next one, an answer's first token and its end apart:
+# nobody reads faster, and a reader's event costs more than such a step.
+REPORT_SECONDS = 0.02
 RECENT_ENDS = 32  # whose pace tells how long a queue takes
 LONGEST_WAIT = 60.0  # seconds that a refusal asks to wait at most
 
@@ -95,6 +98,7 @@ class AsyncLLM:
         self._commands: SimpleQueue[Command | None] = SimpleQueue()
         self._live: dict[int, Answering] = {}  # by request id; the engine's thread alone changes it
         self._untold: dict[int, Answering] = {}  # which have ended and may not have been told
+        self._due = 0.0  # when the next gains are reported
         self._failure: EngineError | None = None
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -345,10 +349,15 @@ class AsyncLLM:
     def _report(self, finished: dict[int, RequestOutput]) -> None:
         """Tells every event loop, in one call each, what its requests have gained in a step."""
         gains: dict[asyncio.AbstractEventLoop, list[Gain]] = {}
+        now = time.monotonic()
+        is_due = now >= self._due
+        if is_due:
+            self._due = now + REPORT_SECONDS
         for request_id, answering in list(self._live.items()):
-            output, deltas = finished.get(request_id), answering.take()
+            output = finished.get(request_id)
             if output is None and not self.llm.is_unfinished(request_id):  # as after a step that failed
                 output = self.llm.output_so_far(answering.request)
+            deltas = answering.take() if is_due or output is not None or not answering.has_begun else ()
             if output is not None:
                 self._forget(answering)
             if answering.loop.is_closed():

@@ -51,6 +51,7 @@ def empty_cache(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_second_build_takes_the_first_ones_file(empty_cache, monkeypatch):
     path = compiler.build_library()

@@ -18,6 +18,7 @@ def check(families, tp):
         assert result["whole"] / tp <= result["weights"][0] < result["whole"] * (1 / tp + 0.15), result
 
 
+@pytest.mark.slow
 def test_experts_sinks_and_norms_of_heads_are_shared_out():
     check(["gpt_oss", "gemma3_text"], 2)
 

@@ -48,6 +48,7 @@ def test_pages_that_processes_saved_come_back_in_others(saved):
     assert report["loaded"] >= before["loaded"] + 4
 
 
+@pytest.mark.slow
 def test_a_process_that_reads_other_saved_prefixes_than_the_first_is_refused(saved, tmp_path):
     _, options, _, _ = saved
     ended = run_processes(2, "open_directories", options, [options["prefix_cache_dir"], str(tmp_path)])

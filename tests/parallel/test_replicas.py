@@ -40,6 +40,7 @@ def check(cases, saves):
         assert again["loaded"] > 0, restored
 
 
+@pytest.mark.slow
 def test_two_replicas_answer_as_one_device():
     check(FEW, [{"dp": 2}])
 

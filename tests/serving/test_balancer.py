@@ -277,7 +277,7 @@ def check_parcels(balancer, batcher, devices, step, written, smallest):
     assert (parcel.top_k == [each.top_k for each in parcels]).all()
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.large_base_example, HealthCheck.too_slow])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.large_base_example, HealthCheck.too_slow])
 @given(st.data())
 def test_every_request_finishes_and_no_replica_idles_while_others_queue(data):
     replicas, size = data.draw(st.integers(2, 3), label="replicas"), data.draw(st.sampled_from([16, 32, 64]))

@@ -241,6 +241,7 @@ def test_weights_in_numpy_arrays_that_are_written_to_later_do_not_change_what_is
     assert llm.generate(prompt, params)[0].token_ids == answer
 
 
+@pytest.mark.slow
 def test_prefixes_that_were_saved_after_the_weights_were_replaced_come_back_to_those_weights(llama, tmp_path):
     options = {**ONE_ROW, "prefix_cache_dir": str(tmp_path)}
     prompt, params = random_prompts([60], seed=52), SamplingParams(max_new_tokens=2)

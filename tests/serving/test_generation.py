@@ -550,6 +550,7 @@ def test_a_request_whose_logits_are_no_numbers_ends_and_harms_no_other(poisoned,
     llm.cache.check_integrity()
 
 
+@pytest.mark.slow
 def test_no_setting_of_jax_changes_an_answer():
     settings = {
         "JAX_ENABLE_X64": "1",
