@@ -299,13 +299,14 @@ def report(offline: Crowd, behaved: Crowd, mixed: Crowd, expected: Expected) -> 
     print_table(columns, rows)
     print()
     bars = [bar for each in (behaved, mixed) for bar in _bars(each, expected)]
-    ratio = _p99(mixed.seen.first) / _p99(offline.seen.first)
-    bars += [
-        ("p99 of the first token, of the queue alone", f"{ratio:.2f}", "at most 1.5", True),
-        ("p99 of steps, misbehaving or not", f"{mixed.step_p99:g} s and {behaved.step_p99:g} s", "equal", True),
+    ratio, steps = _p99(mixed.seen.first) / _p99(offline.seen.first), (mixed.step_p99, behaved.step_p99)
+    goals = [
+        ("p99 of the first token, of the queue alone", f"{ratio:.2f}", "at most 1.5", ratio <= 1.5),
+        ("p99 of steps, misbehaving or not", "{:g} s and {:g} s".format(*steps), "not above", steps[0] <= steps[1]),
     ]
-    print_table(("what", "measured", "wanted", "holds"), [(*bar[:3], "" if bar[3] else "NO") for bar in bars])
-    return 0 if all(bar[3] for bar in bars) else 1
+    table = [(what, measured, wanted, "" if holds else "NO") for what, measured, wanted, holds in (*bars, *goals)]
+    print_table(("what", "measured", "wanted", "holds"), table)
+    return 0 if all(bar[3] for bar in bars) else 1  # machines are noisy: no time makes the command fail
 
 
 def _bars(each: Crowd, expected: Expected) -> list[tuple[str, str, str, bool]]:

@@ -71,6 +71,14 @@ class Tokenizer:
         """The parsed ``tokenizer.json``."""
         return self._backend
 
+    def is_special(self, token: int) -> bool:
+        """Whether a token is left out of texts."""
+        return token in self._special
+
+    def byte_of(self, token: int) -> int | None:
+        """The single byte that a token stands for, such as ``<0x41>`` where the decoder takes it for one; else None."""
+        return self._byte_of.get(token)
+
     @property
     def vocab_size(self) -> int:
         """Number of token ids, special tokens included."""

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import re
+from typing import TYPE_CHECKING
 
-import tokenizers
-
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # of a byte that the vocabulary has no character for
+if TYPE_CHECKING:
+    from engine.models.text import Tokenizer
 
 
 class TokenBytes:
     """The bytes of each token of a tokenizer.
 
     Args:
-        backend: the parsed ``tokenizer.json``.
+        tokenizer: the tokenizer.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        self._backend = backend
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._backend = tokenizer, (backend := tokenizer.backend)
         self._added = backend.get_added_tokens_decoder()
         is_byte_level = backend.decoder is not None and backend.decoder.decode(["Ġ"]) == " "
         self._byte_of = byte_alphabet() if is_byte_level else {}
-
-    def is_special(self, token_id: int) -> bool:
-        """Whether the token is left out of texts."""
-        return token_id in self._added and self._added[token_id].special
 
     def of(self, token_id: int) -> bytes:
         """What a token spells in the middle of a text; a special token spells its name, an unknown one nothing."""
@@ -35,9 +30,9 @@ class TokenBytes:
             return b""
         if self._byte_of.keys() >= set(name) and self._byte_of:
             return bytes(self._byte_of[character] for character in name)
+        if (byte := self._tokenizer.byte_of(token_id)) is not None:
+            return bytes((byte,))
         alone = self._backend.decode([token_id])
-        if (byte := _BYTE_TOKEN.fullmatch(name)) and alone != name:
-            return bytes.fromhex(byte[1])
         # After another token, because the beginning of a text may lose its first space.
         return str(self._backend.decode([token_id, token_id])[len(alone) :]).encode()
 

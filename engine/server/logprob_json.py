@@ -21,7 +21,8 @@ class TokenNames:
     """
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
-        self._bytes = TokenBytes(tokenizer.backend) if tokenizer else None
+        self._bytes = TokenBytes(tokenizer) if tokenizer else None
+        self._tokenizer = tokenizer
         self._known: dict[int, tuple[str, bytes]] = {}
 
     def of(self, token: int) -> tuple[str, bytes]:
@@ -33,7 +34,7 @@ class TokenNames:
 
     def is_text(self, token: int) -> bool:
         """Whether a token adds its bytes to a text."""
-        return self._bytes is not None and not self._bytes.is_special(token)
+        return self._tokenizer is not None and not self._tokenizer.is_special(token)
 
     def _look_up(self, token: int) -> tuple[str, bytes]:
         if self._bytes is None:

@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from itertools import chain
+from typing import cast
 
 from engine.errors import EngineError
 from engine.serving.deltas import Follower
@@ -68,8 +69,7 @@ class Answering:
         """
         async for _ in self:
             pass
-        assert self.output is not None, "the iteration ends with it"
-        return self.output
+        return cast(RequestOutput, self.output)  # the iteration ends with it, or raises
 
     async def __aiter__(self) -> AsyncGenerator[tuple[AnswerDelta, ...], None]:
         """Yields what the answers gain until they have ended; raises EngineError where the engine has failed."""

@@ -2,7 +2,7 @@
 
     event loops                       the engine's thread
     submit ──── commands ───────────▶ add, abort, call          between two steps
-    Answering ◀─ one call per step ── step, what each gained    and loop
+    Answering ◀─ one call a report ── step, what each gained    and loop
 
 A step never waits for a reader: what a reader has not taken is merged, and no more than the answer itself is kept.
 """
@@ -26,7 +26,7 @@ from typing import Any, TypeVar, cast
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineError, IntegrityError, ProcessLost, QueueFull, RequestError, shown
 from engine.models.decoder import Decoder
-from engine.models.text import Tokenizer
+from engine.models.text import LONG_TEXT, Tokenizer
 from engine.planning.sizing import PoolPlan
 from engine.serving.answering import Answering, Gain, gain_all
 from engine.serving.groups import group_of
@@ -35,20 +35,18 @@ from engine.serving.request import AnswerDelta, Request, RequestOutput
 from engine.serving.sampling_params import SamplingParams
 from engine.serving.watch.metrics import EngineMetrics
 
-# A prompt up to so many characters or tokens is checked at once: a thread for it would cost more than it takes.
-SHORT_PROMPT = 2_000
 # Steps that come within this of a report are reported with the next one, an answer's first token and its end apart:
 # nobody reads faster, and a reader's event costs more than such a step.
 REPORT_SECONDS = 0.02
 RECENT_ENDS = 32  # whose pace tells how long a queue takes
 LONGEST_WAIT = 60.0  # seconds that a refusal asks to wait at most
-
 EXIT_SECONDS = 30.0  # that the end of the process waits for a step
 
 Result = TypeVar("Result")
 # What to do, and what to do with the error where that cannot be done.
 Command = tuple[Callable[[], None], Callable[[BaseException], None]]
 Prompt = str | Sequence[int]
+
 _logger = logging.getLogger(__name__)
 
 
@@ -158,7 +156,7 @@ class AsyncLLM:
         answers = params.n
         self._enter(answers)
         try:
-            if isinstance(prompt, Sized) and len(prompt) > SHORT_PROMPT:
+            if isinstance(prompt, Sized) and len(prompt) > LONG_TEXT:  # else a thread would cost more than it takes
                 request = await asyncio.to_thread(self.llm.make_request, prompt, params)
             else:
                 request = self.llm.make_request(prompt, params)
@@ -347,7 +345,7 @@ class AsyncLLM:
             return {}
 
     def _report(self, finished: dict[int, RequestOutput]) -> None:
-        """Tells every event loop, in one call each, what its requests have gained in a step."""
+        """Tells every event loop, in one call each, what its requests have gained; see ``REPORT_SECONDS``."""
         gains: dict[asyncio.AbstractEventLoop, list[Gain]] = {}
         now = time.monotonic()
         is_due = now >= self._due

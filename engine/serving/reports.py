@@ -45,7 +45,9 @@ class Reports:
         # The answers by call of generate, and the calls of generate by request.
         self._made: dict[int, dict[int, RequestOutput]] = {}
         self._claims: dict[int, int] = {}
-        self._for_step: dict[str, StepOutput] = {}  # one at most, under "next": the answers for the caller of step
+        # The answers for the caller of step, one entry at most, "next": to pop it is one operation, so no fault between
+        # two can lose it.
+        self._for_step: dict[str, StepOutput] = {}
 
     @contextmanager
     def claimed(self, requests: Sequence[Request]) -> Iterator[dict[int, RequestOutput]]:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engine.models.default_model import byte_tokenizer
+from engine.models.text import Tokenizer
 from engine.models.token_bytes import TokenBytes
 
 
@@ -47,21 +48,22 @@ BACKENDS = {"shipped": byte_tokenizer(), "byte level": byte_level(), "sentencepi
 def test_the_bytes_of_the_tokens_are_those_of_the_text(name, text):
     backend = BACKENDS[name]
     ids = backend.encode(text, add_special_tokens=False).ids
-    spelt = b"".join(map(TokenBytes(backend).of, ids))
+    spelt = b"".join(map(TokenBytes(Tokenizer(backend)).of, ids))
     assert spelt.removeprefix(b" ") == text.encode().removeprefix(b" ")
 
 
 def test_special_tokens_spell_their_names_and_unknown_ones_nothing():
     backend = BACKENDS["sentencepiece"]
-    spelling = TokenBytes(backend)
+    tokenizer = Tokenizer(backend)
+    spelling = TokenBytes(tokenizer)
     assert spelling.of(backend.token_to_id("<s>")) == b"<s>"
-    assert spelling.is_special(backend.token_to_id("<s>"))
-    assert not spelling.is_special(backend.token_to_id("▁cat"))
+    assert tokenizer.is_special(backend.token_to_id("<s>"))
+    assert not tokenizer.is_special(backend.token_to_id("▁cat"))
     assert spelling.of(10**6) == b""
 
 
 def test_a_name_of_a_byte_is_a_text_where_the_decoder_takes_it_for_one():
     backend = sentencepiece()
     backend.decoder = decoders.Metaspace()
-    assert TokenBytes(backend).of(backend.token_to_id("<0x41>")) == b"<0x41>"
-    assert TokenBytes(backend).of(backend.token_to_id("▁cat")) == b" cat"
+    assert TokenBytes(Tokenizer(backend)).of(backend.token_to_id("<0x41>")) == b"<0x41>"
+    assert TokenBytes(Tokenizer(backend)).of(backend.token_to_id("▁cat")) == b" cat"

@@ -9,10 +9,12 @@ import threading
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stream_cases import PARAMS, PROMPTS
 
 from engine import LLM, AsyncLLM, ConfigError, EngineError, IntegrityError, QueueFull, RequestError, SamplingParams
+from engine.serving import async_llm
+from engine.serving.answering import Answering
 
-PROMPTS = ["Alice was beginning to", "The Queen", "Down, down, down. Would the fall", "A"]
 OPTIONS = {"max_running_requests": 4, "chunked_prefill_size": 16, "context_length": 192, "page_size": 8}
 
 
@@ -22,19 +24,8 @@ def llm():
 
 
 @pytest.fixture(scope="module")
-def params():
-    drawn = {"temperature": 0.9, "seed": 3}
-    return [
-        SamplingParams(max_new_tokens=20),
-        SamplingParams(max_new_tokens=33, n=3, **drawn),
-        SamplingParams(max_new_tokens=1, logprobs=2),
-        SamplingParams(max_new_tokens=40, logprobs=3, **drawn),
-    ]
-
-
-@pytest.fixture(scope="module")
-def right(llm, params):
-    return llm.generate(PROMPTS, params)
+def right(llm):
+    return llm.generate(PROMPTS, PARAMS)
 
 
 def told(output):
@@ -77,11 +68,11 @@ def runs(llm, play, **options):
     return result
 
 
-def test_answers_and_their_deltas_are_those_of_generate(llm, params, right):
+def test_answers_and_their_deltas_are_those_of_generate(llm, right):
     async def play(engine):
-        answerings = [await engine.submit(p, each) for p, each in zip(PROMPTS, params, strict=True)]
+        answerings = [await engine.submit(p, each) for p, each in zip(PROMPTS, PARAMS, strict=True)]
         gained = await asyncio.gather(*map(collect, answerings))
-        outputs = await asyncio.gather(*(engine.generate(p, each) for p, each in zip(PROMPTS, params, strict=True)))
+        outputs = await asyncio.gather(*(engine.generate(p, each) for p, each in zip(PROMPTS, PARAMS, strict=True)))
         return answerings, gained, outputs
 
     answerings, gained, outputs = runs(llm, play)
@@ -92,9 +83,9 @@ def test_answers_and_their_deltas_are_those_of_generate(llm, params, right):
         assert answering.cached_tokens == answering.output.cached_tokens
 
 
-def test_a_stream_yields_delta_by_delta(llm, params, right):
+def test_a_stream_yields_delta_by_delta(llm, right):
     async def play(engine):
-        return [delta async for delta in engine.stream(PROMPTS[1], params[1])]
+        return [delta async for delta in engine.stream(PROMPTS[1], PARAMS[1])]
 
     deltas = {}
     for delta in runs(llm, play):
@@ -161,10 +152,10 @@ def test_an_iteration_that_is_left_aborts_and_the_output_says_so(llm):
     runs(llm, play)
 
 
-def test_a_slow_reader_holds_nobody_up_and_gets_everything_in_few_items(llm, params, right):
+def test_a_slow_reader_holds_nobody_up_and_gets_everything_in_few_items(llm, right):
     async def play(engine):
-        slow = await engine.submit(PROMPTS[3], params[3])
-        fast = [await engine.submit(PROMPTS[0], params[0]) for _ in range(5)]
+        slow = await engine.submit(PROMPTS[3], PARAMS[3])
+        fast = [await engine.submit(PROMPTS[0], PARAMS[0]) for _ in range(5)]
         await asyncio.gather(*map(collect, fast))
         while not slow.has_ended:
             await asyncio.sleep(0.001)
@@ -174,6 +165,24 @@ def test_a_slow_reader_holds_nobody_up_and_gets_everything_in_few_items(llm, par
         assert told(slow.output) == told(right[3])
 
     runs(llm, play)
+
+
+@pytest.mark.parametrize(("seconds", "reports"), [(0.0, 40), (1000.0, 2)])
+def test_steps_within_a_report_s_time_are_told_together_but_for_the_first_token_and_the_end(
+    llm, right, monkeypatch, seconds, reports
+):
+    told_of, gain = [], Answering.gain
+    monkeypatch.setattr(async_llm, "REPORT_SECONDS", seconds)
+    monkeypatch.setattr(Answering, "gain", lambda self, *what: (told_of.append(what[0]), gain(self, *what)))
+
+    async def play(engine):
+        answering = await engine.submit(PROMPTS[3], PARAMS[3])
+        check(await collect(answering), answering.output)
+        assert told(answering.output) == told(right[3])
+
+    runs(llm, play)
+    assert [len(deltas[0].token_ids) for deltas in told_of][:1] == [1]
+    assert len(told_of) == reports
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back(llm):
@@ -237,7 +246,7 @@ def test_closing_drains_or_aborts_and_refuses_what_comes_later(llm):
     assert llm.generate(["A"])[0].token_ids  # and the LLM serves on
 
 
-def test_a_step_that_fails_once_is_run_again(llm, params, right, monkeypatch):
+def test_a_step_that_fails_once_is_run_again(llm, right, monkeypatch):
     async def play(engine):
         advance, left = llm._stepper.advance, [3]
 
@@ -248,14 +257,14 @@ def test_a_step_that_fails_once_is_run_again(llm, params, right, monkeypatch):
             return advance(*args, **kwargs)
 
         monkeypatch.setattr(llm._stepper, "advance", failing)
-        answering = await engine.submit(PROMPTS[3], params[3])
+        answering = await engine.submit(PROMPTS[3], PARAMS[3])
         check(await collect(answering), answering.output)
         assert told(answering.output) == told(right[3])
 
     runs(llm, play)
 
 
-def test_a_request_that_keeps_failing_ends_with_an_error_and_others_go_on(llm, params, right, monkeypatch):
+def test_a_request_that_keeps_failing_ends_with_an_error_and_others_go_on(llm, right, monkeypatch):
     async def play(engine):
         admit = llm.caches[0].admit
 
@@ -265,7 +274,7 @@ def test_a_request_that_keeps_failing_ends_with_an_error_and_others_go_on(llm, p
             return admit(scope, tokens, **options)
 
         monkeypatch.setattr(llm.caches[0], "admit", failing)
-        bad, good = await engine.submit([7, 7, 7]), await engine.submit(PROMPTS[0], params[0])
+        bad, good = await engine.submit([7, 7, 7]), await engine.submit(PROMPTS[0], PARAMS[0])
         outputs = await asyncio.gather(bad.result(), good.result())
         assert outputs[0].finish_reason == "error"
         assert "unwell" in outputs[0].error

@@ -8,10 +8,9 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
+from stream_cases import PARAMS, PROMPTS
 
 from engine import LLM, AnswerDelta, RequestError, SamplingParams
-
-PROMPTS = ["Alice was beginning to", "The Queen", "Down, down, down. Would the fall", "A"]
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["overlap", "no overlap"])
@@ -22,19 +21,8 @@ def llm(request):
 
 
 @pytest.fixture(scope="module")
-def params():
-    drawn = {"temperature": 0.9, "seed": 3}
-    return [
-        SamplingParams(max_new_tokens=20),
-        SamplingParams(max_new_tokens=33, n=3, **drawn),
-        SamplingParams(max_new_tokens=1, logprobs=2),
-        SamplingParams(max_new_tokens=40, logprobs=3, **drawn),
-    ]
-
-
-@pytest.fixture(scope="module")
-def right(llm, params):
-    return llm.generate(PROMPTS, params)
+def right(llm):
+    return llm.generate(PROMPTS, PARAMS)
 
 
 def answers_of(output):
@@ -70,8 +58,8 @@ class Collected:
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_the_new_tokens_of_every_step_are_together_the_answers(llm, params, right, every):
-    ids = [llm.add_request(prompt, each) for prompt, each in zip(PROMPTS, params, strict=True)]
+def test_the_new_tokens_of_every_step_are_together_the_answers(llm, right, every):
+    ids = [llm.add_request(prompt, each) for prompt, each in zip(PROMPTS, PARAMS, strict=True)]
     collected, finished, steps = defaultdict(Collected), {}, 0
     while len(finished) < len(ids):
         out = llm.step()
@@ -101,8 +89,8 @@ def test_steps_keep_nothing_of_requests_that_have_ended(llm):
     assert [each() for each in kept] == [None, None]
 
 
-def test_a_stream_yields_each_token_in_the_step_it_was_chosen_and_returns_the_output(llm, params, right):
-    for prompt, each, expected in zip(PROMPTS, params, right, strict=True):
+def test_a_stream_yields_each_token_in_the_step_it_was_chosen_and_returns_the_output(llm, right):
+    for prompt, each, expected in zip(PROMPTS, PARAMS, right, strict=True):
         collected, stream, items = Collected(), llm.stream(prompt, each), 0
         while True:
             try:
@@ -128,9 +116,9 @@ def test_a_stream_that_is_closed_early_aborts_and_gives_its_pages_back(llm):
     llm.check_integrity()
 
 
-def test_two_streams_and_added_requests_share_steps(llm, params, right):
-    added = llm.add_request(PROMPTS[0], params[0])
-    streams = {1: llm.stream(PROMPTS[1], params[1]), 3: llm.stream(PROMPTS[3], params[3])}
+def test_two_streams_and_added_requests_share_steps(llm, right):
+    added = llm.add_request(PROMPTS[0], PARAMS[0])
+    streams = {1: llm.stream(PROMPTS[1], PARAMS[1]), 3: llm.stream(PROMPTS[3], PARAMS[3])}
     collected, outputs = defaultdict(Collected), {}
     while streams:
         for index, stream in list(streams.items()):
