@@ -63,6 +63,7 @@ _HOMES = {
     "PrefixSegment": "engine.memory",
     "RadixCache": "engine.memory",
     "ReqToTokenPool": "engine.memory",
+    "media_tokens": "engine.memory",
     "Slots": "engine.memory",
     "PrefixStore": "engine.memory.offload.store",
     "PromptTooLong": "engine.errors",

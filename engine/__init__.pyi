@@ -51,6 +51,7 @@ from engine.memory import (
     RadixCache,
     ReqToTokenPool,
     Slots,
+    media_tokens,
 )
 from engine.memory.offload.store import PrefixStore
 from engine.serving.async_llm import AsyncLLM
@@ -110,6 +111,7 @@ __all__ = [
     "extract_k_from_fused_kv",
     "extract_v_from_fused_kv",
     "make_mesh",
+    "media_tokens",
     "merge_kv",
     "ragged_paged_attention",
     "read_pages",
