@@ -25,7 +25,7 @@ from engine.memory.media_tokens import media_tokens
 from engine.memory.offload import HostTier, PageFormat, PrefixSegment
 from engine.memory.page_moves import PageCopy, PageLoad, PageMove
 from engine.memory.pages import PagedTokenToKVPoolAllocator, PageIds, PagePool, Slots
-from engine.memory.prefix import EvictedPages, RadixCache
+from engine.memory.prefix import EventsMissed, EvictedPages, PagesCached, PagesLost, PrefixesForgotten, RadixCache
 from engine.memory.rows import ReqToTokenPool
 from engine.memory.scope import Adapter, CacheScope, LayoutKey
 
@@ -34,6 +34,7 @@ __all__ = [
     "Admission",
     "CacheManager",
     "CacheScope",
+    "EventsMissed",
     "EvictedPages",
     "HostTier",
     "LayoutKey",
@@ -44,7 +45,10 @@ __all__ = [
     "PageMove",
     "PagePool",
     "PagedTokenToKVPoolAllocator",
+    "PagesCached",
+    "PagesLost",
     "PrefixSegment",
+    "PrefixesForgotten",
     "RadixCache",
     "ReqToTokenPool",
     "Slots",
