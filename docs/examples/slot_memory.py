@@ -101,7 +101,8 @@ class SlotMemory:
 
     def _slots_of(self, pages: Int32) -> Int32:
         size = self.allocator.page_size
-        return np.add.outer(pages * np.int32(size), np.arange(size, dtype=np.int32)).reshape(-1).astype(np.int32)
+        slots: Int32 = np.add.outer(pages * np.int32(size), np.arange(size, dtype=np.int32)).reshape(-1)
+        return slots
 
     def _release(self, pages: list[int]) -> None:
         self.allocator.pages.release(PageIds(np.array(pages, np.int32)))
