@@ -20,10 +20,12 @@ struct Problem {
   void* out;      // same shape and dtype as q
   float* lse;     // [tokens, q_heads], natural log, or null
   const void* cache;
+  const float* scales;  // [pool_pages, scale_stride], of a scaled type: by fused row, then by token of the page
   const float* sinks;  // [q_heads], or null
   int64_t pool_pages, page_size;
   int q_heads, kv_heads, head_dim;
-  size_t slot_stride, row_stride;
+  int codes;  // in an element of the cache
+  size_t slot_stride, row_stride, scale_stride;
   float q_scale;  // factor from q.k to the base-2 logit, or with a soft cap to the argument of its tanh
   float cap;      // soft cap of the base-2 logit; 0 is none
   int window;     // number of tokens that a query sees, itself included
@@ -83,6 +85,18 @@ void FindSlots(const Problem& problem, const int32_t* pages, int begin, int end,
     for (; offset < problem.page_size && position < end; ++offset, ++position, slot += problem.slot_stride) {
       *slots++ = slot;
     }
+  }
+}
+
+// Gathers the scales of context positions [begin, end) for one fused row.
+inline void GatherScales(const Problem& problem, const int32_t* pages, int begin, int end, int row, float* scales) {
+  for (int position = begin; position < end;) {
+    const int64_t page = std::clamp<int64_t>(pages[position / problem.page_size], 0, problem.pool_pages - 1);
+    const int64_t offset = position % problem.page_size;
+    const int length = std::min<int64_t>(problem.page_size - offset, end - position);
+    std::copy_n(problem.scales + page * problem.scale_stride + row * problem.page_size + offset, length, scales);
+    scales += length;
+    position += length;
   }
 }
 

@@ -80,6 +80,7 @@ def _attend_native(
     operands = (
         q,
         fused_kv,
+        jnp.zeros(0, jnp.float32),
         *(jnp.asarray(array) for array in (metadata.page_table, metadata.cu_q_lens, metadata.kv_lens)),
         jnp.zeros(0, jnp.float32) if heads.sinks is None else jnp.asarray(heads.sinks, jnp.float32),
     )
