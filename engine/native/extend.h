@@ -9,7 +9,7 @@
 
 namespace engine {
 
-constexpr int kExtendBlock = 64;      // context tokens
+constexpr int kExtendBlock = kMostBlock;  // context tokens
 constexpr int kExtendTileRows = 128;  // query rows: tokens times query heads per KV head
 
 // What a loaded number of token `t` is multiplied with.
@@ -57,7 +57,7 @@ void Extend(const Problem& problem, const Item& item) {
   std::fill_n(sums, rows * dim, 0.0f);
   const int first_token = item.sequence->first_token + item.first_query;
   for (int row = 0; row < rows; ++row) {
-    LoadQuery(problem, first_token + row / group, item.head * group + row % group, q + row * dim);
+    LoadQuery(problem, first_token + row / group, item.head * group + row % group, problem.q_scale, q + row * dim);
   }
   const int first_position = item.sequence->first_position() + item.first_query;
   const T* slots[kExtendBlock];
@@ -66,9 +66,9 @@ void Extend(const Problem& problem, const Item& item) {
     const int count = std::min(kExtendBlock, item.end - begin), columns = RoundUp(count, kLanes);
     FindSlots(problem, item.sequence->pages, begin, begin + count, slots);
     if constexpr (kScaled<T>) {
-      for (int half = 0; half < 2; ++half) {
-        GatherScales(problem, item.sequence->pages, begin, begin + count, 2 * item.head + half, scales[half]);
-      }
+      Scales found;
+      found.Find(problem, item.sequence->pages, begin, begin + count);
+      for (int half = 0; half < 2; ++half) found.Gather(2 * item.head + half, scales[half]);
     }
     PackKeys(slots, key, scales[0], count, problem.head_dim, keys);
     Multiply({q, size_t(dim), logits, kExtendBlock, rows, problem.head_dim}, Packed{keys, kExtendBlock}, columns,

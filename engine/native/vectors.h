@@ -77,6 +77,12 @@ inline void WithType(Float type, const Use& use) {
 
 constexpr int RoundUp(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+inline IntVec LaneIndices() {
+  IntVec lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  return lanes;
+}
+
 inline Vec Splat(float value) { return Vec{} + value; }
 
 inline Vec Load(const float* from) {
@@ -182,6 +188,64 @@ inline Vec LoadWhole(const Int4* row, int at, int dim) {
   return LoadNibbles(row + at - high * half, 4 * high);
 }
 
+#if defined(__AVX512VBMI__)
+// The high and the low bytes of 64 numbers as bfloat16, in kUnit<Float8>.
+struct Float8Halves {
+  __m512i high, low;
+};
+
+struct Float8Tables {
+  alignas(64) uint8_t high[128], low[128];
+
+  constexpr Float8Tables() : high(), low() {
+    for (int magnitude = 0; magnitude < 128; ++magnitude) {
+      int exponent = magnitude >> 3, mantissa = magnitude & 7;
+      int bits = (exponent - 7 - 8 + 127) << 7 | mantissa << 4;
+      if (exponent == 0) {  // subnormal: shifted until its first one is the implicit one
+        exponent = 1;
+        while (mantissa != 0 && (mantissa & 8) == 0) mantissa <<= 1, --exponent;
+        bits = mantissa == 0 ? 0 : (exponent - 7 - 8 + 127) << 7 | (mantissa & 7) << 4;
+      }
+      if (magnitude == 0x7f) bits = 0x7fc0;
+      high[magnitude] = bits >> 8;
+      low[magnitude] = bits & 0xff;
+    }
+  }
+};
+inline constexpr Float8Tables kFloat8Tables;
+
+inline Float8Halves LoadHalves(const Float8* from) {
+  const auto look_up = [](const uint8_t* table, __m512i index) {
+    return _mm512_permutex2var_epi8(_mm512_load_si512(table), index, _mm512_load_si512(table + 64));
+  };
+  const __m512i codes = _mm512_loadu_si512(from);
+  const __m512i high = look_up(kFloat8Tables.high, codes);
+  // high | (codes & 0x80)
+  return {_mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(int8_t(0x80)), 0xf8), look_up(kFloat8Tables.low, codes)};
+}
+#endif
+
+// Loads whole vectors from `at` on.
+template <class T, int Vectors>
+inline void LoadVectors(const T* row, int at, int dim, Vec (&vectors)[Vectors]) {
+#if defined(__AVX512VBMI__)
+  if constexpr (std::is_same_v<T, Float8> && Vectors == 4) {
+    const Float8Halves halves = LoadHalves(row + at);
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      const BitVec lane = reinterpret_cast<BitVec>(LaneIndices()) + v * kLanes;
+      // Byte 2 of a lane is the low byte of its number, byte 3 the high one.
+      const __m512i index = reinterpret_cast<__m512i>(lane << 16 | (lane + 64) << 24);
+      vectors[v] = reinterpret_cast<Vec>(
+          _mm512_maskz_permutex2var_epi8(0xccccccccccccccccu, halves.low, index, halves.high));
+    }
+    return;
+  }
+#endif
+#pragma GCC unroll 4
+  for (int v = 0; v < Vectors; ++v) vectors[v] = LoadWhole(row, at + v * kLanes, dim);
+}
+
 // As LoadWhole for any `at` and `dim`, with zeros from `dim` on.
 template <class T>
 inline Vec LoadPart(const T* row, int at, int dim) {
@@ -231,12 +295,6 @@ inline void StoreSome(T* to, Vec value, int count) {
   T padded[kLanes];
   Store(padded, value);
   std::memcpy(to, padded, count * sizeof(T));
-}
-
-inline IntVec LaneIndices() {
-  IntVec lanes;
-  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
-  return lanes;
 }
 
 // Lane i of the result is lane i + By of `value`, modulo the number of lanes.
@@ -314,21 +372,22 @@ constexpr int kTileRows = 4;
 constexpr int kTileColumns = kLanes / kTileRows;
 
 // Zips the first two, or the last two, lanes of each quad of a and b.
-template <int First, int... I>
-inline Vec ZipQuads(Vec a, Vec b, std::integer_sequence<int, I...>) {
+template <int First, class V, int... I>
+inline V ZipQuads(V a, V b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, (I / 4 * 4 + First + I % 4 / 2 + I % 2 * kLanes)...);
 }
 
 // Takes every second quad of a, then those of b.
-template <int First, int... I>
-inline Vec EverySecondQuad(Vec a, Vec b, std::integer_sequence<int, I...>) {
+template <int First, class V, int... I>
+inline V EverySecondQuad(V a, V b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, ((I / 4 * 2 + First) * 4 + I % 4)...);
 }
 
 // A tile whose element (row, column) is the sum of the lanes of parts[column][row].
-inline Vec SumEach(const Vec (&parts)[kTileColumns][kTileRows]) {
-  const auto zip = [](Vec a, Vec b) { return ZipQuads<0>(a, b, EachLane()) + ZipQuads<2>(a, b, EachLane()); };
-  const auto fold = [](Vec a, Vec b) {
+template <class V>
+inline V SumEach(const V (&parts)[kTileColumns][kTileRows]) {
+  const auto zip = [](V a, V b) { return ZipQuads<0>(a, b, EachLane()) + ZipQuads<2>(a, b, EachLane()); };
+  const auto fold = [](V a, V b) {
     return EverySecondQuad<0>(a, b, EachLane()) + EverySecondQuad<1>(a, b, EachLane());
   };
   const auto column = [&](int i) { return zip(zip(parts[i][0], parts[i][2]), zip(parts[i][1], parts[i][3])); };
@@ -374,8 +433,9 @@ inline Vec SumOfTileRow(Vec value) {
   return value;
 }
 
-// Keeps a value in a register: GCC would load it anew at each use.
-inline void Hold(Vec& value) {
+// Keeps a vector in a register: GCC would load it anew at each use.
+template <class V>
+inline void Hold(V& value) {
 #if defined(__AVX512F__)
   asm("" : "+v"(value));
 #else
