@@ -93,10 +93,11 @@ def quantise(rows: jax.Array, kind: NarrowKind) -> tuple[jax.Array, jax.Array]:
     """
     values = _bounded(rows)
     most = jnp.max(jnp.abs(values), axis=-1)
-    alive = most >= SMALLEST  # false for NaN
+    is_nan = jnp.isnan(values).any(axis=-1)  # not by `most`: XLA's CPU compiler loses a NaN in the maximum of 128
+    alive = (most >= SMALLEST) & ~is_nan
     inverse = jnp.where(alive, kind.top / jnp.where(alive, most, 1.0), 0.0)
     # Multiplied by constants and reciprocals, since XLA may make that of a division.
-    scales = jnp.where(alive, most * np.float32(1 / kind.top), jnp.where(jnp.isnan(most), jnp.nan, 0.0))
+    scales = jnp.where(alive, most * np.float32(1 / kind.top), jnp.where(is_nan, jnp.nan, 0.0))
     codes = jnp.where(alive[..., None], jnp.round(values * inverse[..., None]), 0.0).astype(jnp.int8)
     return (_pack(codes) if kind.per_element == 2 else codes), scales.astype(SCALE_DTYPE)
 

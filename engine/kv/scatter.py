@@ -114,9 +114,16 @@ def _scatter(fused: Buffer, loc: jax.Array, k: jax.Array, v: jax.Array) -> Buffe
         return in_parts
     if not isinstance(fused, NarrowKV):
         return scatter_stored(fused, loc, k, v)
+    choices = {"cpu": quantise_native} if jax.default_backend() == "cpu" and library.available() else {}
+    k = rotate(k) if kind_of(fused.codes).rotated else k
+    written: NarrowKV = lax.platform_dependent(fused, loc, k, v, **choices, default=quantise_xla)
+    return written
+
+
+def quantise_xla(fused: NarrowKV, loc: jax.Array, k: jax.Array, v: jax.Array) -> NarrowKV:
+    """Quantises k, which comes rotated where the kind asks for it, and v, and writes them."""
     kind = kind_of(fused.codes)
-    k_codes, k_scales = quantise(rotate(k) if kind.rotated else k, kind)
-    v_codes, v_scales = quantise(v, kind)
+    (k_codes, k_scales), (v_codes, v_scales) = quantise(k, kind), quantise(v, kind)
     return scatter_codes(fused, loc, k_codes, v_codes, merge_kv(k_scales[..., None], v_scales[..., None])[..., 0])
 
 
@@ -196,6 +203,23 @@ def _scatter_distinct(
     # Under vmap one after the other: the copies of a batched kernel would share their semaphores.
     written: jax.Array = jax.custom_batching.sequential_vmap(kernel)(fused, slots, tokens, k, v)
     return written
+
+
+def quantise_native(fused: NarrowKV, loc: jax.Array, k: jax.Array, v: jax.Array) -> NarrowKV:
+    """Calls the native kernel that quantises and writes in one pass; the bits of ``quantise_xla``, CPU only."""
+    slots, rows, lanes = fused.codes.shape
+    width = k.shape[2] // kind_of(fused.codes).per_element
+    if stores_pairs(rows, lanes, k.shape[1], width):
+        rows, lanes = 2 * rows, lanes // 2
+    codes = fused.codes.reshape(slots, rows, lanes)
+    results = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (codes, fused.scales))
+    call = jax.ffi.ffi_call(
+        library.QUANTISE, results, input_output_aliases={0: 0, 1: 1}, vmap_method="sequential"
+    )
+    written = call(codes, fused.scales, loc, k, v)
+    axes = varying_axes(*fused, loc, k, v)
+    codes, scales = (lax.pcast(array, tuple(axes), to="varying") if axes else array for array in written)
+    return NarrowKV(codes.reshape(fused.codes.shape), scales)
 
 
 def scatter_native(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -45,9 +45,10 @@ class CodeDots {
  public:
   static constexpr int kCost = 4;
 
-  // Longer rows could overflow 32 bits. Queries of float32 keep all of their bits in WideDots.
+  // Longer rows could overflow 32 bits. Queries of float32 keep all of their bits in WideDots; but with 4-bit codes they
+  // come rotated, so that their dtype says nothing.
   static bool Fits(const Problem& problem) {
-    return problem.token_type != Float::kFloat32 && problem.head_dim % (kChunk * problem.codes) == 0 &&
+    return (kBias<T> == kBias<Int4> || problem.token_type != Float::kFloat32) && problem.head_dim % (kChunk * problem.codes) == 0 &&
            problem.head_dim <= 256;
   }
 
@@ -79,7 +80,7 @@ class CodeDots {
     units_[row] = unit * problem.q_scale + SumLanes(zero);
     IntVec bias{};
     for (int d = 0; d < dim_; d += kLanes) {
-      const IntVec whole = reinterpret_cast<IntVec>(_mm512_maskz_cvtps_epi32(-1, Load(row_ + d) * inverse));
+      const IntVec whole = Round(Load(row_ + d) * inverse);
       const IntVec high = (whole + 128) >> 8;
       StoreBytes(digits_ + 2 * row * dim_ + d, high);
       StoreBytes(digits_ + (2 * row + 1) * dim_ + d, whole - (high << 8));
@@ -113,11 +114,6 @@ class CodeDots {
   }
 
  private:
-  static void StoreBytes(int8_t* to, IntVec values) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
-                     _mm512_maskz_cvtepi32_epi8(-1, reinterpret_cast<__m512i>(values)));
-  }
-
   [[gnu::always_inline]] void AddDigit(const T* const* slots, size_t key, const int8_t* q,
                                        IntVec (&sum)[kTileColumns][kTileRows]) const {
     for (int d = 0; d < dim_; d += kChunk) {

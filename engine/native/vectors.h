@@ -75,6 +75,21 @@ inline void WithType(Float type, const Use& use) {
   }
 }
 
+// Makes a vector in a register of a value: GCC would load it anew at each use, or merge the operation that made it into
+// the next.
+template <class V>
+inline void Hold(V& value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#elif defined(__SSE2__)
+  asm("" : "+x"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#else
+  asm("" : "+m"(value));
+#endif
+}
+
 constexpr int RoundUp(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 inline IntVec LaneIndices() {
@@ -289,6 +304,26 @@ inline void Store(Float16* to, Vec value) {
   StoreBits(to, half | (signed_bits >> 16 & 0x8000u));
 }
 
+// The nearest whole numbers, ties to even, of magnitudes below 2 ** 22.
+inline IntVec Round(Vec value) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<IntVec>(_mm512_maskz_cvtps_epi32(-1, value));
+#else
+  Hold(value);  // a product that is added to at once would not be rounded first
+  return reinterpret_cast<IntVec>(value + 12582912.0f) - 0x4b400000;  // 1.5 * 2 ** 23, whose unit is 1
+#endif
+}
+
+// Stores the lowest byte of each lane.
+inline void StoreBytes(void* to, IntVec values) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_maskz_cvtepi32_epi8(-1, reinterpret_cast<__m512i>(values)));
+#else
+  const ByteVec bytes = __builtin_convertvector(values, ByteVec);
+  std::memcpy(to, &bytes, sizeof(bytes));
+#endif
+}
+
 // Stores the first `count` < kLanes elements.
 template <class T>
 inline void StoreSome(T* to, Vec value, int count) {
@@ -431,16 +466,6 @@ template <int By = kTileRows>
 inline Vec SumOfTileRow(Vec value) {
   if constexpr (By < kLanes) return SumOfTileRow<By * 2>(value + Swap<By>(value, EachLane()));
   return value;
-}
-
-// Keeps a vector in a register: GCC would load it anew at each use.
-template <class V>
-inline void Hold(V& value) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(value));
-#else
-  (void)value;
-#endif
 }
 
 }  // namespace engine
