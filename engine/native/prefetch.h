@@ -13,23 +13,39 @@ class Prefetch {
  public:
   // `cost` is that of all steps together, in any unit.
   Prefetch(const void* const* slots, int count, size_t slot_bytes, int cost)
-      : slots_(slots), count_(count), bytes_(slot_bytes), share_(int(count * slot_bytes / 64 * kLine / cost) + 1) {}
+      : next_(slots), last_(slots + count), bytes_(slot_bytes), share_(int(count * slot_bytes * kPart / cost) + 1) {
+    Turn();
+  }
 
   void Step(int cost) {
-    for (due_ += cost * share_; due_ >= kLine && slot_ < count_; due_ -= kLine) {
-      __builtin_prefetch(static_cast<const char*>(slots_[slot_]) + at_, 0, 2);
-      at_ += 64;
-      if (at_ >= bytes_) at_ = 0, ++slot_;
-    }
+    due_ += cost * share_;
+    const char* at = at_;  // in a register: this loop stands in the innermost ones
+    const char* const goal = at + due_ / kPart;
+    for (; at < goal && at < end_; at += 64) __builtin_prefetch(at, 0, 2);
+    due_ -= int(at - at_) * kPart;
+    at_ = at;
+    if (at >= end_) Turn();
   }
 
  private:
-  static constexpr int kLine = 1 << 8;
+  static constexpr int kPart = 16;  // of a byte
 
-  const void* const* slots_;
-  int count_, slot_ = 0;
-  size_t bytes_, at_ = 0;
-  int share_, due_ = 0;  // in parts of a line
+  // Goes on to the next slot, or, where there is none, to nowhere.
+  void Turn() {
+    if (next_ == last_) {
+      at_ = end_ = nullptr;
+      share_ = due_ = 0;
+    } else {
+      at_ = static_cast<const char*>(*next_++);
+      end_ = at_ + bytes_;
+    }
+  }
+
+  const void* const* next_;
+  const void* const* last_;
+  const char *at_ = nullptr, *end_ = nullptr;
+  size_t bytes_;
+  int share_, due_ = 0;  // in parts of a byte
 };
 
 }  // namespace engine
