@@ -22,18 +22,18 @@ from engine.distributed.mesh import explicit_sharding, shard_over, varying_axes
 from engine.errors import ShapeError
 from engine.kv.gpu_target import may_be_split, not_hopper
 from engine.kv.layout import bits_of, check_storage, merge_kv, pad_fused, refuse_donated, stores_pairs, to_stored
-from engine.kv.narrow import Buffer, NarrowKV, codes_of, kind_of, quantise, rotate
+from engine.kv.narrow import AnyBuffer, Buffer, NarrowKV, codes_of, kind_of, quantise, rotate
 from engine.kv.split import split_of_heads
 from engine.kv.tpu_view import view_is_free
 from engine.native import library
 
 
-def set_kv_buffer(fused: Buffer, loc: jax.Array, k: jax.Array, v: jax.Array) -> Buffer:
+def set_kv_buffer(fused: AnyBuffer, loc: jax.Array, k: jax.Array, v: jax.Array) -> AnyBuffer:
     """Writes token ``t``'s keys and values into slot ``loc[t]``; pure, and in place where ``fused`` is donated.
 
     Args:
-        fused: ``[S, 2H, D]``, or padded storage ``[S, 2H', D']``, whose padding is written as zeros; or a narrow buffer,
-            for which the tokens are quantised (``engine.kv.narrow.quantise``).
+        fused: ``[S, 2H, D]``, or padded storage ``[S, 2H', D']``, whose padding is written as zeros; or a narrow
+            buffer, for which the tokens are quantised (``engine.kv.narrow.quantise``).
         loc: ``[T]`` slots of any integer type; those below 0 or not below S are dropped; of equal ones the last wins.
         k: ``[T, H, D]``, cast to the buffer's dtype; what is finite saturates.
         v: as ``k``.
@@ -54,7 +54,7 @@ def set_kv_buffer(fused: Buffer, loc: jax.Array, k: jax.Array, v: jax.Array) -> 
     _check(fused, loc, k, v)
     if not isinstance(fused, NarrowKV):
         k, v = (to_stored(half, fused.dtype) for half in (k, v))
-    written: Buffer = _scatter(fused, _clean(loc, _slots_of(fused)), k, v)
+    written: AnyBuffer = _scatter(fused, _clean(loc, _slots_of(fused)), k, v)
     return written
 
 
@@ -114,7 +114,7 @@ def _scatter(fused: Buffer, loc: jax.Array, k: jax.Array, v: jax.Array) -> Buffe
         return in_parts
     if not isinstance(fused, NarrowKV):
         return scatter_stored(fused, loc, k, v)
-    kind = kind_of(fused.codes)
+    kind = kind_of(fused.codes.dtype)
     k_codes, k_scales = quantise(rotate(k) if kind.rotated else k, kind)
     v_codes, v_scales = quantise(v, kind)
     return scatter_codes(fused, loc, k_codes, v_codes, merge_kv(k_scales[..., None], v_scales[..., None])[..., 0])
@@ -131,7 +131,7 @@ def scatter_codes(fused: NarrowKV, loc: jax.Array, k: jax.Array, v: jax.Array, s
         scales: ``[T, 2H]`` float32, in the order of the fused rows.
     """
     pages, page_scales = fused.scales.shape
-    page_size = fused.codes.shape[0] // pages
+    page_size = fused.page_size
     by_row = fused.scales.reshape(pages, -1, page_size)
     scales = jnp.pad(scales, ((0, 0), (0, by_row.shape[1] - scales.shape[1])))
     slots = _unique(loc, fused.codes.shape[0])

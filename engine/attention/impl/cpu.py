@@ -19,6 +19,7 @@ from engine.attention.metadata import AttentionMetadata
 from engine.attention.options import AttentionOptions, HeadArrays
 from engine.distributed.mesh import varying_axes
 from engine.errors import BackendUnsupported
+from engine.kv.narrow import Buffer, NarrowKV
 from engine.native import library
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -29,7 +30,7 @@ def attend_cpu(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    fused_kv: jax.Array,
+    fused_kv: Buffer,
     metadata: AttentionMetadata,
     heads: HeadArrays,
     options: AttentionOptions,
@@ -55,9 +56,11 @@ def attend_cpu(
     return result
 
 
-def _check_supported(q: jax.Array, fused_kv: jax.Array) -> None:
+def _check_supported(q: jax.Array, fused_kv: Buffer) -> None:
     if jax.default_backend() != "cpu":
         raise BackendUnsupported(f"attention impl='cpu' runs on a CPU, not on {jax.default_backend()}; use impl='auto'")
+    if isinstance(fused_kv, NarrowKV):
+        raise BackendUnsupported("attention impl='cpu' does not read narrow caches; use impl='xla'")
     for name, array in (("q", q), ("fused_kv", fused_kv)):
         if array.dtype.name not in DTYPES:
             raise BackendUnsupported(
