@@ -12,9 +12,9 @@ from jax import lax
 from engine.attention.impl.implementation import AttentionResult
 from engine.attention.metadata import AttentionMetadata, is_live, sequence_of_tokens
 from engine.attention.options import AttentionOptions, HeadArrays
-from engine.kv.context import take_slots
 from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv
 from engine.kv.narrow import Buffer
+from engine.kv.stored import take_slots
 
 
 def attend_reference(

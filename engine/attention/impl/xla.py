@@ -18,9 +18,9 @@ from jax import lax
 from engine.attention.impl.implementation import AttentionResult
 from engine.attention.metadata import AttentionMetadata
 from engine.attention.options import AttentionOptions, HeadArrays
-from engine.kv.context import take_pages
 from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv
 from engine.kv.narrow import Buffer
+from engine.kv.stored import take_pages
 
 BLOCK_TOKENS = 256  # of context: K and V of 8 heads of 128 in float32 are 2 MiB, a core's L2 cache
 TILE_TOKENS = 64  # queries of one sequence that walk the context together

@@ -1,12 +1,13 @@
-"""What a buffer holds, read for attention in XLA: float32, without padding, narrow codes multiplied by their scales."""
+"""What a buffer holds, for attention in XLA and for checks: unpadded, narrow codes multiplied by their scales."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from engine.kv.layout import code_width, unpad_fused
-from engine.kv.narrow import Buffer, NarrowKV, dequantise, kind_of, rows_by_token
+from engine.kv.layout import code_width, to_stored, unpad_fused
+from engine.kv.narrow import KINDS, Buffer, NarrowKV, dequantise, kind_of, quantise, rotate, rows_by_token
 
 
 def take_slots(buffer: Buffer, slots: jax.Array, head_num: int, head_dim: int) -> jax.Array:
@@ -53,3 +54,17 @@ def take_pages(buffer: Buffer, pages: jax.Array, page_size: int, head_num: int, 
 
 def _pages_of(stored: jax.Array, pages: jax.Array, page_size: int) -> jax.Array:
     return stored.reshape(-1, page_size, *stored.shape[1:]).at[pages].get(mode="clip")
+
+
+def as_stored(k: jax.Array, v: jax.Array, *, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """Keys and values ``[T, H, D]`` after their way through a pool of ``dtype``, in their own dtype."""
+    kind = KINDS.get(jnp.dtype(dtype).name)
+    if kind is None:
+        return to_stored(k, dtype).astype(k.dtype), to_stored(v, dtype).astype(v.dtype)
+    turn = rotate if kind.rotated else _unchanged
+    keys, values = turn(dequantise(*quantise(turn(k), kind))), dequantise(*quantise(v, kind))
+    return keys.astype(k.dtype), values.astype(v.dtype)
+
+
+def _unchanged(x: jax.Array) -> jax.Array:
+    return x
