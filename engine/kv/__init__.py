@@ -4,6 +4,7 @@ This room never knows which request or prefix a page belongs to: only slots and 
 
     layout        the rule of the fused layout, in array code; KVLayout, its versioned descriptor, padding included
     narrow        int8 and int4: NarrowKV, codes with a scale for each token and row; their quantisation
+    stored        what a buffer holds as float32, by slots and pages: for attention in XLA and checks
     pool          TokenToKVPool: one buffer per layer, a pytree
     scatter       set_kv_buffer: writes new keys and values in place
     scatter_gpu   the same as a kernel for Hopper GPUs

@@ -205,7 +205,7 @@ def check_storage(fused: Buffer, head_num: int, head_dim: int) -> None:
         raise ShapeError(f"the fused buffer must be [slots, 2 * heads, head_dim]; got {codes.dtype}{list(codes.shape)}")
     rows, lanes = codes.shape[1:]
     if isinstance(fused, NarrowKV):
-        width = code_width(head_dim, kind_of(codes))
+        width = code_width(head_dim, kind_of(codes.dtype))
         check_scales_shape(fused, 2 * rows if stores_pairs(rows, lanes, head_num, width) else rows)
     if (rows, lanes) == (2 * head_num, width) or stores_pairs(rows, lanes, head_num, width):
         return
@@ -390,7 +390,8 @@ class KVLayout:
         if self.kind is None:
             return stored
         scales = slots // self.page_size, self.scale_rows * self.page_size
-        return NarrowKV(stored, jax.ShapeDtypeStruct(scales, SCALE_DTYPE))
+        parts: Any = stored, jax.ShapeDtypeStruct(scales, SCALE_DTYPE)
+        return NarrowKV(*parts)
 
     def require_same(self, other: KVLayout, what: str) -> None:
         """Refuses bytes of another layout.

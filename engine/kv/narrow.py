@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+
+from engine.errors import ShapeError
 
 LARGEST = 2.0**112  # what is stored saturates here, so that sums of 2**15 elements stay finite
 SMALLEST = (
@@ -37,8 +40,14 @@ class NarrowKV(NamedTuple):
     codes: jax.Array
     scales: jax.Array
 
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        return self.codes.shape[0] // self.scales.shape[0]
+
 
 Buffer: TypeAlias = jax.Array | NarrowKV
+AnyBuffer = TypeVar("AnyBuffer", bound=Buffer)  # of a function that returns the kind of buffer that it takes
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,8 @@ class NarrowKind:
     Attributes:
         code_dtype: dtype of the elements of ``NarrowKV.codes``.
         per_element: codes in one element.
-        top: a row's largest magnitude becomes this code, or its negative.
+        top: the code that a row's largest magnitude becomes: 127, or its negative; or -8, of which there is no
+            negative in four bits, so that the scale takes the sign of what is largest (as in llama.cpp's Q4_0).
         rotated: whether keys are stored rotated.
     """
 
@@ -57,15 +67,23 @@ class NarrowKind:
     top: int
     rotated: bool
 
+    @property
+    def most(self) -> int:
+        """The largest code."""
+        return self.top if self.top > 0 else -self.top - 1
+
 
 INT8 = NarrowKind(np.dtype(np.int8), per_element=1, top=127, rotated=False)
-INT4 = NarrowKind(np.dtype(np.uint8), per_element=2, top=7, rotated=True)
+INT4 = NarrowKind(np.dtype(np.uint8), per_element=2, top=-8, rotated=True)
 KINDS = {"int8": INT8, "int4": INT4}  # by the name of the pool's dtype
 
 
-def kind_of(codes: jax.Array) -> NarrowKind:
-    """The kind of ``NarrowKV.codes``, by their dtype."""
-    return next(kind for kind in KINDS.values() if kind.code_dtype == codes.dtype)
+def kind_of(code_dtype: DTypeLike) -> NarrowKind:
+    """The kind of ``NarrowKV.codes`` of a dtype; raises ShapeError where there is none."""
+    for kind in KINDS.values():
+        if kind.code_dtype == code_dtype:
+            return kind
+    raise ShapeError(f"the codes of a NarrowKV are {jnp.dtype(code_dtype)}; they must be int8, or uint8 for int4")
 
 
 def codes_of(buffer: Buffer) -> jax.Array:
@@ -75,14 +93,14 @@ def codes_of(buffer: Buffer) -> jax.Array:
 
 def is_rotated(buffer: Buffer) -> bool:
     """Whether a buffer holds rotated keys, so that queries must be rotated too."""
-    return isinstance(buffer, NarrowKV) and kind_of(buffer.codes).rotated
+    return isinstance(buffer, NarrowKV) and kind_of(buffer.codes.dtype).rotated
 
 
 def quantise(rows: jax.Array, kind: NarrowKind) -> tuple[jax.Array, jax.Array]:
     """Codes and scales of rows, each row by itself; the native kernel gives the same bits.
 
     Magnitudes above 2**112, infinities included, saturate there. A row whose largest is below 2**-119 becomes zeros,
-    with scale 0. A row with a NaN gets a NaN for its scale, so that its own sequence shows it, and codes 0.
+    with scale 0. A row with a NaN gets NaN for its scale, so that its own sequence shows it, and codes 0.
 
     Args:
         rows: ``[..., D]``, floating; keys of a rotated kind come rotated.
@@ -92,19 +110,22 @@ def quantise(rows: jax.Array, kind: NarrowKind) -> tuple[jax.Array, jax.Array]:
         codes ``[..., D / per_element]`` and scales ``[...]`` float32.
     """
     values = _bounded(rows)
-    most = jnp.max(jnp.abs(values), axis=-1)
-    is_nan = jnp.isnan(values).any(axis=-1)  # not by `most`: XLA's CPU compiler loses a NaN in the maximum of 128
-    alive = (most >= SMALLEST) & ~is_nan
-    inverse = jnp.where(alive, kind.top / jnp.where(alive, most, 1.0), 0.0)
+    high, low = jnp.max(values, axis=-1), jnp.min(values, axis=-1)
+    most = jnp.maximum(high, -low)
+    extreme = jnp.where(high > -low, high, low) if kind.top < 0 else most
+    spoilt = jnp.any(jnp.isnan(rows), axis=-1)  # asked apart: XLA's maximum on a CPU may pass over a NaN
+    alive = (most >= SMALLEST) & ~spoilt
+    inverse = jnp.where(alive, kind.top / jnp.where(alive, extreme, 1.0), 0.0)
     # Multiplied by constants and reciprocals, since XLA may make that of a division.
-    scales = jnp.where(alive, most * np.float32(1 / kind.top), jnp.where(is_nan, jnp.nan, 0.0))
-    codes = jnp.where(alive[..., None], jnp.round(values * inverse[..., None]), 0.0).astype(jnp.int8)
+    scales = jnp.where(alive, extreme * np.float32(1 / kind.top), jnp.where(spoilt, jnp.nan, 0.0))
+    nearest = jnp.minimum(jnp.round(values * inverse[..., None]), kind.most)
+    codes = jnp.where(alive[..., None], nearest, 0.0).astype(jnp.int8)
     return (_pack(codes) if kind.per_element == 2 else codes), scales.astype(SCALE_DTYPE)
 
 
 def dequantise(codes: jax.Array, scales: jax.Array) -> jax.Array:
     """``codes[..., W]`` and ``scales[...]`` as float32 ``[..., D]``; keys of a rotated kind stay rotated."""
-    kind = kind_of(codes)
+    kind = kind_of(codes.dtype)
     return (_unpack(codes) if kind.per_element == 2 else codes).astype(jnp.float32) * scales[..., None]
 
 

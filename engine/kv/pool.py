@@ -24,7 +24,7 @@ from engine.kv.layout import (
     require_count,
     unpad_fused,
 )
-from engine.kv.narrow import KINDS, Buffer, NarrowKV, codes_of, dequantise, is_rotated, rotate, rows_by_token
+from engine.kv.narrow import KINDS, Buffer, NarrowKV, codes_of, dequantise, is_rotated, kind_of, rotate, rows_by_token
 from engine.kv.room import room_for
 from engine.kv.scatter import set_kv_buffer, slots_within
 from engine.kv.split import buffer_spec, in_slot_order, local_slots, new_tokens_spec, split_layout
@@ -45,7 +45,7 @@ class TokenToKVPool:
         mesh: mesh over which the buffers are split (``engine.kv.split``), or None.
     """
 
-    buffers: tuple[Buffer, ...]
+    buffers: tuple[Any, ...]
     size: int
     layout: KVLayout
     mesh: Mesh | None
@@ -106,8 +106,8 @@ class TokenToKVPool:
         """Makes a pool of existing buffers without a copy; it owns them from then on, and donates them as it writes.
 
         Args:
-            buffers: one per layer, ``[replicas * (size + page_size), 2H', D']`` or ``NarrowKV`` as a pool makes them, of
-                one dtype.
+            buffers: one per layer, ``[replicas * (size + page_size), 2H', D']`` or ``NarrowKV`` as a pool makes them,
+                of one dtype.
             page_size: tokens per page; the first page of each replica is its null page.
             head_num: KV heads, H.
             head_dim: elements per head, D.
@@ -180,7 +180,7 @@ class TokenToKVPool:
         """Bytes of all buffers on each device."""
         return self.kv_size_bytes // (1 if self.mesh is None else self.mesh.size)
 
-    def get_fused_kv_buffer(self, layer_id: int) -> Buffer:
+    def get_fused_kv_buffer(self, layer_id: int) -> Any:
         """The buffer of a layer as it is stored, as ``buffer_like`` says."""
         self._check_layer(layer_id)
         refuse_donated(f"the buffer of layer {layer_id}", self.buffers[layer_id])
@@ -310,10 +310,8 @@ def _dtype_of(buffer: Buffer) -> Any:
         if codes.dtype.name in KINDS:
             raise ShapeError(f"a buffer of {codes.dtype} alone has no scales; pass a NarrowKV of codes and scales")
         return codes.dtype
-    named = {kind.code_dtype: name for name, kind in KINDS.items()}
-    if codes.dtype not in named:
-        raise ShapeError(f"the codes of a NarrowKV are {codes.dtype}; they must be int8, or uint8 for int4")
-    return named[codes.dtype]
+    kind = kind_of(codes.dtype)
+    return next(name for name, of_name in KINDS.items() if of_name is kind)
 
 
 def _check_size(size: int, page_size: int, layer_num: int) -> None:

@@ -22,18 +22,18 @@ from engine.distributed.mesh import explicit_sharding, shard_over, varying_axes
 from engine.errors import ShapeError
 from engine.kv.gpu_target import may_be_split, not_hopper
 from engine.kv.layout import bits_of, check_storage, merge_kv, pad_fused, refuse_donated, stores_pairs, to_stored
-from engine.kv.narrow import Buffer, NarrowKV, codes_of, kind_of, quantise, rotate
+from engine.kv.narrow import AnyBuffer, Buffer, NarrowKV, codes_of, kind_of, quantise, rotate
 from engine.kv.split import split_of_heads
 from engine.kv.tpu_view import view_is_free
 from engine.native import library
 
 
-def set_kv_buffer(fused: Buffer, loc: jax.Array, k: jax.Array, v: jax.Array) -> Buffer:
+def set_kv_buffer(fused: AnyBuffer, loc: jax.Array, k: jax.Array, v: jax.Array) -> AnyBuffer:
     """Writes token ``t``'s keys and values into slot ``loc[t]``; pure, and in place where ``fused`` is donated.
 
     Args:
-        fused: ``[S, 2H, D]``, or padded storage ``[S, 2H', D']``, whose padding is written as zeros; or a narrow buffer,
-            for which the tokens are quantised (``engine.kv.narrow.quantise``).
+        fused: ``[S, 2H, D]``, or padded storage ``[S, 2H', D']``, whose padding is written as zeros; or a narrow
+            buffer, for which the tokens are quantised (``engine.kv.narrow.quantise``).
         loc: ``[T]`` slots of any integer type; those below 0 or not below S are dropped; of equal ones the last wins.
         k: ``[T, H, D]``, cast to the buffer's dtype; what is finite saturates.
         v: as ``k``.
@@ -54,7 +54,7 @@ def set_kv_buffer(fused: Buffer, loc: jax.Array, k: jax.Array, v: jax.Array) -> 
     _check(fused, loc, k, v)
     if not isinstance(fused, NarrowKV):
         k, v = (to_stored(half, fused.dtype) for half in (k, v))
-    written: Buffer = _scatter(fused, _clean(loc, _slots_of(fused)), k, v)
+    written: AnyBuffer = _scatter(fused, _clean(loc, _slots_of(fused)), k, v)
     return written
 
 
@@ -115,14 +115,14 @@ def _scatter(fused: Buffer, loc: jax.Array, k: jax.Array, v: jax.Array) -> Buffe
     if not isinstance(fused, NarrowKV):
         return scatter_stored(fused, loc, k, v)
     choices = {"cpu": quantise_native} if jax.default_backend() == "cpu" and library.available() else {}
-    k = rotate(k) if kind_of(fused.codes).rotated else k
+    k = rotate(k) if kind_of(fused.codes.dtype).rotated else k
     written: NarrowKV = lax.platform_dependent(fused, loc, k, v, **choices, default=quantise_xla)
     return written
 
 
 def quantise_xla(fused: NarrowKV, loc: jax.Array, k: jax.Array, v: jax.Array) -> NarrowKV:
     """Quantises k, which comes rotated where the kind asks for it, and v, and writes them."""
-    kind = kind_of(fused.codes)
+    kind = kind_of(fused.codes.dtype)
     (k_codes, k_scales), (v_codes, v_scales) = quantise(k, kind), quantise(v, kind)
     return scatter_codes(fused, loc, k_codes, v_codes, merge_kv(k_scales[..., None], v_scales[..., None])[..., 0])
 
@@ -138,7 +138,7 @@ def scatter_codes(fused: NarrowKV, loc: jax.Array, k: jax.Array, v: jax.Array, s
         scales: ``[T, 2H]`` float32, in the order of the fused rows.
     """
     pages, page_scales = fused.scales.shape
-    page_size = fused.codes.shape[0] // pages
+    page_size = fused.page_size
     by_row = fused.scales.reshape(pages, -1, page_size)
     scales = jnp.pad(scales, ((0, 0), (0, by_row.shape[1] - scales.shape[1])))
     slots = _unique(loc, fused.codes.shape[0])
@@ -208,14 +208,12 @@ def _scatter_distinct(
 def quantise_native(fused: NarrowKV, loc: jax.Array, k: jax.Array, v: jax.Array) -> NarrowKV:
     """Calls the native kernel that quantises and writes in one pass; the bits of ``quantise_xla``, CPU only."""
     slots, rows, lanes = fused.codes.shape
-    width = k.shape[2] // kind_of(fused.codes).per_element
+    width = k.shape[2] // kind_of(fused.codes.dtype).per_element
     if stores_pairs(rows, lanes, k.shape[1], width):
         rows, lanes = 2 * rows, lanes // 2
     codes = fused.codes.reshape(slots, rows, lanes)
     results = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (codes, fused.scales))
-    call = jax.ffi.ffi_call(
-        library.QUANTISE, results, input_output_aliases={0: 0, 1: 1}, vmap_method="sequential"
-    )
+    call = jax.ffi.ffi_call(library.QUANTISE, results, input_output_aliases={0: 0, 1: 1}, vmap_method="sequential")
     written = call(codes, fused.scales, loc, k, v)
     axes = varying_axes(*fused, loc, k, v)
     codes, scales = (lax.pcast(array, tuple(axes), to="varying") if axes else array for array in written)

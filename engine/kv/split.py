@@ -56,7 +56,7 @@ def split_layout(layout: KVLayout, *, tp: int, cp: int, platform: str) -> KVLayo
 
 
 def buffer_spec(mesh: Mesh) -> PartitionSpec:
-    """How a fused buffer ``[slots, 2H, D]`` and the scales of a narrow one are split; K and V of a head stay together."""
+    """How a fused buffer ``[slots, 2H, D]`` and a narrow one's scales are split; K and V of a head stay together."""
     return spec_over(mesh, (DATA_AXIS, CONTEXT_AXIS), TENSOR_AXIS)
 
 

@@ -17,22 +17,26 @@ namespace engine {
 
 constexpr int kChunk = 64;  // codes in a vector
 
-// The codes of 64 elements from `at` on plus kBias<T>, in bytes.
+// What is added to codes to make them unsigned.
 template <class T>
 constexpr int kBias = 128;
 template <>
 inline constexpr int kBias<Int4> = 8;
 
-inline __m512i LoadBiased(const Int8* row, int at, int) {
-  return _mm512_xor_si512(_mm512_loadu_si512(row + at), _mm512_set1_epi8(int8_t(0x80)));
-}
-
-inline __m512i LoadBiased(const Int4* row, int at, int dim) {
-  const int high = at >= dim / 2;
-  const __m512i bytes = _mm512_loadu_si512(row + at - high * (dim / 2));
+// Stored bytes as 64 codes plus kBias; of two codes in a byte, the low ones or the high ones.
+template <class T>
+inline __m512i Biased(__m512i bytes, int high) {
+  if constexpr (kBias<T> == 128) return _mm512_xor_si512(bytes, _mm512_set1_epi8(int8_t(0x80)));
   const __m512i nibbles = _mm512_srl_epi16(bytes, _mm_cvtsi32_si128(4 * high));
   // (nibbles & 15) ^ 8
   return _mm512_ternarylogic_epi32(nibbles, _mm512_set1_epi8(15), _mm512_set1_epi8(8), 0x6a);
+}
+
+// Those of the elements from `at` on.
+template <class T>
+inline __m512i LoadBiased(const T* row, int at, int dim) {
+  const int high = kBias<T> == 8 && at >= dim / 2;
+  return Biased<T>(_mm512_loadu_si512(row + at - high * (dim / 2)), high);
 }
 
 // Adds to each lane the products of four codes. The lanes of sums are typed, or GCC copies them at each step.
@@ -151,10 +155,11 @@ class CodeValues {
   void Add(const T* const* slots, size_t value, int count, const Vec* tiles, Vec decay, float* sums,
            Prefetch& prefetch) const {
     const int groups = (count + kTileColumns - 1) / kTileColumns;
-    const Vec unit = SetDigits(tiles, groups);
+    IntVec bias;
+    const Vec unit = SetDigits(tiles, groups, bias);
     for (int d = 0; d < dim_; d += kChunk) {
-      AddHalf<Rows, false>(slots, value, groups, unit, decay, d, sums, prefetch);
-      AddHalf<Rows, true>(slots, value, groups, unit, decay, d, sums, prefetch);
+      AddHalf<Rows, false>(slots, value, groups, unit, bias, decay, d, sums, prefetch);
+      AddHalf<Rows, true>(slots, value, groups, unit, bias, decay, d, sums, prefetch);
     }
   }
 
@@ -171,27 +176,36 @@ class CodeValues {
 
  private:
   static constexpr int kMostTiles = 16;
+  static constexpr float kMostWhole = 127 * 256 + 127;
   static constexpr int kCost = 1;
 
-  // weight = unit * (256 * high + low), both digits unsigned; each row's unit is its largest weight / 65535.
-  Vec SetDigits(const Vec* tiles, int groups) const {
+  // weight = unit * (256 * high + low), digits with signs; each row's unit is its largest weight / kMostWhole. Returns the
+  // units, and in `bias` what the bias of the codes adds to a sum.
+  Vec SetDigits(const Vec* tiles, int groups, IntVec& bias) const {
     Vec most{}, sum{};
     for (int g = 0; g < groups; ++g) {
-      most = most < tiles[g] ? tiles[g] : most;
-      sum += tiles[g];
+      const Vec magnitude = tiles[g] < 0.0f ? -tiles[g] : tiles[g];
+      most = most < magnitude ? magnitude : most;
+      sum += magnitude;
     }
     most = MaxOfTileRow(most);
-    const Vec inverse = most >= 0x1p-111f ? 65535.0f / most : Vec{};
+    const Vec inverse = most >= 0x1p-111f ? kMostWhole / most : Vec{};
     IntVec order{};  // of lanes that hold the digits of 4 tokens and 4 rows: bytes 1, then bytes 0, of each row's tokens
     for (int i = 0; i < 8; ++i) {
       for (int token = 0; token < 4; ++token) order[i] |= ((token * 4 + i % 4) * 4 + (i < 4)) << 8 * token;
     }
+    const __m512i signs = _mm512_maskz_set1_epi8(0xffff0000u, int8_t(0x80));  // of the low digits, once 128 is added
+    bias = IntVec{};
     for (int g = 0; g < groups; ++g) {
-      const __m512i whole = _mm512_maskz_cvtps_epi32(-1, tiles[g] * inverse);
-      const __m512i bytes = _mm512_maskz_permutexvar_epi8(-1, reinterpret_cast<__m512i>(order), whole);
-      std::memcpy(digits_ + g * 2 * kTileRows, &bytes, 2 * kTileRows * sizeof(int32_t));
+      const IntVec whole = Round(tiles[g] * inverse);
+      bias += whole;
+      const __m512i bytes = _mm512_maskz_permutexvar_epi8(-1, reinterpret_cast<__m512i>(order),
+                                                          reinterpret_cast<__m512i>(whole + 128));
+      const __m512i digits = _mm512_xor_si512(bytes, signs);
+      std::memcpy(digits_ + g * 2 * kTileRows, &digits, 2 * kTileRows * sizeof(int32_t));
     }
-    return most * (1.0f / 65535.0f) + SumOfTileRow(sum * 0.0f);  // NaN where a weight is
+    bias = SumOfTileRow(bias) * kBias<T>;
+    return most * (1.0f / kMostWhole) + SumOfTileRow(sum * 0.0f);  // NaN where a weight is
   }
 
   // Four tokens' codes beside each other, for the first or the second 8 elements of each 16.
@@ -200,15 +214,8 @@ class CodeValues {
     return Second ? _mm512_unpackhi_epi8(a, b) : _mm512_unpacklo_epi8(a, b);
   }
 
-  static __m512i Codes(const Int8*, __m512i zipped, int) { return zipped; }
-  static __m512i Codes(const Int4*, __m512i zipped, int high) {
-    const __m512i values = _mm512_maskz_broadcast_i32x4(-1, _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
-    const __m512i nibbles = _mm512_srl_epi16(zipped, _mm_cvtsi32_si128(4 * high));
-    return _mm512_shuffle_epi8(values, _mm512_and_si512(nibbles, _mm512_set1_epi8(15)));
-  }
-
   template <int Rows, bool Second>
-  [[gnu::noinline]] void AddHalf(const T* const* slots, size_t value, int groups, Vec unit, Vec decay, int d, float* sums,
+  [[gnu::noinline]] void AddHalf(const T* const* slots, size_t value, int groups, Vec unit, IntVec bias, Vec decay, int d, float* sums,
                Prefetch& prefetch) const {
     const int high = kBias<T> == 8 && d >= dim_ / 2;
     const size_t at = value + d - high * (dim_ / 2);
@@ -218,8 +225,8 @@ class CodeValues {
       const T* const* four = slots + g * kTileColumns;
       const __m512i ab = Zip<Second>(_mm512_loadu_si512(four[0] + at), _mm512_loadu_si512(four[1] + at));
       const __m512i cd = Zip<Second>(_mm512_loadu_si512(four[2] + at), _mm512_loadu_si512(four[3] + at));
-      const __m512i codes[2] = {Codes(static_cast<const T*>(nullptr), _mm512_unpacklo_epi16(ab, cd), high),
-                                Codes(static_cast<const T*>(nullptr), _mm512_unpackhi_epi16(ab, cd), high)};
+      const __m512i codes[2] = {Biased<T>(_mm512_unpacklo_epi16(ab, cd), high),
+                                Biased<T>(_mm512_unpackhi_epi16(ab, cd), high)};
       const int32_t* digits = digits_ + g * 2 * kTileRows;
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
@@ -227,7 +234,7 @@ class CodeValues {
         for (int digit = 0; digit < 2; ++digit) {
           const __m512i weights = _mm512_set1_epi32(digits[digit * kTileRows + r]);
 #pragma GCC unroll 2
-          for (int v = 0; v < 2; ++v) AddProducts(sum[r][v][digit], weights, codes[v]);
+          for (int v = 0; v < 2; ++v) AddProducts(sum[r][v][digit], codes[v], weights);
         }
       }
     }
@@ -236,7 +243,7 @@ class CodeValues {
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
         float* to = sums + r * dim_ + d + (2 * Second + v) * kLanes;
-        const Vec whole = __builtin_convertvector((sum[r][v][0] << 8) + sum[r][v][1], Vec);
+        const Vec whole = __builtin_convertvector((sum[r][v][0] << 8) + sum[r][v][1] - bias[r], Vec);
         Store(to, Load(to) * decay[r] + whole * unit[r]);
       }
     }

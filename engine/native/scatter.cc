@@ -87,21 +87,27 @@ engine::Vec LoadBounded(const T* row, int at, int dim) {
 template <class T>
 void QuantiseRow(const T* row, int dim, bool packed, uint8_t* codes, float* scale) {
   using namespace engine;
-  Vec most{}, nan{};
+  Vec highest{}, lowest{}, nan{};
   for (int d = 0; d < dim; d += kLanes) {
-    const Vec value = LoadBounded(row, d, dim), magnitude = value < 0.0f ? -value : value;
-    most = most < magnitude ? magnitude : most;
+    const Vec value = LoadBounded(row, d, dim);
+    highest = highest < value ? value : highest;
+    lowest = value < lowest ? value : lowest;
     nan += value * 0.0f;
   }
-  const float largest = MaxLanes(most), top = packed ? 7 : 127;
-  const bool is_nan = std::isnan(SumLanes(nan)), alive = !is_nan && largest >= kSmallest;
-  *scale = is_nan ? std::numeric_limits<float>::quiet_NaN() : alive ? largest * float(packed ? 1.0 / 7 : 1.0 / 127) : 0.0f;
+  const float high = MaxLanes(highest), low = MaxLanes(-lowest), most = std::max(high, low);
+  const bool is_nan = std::isnan(SumLanes(nan)), alive = !is_nan && most >= kSmallest;
+  // Of int4 the largest magnitude becomes -8, so that the scale has a sign.
+  const float extreme = packed && !(high > low) ? -low : most, top = packed ? -8 : 127;
+  *scale = is_nan ? std::numeric_limits<float>::quiet_NaN() : alive ? extreme * float(1.0 / top) : 0.0f;
   if (!alive) {
     std::memset(codes, 0, packed ? dim / 2 : dim);
     return;
   }
-  const float inverse = top / largest;
-  const auto code = [&](int at) { return Round(LoadBounded(row, at, dim) * inverse); };
+  const float inverse = top / extreme;
+  const auto code = [&](int at) {
+    const IntVec nearest = Round(LoadBounded(row, at, dim) * inverse), limit = IntVec{} + (packed ? 7 : 127);
+    return nearest < limit ? nearest : limit;
+  };
   const int half = dim / 2;
   if (packed && half % kLanes == 0) {
     for (int d = 0; d < half; d += kLanes) StoreBytes(codes + d, (code(d) & 15) | code(d + half) << 4);

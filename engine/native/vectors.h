@@ -447,8 +447,8 @@ inline Vec TileOf(const float* from) {
 inline IntVec TileColumns() { return LaneIndices() / kTileRows; }
 
 // Lane i of the result is lane i ^ By of `value`.
-template <int By, int... I>
-inline Vec Swap(Vec value, std::integer_sequence<int, I...>) {
+template <int By, class V, int... I>
+inline V Swap(V value, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(value, value, (I ^ By)...);
 }
 
@@ -462,8 +462,8 @@ inline Vec MaxOfTileRow(Vec value) {
   return value;
 }
 
-template <int By = kTileRows>
-inline Vec SumOfTileRow(Vec value) {
+template <int By = kTileRows, class V>
+inline V SumOfTileRow(V value) {
   if constexpr (By < kLanes) return SumOfTileRow<By * 2>(value + Swap<By>(value, EachLane()));
   return value;
 }

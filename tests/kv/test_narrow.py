@@ -15,13 +15,13 @@ from engine.kv.pool import TokenToKVPool
 from engine.kv.scatter import set_kv_buffer
 from engine.native import library
 
-TOP = {"int8": 127, "int4": 7}
+TOP = {"int8": 127, "int4": 8}
 CODES = {"int8": np.int8, "int4": np.uint8}
 PAGE = 8
 
 
 def kind(dtype):
-    return kind_of(np.zeros(0, CODES[dtype]))
+    return kind_of(CODES[dtype])
 
 
 def make_pool(dtype, **changes):
@@ -47,9 +47,14 @@ def random_tokens(pool, count, dtype="float32"):
 
 
 def within(got, wanted, dtype):
-    """Whether each row is within half a step of what was stored, a step being its largest over the largest code."""
+    """Whether each row is within half a step of what was stored, a step being its largest over the largest code.
+
+    Four bits hold -8 and no 8: there what is as large as the largest, with the other sign, is a step away.
+    """
     step = np.abs(wanted).max(-1, keepdims=True) / TOP[dtype]
-    return (np.abs(got - wanted) <= step / 2 * (1 + 1e-4)).all()
+    extreme = np.take_along_axis(wanted, np.abs(wanted).argmax(-1)[..., None], -1)
+    clipped = (dtype == "int4") & (wanted * np.sign(extreme) < -7.5 * step)
+    return (np.abs(got - wanted) <= np.where(clipped, 1, 0.5) * step * (1 + 1e-4)).all()
 
 
 @pytest.mark.parametrize("dtype", TOP)
@@ -58,7 +63,7 @@ def test_codes_are_the_nearest_and_need_no_other_row(dtype):
     codes, scales = quantise(jnp.asarray(rows), kind(dtype))
     assert codes.dtype == CODES[dtype]
     assert codes.shape[-1] == (24 if dtype == "int8" else 12)
-    np.testing.assert_allclose(scales, np.abs(rows).max(-1) / TOP[dtype], rtol=1e-6)
+    np.testing.assert_allclose(np.abs(scales), np.abs(rows).max(-1) / TOP[dtype], rtol=1e-6)
     assert within(np.asarray(dequantise(codes, scales)), rows, dtype)
     for row in (0, 17):
         alone = quantise(jnp.asarray(rows[row]), kind(dtype))
@@ -67,8 +72,12 @@ def test_codes_are_the_nearest_and_need_no_other_row(dtype):
 
 
 def test_two_codes_of_a_row_share_a_byte():
-    codes, _ = quantise(jnp.asarray([[7.0, -7, 3, 0, 1, -1]]), kind("int4"))
-    assert np.asarray(codes).tolist() == [[0x07, 0x19, 0xF3]]  # elements 0 and 3, 1 and 4, 2 and 5
+    codes, scales = quantise(jnp.asarray([[7.0, -8, 3, 0, 1, -1], [8.0, -8, 3, 0, 0.5, 8]]), kind("int4"))
+    # Elements 0 and 3, 1 and 4, 2 and 5. Of 8 and -8 the negative one is held to be the largest.
+    assert np.asarray(codes).tolist() == [[0x07, 0x18, 0xF3], [0x07, 0x08, 0x73]]
+    assert np.asarray(scales).tolist() == [1, 1]
+    negative, scale = quantise(jnp.asarray([[8.0, 4, -7, 0]]), kind("int4"))
+    assert (np.asarray(negative).tolist(), np.asarray(scale).tolist()) == ([[0x78, 0x0C]], [-1])
 
 
 @pytest.mark.parametrize("dtype", TOP)

@@ -18,7 +18,8 @@ from engine.attention.metadata import AttentionMetadata
 from engine.attention.options import AttentionOptions, HeadArrays
 from engine.distributed.mesh import varying_axes
 from engine.errors import BackendUnsupported
-from engine.kv.narrow import Buffer, NarrowKV, codes_of
+from engine.kv.layout import stores_pairs
+from engine.kv.narrow import Buffer, NarrowKV, codes_of, kind_of
 from engine.native import library
 
 TOKEN_DTYPES = ("float32", "bfloat16", "float16")
@@ -78,9 +79,14 @@ def _attend_native(
     *,
     options: AttentionOptions,
 ) -> AttentionResult:
+    codes = codes_of(fused_kv)
+    slots, rows, lanes = codes.shape
+    width = k.shape[2] // (kind_of(codes.dtype).per_element if isinstance(fused_kv, NarrowKV) else 1)
+    if stores_pairs(rows, lanes, k.shape[1], width):
+        codes = codes.reshape(slots, 2 * rows, lanes // 2)
     operands = (
         q,
-        codes_of(fused_kv),
+        codes,
         fused_kv.scales if isinstance(fused_kv, NarrowKV) else jnp.zeros(0, jnp.float32),
         *(jnp.asarray(array) for array in (metadata.page_table, metadata.cu_q_lens, metadata.kv_lens)),
         jnp.zeros(0, jnp.float32) if heads.sinks is None else jnp.asarray(heads.sinks, jnp.float32),
