@@ -1,4 +1,4 @@
-"""The native kernel over float8, int8 and int4 caches, against float64 attention over the values that they stand for."""
+"""The native kernel over float8, int8 and int4 caches, against float64 attention over what they stand for."""
 
 from __future__ import annotations
 

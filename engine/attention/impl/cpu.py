@@ -1,6 +1,7 @@
 """``impl="cpu"``: ragged paged attention in native code, where the library can be built (docs/cpu-attention.md).
 
-The kernel reads the fused buffer without a copy, and codes as they are. Sums are float32 whatever the storage. A sequence's result has the same bits in any batch and on any number of threads.
+The kernel reads the fused buffer without a copy, and codes as they are. Its sums are float32, or exact, whatever the
+storage. A sequence's result has the same bits in any batch and on any number of threads.
 """
 
 from __future__ import annotations
