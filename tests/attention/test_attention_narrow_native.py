@@ -45,7 +45,7 @@ def narrow(pool: np.ndarray, stored: str, page_size: int) -> tuple[np.ndarray, n
     values = pool.astype(np.float32)
     scales = np.abs(values).max(-1) / np.float32(127 if stored == "int8" else 7)  # [S, R]
     if stored == "int4":  # scales may have any sign
-        scales *= np.random.default_rng().choice([-1, 1], scales.shape).astype(np.float32)
+        scales *= np.random.default_rng(0).choice([-1, 1], scales.shape).astype(np.float32)
     codes = np.rint(values / scales[..., None]).astype(np.int8)
     if stored == "int4":
         codes[codes == 7] -= 15  # every code occurs, -8 too
