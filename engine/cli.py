@@ -39,7 +39,7 @@ from engine.version import NAME, package_version
 
 DEFAULT_PROMPT = "Alice was beginning to"
 FAULTS = ("error", "non_finite")  # finish reasons of an answer that the engine could not complete
-SERVE_PACKAGES = ("starlette", "uvicorn", "pydantic", "jinja2", "prometheus_client")
+SERVE_PACKAGES = ("starlette", "uvicorn", "httptools", "pydantic", "jinja2", "prometheus_client")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

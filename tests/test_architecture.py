@@ -67,11 +67,11 @@ MOST_LINES = {
     "bench": 8100,
     "distributed": 750,
     "kv": 2150,
-    "memory": 6700,
+    "memory": 6900,
     "models": 3150,
     "native": 270,
     "planning": 460,
-    "server": 2100,
+    "server": 2_250,
     "serving": 7000,
 }
 # Lines of a function's body without its docstring: one screen, which is held in the head at once. The longest function,

@@ -37,7 +37,7 @@ def test_what_is_streamed_runs_as_printed():
     assert names["llm"].cache.held_tokens == 0
 
 
-@pytest.mark.parametrize("page", ["docs/embedding.md"])
+@pytest.mark.parametrize("page", ["docs/embedding.md", "docs/foreign-engines.md"])
 def test_a_page_runs_as_printed(page):
     cache = run_blocks(page)["cache"]
     cache.check_integrity()

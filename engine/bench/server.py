@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.bench.server_clients import MISDEEDS, PATIENCE, STALLED, Clients, Job, Seen
+from engine.bench.server_clients import MISDEEDS, MODEL, PATIENCE, STALLED, Clients, Job, Seen
 from engine.bench.server_process import ServerProcess, running_server
 from engine.bench.timing import print_table
 from engine.serving.async_llm import AsyncLLM
@@ -46,6 +46,7 @@ ENGINE = ["--max-running-requests", str(RUNNING), "--context-length", str(CONTEX
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""
+    parser.add_argument("--model", help="the model's folder (default: the small Llama that ships)")
     parser.add_argument("--clients", type=at_least(5), default=256, help="clients of the crowd")
     parser.add_argument(
         "--seconds",
@@ -60,11 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs both parts; returns 1 where an answer is wrong, a page stays held, or memory or descriptors grow."""
-    llm = LLM(max_running_requests=RUNNING, context_length=CONTEXT)
+    llm = LLM(args.model, max_running_requests=RUNNING, context_length=CONTEXT)
     jobs = make_jobs(llm, args.seed)
     expected = Expected(llm, jobs)
     waiting = ["--max-waiting", str(4 * args.clients), "--max-connections", str(4 * args.clients)]
-    with running_server([*ENGINE, *waiting, "--client-timeout", str(CLIENT_TIMEOUT)]) as server:
+    name = ["--served-model-name", MODEL, *(["--model", args.model] if args.model else [])]
+    with running_server([*ENGINE, *name, *waiting, "--client-timeout", str(CLIENT_TIMEOUT)]) as server:
         print_cost(llm, server, jobs, args.rounds)
         offline = asyncio.run(crowd_without_http(llm, jobs, args))
         behaved = asyncio.run(crowd(server, jobs, args, bad=False))
@@ -157,6 +159,7 @@ async def _ask_all(server: ServerProcess, jobs: Sequence[Job], *, streams: bool)
             await clients.ask(left.pop(), streams=streams)
 
     await asyncio.gather(*(client() for _ in range(COST_CLIENTS)))
+    await clients.close()
     if clients.seen.faults or clients.seen.refused:
         raise RuntimeError(f"not every request was answered: {clients.seen.faults} {clients.seen.refused}")
 
@@ -229,6 +232,7 @@ async def crowd(server: ServerProcess, jobs: Sequence[Job], args: argparse.Names
         group.create_task(load(clients.ask_any, args, seconds, behaving))
         if bad:
             group.create_task(closed_loop(clients.misbehave, args.seed + 1, seconds, args.clients - behaving))
+    await clients.close()
     watching.cancel()
     memory, descriptors = await watching
     held = await _settled(server)

@@ -1,4 +1,7 @@
-"""Clients of the server over plain sockets: cheap enough that hundreds of them fit beside the server on two cores."""
+"""Clients of the server over plain sockets: cheap enough that hundreds of them fit beside the server on two cores.
+
+As clients in use do, a client that behaves keeps its connection for its next request.
+"""
 
 from __future__ import annotations
 
@@ -83,6 +86,7 @@ class Clients:
     def __init__(self, host: str, port: int, jobs: Sequence[Job], seen: Seen) -> None:
         self._place = host, port
         self._jobs = jobs
+        self._idle: list[Streams] = []
         self.seen = seen
         self._misdeeds = dict(zip(MISDEEDS, (self.hang_up, self.stall, self.half_open, self.send_rubbish), strict=True))
 
@@ -101,14 +105,20 @@ class Clients:
         """Asks for an answer, reads it to its end, and notes what it saw."""
         begun = time.perf_counter()
         try:
-            async with self._sent(job.body(stream=streams)) as (reader, _):
-                status = await _status(reader)
-                if status != 200:
-                    self.seen.refused[status] += 1
-                    if status == 429:
-                        await asyncio.sleep(0.2)
-                    return
-                text = await (self._read_events(reader, begun) if streams else _whole_text(reader))
+            async with self._kept() as (reader, writer):
+                writer.write(_request(job.body(stream=streams), keeps=True))
+                status, length = await _head(reader)
+                if status == 200 and streams:
+                    text = await self._read_events(reader, begun)
+                else:
+                    content = await reader.readexactly(length)
+            if status != 200:
+                self.seen.refused[status] += 1
+                if status == 429:
+                    await asyncio.sleep(0.2)
+                return
+            if not streams:
+                text = json.loads(content)["choices"][0]["text"]
         except (OSError, asyncio.IncompleteReadError, ValueError) as error:
             self.seen.faults.append(repr(error))
             return
@@ -168,6 +178,31 @@ class Clients:
     def _drawn(self, rng: np.random.Generator) -> Job:
         return self._jobs[int(rng.integers(len(self._jobs)))]
 
+    async def close(self) -> None:
+        """Closes the connections that were kept."""
+        while self._idle:
+            _, writer = self._idle.pop()
+            writer.close()
+            with suppress(OSError):
+                await writer.wait_closed()
+
+    @asynccontextmanager
+    async def _kept(self) -> AsyncIterator[Streams]:
+        """A connection that another request may have had; it is kept where its response was read to the end."""
+        while self._idle:
+            reader, writer = self._idle.pop()
+            if not reader.at_eof() and not writer.is_closing():
+                break
+            writer.transport.abort()
+        else:
+            reader, writer = await asyncio.open_connection(*self._place, limit=READ_BYTES)
+        try:
+            yield reader, writer
+        except BaseException:
+            writer.transport.abort()
+            raise
+        self._idle.append((reader, writer))
+
     @asynccontextmanager
     async def _connected(self, limit: int = READ_BYTES) -> AsyncIterator[Streams]:
         reader, writer = await asyncio.open_connection(*self._place, limit=limit)
@@ -183,33 +218,30 @@ class Clients:
             yield reader, writer
 
 
-def _request(body: bytes) -> bytes:
+def _request(body: bytes, *, keeps: bool = False) -> bytes:
     head = f"POST {PATH} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-    return f"{head}Connection: close\r\n\r\n".encode() + body
+    return (head if keeps else f"{head}Connection: close\r\n").encode() + b"\r\n" + body
 
 
-async def _status(reader: asyncio.StreamReader) -> int:
-    """The status of a response, behind whose head the reader is then."""
-    head = await reader.readuntil(b"\r\n\r\n")
-    return int(head.split(b" ", 2)[1])
-
-
-async def _whole_text(reader: asyncio.StreamReader) -> str:
-    text: str = json.loads(await reader.read(-1))["choices"][0]["text"]
-    return text
+async def _head(reader: asyncio.StreamReader) -> tuple[int, int]:
+    """The status of a response and the length of its body, 0 where it is chunked; the reader is at the body then."""
+    status, *fields = (await reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
+    lengths = [int(field.removeprefix(b"content-length:")) for field in fields if field.startswith(b"content-length:")]
+    return int(status.split(b" ", 2)[1]), sum(lengths)
 
 
 async def _events(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """The data of each event of a chunked response, up to the event that says it is done."""
-    waiting = b""
-    while True:
-        size = int(await reader.readline(), 16)
-        if not size:
-            raise ValueError("the stream has ended before its last event")
+    """The data of each event of a chunked response, to its end, which must come behind the event that says so."""
+    waiting, is_done = b"", False
+    while size := int(await reader.readline(), 16):
         waiting += (await reader.readexactly(size + 2))[:-2]
         *complete, waiting = waiting.split(b"\n\n")
         for event in complete:
             data = event.removeprefix(EVENT)
             if data == b"[DONE]":
-                return
-            yield data
+                is_done = True
+            else:
+                yield data
+    await reader.readline()
+    if not is_done:
+        raise ValueError("the stream has ended before its last event")

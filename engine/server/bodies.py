@@ -69,6 +69,8 @@ class Checked(BaseModel):
 class StreamOptions(Checked):
     """How an answer is streamed."""
 
+    model_config = ConfigDict(frozen=True)  # else its default would be copied for each request
+
     include_usage: bool = False
     include_obfuscation: bool = False  # padding against readers of sizes, which is not added
 
@@ -98,8 +100,8 @@ class SamplingBody(Checked):
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**64)] = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_by_token)] = {}
-    stop: Annotated[list[str], Field(max_length=MAX_STOPS), BeforeValidator(_as_list)] = []
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_by_token)] = Field(default_factory=dict)
+    stop: Annotated[list[str], Field(max_length=MAX_STOPS), BeforeValidator(_as_list)] = Field(default_factory=list)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     # What OpenAI's API lacks, by the names that other servers have for it.
@@ -108,7 +110,7 @@ class SamplingBody(Checked):
     repetition_penalty: float = 1.0
     min_tokens: int = 0
     ignore_eos: bool = False
-    stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_IDS)] = []
+    stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_IDS)] = Field(default_factory=list)
     priority: int = 0
     return_token_ids: bool = False
 

@@ -76,17 +76,25 @@ class EventStream:
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
     """What ``work`` returns; cancels it, and raises ClientDisconnect, where the client goes before that."""
-    working = asyncio.ensure_future(work)
+    this, has_left = asyncio.current_task(), False
+
+    def leave(_: asyncio.Task[None]) -> None:
+        nonlocal has_left
+        has_left = True
+        if this is not None:
+            this.cancel()
+
     leaving = asyncio.ensure_future(_leaving(receive))
+    leaving.add_done_callback(leave)
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
+        return await work
+    except asyncio.CancelledError:
+        if has_left and this is not None and not this.uncancel():
+            raise ClientDisconnect from None
+        raise
     finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        leaving.remove_done_callback(leave)
+        leaving.cancel()
 
 
 async def _leaving(receive: Receive) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 import uvicorn
 
-from engine.server.connection import MAX_HEAD_BYTES, connection_class
+from engine.server.connection import connection_class
 from engine.server.endpoints import make_app
 from engine.server.logprob_json import TokenNames
 from engine.server.safe_log import begin_log
@@ -52,7 +52,6 @@ class HttpServer:
             backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=SENDING_SECONDS,
-            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         )
         self._server = _Server(config)
 
@@ -133,7 +132,17 @@ def serve(llm: LLM, prepared: Prepared, bound: socket.socket, on_ready: Callable
         service = Service(engine, prepared, TokenNames(llm.tokenizer))
         return await HttpServer(service, bound, lambda url: on_ready(f"serving {name} at {url}/v1; Ctrl-C stops")).run()
 
-    return asyncio.run(run())
+    with asyncio.Runner(loop_factory=_fastest_loop()) as runner:
+        return runner.run(run())
+
+
+def _fastest_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """The event loop of uvloop, where it can be had; None is asyncio's own."""
+    try:
+        import uvloop
+    except ImportError:  # Windows
+        return None
+    return uvloop.new_event_loop
 
 
 class _Server(uvicorn.Server):

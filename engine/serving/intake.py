@@ -122,7 +122,7 @@ class Intake:
             seed = secrets.randbelow(SEEDS) if params.temperature > 0 else 0
         most = min(params.max_new_tokens, room)
         least = min(params.min_tokens, most)
-        return ids, dataclasses.replace(params, seed=seed, max_new_tokens=most, min_tokens=least)
+        return ids, params.decided(seed=seed, max_new_tokens=most, min_tokens=least)
 
     def _require_known(self, name: str, tokens: Iterable[int]) -> None:
         unknown = next((token for token in tokens if token >= self._vocab_size), None)

@@ -151,6 +151,13 @@ class SamplingParams:
         penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1
         return bool(any(penalties) or (self.min_p and self.temperature) or self.logit_bias)
 
+    def decided(self, *, seed: int, max_new_tokens: int, min_tokens: int) -> SamplingParams:
+        """The same with what was left open decided, by values that keep the rules: they are not checked again."""
+        values = {"seed": seed, "max_new_tokens": max_new_tokens, "min_tokens": min_tokens}
+        decided = object.__new__(SamplingParams)
+        decided.__dict__.update(self.__dict__, **values)
+        return decided
+
     def _require(self, name: str, value: object, rule: str) -> None:
         """Takes ``value``, which is None where the field ``name`` breaks its rule."""
         if value is None:
