@@ -212,8 +212,12 @@ def _scatter_layer(pool: TokenToKVPool, layer_id: int, pages: jax.Array, bits: j
     slots = pages[:, None] * pool.page_size + jnp.arange(pool.page_size, dtype=jnp.int32)[None, :]
     slots = jnp.where(pages[:, None] < 0, -1, slots).reshape(-1)
     fused, layout = bits.reshape(slots.size, *bits.shape[2:]), pool.layout
-    stored = lax.bitcast_convert_type(fused[..., : layout.width], layout.element_dtype)
-    k, v = extract_k_from_fused_kv(stored), extract_v_from_fused_kv(stored)
+    # Halved as integers: XLA's CPU compiler slices narrow floats by way of wider ones.
+    codes = fused[..., : layout.width]
+    k, v = (
+        lax.bitcast_convert_type(half, layout.element_dtype)
+        for half in (extract_k_from_fused_kv(codes), extract_v_from_fused_kv(codes))
+    )
     buffer = pool.buffers[layer_id]
     if isinstance(buffer, NarrowKV):
         scales = lax.bitcast_convert_type(fused[..., layout.width :], SCALE_DTYPE)
