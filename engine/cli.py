@@ -8,7 +8,7 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from engine.config import DTYPES, EVICTION_POLICIES, IMPLS, EngineConfig, read_toml
+from engine.config import DTYPES, EVICTION_POLICIES, IMPLS, KV_DTYPES, EngineConfig, read_toml
 from engine.distributed import launch
 from engine.distributed.processes import INDEX, is_first, join_from, leave_at_once
 from engine.errors import ConfigError, Interrupted, ProcessLost, RequestError
@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "config", type=Path, nargs="+", help="TOML files with [model] and [engine] tables, or checkpoint directories"
     )
     plan.add_argument("--platform", choices=("cpu", "gpu", "tpu"), default="tpu", help="whose padding the pool has")
+    plan.add_argument("--kv-cache-dtype", choices=KV_DTYPES, help="dtype of the pool, instead of the configuration's")
     plan.set_defaults(run=run_plan)
     several = commands.add_parser("launch", help="run a command in several processes on this machine")
     launch.add_arguments(several)
@@ -106,7 +107,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="treat a special token's name in a prompt as plain text",
     )
-    group.add_argument("--kv-cache-dtype", choices=("auto", *DTYPES), help="dtype of the pool")
+    group.add_argument("--kv-cache-dtype", choices=("auto", *KV_DTYPES), help="dtype of the pool")
     group.add_argument("--page-size", type=int, metavar="N", help="tokens per page, 1 to 256")
     group.add_argument("--max-total-tokens", type=int, metavar="N", help="token slots in the pool")
     group.add_argument("--mem-fraction-static", type=float, metavar="F", help="device memory for weights and pool")
@@ -240,6 +241,7 @@ def run_plan(args: argparse.Namespace) -> int:
     """``plan``: prints the size of each configuration's pool, by the formula that the pool itself uses."""
     for path in args.config:
         engine, model = _planned(path)
+        engine = replace(engine, kv_cache_dtype=args.kv_cache_dtype or engine.kv_cache_dtype)
         dtype = next((name for name in (engine.kv_cache_dtype, engine.dtype) if name != "auto"), "bfloat16")
         plan = plan_pool(engine, model, dtype, platform=args.platform)
         print(f"{path}: {format_bytes(plan.model_token_bytes)} per token ({dtype}). {plan.describe()}")

@@ -16,6 +16,7 @@ from typing import Any
 from engine.errors import ConfigError, shown
 
 DTYPES = ("float32", "bfloat16", "float16")
+KV_DTYPES = (*DTYPES, "float8_e4m3fn", "int8", "int4")
 EVICTION_POLICIES = ("lru", "lfu", "priority")
 IMPLS = ("auto", "reference", "xla", "cpu", "tpu", "gpu")
 MAX_PAGE_SIZE = 256
@@ -25,7 +26,7 @@ MAX_DEVICES = 2**16
 # The values that each option of EngineConfig may have, besides None where that is its default.
 CHOICES = {
     "dtype": ("auto", *DTYPES),
-    "kv_cache_dtype": ("auto", *DTYPES),
+    "kv_cache_dtype": ("auto", *KV_DTYPES),
     "attention_impl": IMPLS,
     "eviction_policy": EVICTION_POLICIES,
 }
@@ -52,7 +53,8 @@ class EngineConfig:
         model: checkpoint directory in the Hugging Face layout; None is the small Llama that ships with the package.
         dtype: dtype of weights and activations; "auto" is the one that decodes fast: float32 on a CPU, bfloat16 on
             accelerators.
-        kv_cache_dtype: dtype of the pool; "auto" is ``dtype``.
+        kv_cache_dtype: dtype of the pool; "auto" is ``dtype``. Narrower ones hold more tokens in the same bytes: what
+            each costs and gives is in docs/quantised-kv.md.
         parse_special_tokens: whether the name of a special token in a prompt's text becomes that token, as chat
             templates need; otherwise it is plain text, so that a user's words cannot end or begin a turn.
         page_size: tokens per page.

@@ -64,9 +64,9 @@ RUN_WITHOUT_JAX = [
 # Lines of Python in all files of a room: to grow beyond it is a decision, and is made here.
 MOST_LINES = {
     "attention": 4400,
-    "bench": 8000,
+    "bench": 8100,
     "distributed": 750,
-    "kv": 1650,
+    "kv": 2150,
     "memory": 6900,
     "models": 3150,
     "native": 270,

@@ -70,6 +70,7 @@ def forward(
     model, buffers = nnx.merge(graph, weights), list(pool.buffers)
 
     def attend(layer_id: int, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None) -> jax.Array:
+        out: jax.Array
         out, buffers[layer_id] = backends[layer_id](q, k, v, buffers[layer_id], metadata, sinks=sinks)
         return out
 

@@ -31,6 +31,7 @@ from engine.attention.metadata import AttentionMetadata, Int32Array, locate_new_
 from engine.attention.options import AttentionOptions, HeadArrays, scale_or_default
 from engine.distributed.mesh import explicit_sharding, shard_over
 from engine.errors import BackendUnsupported, ConfigError
+from engine.kv.narrow import Buffer, NarrowKV, codes_of, is_rotated, rotate
 from engine.kv.scatter import set_kv_buffer
 from engine.kv.split import split_of_heads
 
@@ -48,7 +49,7 @@ def ragged_paged_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    fused_kv: jax.Array,
+    fused_kv: Buffer,
     *,
     page_table: jax.Array,
     cu_q_lens: jax.Array,
@@ -62,7 +63,7 @@ def ragged_paged_attention(
     v_scale: jax.Array | None = None,
     return_lse: bool = False,
     impl: str = "auto",
-) -> tuple[jax.Array, ...]:
+) -> tuple[Any, ...]:
     """Writes the new keys and values of a ragged batch into the paged cache, then attends causally.
 
     Sequence ``b`` brings tokens ``cu_q_lens[b] … cu_q_lens[b + 1] - 1``; they stand at positions
@@ -81,7 +82,8 @@ def ragged_paged_attention(
         q: ``[T, Hq, D]`` queries, float32, bfloat16 or float16.
         k: ``[T, H, D]`` new keys, in q's dtype; H divides Hq.
         v: ``[T, H, D]`` new values.
-        fused_kv: ``[S, 2H, D]`` a layer's buffer, or its padded storage ``[S, 2H', D']``; any float dtype.
+        fused_kv: ``[S, 2H, D]`` a layer's buffer, or its padded storage ``[S, 2H', D']``, of any float dtype; or a
+            ``NarrowKV`` of int8 or int4 codes with their scales: attention is then over the values that they stand for.
         page_table: ``[B, P]`` int32 page ids.
         cu_q_lens: ``[B + 1]`` int32 running sum of new tokens per sequence, from 0; padding rows repeat its last value,
             or are zeros.
@@ -124,7 +126,7 @@ def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    fused_kv: jax.Array,
+    fused_kv: Buffer,
     metadata: AttentionMetadata,
     *,
     heads: HeadArrays,
@@ -154,7 +156,7 @@ def _checked(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    fused_kv: jax.Array,
+    fused_kv: Buffer,
     page_table: Int32Array,
     cu_q_lens: Int32Array,
     kv_lens: Int32Array,
@@ -164,7 +166,8 @@ def _checked(
     sliding_window: int | None,
 ) -> tuple[Any, ...]:
     """Checks a call's arrays and returns them, ``cu_q_lens`` padded with its last value, none of them the caller's."""
-    check_arrays(q=q, k=k, v=v, fused_kv=fused_kv, page_table=page_table, cu_q_lens=cu_q_lens, kv_lens=kv_lens)
+    stored = {"fused_kv": fused_kv} if not isinstance(fused_kv, NarrowKV) else dict(fused_kv._asdict())
+    check_arrays(q=q, k=k, v=v, **stored, page_table=page_table, cu_q_lens=cu_q_lens, kv_lens=kv_lens)
     check_metadata_shapes(page_table, cu_q_lens, kv_lens)
     check_tensors(q, k, v, fused_kv, heads.sinks, page_size)
     check_scales(k.shape[1], k_scale=heads.k_scale, v_scale=heads.v_scale)
@@ -173,7 +176,7 @@ def _checked(
     if not any(isinstance(array, jax.core.Tracer) for array in (page_table, cu_q_lens, kv_lens)):
         table, bounds, lens = (np.asarray(array) for array in (page_table, cu_q_lens, kv_lens))
         check_lengths(bounds, lens, num_tokens=q.shape[0], row_tokens=table.shape[1] * page_size)
-        num_pages = fused_kv.shape[0] // page_size
+        num_pages = codes_of(fused_kv).shape[0] // page_size
         check_pages(table, bounds, lens, page_size=page_size, num_pages=num_pages, sliding_window=sliding_window)
     arrays: tuple[Any, ...] = jax.tree.map(_owned, (q, k, v, fused_kv, page_table, cu_q_lens, kv_lens, heads))
     return arrays
@@ -199,7 +202,7 @@ def _run(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    fused_kv: jax.Array,
+    fused_kv: Buffer,
     metadata: AttentionMetadata,
     heads: HeadArrays,
     *,
@@ -207,7 +210,7 @@ def _run(
     impl: str,
 ) -> AttentionResult:
     """Runs the implementation ``impl``, or for "auto" the first that can."""
-    sharding = explicit_sharding(fused_kv) or explicit_sharding(q)
+    sharding = explicit_sharding(codes_of(fused_kv)) or explicit_sharding(q)
     if sharding is not None:
         run_part = functools.partial(_run, options=options, impl=impl)
         return _over_heads(run_part, sharding, (q, k, v, fused_kv, metadata, heads))
@@ -228,11 +231,13 @@ def _run(
 
 
 def _write(
-    q: jax.Array, k: jax.Array, v: jax.Array, fused_kv: jax.Array, metadata: AttentionMetadata, heads: HeadArrays
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    q: jax.Array, k: jax.Array, v: jax.Array, fused_kv: Buffer, metadata: AttentionMetadata, heads: HeadArrays
+) -> tuple[jax.Array, jax.Array, jax.Array, Buffer]:
     """Scales q, k and v, and writes k and v: the first arguments of an implementation that does not fuse the write."""
     k, v = heads.scale_kv(k, v)
-    return heads.scale_queries(q), k, v, set_kv_buffer(fused_kv, jnp.asarray(metadata.out_cache_loc), k, v)
+    q = heads.scale_queries(q)
+    queries = rotate(q) if is_rotated(fused_kv) else q
+    return queries, k, v, set_kv_buffer(fused_kv, jnp.asarray(metadata.out_cache_loc), k, v)
 
 
 def _over_heads(

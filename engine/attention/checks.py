@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from engine.errors import ConfigError, ShapeError
 from engine.kv.layout import check_storage, refuse_donated
+from engine.kv.narrow import Buffer, NarrowKV, codes_of
 
 Array = Any  # a NumPy or JAX array, traced or not
 IntArray = npt.NDArray[np.integer[Any]]
@@ -56,24 +57,25 @@ def check_arrays(**arrays: Array) -> None:
         refuse_donated(name, array)
 
 
-def check_tensors(q: Array, k: Array, v: Array, fused_kv: Array, sinks: Array | None, page_size: int) -> None:
+def check_tensors(q: Array, k: Array, v: Array, fused_kv: Buffer, sinks: Array | None, page_size: int) -> None:
     """Checks shapes and dtypes of the tensors; the pool's storage may be padded in rows and lanes.
 
     Args:
         q: ``[T, Hq, D]``.
         k: ``[T, H, D]``.
         v: ``[T, H, D]``.
-        fused_kv: ``[S, 2H', D']``.
+        fused_kv: ``[S, 2H', D']``, or a narrow buffer.
         sinks: ``[Hq]`` or None.
         page_size: tokens per page.
 
     Raises:
         ShapeError: shapes or dtypes disagree.
     """
-    for name, array in (("q", q), ("k", k), ("v", v), ("fused_kv", fused_kv)):
+    stored, is_narrow = codes_of(fused_kv), isinstance(fused_kv, NarrowKV)
+    for name, array in (("q", q), ("k", k), ("v", v), ("fused_kv", stored)):
         if array.ndim != 3 or 0 in array.shape:
             raise ShapeError(f"{name} has shape {array.shape}; it must have three axes, none of them empty")
-        if not _is_float(array):
+        if not _is_float(array) and not (is_narrow and array is stored):
             raise ShapeError(f"{name} has dtype {array.dtype}; attention takes floating-point arrays")
     if k.shape != v.shape or k.dtype != v.dtype:
         raise ShapeError(f"k is {k.dtype}{k.shape} and v is {v.dtype}{v.shape}; they must be alike")
@@ -84,8 +86,13 @@ def check_tensors(q: Array, k: Array, v: Array, fused_kv: Array, sinks: Array | 
     if q.shape[1] % k.shape[1]:
         raise ShapeError(f"{q.shape[1]} query heads cannot share {k.shape[1]} KV heads; use a multiple of {k.shape[1]}")
     check_storage(fused_kv, k.shape[1], k.shape[2])
-    if fused_kv.shape[0] % page_size:
-        raise ShapeError(f"fused_kv has {fused_kv.shape[0]} slots, which page_size={page_size} does not divide")
+    if stored.shape[0] % page_size:
+        raise ShapeError(f"fused_kv has {stored.shape[0]} slots, which page_size={page_size} does not divide")
+    if isinstance(fused_kv, NarrowKV) and fused_kv.page_size != page_size:
+        raise ShapeError(
+            f"the scales of fused_kv are those of pages of {fused_kv.page_size} tokens, and page_size={page_size}; "
+            "pass the page size of the pool"
+        )
     if sinks is not None and (sinks.shape != (q.shape[1],) or not _is_float(sinks)):
         raise ShapeError(f"sinks is {sinks.dtype}{sinks.shape}; it must be floating-point, ({q.shape[1]},)")
 

@@ -20,6 +20,7 @@ from engine.attention.layer import FlashAttentionBackend
 from engine.attention.metadata import AttentionMetadata, is_live, running_sum, sequence_of_tokens
 from engine.attention.options import HeadArrays
 from engine.distributed.mesh import CONTEXT_AXIS
+from engine.kv.narrow import Buffer
 from engine.kv.scatter import set_kv_buffer
 from engine.kv.split import local_slots
 
@@ -81,7 +82,7 @@ def attend_part(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    fused_kv: jax.Array,
+    fused_kv: Buffer,
     step: ContextRows,
     heads: HeadArrays,
 ) -> AttentionResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -12,6 +13,7 @@ from engine.attention.impl.implementation import AttentionResult
 from engine.attention.metadata import AttentionMetadata
 from engine.attention.options import AttentionOptions, HeadArrays, scale_or_default
 from engine.errors import ConfigError, ShapeError
+from engine.kv.narrow import Buffer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,21 +62,21 @@ class FlashAttentionBackend:
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        fused_kv: jax.Array,
+        fused_kv: Buffer,
         metadata: AttentionMetadata,
         *,
         sinks: jax.Array | None = None,
         k_scale: jax.Array | None = None,
         v_scale: jax.Array | None = None,
         return_lse: bool = False,
-    ) -> tuple[jax.Array, ...]:
+    ) -> tuple[Any, ...]:
         """Writes one layer's new keys and values at ``metadata.out_cache_loc``, then attends.
 
         Args:
             q: ``[T, Hq, D]`` queries.
             k: ``[T, H, D]`` new keys, in q's dtype.
             v: ``[T, H, D]`` new values.
-            fused_kv: ``[S, 2H, D]`` the layer's buffer, or its padded storage.
+            fused_kv: ``[S, 2H, D]`` the layer's buffer, or its padded storage, or a ``NarrowKV``.
             metadata: the sequences of the step.
             sinks: ``[Hq]`` an extra logit per query head that joins the softmax denominator only.
             k_scale: ``[H]`` float32, above 0: the cache holds keys divided by it; None is 1.
@@ -98,7 +100,7 @@ class FlashAttentionBackend:
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        fused_kv: jax.Array,
+        fused_kv: Buffer,
         metadata: AttentionMetadata,
         heads: HeadArrays,
         *,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -15,6 +16,7 @@ from engine.attention.metadata import AttentionMetadata
 from engine.attention.options import HeadArrays
 from engine.config import require_split
 from engine.distributed.mesh import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, axis_size, shard_over, spec_over
+from engine.kv.narrow import Buffer
 from engine.kv.split import buffer_spec, new_tokens_spec
 
 
@@ -74,13 +76,13 @@ class MeshAttention:
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        fused_kv: jax.Array,
+        fused_kv: Buffer,
         metadata: AttentionMetadata | ContextRows,
         *,
         sinks: jax.Array | None = None,
         k_scale: jax.Array | None = None,
         v_scale: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, Any]:
         """As ``FlashAttentionBackend``, over arrays that are split as the pool is, and metadata from ``prepare``."""
         by_device = isinstance(metadata, ContextRows)
         attend = partial(attend_part, self.local) if by_device else self.local.attend
@@ -93,5 +95,5 @@ class MeshAttention:
             out_specs=(new, buffer),
             check_vma=False,  # kernels do not say over which axes their results vary
         )
-        result: tuple[jax.Array, jax.Array] = split(q, k, v, fused_kv, metadata, HeadArrays(sinks, k_scale, v_scale))
+        result: tuple[jax.Array, Any] = split(q, k, v, fused_kv, metadata, HeadArrays(sinks, k_scale, v_scale))
         return result

@@ -16,6 +16,7 @@ NAMES = (
     "groups",
     "pods",
     "prefix",
+    "quality",
     "scaling",
     "scatter",
     "serve",

@@ -2,7 +2,8 @@
 
 The share of bandwidth is the bytes of context that the algorithm must read per second of its time, divided by the bytes
 per second that a plain reduction of a large buffer reads on the same machine in the same rounds. Torch, where it is
-installed (the extra ``hf``), runs its ``scaled_dot_product_attention`` on a contiguous cache, on the CPU.
+installed (the extra ``hf``), runs its ``scaled_dot_product_attention`` on a contiguous cache, on the CPU. With
+``--cache-dtypes``, the same step over narrow caches stands beside them.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -21,11 +22,14 @@ import numpy as np
 from engine.attention import AttentionMetadata, FlashAttentionBackend
 from engine.bench.timing import Timings, median_ratio, print_table, time_in_turn
 from engine.errors import ConfigError
-from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv
+from engine.kv.layout import KVLayout, extract_k_from_fused_kv, extract_v_from_fused_kv
+from engine.kv.narrow import Buffer, codes_of
+from engine.kv.pool import TokenToKVPool
 from engine.kv.scatter import set_kv_buffer
 from engine.terminal import count
 
 BANDWIDTH_BUFFER_BYTES = 256 << 20  # much larger than any cache of a CPU
+CACHE_DTYPES = ("float8_e4m3fn", "int8", "int4")
 DEFAULT_SIZES = {"decode": (32, 2048), "prefill": (1, 1024)}  # sequences, tokens of each
 
 
@@ -47,10 +51,19 @@ class Problem:
         """Page-table entries per row."""
         return -(-self.context // self.page_size)
 
-    @property
-    def context_bytes(self) -> int:
-        """Bytes of K and V that must be read once."""
-        return self.batch * self.context * 2 * self.kv_heads * self.head_dim * jnp.dtype(self.dtype).itemsize
+    def context_bytes(self, cache_dtype: str | None = None) -> int:
+        """Bytes of K and V, scales included, to be read once from a cache of this dtype; None is the step's."""
+        return self.batch * self.context * self.layout(cache_dtype or self.dtype).bytes_per_token
+
+    def layout(self, dtype: str) -> KVLayout:
+        """Layout of a cache of this dtype."""
+        return KVLayout.create(
+            head_num=self.kv_heads,
+            head_dim=self.head_dim,
+            dtype=dtype,
+            page_size=self.page_size,
+            platform=jax.default_backend(),
+        )
 
 
 @dataclass
@@ -60,7 +73,7 @@ class Step:
     q: jax.Array
     k: jax.Array
     v: jax.Array
-    fused_kv: jax.Array
+    fused_kv: Buffer
     metadata: AttentionMetadata
 
 
@@ -74,6 +87,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", type=count, default=128)
     parser.add_argument("--page-size", type=count, default=16, help="tokens")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--cache-dtypes",
+        nargs="*",
+        choices=CACHE_DTYPES,
+        default=(),
+        metavar="DTYPE",
+        help=f"also measure caches of these dtypes ({', '.join(CACHE_DTYPES)}), with tokens of --dtype",
+    )
     parser.add_argument("--impl", default="auto", help="this package's: auto, xla, cpu, tpu or gpu")
     parser.add_argument("--rounds", type=count, default=9)
     parser.add_argument(
@@ -98,31 +119,35 @@ def run(args: argparse.Namespace) -> None:
     batch, context = args.batch or batch, args.context or context
     sizes = (args.q_heads, args.kv_heads, args.head_dim, args.page_size, args.dtype)
     problem = Problem(batch, context, 1 if args.mode == "decode" else context, *sizes)
-    timings, bandwidth = measure(problem, {"ours": args.impl}, args.rounds)
+    timings, bandwidth = measure(problem, {"ours": args.impl}, args.rounds, args.cache_dtypes)
     rows = []
     for name, timing in timings.items():
-        ratio = median_ratio(timings["gather, softmax"], timing)
-        share = problem.context_bytes / timing.median / bandwidth
-        rows.append([name, f"{timing.median * 1e3:.1f}", f"{ratio:.2f}x", f"{share:.1%}"])
+        ratios = (median_ratio(timings[other], timing) for other in ("gather, softmax", "ours"))
+        cache_dtype = name.removeprefix("ours, ") if name.startswith("ours, ") else None
+        share = problem.context_bytes(cache_dtype) / timing.median / bandwidth
+        rows.append([name, f"{timing.median * 1e3:.1f}", *(f"{ratio:.2f}x" for ratio in ratios), f"{share:.1%}"])
     print(
         f"{args.mode} {problem.batch} x {problem.context} tokens, {problem.q_heads} q / {problem.kv_heads} KV heads of "
         f"{problem.head_dim}, {problem.dtype}, page_size {problem.page_size}; jax {jax.__version__} on "
         f"{jax.default_backend()}; memory reads at {bandwidth / 1e9:.1f} GB/s"
     )
-    print_table(["", "ms per call", "speed", "of bandwidth"], rows)
+    print_table(["", "ms per call", "speed", "of ours", "of bandwidth"], rows)
     if args.plot:
         from engine.bench import attention_plot  # here, because it needs matplotlib
 
         attention_plot.draw(problem, args.impl, args.rounds, args.plot)
 
 
-def measure(problem: Problem, ours: Mapping[str, str], rounds: int) -> tuple[dict[str, Timings], float]:
+def measure(
+    problem: Problem, ours: Mapping[str, str], rounds: int, cache_dtypes: Sequence[str] = ()
+) -> tuple[dict[str, Timings], float]:
     """Times all contenders on one problem, in the same rounds.
 
     Args:
         problem: the step.
         ours: impl of each contender of this package, by name.
         rounds: measured rounds.
+        cache_dtypes: other dtypes of the cache over which the first of ours is measured too, as "ours, <dtype>".
 
     Returns:
         The timings by name, of ours, of gather-then-softmax and of torch where it is installed; and the bytes per
@@ -130,6 +155,7 @@ def measure(problem: Problem, ours: Mapping[str, str], rounds: int) -> tuple[dic
     """
     step = make_step(problem)
     contenders: dict[str, Callable[[], object]] = {}
+    backends = []
     for name, impl in ours.items():
         backend = FlashAttentionBackend(
             page_size=problem.page_size,
@@ -139,6 +165,12 @@ def measure(problem: Problem, ours: Mapping[str, str], rounds: int) -> tuple[dic
             impl=impl,
         )
         contenders[name] = in_place(backend, step)
+        backends.append(backend)
+    first = next(iter(contenders)) if contenders else None
+    for dtype in cache_dtypes:
+        contenders[f"{first}, {dtype}"] = in_place(
+            backends[0], replace(step, fused_kv=narrowed(problem, codes_of(step.fused_kv), dtype))
+        )
     contenders["gather, softmax"] = in_place(functools.partial(gather_then_softmax, problem), step)
     contenders |= {**_torch(problem), "read a buffer": _reader()}
     timings = time_in_turn(contenders, rounds=rounds)
@@ -168,6 +200,17 @@ def make_step(problem: Problem) -> Step:
     return Step(q, k, v, fused_kv, metadata.to_device())
 
 
+def narrowed(problem: Problem, fused_kv: jax.Array, dtype: str) -> Buffer:
+    """A cache's tokens in another dtype."""
+    slots = problem.page_size * (1 + problem.batch * problem.columns)
+    size = slots - problem.page_size
+    pool = TokenToKVPool(size, problem.page_size, dtype, problem.kv_heads, problem.head_dim, layer_num=1)
+    keys, values = extract_k_from_fused_kv(fused_kv), extract_v_from_fused_kv(fused_kv)
+    pool.set_kv_buffer(0, jnp.arange(slots), keys, values)
+    buffer: Buffer = pool.buffers[0]
+    return buffer
+
+
 def gather_then_softmax(
     problem: Problem, q: jax.Array, k: jax.Array, v: jax.Array, fused_kv: jax.Array, metadata: AttentionMetadata
 ) -> tuple[jax.Array, ...]:
@@ -189,7 +232,7 @@ def gather_then_softmax(
 def in_place(attend: Callable[..., tuple[jax.Array, ...]], step: Step) -> Callable[[], object]:
     """A call of ``attend`` that donates a copy of the cache and keeps the returned one, as an engine does."""
     compiled = jax.jit(attend, donate_argnums=3)
-    cache = step.fused_kv.copy()
+    cache = jax.tree.map(jnp.copy, step.fused_kv)
 
     def call() -> None:
         nonlocal cache

@@ -51,7 +51,7 @@ def _curves(axes: Any, label: str, sizes: tuple[int, ...], problems: list[Proble
     for problem in problems:
         timings, bandwidth = measure(problem, {f"ours ({impl})": impl, "xla": "xla"}, rounds)
         for name, timing in timings.items():
-            curves.setdefault(name, []).append(problem.context_bytes / timing.median / 1e9)
+            curves.setdefault(name, []).append(problem.context_bytes() / timing.median / 1e9)
         curves.setdefault("plain read", []).append(bandwidth / 1e9)
     for name, values in curves.items():
         is_bound = name == "plain read"

@@ -3,6 +3,8 @@
 This room never knows which request or prefix a page belongs to: only slots and page ids come in, as integers.
 
     layout        the rule of the fused layout, in array code; KVLayout, its versioned descriptor, padding included
+    narrow        int8 and int4: NarrowKV, codes with a scale for each token and row; their quantisation
+    stored        what a buffer holds as float32, by slots and pages: for attention in XLA and checks
     pool          TokenToKVPool: one buffer per layer, a pytree
     scatter       set_kv_buffer: writes new keys and values in place
     scatter_gpu   the same as a kernel for Hopper GPUs
@@ -15,12 +17,14 @@ This room never knows which request or prefix a page belongs to: only slots and 
 """
 
 from engine.kv.layout import KVLayout, extract_k_from_fused_kv, extract_v_from_fused_kv, merge_kv
+from engine.kv.narrow import NarrowKV
 from engine.kv.page_copy import PageRead, copy_pages, read_pages, start_reading, write_pages
 from engine.kv.pool import TokenToKVPool
 from engine.kv.scatter import set_kv_buffer
 
 __all__ = [
     "KVLayout",
+    "NarrowKV",
     "PageRead",
     "TokenToKVPool",
     "copy_pages",

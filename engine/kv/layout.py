@@ -19,8 +19,9 @@ from jax.typing import DTypeLike
 
 from engine.distributed.mesh import explicit_sharding
 from engine.errors import ConfigError, ShapeError
+from engine.kv.narrow import KINDS, SCALE_DTYPE, Buffer, NarrowKind, NarrowKV, codes_of, kind_of
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 ORDER = "interleaved"
 LANES = 128  # a TPU vector register is 8 sublanes of 128 lanes of 32 bits
 SUBLANES = 8
@@ -107,8 +108,12 @@ def padded_rows(head_num: int, dtype: DTypeLike) -> int:
 
     Up to 8 words the sublane tiles are powers of two, above that multiples of 8.
     """
+    return _whole_words(2 * head_num, dtype)
+
+
+def _whole_words(rows: int, dtype: DTypeLike) -> int:
     pack = packing(dtype)
-    words = -(-2 * head_num // pack)
+    words = -(-rows // pack)
     words = 1 << (words - 1).bit_length() if words <= SUBLANES else _round_up(words, SUBLANES)
     return words * pack
 
@@ -122,23 +127,32 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def pad_fused(fused: jax.Array, rows: int, head_dim: int) -> jax.Array:
-    """Pads ``[..., 2H, D]`` with zeros to the stored ``[..., rows, head_dim]``."""
-    extra = (rows - fused.shape[-2], head_dim - fused.shape[-1])
+def pad_fused(fused: jax.Array, rows: int, lanes: int) -> jax.Array:
+    """Brings ``[..., 2H, D]`` to the stored ``[..., rows, lanes]``: as pairs where they are stored so, and padded."""
+    heads, width = fused.shape[-2] // 2, fused.shape[-1]
+    if stores_pairs(rows, lanes, heads, width):
+        fused = fused.reshape(*fused.shape[:-2], heads, 2 * width)
+    extra = (rows - fused.shape[-2], lanes - fused.shape[-1])
     if extra == (0, 0):
         return fused
     if min(extra) < 0:
-        raise ShapeError(
-            f"cannot pad {list(fused.shape)} to {rows} rows of {head_dim}: padding only adds; ask for more"
-        )
+        raise ShapeError(f"cannot pad {list(fused.shape)} to {rows} rows of {lanes}: padding only adds; ask for more")
     return jnp.pad(fused, [(0, 0)] * (fused.ndim - 2) + [(0, extra[0]), (0, extra[1])])
 
 
 def unpad_fused(stored: jax.Array, head_num: int, head_dim: int) -> jax.Array:
-    """Drops the padding: ``[..., 2H', D'] -> [..., 2H, D]``."""
-    if stored.shape[-2:] == (2 * head_num, head_dim):
+    """Drops the padding: ``[..., 2H', D'] -> [..., 2H, D]``, and takes pairs apart where they are stored."""
+    rows, lanes = stored.shape[-2:]
+    if (rows, lanes) == (2 * head_num, head_dim):
         return stored
+    if stores_pairs(rows, lanes, head_num, head_dim):
+        return stored[..., :head_num, :].reshape(*stored.shape[:-2], 2 * head_num, head_dim)
     return stored[..., : 2 * head_num, :head_dim]
+
+
+def stores_pairs(rows: int, lanes: int, head_num: int, head_dim: int) -> bool:
+    """Whether ``[rows, lanes]`` are pairs ``[K_h, V_h]`` side by side: the bytes of ``[2H, D]``, in whole lanes."""
+    return lanes == 2 * head_dim and head_num <= rows < 2 * head_num
 
 
 def pack_pages(stored: jax.Array, page_size: int) -> jax.Array:
@@ -172,36 +186,63 @@ def unpack_pages(packed: jax.Array, rows: int, head_dim: int) -> jax.Array:
     return packed.reshape(pages * page_size, words * pack, lanes)[:, :rows, :head_dim]
 
 
-def check_storage(fused: jax.Array, head_num: int, head_dim: int) -> None:
+def check_storage(fused: Buffer, head_num: int, head_dim: int) -> None:
     """Checks that a stored buffer can hold ``head_num`` heads of ``head_dim``, unpadded or padded for a TPU.
 
     A buffer that was made for a few more heads of 128 has the shape of a padded one and passes: only its pool knows.
 
     Args:
-        fused: ``[S, 2H', D']``; only shape and dtype are read.
+        fused: ``[S, 2H', D']``, or a narrow buffer; only shapes and dtypes are read.
         head_num: KV heads, H.
         head_dim: elements per head, D.
 
     Raises:
-        ShapeError: the buffer is not 3-D, or its rows are neither 2H of D nor a padding of them.
+        ShapeError: the buffer is not 3-D, its rows are neither 2H of D nor a padding of them, or the scales of a narrow
+            buffer are not one for each row and token.
     """
-    if fused.ndim != 3:
-        raise ShapeError(f"the fused buffer must be [slots, 2 * heads, head_dim]; got {fused.dtype}{list(fused.shape)}")
-    rows, lanes = fused.shape[1:]
-    if (rows, lanes) == (2 * head_num, head_dim):
+    codes, width = codes_of(fused), head_dim
+    if codes.ndim != 3:
+        raise ShapeError(f"the fused buffer must be [slots, 2 * heads, head_dim]; got {codes.dtype}{list(codes.shape)}")
+    rows, lanes = codes.shape[1:]
+    if isinstance(fused, NarrowKV):
+        width = code_width(head_dim, kind_of(codes.dtype))
+        check_scales_shape(fused, 2 * rows if stores_pairs(rows, lanes, head_num, width) else rows)
+    if (rows, lanes) == (2 * head_num, width) or stores_pairs(rows, lanes, head_num, width):
         return
-    most_rows, most_lanes = padded_rows(head_num, fused.dtype), padded_head_dim(head_dim)
+    most_rows, most_lanes = padded_rows(head_num, codes.dtype), padded_head_dim(width)
     if lanes != most_lanes or rows % 2 or not 2 * head_num <= rows <= most_rows:
         raise ShapeError(
-            f"a fused buffer {fused.dtype}{list(fused.shape)} does not hold {head_num} KV heads of {head_dim}: a slot "
-            f"must be [{2 * head_num}, {head_dim}], or up to [{most_rows}, {most_lanes}] where it is padded for a TPU; "
+            f"a fused buffer {codes.dtype}{list(codes.shape)} does not hold {head_num} KV heads of {head_dim}: a slot "
+            f"must be [{2 * head_num}, {width}], or up to [{most_rows}, {most_lanes}] where it is padded for a TPU; "
             "pass the buffer of a pool made for these heads"
         )
 
 
+def check_scales_shape(fused: NarrowKV, rows: int) -> None:
+    """Checks that a narrow buffer has ``rows`` scales for each slot, in pages; raises ShapeError."""
+    slots, scales = fused.codes.shape[0], fused.scales
+    if scales.ndim != 2 or scales.dtype != SCALE_DTYPE or scales.size != slots * rows or slots % scales.shape[0]:
+        raise ShapeError(
+            f"scales {scales.dtype}{list(scales.shape)} are not one float32 for each of {rows} rows of {slots} slots, "
+            "[slots / page_size, rows * page_size]; pass the buffer as the pool made it"
+        )
+
+
+def code_width(head_dim: int, kind: NarrowKind) -> int:
+    """Elements of a row of codes; raises ShapeError where head_dim is not whole elements."""
+    if head_dim % kind.per_element:
+        raise ShapeError(
+            f"head_dim={head_dim} is odd, and int4 stores two elements of a row in a byte; use int8 or another dtype"
+        )
+    return head_dim // kind.per_element
+
+
 def refuse_donated(name: str, array: Any) -> None:
     """Raises ShapeError for an array that was donated to a program: jax would say only that it is deleted."""
-    if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.is_deleted():
+    if isinstance(array, NarrowKV):
+        for part in array:
+            refuse_donated(name, part)
+    elif isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.is_deleted():
         raise ShapeError(
             f"{name} {array.dtype}{list(array.shape)} was donated to a program and has no memory any more; use the "
             "array that this program returned, for a pool by replace_buffers"
@@ -226,8 +267,12 @@ def _storable(dtype: DTypeLike) -> np.dtype[Any]:
         exact = jnp.dtype(dtype)
     except TypeError as error:
         raise ConfigError(f"dtype={dtype!r} of a KV pool is not known; use a floating type, e.g. bfloat16") from error
+    if exact.name in KINDS:
+        return exact
     if not (jnp.issubdtype(exact, jnp.floating) or jnp.issubdtype(exact, jnp.integer)) or bits_of(exact) < 8:
-        raise ConfigError(f"a KV pool cannot store dtype {exact}: use a floating or integer type of 8 bits or more")
+        raise ConfigError(
+            f"a KV pool cannot store dtype {exact}: use int4, or a floating or integer type of 8 bits or more"
+        )
     if jax.dtypes.canonicalize_dtype(exact) != exact:
         raise ConfigError(f"a KV pool of {exact} needs jax_enable_x64; enable it or use {exact.kind}4")
     return exact
@@ -240,10 +285,11 @@ class KVLayout:
     Attributes:
         head_num: KV heads, H.
         head_dim: elements per head, D.
-        rows: stored rows per slot, 2H or more.
-        lanes: stored elements per row, D or more.
-        dtype: dtype of the elements.
+        rows: stored rows per slot, 2H or more; or H or more, where a row is a pair ``[K_h, V_h]``.
+        lanes: stored elements per row, at least those of a row or pair.
+        dtype: dtype of the elements; int8 and int4 are narrow, codes with a scale for each token and row.
         page_size: tokens per page.
+        scale_bytes: bytes of the scale of each token and row; 0 where the dtype is not narrow.
         order: order of K and V among the rows.
         version: version of this descriptor.
     """
@@ -254,6 +300,7 @@ class KVLayout:
     lanes: int
     dtype: np.dtype[Any]
     page_size: int
+    scale_bytes: int = 0
     order: str = ORDER
     version: int = LAYOUT_VERSION
 
@@ -276,25 +323,75 @@ class KVLayout:
         for name, value in (("head_num", head_num), ("head_dim", head_dim), ("page_size", page_size)):
             require_count(name, value)
         dtype = _storable(dtype)
-        if platform == "tpu":
-            rows, lanes = padded_rows(head_num, dtype), padded_head_dim(head_dim)
-        else:
-            rows, lanes = 2 * head_num, head_dim
-        return cls(head_num, head_dim, rows, lanes, dtype, page_size)
+        kind = KINDS.get(dtype.name)
+        if kind is not None and head_dim % kind.per_element:
+            raise ConfigError(
+                f"a KV pool of int4 stores two elements of a row in a byte, and head_dim={head_dim} is odd"
+            )
+        width = head_dim // kind.per_element if kind else head_dim
+        rows, lanes = _stored_sizes(head_num, width, kind, dtype) if platform == "tpu" else (2 * head_num, width)
+        return cls(head_num, head_dim, rows, lanes, dtype, page_size, SCALE_DTYPE.itemsize if kind else 0)
+
+    @property
+    def kind(self) -> NarrowKind | None:
+        """What the codes are; None where the dtype is not narrow."""
+        return KINDS.get(self.dtype.name)
+
+    @property
+    def element_dtype(self) -> np.dtype[Any]:
+        """Dtype of the stored array: ``dtype``, or that of the codes."""
+        return self.dtype if self.kind is None else self.kind.code_dtype
+
+    @property
+    def width(self) -> int:
+        """Stored elements of a row of K or V, without padding."""
+        return self.head_dim if self.kind is None else self.head_dim // self.kind.per_element
+
+    @property
+    def scale_rows(self) -> int:
+        """Scales of a slot, padding included; 0 where the dtype is not narrow."""
+        if self.kind is None:
+            return 0
+        return 2 * self.rows if self.has_pairs else self.rows
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether a stored row is a pair ``[K_h, V_h]``."""
+        return stores_pairs(self.rows, self.lanes, self.head_num, self.width)
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of one slot in one layer, padding included; every report of bytes uses this formula."""
-        return self.rows * self.lanes * self.dtype.itemsize
+        """Bytes of one slot in one layer, scales and padding included; every report of bytes uses this formula."""
+        return self.rows * self.lanes * self.element_dtype.itemsize + self.scale_rows * self.scale_bytes
 
     @property
     def padding_overhead(self) -> float:
         """Padding bytes over the bytes that hold data, e.g. 0.6 for head_dim 80 on a TPU."""
-        return self.rows * self.lanes / (2 * self.head_num * self.head_dim) - 1
+        row_bytes = self.width * self.element_dtype.itemsize + self.scale_bytes
+        return self.bytes_per_token / (2 * self.head_num * row_bytes) - 1
+
+    @property
+    def page_dtype(self) -> np.dtype[Any]:
+        """Dtype of pages off the device: ``dtype``, or bytes where it is narrow."""
+        return self.dtype if self.kind is None else np.dtype(np.uint8)
+
+    @property
+    def page_shape(self) -> tuple[int, int, int]:
+        """Shape of a page of a layer off the device, ``(page_size, 2H, D)``; a narrow row's scale follows its codes."""
+        return self.page_size, 2 * self.head_num, self.width + self.scale_bytes
 
     def buffer_shape(self, slots: int) -> tuple[int, int, int]:
-        """Shape of one layer's buffer of ``slots`` slots: ``[slots, 2H', D']``."""
+        """Shape of one layer's buffer of ``slots`` slots, or of its codes: ``[slots, 2H', D']``."""
         return slots, self.rows, self.lanes
+
+    def buffer_like(self, slots: int) -> Any:
+        """Shapes and dtypes of one layer's buffer of ``slots`` slots: a ShapeDtypeStruct, or a NarrowKV of two."""
+        stored = jax.ShapeDtypeStruct(self.buffer_shape(slots), self.element_dtype)
+        if self.kind is None:
+            return stored
+        scales = slots // self.page_size, self.scale_rows * self.page_size
+        parts: Any = stored, jax.ShapeDtypeStruct(scales, SCALE_DTYPE)
+        return NarrowKV(*parts)
 
     def require_same(self, other: KVLayout, what: str) -> None:
         """Refuses bytes of another layout.
@@ -337,4 +434,20 @@ class KVLayout:
             )
         for name in ("head_num", "head_dim", "rows", "lanes", "page_size"):
             require_count(name, values[name])
-        return cls(**{**values, "dtype": _storable(values["dtype"])})
+        dtype = _storable(values["dtype"])
+        if values["scale_bytes"] != (SCALE_DTYPE.itemsize if dtype.name in KINDS else 0):
+            raise ConfigError(
+                f"a KV layout of {dtype} has no scales of {values['scale_bytes']!r} bytes; write it again"
+            )
+        return cls(**{**values, "dtype": dtype})
+
+
+def _stored_sizes(head_num: int, width: int, kind: NarrowKind | None, dtype: np.dtype[Any]) -> tuple[int, int]:
+    """Stored rows and lanes on a TPU."""
+    stored = dtype if kind is None else kind.code_dtype
+    # Only narrow caches: the kernel for TPUs, which reads the others, does not take pairs yet.
+    if kind is not None and 2 * width == LANES:
+        pairs = _whole_words(head_num, stored)
+        if stores_pairs(pairs, LANES, head_num, width):
+            return pairs, LANES
+    return padded_rows(head_num, stored), padded_head_dim(width)

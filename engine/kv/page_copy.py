@@ -21,12 +21,14 @@ from jax.sharding import Mesh, PartitionSpec
 from engine.distributed.mesh import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, placed, shard_over, spec_over
 from engine.errors import ShapeError
 from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv, refuse_donated, unpad_fused
+from engine.kv.narrow import SCALE_DTYPE, Buffer, NarrowKV, codes_of, rows_by_token
 from engine.kv.pool import TokenToKVPool
+from engine.kv.scatter import scatter_codes
 from engine.kv.split import buffer_spec, from_device_order, to_device_order
 
 Int32 = npt.NDArray[np.int32]
 PageData = npt.NDArray[Any]
-Buffers = tuple[jax.Array, ...]
+Buffers = tuple[Buffer, ...]
 
 # Pages that a program copies; more go in several calls of the largest, which bounds the memory that a copy takes.
 PAGE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
@@ -44,7 +46,8 @@ def read_pages(pool: TokenToKVPool, pages: npt.ArrayLike, *, replica: int = 0) -
         replica: index of the pages' replica, along the mesh's axis "data".
 
     Returns:
-        ``[n, layers, page_size, 2H, D]`` in the pool's dtype, without the padding of its storage; may be read-only.
+        ``[n, layers, page_size, 2H, D]`` in the pool's dtype, without the padding of its storage; may be read-only. Of
+        a narrow pool it is bytes, those of a row's scale behind those of its codes (``KVLayout.page_shape``).
 
     Raises:
         ShapeError: ``pages`` is not a vector of page ids of this pool.
@@ -59,7 +62,7 @@ class PageRead:
     Attributes:
         staged: their copies, padded to static sizes.
         shape: ``[n, layers, page_size, 2H, D]``.
-        dtype: dtype of the pool.
+        dtype: dtype of pages off the device.
     """
 
     staged: tuple[jax.Array, ...]
@@ -78,8 +81,7 @@ def start_reading(pool: TokenToKVPool, pages: npt.ArrayLike, *, replica: int = 0
     """As ``read_pages``, without waiting: every copy is under way when it returns."""
     wanted, layout = _check_pages(pool, "pages", pages), pool.layout
     staged = [_to_host_memory(_gather(pool, chunk, replica)) for chunk in _chunks(wanted, _NULL_PAGE)]
-    shape = (wanted.size, pool.layer_num, layout.page_size, 2 * layout.head_num, layout.head_dim)
-    return PageRead(tuple(staged), shape, np.dtype(pool.dtype))
+    return PageRead(tuple(staged), (wanted.size, pool.layer_num, *layout.page_shape), layout.page_dtype)
 
 
 def write_pages(pool: TokenToKVPool, pages: npt.ArrayLike, data: PageData, *, replica: int = 0) -> None:
@@ -96,11 +98,11 @@ def write_pages(pool: TokenToKVPool, pages: npt.ArrayLike, data: PageData, *, re
     """
     wanted = _check_unique(_check_pages(pool, "pages", pages), "pages")
     layout = pool.layout
-    shape = (wanted.size, pool.layer_num, layout.page_size, 2 * layout.head_num, layout.head_dim)
-    if data.shape != shape or data.dtype != pool.dtype:
+    shape = (wanted.size, pool.layer_num, *layout.page_shape)
+    if data.shape != shape or data.dtype != layout.page_dtype:
         raise ShapeError(
             f"data {data.dtype}{list(data.shape)} does not fill {wanted.size} pages of this pool: it must be "
-            f"{pool.dtype}{list(shape)}, as read_pages returns it"
+            f"{layout.page_dtype}{list(shape)}, as read_pages returns it"
         )
     done = 0
     for chunk in _chunks(wanted, _NO_PAGE):
@@ -185,35 +187,48 @@ def _to_pinned(pages: jax.Array) -> jax.Array:
 
 
 def _gather_layer(pool: TokenToKVPool, layer_id: int, pages: jax.Array) -> jax.Array:
-    """The bits of ``[n]`` pages of a layer, ``[n, page_size, 2H, D]``."""
-    layout = pool.layout
-    by_page = pool.buffers[layer_id].reshape(-1, layout.page_size, layout.rows, layout.lanes)
+    """The bits of ``[n]`` pages of a layer, ``[n, page_size, 2H, D]``; a narrow row's scale follows its codes."""
+    layout, buffer = pool.layout, pool.buffers[layer_id]
+    by_page = codes_of(buffer).reshape(-1, layout.page_size, layout.rows, layout.lanes)
     to_bits = functools.partial(lax.bitcast_convert_type, new_dtype=_bits_of(pool))
 
     def take(source: jax.Array) -> jax.Array:
-        return unpad_fused(source.at[pages].get(mode="promise_in_bounds"), layout.head_num, layout.head_dim)
+        return unpad_fused(source.at[pages].get(mode="promise_in_bounds"), layout.head_num, layout.width)
 
     # XLA's CPU compiler may gather bfloat16 by way of float32, which can change a NaN, but not integers. Its TPU
     # compiler gathers any type unchanged, but would copy the whole buffer to view it as integers.
     bits: jax.Array = lax.platform_dependent(
         by_page, cpu=lambda source: take(to_bits(source)), default=lambda source: to_bits(take(source))
     )
-    return bits
+    if not isinstance(buffer, NarrowKV):
+        return bits
+    scales = rows_by_token(buffer.scales.at[pages].get(mode="promise_in_bounds"), layout.page_size)
+    scale_bits = lax.bitcast_convert_type(scales[..., : 2 * layout.head_num], jnp.uint8)
+    return jnp.concatenate([bits, scale_bits], axis=-1)
 
 
 def _scatter_layer(pool: TokenToKVPool, layer_id: int, pages: jax.Array, bits: jax.Array) -> None:
     """Writes the bits ``[n, page_size, 2H, D]`` into pages of a layer; pages below 0 are dropped."""
     slots = pages[:, None] * pool.page_size + jnp.arange(pool.page_size, dtype=jnp.int32)[None, :]
     slots = jnp.where(pages[:, None] < 0, -1, slots).reshape(-1)
-    fused = bits.reshape(slots.size, *bits.shape[2:])
-    k, v = extract_k_from_fused_kv(fused), extract_v_from_fused_kv(fused)
-    as_stored = functools.partial(lax.bitcast_convert_type, new_dtype=pool.dtype)
-    pool.set_kv_buffer(layer_id, slots, as_stored(k), as_stored(v))
+    fused, layout = bits.reshape(slots.size, *bits.shape[2:]), pool.layout
+    # Halved as integers: XLA's CPU compiler slices narrow floats by way of wider ones.
+    codes = fused[..., : layout.width]
+    k, v = (
+        lax.bitcast_convert_type(half, layout.element_dtype)
+        for half in (extract_k_from_fused_kv(codes), extract_v_from_fused_kv(codes))
+    )
+    buffer = pool.buffers[layer_id]
+    if isinstance(buffer, NarrowKV):
+        scales = lax.bitcast_convert_type(fused[..., layout.width :], SCALE_DTYPE)
+        pool.rebind(layer_id, scatter_codes(buffer, slots, k, v, scales))
+    else:
+        pool.set_kv_buffer(layer_id, slots, k, v)
 
 
 def _bits_of(pool: TokenToKVPool) -> np.dtype[Any]:
     """Dtype of the unsigned integers in which pages are moved, so that no bit pattern is changed as a number."""
-    return np.dtype(f"uint{8 * pool.dtype.itemsize}")
+    return np.dtype(f"uint{8 * pool.layout.page_dtype.itemsize}")
 
 
 @jax.jit

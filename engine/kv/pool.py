@@ -24,6 +24,7 @@ from engine.kv.layout import (
     require_count,
     unpad_fused,
 )
+from engine.kv.narrow import KINDS, Buffer, NarrowKV, codes_of, dequantise, is_rotated, kind_of, rotate, rows_by_token
 from engine.kv.room import room_for
 from engine.kv.scatter import set_kv_buffer, slots_within
 from engine.kv.split import buffer_spec, in_slot_order, local_slots, new_tokens_spec, split_layout
@@ -37,13 +38,14 @@ class TokenToKVPool:
     that write donate and rebind its buffers, which deletes arrays that were taken from it before.
 
     Attributes:
-        buffers: one array per layer, ``layout.buffer_shape(replicas * (size + page_size))``; page 0 is the null page.
+        buffers: one per layer, ``layout.buffer_like(replicas * (size + page_size))``: an array, or a ``NarrowKV`` of
+            codes and scales for int8 and int4; page 0 is the null page.
         size: usable token slots of each replica.
         layout: descriptor of the bytes: page size, heads, dtype and padding.
         mesh: mesh over which the buffers are split (``engine.kv.split``), or None.
     """
 
-    buffers: tuple[jax.Array, ...]
+    buffers: tuple[Any, ...]
     size: int
     layout: KVLayout
     mesh: Mesh | None
@@ -65,7 +67,7 @@ class TokenToKVPool:
         Args:
             size: usable token slots of each replica, a positive multiple of ``page_size``.
             page_size: tokens per page, a multiple of the mesh's axis "context".
-            dtype: dtype of keys and values as stored.
+            dtype: dtype of keys and values as stored; int8 and int4 have a scale for each token and row (``NarrowKV``).
             head_num: KV heads, H.
             head_dim: elements per head, D.
             layer_num: layers, at least 1.
@@ -93,7 +95,7 @@ class TokenToKVPool:
     @classmethod
     def from_buffers(
         cls,
-        buffers: Sequence[jax.Array],
+        buffers: Sequence[Buffer],
         page_size: int,
         head_num: int,
         head_dim: int,
@@ -104,7 +106,8 @@ class TokenToKVPool:
         """Makes a pool of existing buffers without a copy; it owns them from then on, and donates them as it writes.
 
         Args:
-            buffers: one per layer, ``[replicas * (size + page_size), 2H', D']`` as a pool makes them, of one dtype.
+            buffers: one per layer, ``[replicas * (size + page_size), 2H', D']`` or ``NarrowKV`` as a pool makes them,
+                of one dtype.
             page_size: tokens per page; the first page of each replica is its null page.
             head_num: KV heads, H.
             head_dim: elements per head, D.
@@ -117,18 +120,21 @@ class TokenToKVPool:
         """
         given = list(buffers)
         for index, buffer in enumerate(given):
-            if not isinstance(buffer, jax.Array) or buffer.ndim != 3:
+            stored = codes_of(buffer)
+            if not isinstance(stored, jax.Array) or stored.ndim != 3:
                 raise ShapeError(
-                    f"buffer {index} is {_described(buffer)}; it must be a JAX array [slots, 2 * heads, D]"
+                    f"buffer {index} is {_described(stored)}; it must be a JAX array [slots, 2 * heads, D], or a "
+                    "NarrowKV whose codes are"
                 )
         require_count("the number of buffers", len(given))
         refuse_donated("buffer 0", given[0])
+        stored = codes_of(given[0])
         if platform is None:
-            platform = next(iter(given[0].devices())).platform
+            platform = next(iter(stored.devices())).platform
         layout = KVLayout.create(
-            head_num=head_num, head_dim=head_dim, dtype=given[0].dtype, page_size=page_size, platform=platform
+            head_num=head_num, head_dim=head_dim, dtype=_dtype_of(given[0]), page_size=page_size, platform=platform
         )
-        size = given[0].shape[0] // axis_size(mesh, DATA_AXIS) - page_size
+        size = stored.shape[0] // axis_size(mesh, DATA_AXIS) - page_size
         _check_size(size, page_size, len(given))
         pool = cls.tree_unflatten((size, _over_mesh(layout, mesh, platform), mesh), (tuple(given),))
         return pool.replace_buffers(given)
@@ -155,8 +161,14 @@ class TokenToKVPool:
 
     @property
     def buffer_shape(self) -> tuple[int, int, int]:
-        """Shape of each layer's buffer, over all devices: ``[replicas * (size + page_size), 2H', D']``."""
+        """Shape of each layer's buffer or codes, over all devices: ``[replicas * (size + page_size), 2H', D']``."""
         return self.layout.buffer_shape(self.replicas * (self.size + self.page_size))
+
+    @property
+    def buffer_like(self) -> Any:
+        """Shapes and dtypes of each layer's buffer, over all devices, as of ``KVLayout.buffer_like``."""
+        layout = replace(self.layout, page_size=self.page_size // axis_size(self.mesh, CONTEXT_AXIS))
+        return layout.buffer_like(self.replicas * (self.size + self.page_size))
 
     @property
     def kv_size_bytes(self) -> int:
@@ -168,14 +180,17 @@ class TokenToKVPool:
         """Bytes of all buffers on each device."""
         return self.kv_size_bytes // (1 if self.mesh is None else self.mesh.size)
 
-    def get_fused_kv_buffer(self, layer_id: int) -> jax.Array:
-        """The buffer of a layer as it is stored, of shape ``buffer_shape``."""
+    def get_fused_kv_buffer(self, layer_id: int) -> Any:
+        """The buffer of a layer as it is stored, as ``buffer_like`` says."""
         self._check_layer(layer_id)
         refuse_donated(f"the buffer of layer {layer_id}", self.buffers[layer_id])
         return self.buffers[layer_id]
 
     def get_kv_buffer(self, layer_id: int) -> tuple[jax.Array, jax.Array]:
-        """Copies of a layer's keys and values by slot, ``[size + page_size, H, D]`` each, without padding."""
+        """Copies of a layer's keys and values by slot, ``[size + page_size, H, D]`` each, without padding.
+
+        Of a narrow pool they are what the codes stand for, in float32.
+        """
         half: tuple[jax.Array, jax.Array] = _halves(self.get_fused_kv_buffer(layer_id), self.layout, self.mesh)
         return half
 
@@ -186,7 +201,7 @@ class TokenToKVPool:
             layer_id: index of the layer, from 0.
             loc: ``[T]`` slots; negative ones and those out of range are dropped, of equal ones the last wins. Each of
                 several replicas has an equal share of T, and its own slots.
-            k: ``[T, H, D]``, cast to the pool's dtype.
+            k: ``[T, H, D]``, cast to the pool's dtype, or quantised.
             v: as ``k``.
 
         Raises:
@@ -198,10 +213,13 @@ class TokenToKVPool:
             raise ShapeError(
                 f"k is {_described(k)}; it must be [tokens, {heads[0]}, {heads[1]}], as this pool was made"
             )
-        written = _write(fused, slots_within(loc, self.size + self.page_size), k, v, self.mesh)
+        self.rebind(layer_id, _write(fused, slots_within(loc, self.size + self.page_size), k, v, self.mesh))
+
+    def rebind(self, layer_id: int, written: Buffer) -> None:
+        """Takes a layer's buffer, as a write within this room returned it."""
         self.buffers = (*self.buffers[:layer_id], written, *self.buffers[layer_id + 1 :])
 
-    def local_part(self, buffers: tuple[jax.Array, ...]) -> Self:
+    def local_part(self, buffers: tuple[Buffer, ...]) -> Self:
         """Within ``shard_map`` over the pool's mesh: one device's part, as a pool; without a mesh: the pool itself.
 
         Args:
@@ -216,7 +234,7 @@ class TokenToKVPool:
         )
         return self.tree_unflatten((self.size // cp, layout, None), (buffers,))
 
-    def replace_buffers(self, buffers: Sequence[jax.Array]) -> Self:
+    def replace_buffers(self, buffers: Sequence[Buffer]) -> Self:
         """Takes the buffers that a step has written as its own.
 
         Args:
@@ -228,27 +246,27 @@ class TokenToKVPool:
         Raises:
             ShapeError: their number, a shape or a dtype is not the pool's.
         """
-        shape = self.buffer_shape
+        like = self.buffer_like
         if len(buffers) != self.layer_num:
             raise ShapeError(f"{len(buffers)} buffers for a pool of {self.layer_num} layers: give one for each layer")
         for layer_id, buffer in enumerate(buffers):
             refuse_donated(f"buffer {layer_id}", buffer)
-            if getattr(buffer, "shape", None) != shape or buffer.dtype != self.dtype:
+            if _described(buffer) != _described(like):
                 raise ShapeError(
-                    f"buffer {layer_id} is {_described(buffer)}, the pool's are {self.dtype}{list(shape)}; give what "
-                    "the step returned for this pool"
+                    f"buffer {layer_id} is {_described(buffer)}, the pool's are {_described(like)}; give what the step "
+                    "returned for this pool"
                 )
         self.buffers = tuple(buffers)
         return self
 
     def renew(self) -> None:
         """Makes new buffers, of zeros, after the old ones were lost: donated to a program that failed."""
-        for buffer in self.buffers:
+        for buffer in jax.tree.leaves(self.buffers):
             buffer.delete()  # a failed program's result may keep its memory
         self.buffers = self._fresh_buffers(self.layer_num)
 
-    def _fresh_buffers(self, count: int) -> tuple[jax.Array, ...]:
-        return tuple(_zeros(self.buffer_shape, self.dtype, self.mesh)() for _ in range(count))
+    def _fresh_buffers(self, count: int) -> tuple[Buffer, ...]:
+        return tuple(_zeros(self.buffer_like, self.mesh)() for _ in range(count))
 
     def _check_layer(self, layer_id: int) -> None:
         if isinstance(layer_id, bool) or not isinstance(layer_id, int | np.integer):
@@ -278,9 +296,22 @@ def _over_mesh(layout: KVLayout, mesh: Mesh | None, platform: str) -> KVLayout:
     return split_layout(layout, tp=mesh.shape[TENSOR_AXIS], cp=axis_size(mesh, CONTEXT_AXIS), platform=platform)
 
 
-def _described(array: Any) -> str:
-    is_array = isinstance(array, jax.Array | np.ndarray)
-    return f"{array.dtype}{list(array.shape)}" if is_array else f"a {type(array).__name__}"
+def _described(buffer: Any) -> str:
+    if isinstance(buffer, NarrowKV):
+        return " with scales ".join(map(_described, buffer))
+    is_array = isinstance(buffer, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+    return f"{buffer.dtype}{list(buffer.shape)}" if is_array else f"a {type(buffer).__name__}"
+
+
+def _dtype_of(buffer: Buffer) -> Any:
+    """The pool's dtype by its buffer."""
+    codes = codes_of(buffer)
+    if not isinstance(buffer, NarrowKV):
+        if codes.dtype.name in KINDS:
+            raise ShapeError(f"a buffer of {codes.dtype} alone has no scales; pass a NarrowKV of codes and scales")
+        return codes.dtype
+    kind = kind_of(codes.dtype)
+    return next(name for name, of_name in KINDS.items() if of_name is kind)
 
 
 def _check_size(size: int, page_size: int, layer_num: int) -> None:
@@ -298,9 +329,12 @@ def _check_size(size: int, page_size: int, layer_num: int) -> None:
 
 
 @functools.cache
-def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any], mesh: Mesh | None) -> Callable[[], jax.Array]:
-    """The program that makes zeros."""
-    make = functools.partial(jnp.zeros, shape, dtype)
+def _zeros(like: Any, mesh: Mesh | None) -> Callable[[], Buffer]:
+    """The program that makes zeros of some shapes and dtypes."""
+
+    def make() -> Any:
+        return jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), like)
+
     if mesh is None:
         return jax.jit(make)
     if AxisType.Explicit in mesh.axis_types:  # there only the result tells which devices the program is for
@@ -310,35 +344,40 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any], mesh: Mesh | None) -> C
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _halves(fused: jax.Array, layout: KVLayout, mesh: Mesh | None) -> tuple[jax.Array, jax.Array]:
+def _halves(fused: Buffer, layout: KVLayout, mesh: Mesh | None) -> tuple[jax.Array, jax.Array]:
     """Keys and values of a buffer, by slot."""
-    by_head = fused if mesh is None else placed(fused, mesh, spec_over(mesh, None, TENSOR_AXIS, None))
-    stored = unpad_fused(in_slot_order(by_head, mesh), layout.head_num, layout.head_dim)
-    return extract_k_from_fused_kv(stored), extract_v_from_fused_kv(stored)
+    by_head = fused if mesh is None else placed(fused, mesh, spec_over(mesh, None, TENSOR_AXIS))
+    rows = unpad_fused(codes_of(by_head), layout.head_num, layout.width)
+    if isinstance(by_head, NarrowKV):
+        scales = rows_by_token(by_head.scales, layout.page_size // axis_size(mesh, CONTEXT_AXIS))
+        rows = dequantise(rows, scales.reshape(rows.shape[0], -1)[:, : 2 * layout.head_num])
+    stored = in_slot_order(rows, mesh)
+    keys, values = extract_k_from_fused_kv(stored), extract_v_from_fused_kv(stored)
+    return (rotate(keys) if is_rotated(fused) else keys), values
 
 
-def _write(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array, mesh: Mesh | None) -> jax.Array:
+def _write(fused: Buffer, loc: jax.Array, k: jax.Array, v: jax.Array, mesh: Mesh | None) -> Buffer:
     # The CPU backend may alias a NumPy argument: the caller could then change it under the running write.
     loc, k, v = (jnp.array(array) if isinstance(array, np.ndarray) else array for array in (loc, k, v))
     # Within a trace the outermost jit donates; only a call outside any trace needs a jit here.
-    write = _scatter_over if isinstance(fused, jax.core.Tracer) else _scatter_donated
-    written: jax.Array = write(fused, loc, k, v, mesh)
+    write = _scatter_over if isinstance(codes_of(fused), jax.core.Tracer) else _scatter_donated
+    written: Buffer = write(fused, loc, k, v, mesh)
     return written
 
 
-def _scatter_over(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array, mesh: Mesh | None) -> jax.Array:
+def _scatter_over(fused: Buffer, loc: jax.Array, k: jax.Array, v: jax.Array, mesh: Mesh | None) -> Buffer:
     if mesh is None:
         return set_kv_buffer(fused, loc, k, v)
 
     # Each device writes its own heads: otherwise XLA would gather the buffer for a kernel that it cannot split.
-    def write(fused: jax.Array, loc: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def write(fused: Buffer, loc: jax.Array, k: jax.Array, v: jax.Array) -> Buffer:
         return set_kv_buffer(fused, local_slots(loc, axis_size(mesh, CONTEXT_AXIS)), k, v)
 
     buffer, new = buffer_spec(mesh), new_tokens_spec(mesh)
     slots = spec_over(mesh, DATA_AXIS)
     # Unchecked, because the kernel for Hopper GPUs is not taken in a checked one (engine/kv/scatter.py).
     split = shard_over(write, mesh, in_specs=(buffer, slots, new, new), out_specs=buffer, check_vma=False)
-    written: jax.Array = split(fused, loc, k, v)
+    written: Buffer = split(fused, loc, k, v)
     return written
 
 

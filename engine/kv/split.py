@@ -18,6 +18,7 @@ from engine.config import require_split
 from engine.distributed.mesh import CONTEXT_AXIS, DATA_AXIS, TENSOR_AXIS, axis_size, explicit_sharding, spec_over
 from engine.errors import BackendUnsupported, ConfigError
 from engine.kv.layout import KVLayout
+from engine.kv.narrow import Buffer, codes_of
 
 
 def split_layout(layout: KVLayout, *, tp: int, cp: int, platform: str) -> KVLayout:
@@ -45,7 +46,7 @@ def split_layout(layout: KVLayout, *, tp: int, cp: int, platform: str) -> KVLayo
         page_size=layout.page_size,
         platform=platform,
     )
-    if tp > 1 and part.rows != 2 * part.head_num:
+    if tp > 1 and part.rows != (part.head_num if part.has_pairs else 2 * part.head_num):
         raise ConfigError(
             f"{part.head_num} KV heads of {layout.dtype} per device are {2 * part.head_num} rows, stored as "
             f"{part.rows} on {platform}, and padding inside a split buffer is not supported; use a smaller "
@@ -55,8 +56,8 @@ def split_layout(layout: KVLayout, *, tp: int, cp: int, platform: str) -> KVLayo
 
 
 def buffer_spec(mesh: Mesh) -> PartitionSpec:
-    """How a fused buffer ``[slots, 2H, D]`` is split; K and V of a head stay on one device."""
-    return spec_over(mesh, (DATA_AXIS, CONTEXT_AXIS), TENSOR_AXIS, None)
+    """How a fused buffer ``[slots, 2H, D]`` and a narrow one's scales are split; K and V of a head stay together."""
+    return spec_over(mesh, (DATA_AXIS, CONTEXT_AXIS), TENSOR_AXIS)
 
 
 def new_tokens_spec(mesh: Mesh) -> PartitionSpec:
@@ -64,13 +65,13 @@ def new_tokens_spec(mesh: Mesh) -> PartitionSpec:
     return spec_over(mesh, DATA_AXIS, TENSOR_AXIS, None)
 
 
-def split_of_heads(name: str, fused: jax.Array) -> str | tuple[str, ...] | None:
+def split_of_heads(name: str, fused: Buffer) -> str | tuple[str, ...] | None:
     """The axes of an Explicit mesh by which a fused buffer ``[slots, 2H, D]`` has its heads split; None: not split.
 
     Raises:
         BackendUnsupported: it is split along another axis as well.
     """
-    sharding = explicit_sharding(fused)
+    sharding = explicit_sharding(codes_of(fused))
     slots, axes, lanes = (None, None, None) if sharding is None else sharding.spec
     if slots is not None or lanes is not None:
         raise BackendUnsupported(

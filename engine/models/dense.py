@@ -5,6 +5,7 @@ It shares no code with the paged path below the projections, which makes it an i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -46,12 +47,20 @@ def causal_attention(q: Array, k: Array, v: Array, sinks: Array | None, options:
     return out.reshape(q.shape).astype(q.dtype)
 
 
-def dense_logits(model: Decoder, token_ids: Array) -> Array:
+def as_computed(k: Array, v: Array) -> tuple[Array, Array]:
+    """Keys and values unchanged: what training attends to."""
+    return k, v
+
+
+def dense_logits(
+    model: Decoder, token_ids: Array, kept: Callable[[Array, Array], tuple[Array, Array]] = as_computed
+) -> Array:
     """The logits after every token of one sequence, or of several independent sequences of equal length.
 
     Args:
         model: the weights.
         token_ids: int32 ``[..., T]``.
+        kept: what attention sees of the keys and values ``[N, H, D]`` of a layer, e.g. rounded as a cache keeps them.
 
     Returns:
         float32 ``[..., T, vocab_size]``.
@@ -60,6 +69,7 @@ def dense_logits(model: Decoder, token_ids: Array) -> Array:
     layers = model.config.layer_attention
 
     def attend(layer_id: int, q: Array, k: Array, v: Array, sinks: Array | None) -> Array:
+        k, v = kept(k, v)
         # All sequences go through the projections as one run of tokens: one large product instead of many small ones.
         attention = jax.vmap(partial(causal_attention, sinks=sinks, options=layers[layer_id]))
         return attention(*(x.reshape(-1, length, *x.shape[1:]) for x in (q, k, v))).reshape(q.shape)

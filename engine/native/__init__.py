@@ -7,6 +7,7 @@ It never chooses: the rooms above ask ``library`` whether there are kernels, and
 
     compiler       compiles the C++ sources beside it, once per machine and user
     library        loads the library and registers its kernels with XLA
-    attention.cc   paged attention (decode.h, extend.h over problem.h, softmax.h, matmul.h, vectors.h, workers.h)
-    scatter.cc     the write of new rows
+    attention.cc   paged attention (decode.h and extend.h; for decode.h dots.h, values.h, codes.h and prefetch.h; below
+                   them problem.h, softmax.h, matmul.h, vectors.h, workers.h)
+    scatter.cc     the write of new rows, quantised where the buffer is narrow
 """

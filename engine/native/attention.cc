@@ -42,7 +42,8 @@ class Plan {
   const std::vector<const Sequence*>& split() const { return split_; }
 
   bool Decodes(const Sequence& sequence) const {
-    return sequence.q_len == 1 && problem_.group() <= kMostDecodeGroup && problem_.head_dim % kLanes == 0;
+    return sequence.q_len == 1 && problem_.group() <= kMostDecodeGroup &&
+           problem_.head_dim % (kLanes * problem_.codes) == 0;
   }
 
  private:
@@ -114,35 +115,56 @@ bool FindType(ffi::DataType type, Float& found) {
   return true;
 }
 
-// q [T, Hq, D], fused [S, R, L] with R >= 2H and L >= D, page_table [B, P], cu_q_lens [B + 1], kv_lens [B],
+// Calls `use` with a value of the storage type of a cache of `type`; returns whether there is one.
+template <class Use>
+bool WithStorage(ffi::DataType type, const Use& use) {
+  switch (type) {
+    case ffi::F32: return use(float()), true;
+    case ffi::BF16: return use(BFloat16()), true;
+    case ffi::F16: return use(Float16()), true;
+    case ffi::F8E4M3FN: return use(Float8()), true;
+    case ffi::S8: return use(Int8()), true;
+    case ffi::U8: return use(Int4()), true;
+    default: return false;
+  }
+}
+
+// q [T, Hq, D], fused [S, R, L] with R >= 2H and L >= D, or of int4 D / 2; scales [S / page_size, 2H * page_size] of int8
+// and int4, [0] of floats; page_table [B, P], cu_q_lens [B + 1], kv_lens [B],
 // sinks [Hq] or [0]; out like q, zero from cu_q_lens[B] on; lse [T, Hq], -inf there, or [0] where it is not requested.
-ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer fused, ffi::Buffer<ffi::S32> page_table,
-                  ffi::Buffer<ffi::S32> cu_q_lens, ffi::Buffer<ffi::S32> kv_lens, ffi::Buffer<ffi::F32> sinks,
+ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer fused, ffi::Buffer<ffi::F32> scales,
+                  ffi::Buffer<ffi::S32> page_table, ffi::Buffer<ffi::S32> cu_q_lens, ffi::Buffer<ffi::S32> kv_lens, ffi::Buffer<ffi::F32> sinks,
                   int32_t kv_heads, int32_t page_size, int32_t window, float sm_scale, float soft_cap,
                   ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::Buffer<ffi::F32>> lse) {
   const auto asked = q.dimensions(), stored = fused.dimensions(), table = page_table.dimensions();
+  const bool packed = fused.element_type() == ffi::U8, scaled = packed || fused.element_type() == ffi::S8;
   if (asked.size() != 3 || asked[0] < 1 || stored.size() != 3 || table.size() != 2 || kv_heads < 1 ||
-      asked[1] % kv_heads || stored[1] < 2 * kv_heads || stored[2] < asked[2] || page_size < 1 ||
-      stored[0] < page_size || window < 1 || window > kMostWindow ||
+      asked[1] % kv_heads || stored[1] < 2 * kv_heads || stored[2] * (packed ? 2 : 1) < asked[2] || page_size < 1 ||
+      (packed && asked[2] % 2) || stored[0] < page_size ||
+      (scaled ? scales.dimensions().size() != 2 || scales.dimensions()[0] != stored[0] / page_size ||
+                    scales.dimensions()[1] < 2 * kv_heads * page_size
+              : scales.element_count() != 0) || window < 1 || window > kMostWindow ||
       kv_lens.element_count() != size_t(table[0]) || cu_q_lens.element_count() != size_t(table[0] + 1) ||
       (sinks.element_count() != 0 && sinks.element_count() != size_t(asked[1])) ||
       (lse->element_count() != 0 && lse->element_count() != size_t(asked[0] * asked[1]))) {
-    return ffi::Error::InvalidArgument("engine_attention: shapes of q, fused, metadata, sinks and lse do not fit");
+    return ffi::Error::InvalidArgument("engine_attention: shapes of q, fused, scales, metadata, sinks and lse do not fit");
   }
-  Float token_type, cache_type;
-  if (!FindType(q.element_type(), token_type) || !FindType(fused.element_type(), cache_type) ||
+  Float token_type;
+  if (!FindType(q.element_type(), token_type) || !WithStorage(fused.element_type(), [](auto) {}) ||
       out->element_type() != q.element_type() || out->element_count() != q.element_count()) {
-    return ffi::Error::InvalidArgument("engine_attention: q and fused must be float32, bfloat16 or float16, out as q");
+    return ffi::Error::InvalidArgument("engine_attention: q must be float32, bfloat16 or float16, out as q, and fused one "
+                                       "of them, float8_e4m3fn, int8 or (int4 in pairs) uint8");
   }
   const float scale = soft_cap == 0 ? sm_scale * kLog2E : sm_scale / soft_cap;
   const Problem problem{token_type, q.untyped_data(), out->untyped_data(),
                         lse->element_count() ? lse->typed_data() : nullptr, fused.untyped_data(),
-                        sinks.element_count() ? sinks.typed_data() : nullptr,
+                        scaled ? scales.typed_data() : nullptr, sinks.element_count() ? sinks.typed_data() : nullptr,
                         stored[0] / page_size, page_size, int(asked[1]), kv_heads, int(asked[2]),
-                        size_t(stored[1] * stored[2]), size_t(stored[2]), scale, soft_cap * kLog2E, window};
+                        packed ? 2 : 1, size_t(stored[1] * stored[2]), size_t(stored[2]),
+                        scaled ? size_t(scales.dimensions()[1]) : 0, scale, soft_cap * kLog2E, window};
   const int32_t* bounds = cu_q_lens.typed_data();
   const Plan plan(problem, table[0], table[1], asked[0], page_table.typed_data(), bounds, kv_lens.typed_data());
-  WithType(cache_type, [&](auto element) { Run<decltype(element)>(problem, plan, pool); });
+  WithStorage(fused.element_type(), [&](auto element) { Run<decltype(element)>(problem, plan, pool); });
   // Tokens before the first sequence and after the last one belong to no sequence.
   const int64_t begin = std::clamp<int64_t>(bounds[0], 0, asked[0]);
   const int64_t end = std::clamp<int64_t>(bounds[table[0]], begin, asked[0]);
@@ -164,6 +186,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(engine_attention, engine::Attend,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()         // q
                                   .Arg<ffi::AnyBuffer>()         // fused
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // scales
                                   .Arg<ffi::Buffer<ffi::S32>>()  // page_table
                                   .Arg<ffi::Buffer<ffi::S32>>()  // cu_q_lens
                                   .Arg<ffi::Buffer<ffi::S32>>()  // kv_lens

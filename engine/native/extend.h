@@ -9,22 +9,23 @@
 
 namespace engine {
 
-constexpr int kExtendBlock = 64;      // context tokens
+constexpr int kExtendBlock = kMostBlock;  // context tokens
 constexpr int kExtendTileRows = 128;  // query rows: tokens times query heads per KV head
+
+// What a loaded number of token `t` is multiplied with.
+template <class T>
+inline float Factor(const float* scales, int t) {
+  return kScaled<T> ? scales[t] : kUnit<T>;
+}
 
 // Lays keys out as [padded_dim, kExtendBlock]; columns from `count` to the next whole vector are zero.
 template <class T>
-void PackKeys(const T* const* slots, size_t key, int count, int dim, float* packed) {
+void PackKeys(const T* const* slots, size_t key, const float* scales, int count, int dim, float* packed) {
   for (int t = 0; t < count; t += kLanes) {
     for (int d = 0; d < dim; d += kLanes) {
       Vec square[kLanes];
       for (int i = 0; i < kLanes; ++i) {
-        if (t + i >= count) {
-          square[i] = Vec{};
-        } else {
-          const T* from = slots[t + i] + key + d;
-          square[i] = d + kLanes <= dim ? Load(from) : LoadSome(from, dim - d);
-        }
+        square[i] = t + i < count ? LoadPart(slots[t + i] + key, d, dim) * Factor<T>(scales, t + i) : Vec{};
       }
       Transpose(square);
       for (int i = 0; i < kLanes; ++i) Store(packed + (d + i) * kExtendBlock + t, square[i]);
@@ -34,11 +35,10 @@ void PackKeys(const T* const* slots, size_t key, int count, int dim, float* pack
 
 // Lays values out as [count, padded_dim].
 template <class T>
-void PackValues(const T* const* slots, size_t value, int count, int dim, float* packed) {
+void PackValues(const T* const* slots, size_t value, const float* scales, int count, int dim, float* packed) {
   for (int t = 0; t < count; ++t) {
     for (int d = 0; d < dim; d += kLanes, packed += kLanes) {
-      const T* from = slots[t] + value + d;
-      Store(packed, d + kLanes <= dim ? Load(from) : LoadSome(from, dim - d));
+      Store(packed, LoadPart(slots[t] + value, d, dim) * Factor<T>(scales, t));
     }
   }
 }
@@ -57,14 +57,20 @@ void Extend(const Problem& problem, const Item& item) {
   std::fill_n(sums, rows * dim, 0.0f);
   const int first_token = item.sequence->first_token + item.first_query;
   for (int row = 0; row < rows; ++row) {
-    LoadQuery(problem, first_token + row / group, item.head * group + row % group, q + row * dim);
+    LoadQuery(problem, first_token + row / group, item.head * group + row % group, problem.q_scale, q + row * dim);
   }
   const int first_position = item.sequence->first_position() + item.first_query;
   const T* slots[kExtendBlock];
+  float scales[2][kExtendBlock];  // of K and of V, where there are scales
   for (int begin = item.begin; begin < item.end; begin += kExtendBlock) {
     const int count = std::min(kExtendBlock, item.end - begin), columns = RoundUp(count, kLanes);
     FindSlots(problem, item.sequence->pages, begin, begin + count, slots);
-    PackKeys(slots, key, count, problem.head_dim, keys);
+    if constexpr (kScaled<T>) {
+      Scales found;
+      found.Find(problem, item.sequence->pages, begin, begin + count);
+      for (int half = 0; half < 2; ++half) found.Gather(2 * item.head + half, scales[half]);
+    }
+    PackKeys(slots, key, scales[0], count, problem.head_dim, keys);
     Multiply({q, size_t(dim), logits, kExtendBlock, rows, problem.head_dim}, Packed{keys, kExtendBlock}, columns,
              false);
     for (int row = 0; row < rows; ++row) {
@@ -73,7 +79,7 @@ void Extend(const Problem& problem, const Item& item) {
       const float decay = Fold(logits + row * kExtendBlock, columns, first, last, problem.cap, states[row]);
       if (decay != 1) Scale(sums + row * dim, dim, decay);
     }
-    PackValues(slots, key + problem.row_stride, count, problem.head_dim, values);
+    PackValues(slots, key + problem.row_stride, scales[1], count, problem.head_dim, values);
     Multiply({logits, kExtendBlock, sums, size_t(dim), rows, count}, Packed{values, size_t(dim)}, dim, true);
   }
   for (int row = 0; row < rows; ++row) {

@@ -12,8 +12,9 @@ from engine.errors import BackendUnsupported
 from engine.native.compiler import build_library
 
 SCATTER = "engine_kv_scatter"
+QUANTISE = "engine_kv_quantise"
 ATTENTION = "engine_attention"
-TARGETS = (SCATTER, ATTENTION)
+TARGETS = (SCATTER, QUANTISE, ATTENTION)
 
 _logger = logging.getLogger(__name__)
 

@@ -26,14 +26,6 @@ struct Packed {
   Vec At(int row, int column) const { return Load(data + row * stride + column); }
 };
 
-// A matrix with a pointer to each row, in any storage type.
-template <class T>
-struct Scattered {
-  const T* const* rows;
-  size_t offset;
-  Vec At(int row, int column) const { return Load(rows[row] + offset + column); }
-};
-
 // The part of a product that a call computes: c [rows, columns], a [rows, depth].
 struct Product {
   const float* a;

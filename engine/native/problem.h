@@ -13,6 +13,8 @@
 
 namespace engine {
 
+constexpr int kMostBlock = 64;  // context tokens that are computed together
+
 // Arrays and sizes of a call; strides in elements.
 struct Problem {
   Float token_type;
@@ -20,10 +22,12 @@ struct Problem {
   void* out;      // same shape and dtype as q
   float* lse;     // [tokens, q_heads], natural log, or null
   const void* cache;
+  const float* scales;  // [pool_pages, scale_stride], of a scaled type: by fused row, then by token of the page
   const float* sinks;  // [q_heads], or null
   int64_t pool_pages, page_size;
   int q_heads, kv_heads, head_dim;
-  size_t slot_stride, row_stride;
+  int codes;  // in an element of the cache
+  size_t slot_stride, row_stride, scale_stride;
   float q_scale;  // factor from q.k to the base-2 logit, or with a soft cap to the argument of its tanh
   float cap;      // soft cap of the base-2 logit; 0 is none
   int window;     // number of tokens that a query sees, itself included
@@ -86,14 +90,61 @@ void FindSlots(const Problem& problem, const int32_t* pages, int begin, int end,
   }
 }
 
-// Loads a query, scales it, and stores it in a row of padded_dim floats.
-inline void LoadQuery(const Problem& problem, int token, int head, float* row) {
+// The scales of a part of a context, where the storage type has scales.
+class Scales {
+ public:
+  void Find(const Problem& problem, const int32_t* pages, int begin, int end) {
+    count_ = 0;
+    page_size_ = problem.page_size;
+    for (int position = begin; position < end;) {
+      const int64_t page = std::clamp<int64_t>(pages[position / problem.page_size], 0, problem.pool_pages - 1);
+      const int64_t offset = position % problem.page_size;
+      const int length = std::min<int64_t>(problem.page_size - offset, end - position);
+      runs_[count_++] = {problem.scales + page * problem.scale_stride + offset, length};
+      position += length;
+    }
+  }
+
+  // Asks for those of fused rows [0, rows).
+  void Prefetch(int rows) const {
+    for (int run = 0; run < count_; ++run) {
+      for (int row = 0; row < rows; ++row) {
+        const char* from = reinterpret_cast<const char*>(runs_[run].from + row * page_size_);
+        for (int byte = 0; byte < int(runs_[run].length * sizeof(float)); byte += 64) __builtin_prefetch(from + byte, 0, 2);
+      }
+    }
+  }
+
+  // Copies those of a fused row to `scales`.
+  void Gather(int row, float* scales) const {
+    for (int run = 0; run < count_; ++run) {
+      const float* from = runs_[run].from + row * page_size_;
+      int i = 0;
+      for (; i + kLanes <= runs_[run].length; i += kLanes) Store(scales + i, Load(from + i));
+      for (; i < runs_[run].length; ++i) scales[i] = from[i];
+      scales += i;
+    }
+  }
+
+ private:
+  struct Run {  // of one page
+    const float* from;
+    int length;
+  };
+
+  Run runs_[kMostBlock];
+  int count_ = 0;
+  int64_t page_size_ = 0;
+};
+
+// Loads a query, multiplies it with `scale`, and stores it in a row of padded_dim floats.
+inline void LoadQuery(const Problem& problem, int token, int head, float scale, float* row) {
   WithType(problem.token_type, [&](auto element) {
     const size_t at = (static_cast<size_t>(token) * problem.q_heads + head) * problem.head_dim;
     const auto* from = static_cast<const decltype(element)*>(problem.q) + at;
     for (int d = 0; d < problem.head_dim; d += kLanes) {
       const int left = problem.head_dim - d;
-      Store(row + d, problem.q_scale * (left < kLanes ? LoadSome(from + d, left) : Load(from + d)));
+      Store(row + d, scale * (left < kLanes ? LoadSome(from + d, left) : Load(from + d)));
     }
   });
 }

@@ -21,6 +21,8 @@ struct RowState {
 // A row without visible keys has peak -inf, and -inf - -inf is NaN.
 inline float Base(float peak) { return peak == -std::numeric_limits<float>::infinity() ? 0.0f : peak; }
 
+inline Vec Base(Vec peak) { return peak == -std::numeric_limits<float>::infinity() ? Vec{} : peak; }
+
 inline void Scale(float* row, int dim, float factor) {
   for (int d = 0; d < dim; d += kLanes) Store(row + d, Load(row + d) * factor);
 }

@@ -161,7 +161,9 @@ def make_caches(
     ]
     if not config.host_tier_bytes:
         return caches, None
-    page_format = PageFormat(pool.layer_num, dtype=pool.dtype, layout=pool.layout.to_dict(), windows=windows)
+    page_format = PageFormat(
+        pool.layer_num, dtype=pool.layout.page_dtype, layout=pool.layout.to_dict(), windows=windows
+    )
     tier = HostTier(config.host_tier_bytes, page_format)
     for cache in caches:
         cache.attach_host_tier(tier)

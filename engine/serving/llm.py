@@ -112,8 +112,11 @@ class LLM:
         self._reports = Reports(
             self._groups, self._recovery, self.stats, self._text_of, partial(StepOutput, self._gained), self._deltas
         )
+        token_bytes = {pool.dtype.name: self.plan.model_token_bytes}
         self._board = SnapshotBoard(
-            lambda: collect_metrics(self.scheduler, self.stats), self._gate, lambda: self.scheduler.has_work
+            lambda: collect_metrics(self.scheduler, self.stats, token_bytes),
+            self._gate,
+            lambda: self.scheduler.has_work,
         )
         if before_compile:
             before_compile(self)

@@ -18,19 +18,19 @@ PAGE_SIZE = 8
 
 
 def format_of(pool):
-    return PageFormat(pool.layer_num, np.dtype(pool.dtype), pool.layout.to_dict())
+    return PageFormat(pool.layer_num, pool.layout.page_dtype, pool.layout.to_dict())
 
 
 def make_pool(dtype, *, platform="cpu"):
     return TokenToKVPool(16 * PAGE_SIZE, PAGE_SIZE, dtype, 2, 16, 3, platform=platform)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float8_e4m3fn", "int8", "int4"])
 def test_pages_come_back_to_other_places_bit_for_bit(tmp_path, dtype):
     rng = np.random.default_rng()
     pool = make_pool(dtype)
     for layer_id in range(pool.layer_num):
-        k, v = (jnp.asarray(rng.standard_normal((pool.size, 2, 16)), pool.dtype) for _ in range(2))
+        k, v = (jnp.asarray(rng.standard_normal((pool.size, 2, 16)), "float32") for _ in range(2))
         pool.set_kv_buffer(layer_id, jnp.arange(PAGE_SIZE, PAGE_SIZE + pool.size), k, v)
     form = format_of(pool)
     assert form.page_bytes == pool.kv_size_bytes // 17  # 16 pages and the null page

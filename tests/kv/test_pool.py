@@ -200,7 +200,7 @@ def test_a_mesh_of_one_device_is_a_pool_like_any():
     ("wrong", "message"),
     [
         ({"dtype": "foo"}, "dtype='foo' of a KV pool is not known"),
-        ({"dtype": jnp.int4}, "cannot store dtype int4"),
+        ({"dtype": jnp.int2}, "cannot store dtype int2"),
         ({"dtype": np.float64}, "needs jax_enable_x64"),
         ({"dtype": np.complex64}, "cannot store dtype complex64"),
         ({"head_num": 2.5}, "head_num=2.5"),

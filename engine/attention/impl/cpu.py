@@ -1,7 +1,7 @@
 """``impl="cpu"``: ragged paged attention in native code, where the library can be built (docs/cpu-attention.md).
 
-The kernel reads the fused buffer without a copy. It computes in float32 whatever the storage, and leaves float8 storage
-to XLA. A sequence's result has the same bits in any batch and on any number of threads.
+The kernel reads the fused buffer without a copy, and codes as they are. Its sums are float32, or exact, whatever the
+storage. A sequence's result has the same bits in any batch and on any number of threads.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from engine.attention.metadata import AttentionMetadata
 from engine.attention.options import AttentionOptions, HeadArrays
 from engine.distributed.mesh import varying_axes
 from engine.errors import BackendUnsupported
+from engine.kv.layout import stores_pairs
+from engine.kv.narrow import Buffer, NarrowKV, codes_of, kind_of
 from engine.native import library
 
-DTYPES = ("float32", "bfloat16", "float16")
+TOKEN_DTYPES = ("float32", "bfloat16", "float16")
+STORED_DTYPES = (*TOKEN_DTYPES, "float8_e4m3fn", "int8", "uint8")  # uint8: two int4 codes
 NO_WINDOW = 2**30  # tokens, more than any context
 
 
@@ -29,7 +32,7 @@ def attend_cpu(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    fused_kv: jax.Array,
+    fused_kv: Buffer,
     metadata: AttentionMetadata,
     heads: HeadArrays,
     options: AttentionOptions,
@@ -37,10 +40,10 @@ def attend_cpu(
     """Attends over a cache that holds the new tokens; see ``Implementation``.
 
     Raises:
-        BackendUnsupported: this process does not run on a CPU, the native library cannot be built, or a dtype is not
-            one of ``DTYPES``.
+        BackendUnsupported: this process does not run on a CPU, the native library cannot be built, or a dtype is
+            not one of ``TOKEN_DTYPES`` and ``STORED_DTYPES``.
     """
-    _check_supported(q, fused_kv)
+    _check_supported(q, codes_of(fused_kv))
     # The program is chosen when the call is lowered, so a call that is traced here for another platform gets XLA's.
     result: AttentionResult = lax.platform_dependent(
         q,
@@ -55,13 +58,13 @@ def attend_cpu(
     return result
 
 
-def _check_supported(q: jax.Array, fused_kv: jax.Array) -> None:
+def _check_supported(q: jax.Array, codes: jax.Array) -> None:
     if jax.default_backend() != "cpu":
         raise BackendUnsupported(f"attention impl='cpu' runs on a CPU, not on {jax.default_backend()}; use impl='auto'")
-    for name, array in (("q", q), ("fused_kv", fused_kv)):
-        if array.dtype.name not in DTYPES:
+    for name, array, known in (("q", q, TOKEN_DTYPES), ("fused_kv", codes, STORED_DTYPES)):
+        if array.dtype.name not in known:
             raise BackendUnsupported(
-                f"attention impl='cpu' reads {', '.join(DTYPES)}, but {name} is {array.dtype}; use impl='xla'"
+                f"attention impl='cpu' reads {', '.join(known)}, but {name} is {array.dtype}; use impl='xla'"
             )
     if not library.available():
         raise BackendUnsupported("attention impl='cpu' needs the native library, which is off; use impl='xla'")
@@ -71,15 +74,21 @@ def _attend_native(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    fused_kv: jax.Array,
+    fused_kv: Buffer,
     metadata: AttentionMetadata,
     heads: HeadArrays,
     *,
     options: AttentionOptions,
 ) -> AttentionResult:
+    codes = codes_of(fused_kv)
+    slots, rows, lanes = codes.shape
+    width = k.shape[2] // (kind_of(codes.dtype).per_element if isinstance(fused_kv, NarrowKV) else 1)
+    if stores_pairs(rows, lanes, k.shape[1], width):
+        codes = codes.reshape(slots, 2 * rows, lanes // 2)
     operands = (
         q,
-        fused_kv,
+        codes,
+        fused_kv.scales if isinstance(fused_kv, NarrowKV) else jnp.zeros(0, jnp.float32),
         *(jnp.asarray(array) for array in (metadata.page_table, metadata.cu_q_lens, metadata.kv_lens)),
         jnp.zeros(0, jnp.float32) if heads.sinks is None else jnp.asarray(heads.sinks, jnp.float32),
     )

@@ -12,14 +12,16 @@ from jax import lax
 from engine.attention.impl.implementation import AttentionResult
 from engine.attention.metadata import AttentionMetadata, is_live, sequence_of_tokens
 from engine.attention.options import AttentionOptions, HeadArrays
-from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv, unpad_fused
+from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv
+from engine.kv.narrow import Buffer
+from engine.kv.stored import take_slots
 
 
 def attend_reference(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    fused_kv: jax.Array,
+    fused_kv: Buffer,
     metadata: AttentionMetadata,
     heads: HeadArrays,
     options: AttentionOptions,
@@ -33,7 +35,7 @@ def attend_reference(
 
     def attend_token(query: jax.Array, row: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
         slots = page_table[row][columns // options.page_size] * options.page_size + columns % options.page_size
-        context = unpad_fused(fused_kv[slots], num_kv_heads, head_dim).astype(jnp.float32)  # [L, 2H, D]
+        context = take_slots(fused_kv, slots, num_kv_heads, head_dim)  # [L, 2H, D]
         visible = columns <= position
         if options.sliding_window is not None:
             visible &= columns > position - options.sliding_window

@@ -18,7 +18,9 @@ from jax import lax
 from engine.attention.impl.implementation import AttentionResult
 from engine.attention.metadata import AttentionMetadata
 from engine.attention.options import AttentionOptions, HeadArrays
-from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv, unpad_fused
+from engine.kv.layout import extract_k_from_fused_kv, extract_v_from_fused_kv
+from engine.kv.narrow import Buffer
+from engine.kv.stored import take_pages
 
 BLOCK_TOKENS = 256  # of context: K and V of 8 heads of 128 in float32 are 2 MiB, a core's L2 cache
 TILE_TOKENS = 64  # queries of one sequence that walk the context together
@@ -70,7 +72,7 @@ def attend_xla(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    fused_kv: jax.Array,
+    fused_kv: Buffer,
     metadata: AttentionMetadata,
     heads: HeadArrays,
     options: AttentionOptions,
@@ -117,7 +119,7 @@ def attend_xla(
 class _ContextWalk:
     """Walks the context of one sequence, block by block."""
 
-    fused_kv: jax.Array
+    fused_kv: Buffer
     page_table: jax.Array
     sink: jax.Array | None
     num_kv_heads: int
@@ -128,7 +130,7 @@ class _ContextWalk:
     @classmethod
     def over(
         cls,
-        fused_kv: jax.Array,
+        fused_kv: Buffer,
         metadata: AttentionMetadata,
         num_kv_heads: int,
         head_dim: int,
@@ -206,13 +208,12 @@ class _ContextWalk:
         """Keys and values ``[H, L, D]`` float32 of a block, and the positions ``[L]`` they stand at."""
         # Tied to the loop's counter, or XLA's CPU compiler hoists a conversion of the whole pool out of the loop.
         fused_kv, block = lax.optimization_barrier((self.fused_kv, block))
-        rows, lanes = fused_kv.shape[1:]
         pages = lax.dynamic_slice(self.page_table, _index(row, block * self.block_pages), (1, self.block_pages))[0]
         tokens = self.block_pages * self.options.page_size
-        stored = fused_kv.reshape(-1, self.options.page_size, rows, lanes).at[pages].get(mode="clip")
-        context = unpad_fused(stored.reshape(tokens, rows, lanes), self.num_kv_heads, self.head_dim)
+        context = take_pages(fused_kv, pages, self.options.page_size, self.num_kv_heads, self.head_dim)
+        context = context.reshape(tokens, 2 * self.num_kv_heads, self.head_dim)
         keys, values = extract_k_from_fused_kv(context), extract_v_from_fused_kv(context)
-        keys, values = (half.astype(jnp.float32).swapaxes(0, 1) for half in (keys, values))
+        keys, values = (half.swapaxes(0, 1) for half in (keys, values))
         return keys, values, block * tokens + jnp.arange(tokens, dtype=jnp.int32)
 
 

@@ -17,6 +17,7 @@ from engine.memory.scope import CacheScope
 Pages = npt.NDArray[Any]  # [n, layers, page_size, 2H, D], dtype of the pool
 
 _SIZES = ("page_size", "head_num", "head_dim")
+_CODE_BITS = {"int8": 8, "int4": 4}  # of the dtypes whose rows are codes and a scale, moved as bytes
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,10 @@ class PageFormat:
 
     Attributes:
         layer_num: buffers that a page spans: the layers of a group.
-        dtype: dtype of the elements, in any form that NumPy takes.
-        layout: the pool's layout descriptor, from its ``to_dict``; ``page_size``, ``head_num``, ``head_dim`` and
-            ``dtype`` are read, the other fields only compared.
+        dtype: dtype of the elements as moved, ``KVLayout.page_dtype``, in any form that NumPy takes: bytes where the
+            layout has scales.
+        layout: the pool's layout descriptor, from its ``to_dict``; ``page_size``, ``head_num``, ``head_dim``, ``dtype``
+            and ``scale_bytes`` are read, the other fields only compared.
         windows: of each group of layers, the tokens that a query sees, itself included; None is all before it.
 
     Raises:
@@ -52,11 +54,14 @@ class PageFormat:
         for name, value in sizes.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} of a page must be an integer from 1; pass a pool's descriptor")
-        if self.layout.get("dtype") != self.dtype.name or not self.dtype.isnative:  # the name does not say the order
+        moved_as = "uint8" if self._scale_bytes else self.layout.get("dtype")
+        if moved_as != self.dtype.name or not self.dtype.isnative:  # the name does not say the order
             raise ConfigError(
-                f"pages of {self.dtype!r} cannot follow a layout of {self.layout.get('dtype')}: pass the dtype of "
-                "the pool that the layout describes"
+                f"pages of {self.dtype!r} cannot follow a layout of {self.layout.get('dtype')}, which are moved as "
+                f"{moved_as}: pass page_dtype of the layout of the pool"
             )
+        if self._scale_bytes and self.layout["dtype"] not in _CODE_BITS:
+            raise ConfigError(f"a layout of {self.layout['dtype']} has no scales; pass a pool's descriptor")
         if not isinstance(self.windows, tuple) or not self.windows or not all(map(_is_window, self.windows)):
             raise ConfigError(
                 f"windows={self.windows!r} of a page must be a tuple with the window of each group: tokens from 1, or "
@@ -70,8 +75,22 @@ class PageFormat:
 
     @property
     def page_shape(self) -> tuple[int, int, int, int]:
-        """``(layers, page_size, 2H, D)`` of one page, without the padding that a device may store."""
-        return self.layer_num, self.page_size, 2 * int(self.layout["head_num"]), int(self.layout["head_dim"])
+        """``(layers, page_size, 2H, D)`` of one page, without the padding that a device may store.
+
+        Where a row has a scale, its bytes follow those of the row's codes.
+        """
+        return self.layer_num, self.page_size, 2 * int(self.layout["head_num"]), self._row_elements
+
+    @property
+    def _row_elements(self) -> int:
+        head_dim = int(self.layout["head_dim"])
+        if not self._scale_bytes:
+            return head_dim
+        return head_dim * _CODE_BITS[str(self.layout["dtype"])] // 8 + self._scale_bytes
+
+    @property
+    def _scale_bytes(self) -> int:
+        return int(self.layout.get("scale_bytes", 0))
 
     @property
     def page_bytes(self) -> int:

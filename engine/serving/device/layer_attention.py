@@ -55,7 +55,7 @@ class LayerAttention:
         make = partial(WindowTable.of, step_tokens=step_tokens, devices=devices)
         return tuple(make(window, page_size, table_pages) for window in self.groups.windows)
 
-    def over(self, buffers: Sequence[jax.Array], metadata: Sequence[AttentionMetadata]) -> StepAttention:
+    def over(self, buffers: Sequence[Any], metadata: Sequence[AttentionMetadata]) -> StepAttention:
         """Attention over the buffers of a pool, for one step.
 
         Args:
@@ -80,7 +80,7 @@ class StepAttention:
     """
 
     layers: LayerAttention
-    buffers: list[jax.Array]
+    buffers: list[Any]
     prepared: list[Any] = field(repr=False)
 
     def __call__(

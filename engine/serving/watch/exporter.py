@@ -98,6 +98,9 @@ def _pool(metrics: EngineMetrics) -> Iterator[Metric]:
     }
     yield _gauge("kv_pages", "Pages by state; all states together are the pool", states, label="state")
     yield _gauge("kv_pages_total_size", "Pages of the pool", pool.total_pages)
+    if metrics.kv_token_bytes:
+        text = "Bytes of a token in all layers, scales and padding included, by dtype of the pool"
+        yield _gauge("kv_token_bytes", text, dict(metrics.kv_token_bytes), label="dtype")
     yield _gauge("kv_page_size_tokens", "Tokens per page", pool.page_size)
     yield _gauge("kv_tail_waste_tokens", "Slots of last pages that hold no token yet", pool.tail_waste_tokens)
     yield _gauge("kv_free_runs", "Runs of consecutive free pages", pool.free_runs)

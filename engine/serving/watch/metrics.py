@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.memory.offload.host_tier import HostTier
 from engine.memory.pool_snapshot import PoolSnapshot, add_snapshots, snapshot_pool
@@ -88,6 +88,7 @@ class EngineMetrics:
         steps: steps run.
         finished: number of answers by finish reason.
         latency: how long requests and steps took, as histograms.
+        kv_token_bytes: bytes of a token in all layers, scales and padding included, by the name of the pool's dtype.
     """
 
     pool: PoolSnapshot
@@ -102,6 +103,7 @@ class EngineMetrics:
     steps: int
     finished: Mapping[str, int]
     latency: LatencyMetrics
+    kv_token_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def describe(self) -> str:
         """One line for a log."""
@@ -121,8 +123,16 @@ class EngineMetrics:
         return "; ".join(parts)
 
 
-def collect_metrics(scheduler: Scheduler, stats: EngineStats) -> EngineMetrics:
-    """Reads everything; raises IntegrityError where the parts of the pool do not add up."""
+def collect_metrics(
+    scheduler: Scheduler, stats: EngineStats, kv_token_bytes: Mapping[str, int] | None = None
+) -> EngineMetrics:
+    """Reads everything; raises IntegrityError where the parts of the pool do not add up.
+
+    Args:
+        scheduler: the replicas and their books.
+        stats: what has been counted.
+        kv_token_bytes: as in ``EngineMetrics``.
+    """
     replicas = scheduler.replicas
     pools = [snapshot_pool(replica.cache) for replica in replicas]
     return EngineMetrics(
@@ -142,6 +152,7 @@ def collect_metrics(scheduler: Scheduler, stats: EngineStats) -> EngineMetrics:
         steps=stats.steps,
         finished=dict(stats.finished),
         latency=stats.latency.snapshot(),
+        kv_token_bytes=kv_token_bytes or {},
     )
 
 

@@ -12,6 +12,7 @@ from engine.attention.options import AttentionOptions, HeadArrays
 from engine.distributed.mesh import varying_axes
 from engine.errors import BackendUnsupported
 from engine.kv.gpu_target import multiprocessors, not_hopper
+from engine.kv.narrow import Buffer, NarrowKV
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)
@@ -23,7 +24,7 @@ def attend_gpu(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    fused_kv: jax.Array,
+    fused_kv: Buffer,
     metadata: AttentionMetadata,
     heads: HeadArrays,
     options: AttentionOptions,
@@ -34,6 +35,8 @@ def attend_gpu(
         BackendUnsupported: the call is not lowered for a Hopper GPU, or the kernels do not take a dtype, a size or the
             scale.
     """
+    if isinstance(fused_kv, NarrowKV):
+        raise BackendUnsupported("attention impl='gpu' does not read narrow caches; use impl='xla'")
     missing = not_hopper()
     if missing is not None:
         raise BackendUnsupported(f"attention impl='gpu' cannot run: {missing}; use impl='auto'")

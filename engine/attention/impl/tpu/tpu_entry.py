@@ -10,6 +10,7 @@ from engine.attention.impl.implementation import AttentionResult
 from engine.attention.metadata import AttentionMetadata
 from engine.attention.options import AttentionOptions, HeadArrays
 from engine.errors import BackendUnsupported
+from engine.kv.narrow import Buffer, NarrowKV
 
 # The generation, as the block sizes name it, of each device kind that JAX reports.
 GENERATIONS = {
@@ -26,7 +27,7 @@ def attend_tpu(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    fused_kv: jax.Array,
+    fused_kv: Buffer,
     metadata: AttentionMetadata,
     heads: HeadArrays,
     options: AttentionOptions,
@@ -38,6 +39,8 @@ def attend_tpu(
             storage's padding.
     """
     generation = target_generation()
+    if isinstance(fused_kv, NarrowKV):
+        raise BackendUnsupported("attention impl='tpu' does not read narrow caches; use impl='xla'")
     if q.dtype.name not in QUERY_DTYPES:
         raise BackendUnsupported(f"attention impl='tpu' takes q of {' or '.join(QUERY_DTYPES)}, not {q.dtype}")
     # Only here: Pallas takes long to import, and no other platform needs it.
