@@ -18,6 +18,7 @@ from engine.bench.tpu.aot import TOPOLOGIES, fresh_dumps
 from engine.bench.tpu.bundles import read_program
 from engine.bench.tpu.figures import our_figures
 from engine.bench.tpu.hlo import kernel_vmem_bytes, launches, moves_of_at_least
+from engine.bench.tpu.whole_call import Sequences, call_figures
 from engine.kv.layout import KVLayout
 from engine.kv.scatter import set_kv_buffer
 
@@ -63,7 +64,7 @@ def compile_attention(
     Returns:
         Bytes of cache, queries, temporaries, alias and VMEM; instructions that move an array of the cache's size, or
         make one of at least a quarter of the queries; how many programs run around the kernel; and the counts of
-        ``our_figures``.
+        ``our_figures``, and of ``call_figures`` for a step of the whole batch.
     """
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[gen]).devices[0]
     layout = KVLayout.create(head_num=kv_heads, head_dim=head_dim, dtype=dtype, page_size=page_size, platform="tpu")
@@ -103,9 +104,10 @@ def compile_attention(
     if folder:
         (dump,) = fresh_dumps(Path(folder), "ragged_paged_attention", _seen)
         layer = AttentionOptions(page_size, head_dim**-0.5, window)
-        found |= our_figures(
-            read_program(dump), make_geometry(queries, kv_heads, cache, layer, (batch, pages), generation=gen)
-        )
+        geo = make_geometry(queries, kv_heads, cache, layer, (batch, pages), generation=gen)
+        program = read_program(dump)
+        found |= our_figures(program, geo)
+        found |= call_figures(gen, program, geo, Sequences(min(batch, tokens), max(tokens // batch, 1), context))
     return found
 
 

@@ -55,7 +55,7 @@ def call_kernel(
         jax.ShapeDtypeStruct(q.shape, q.dtype), *lse_shape, jax.ShapeDtypeStruct(cache.shape, cache.dtype)
     ]  # fmt: skip
     pair = pltpu.SemaphoreType.DMA((2,))
-    hbm, vmem = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.VMEM)
+    hbm, vmem = (pl.BlockSpec(memory_space=space) for space in (pltpu.HBM, pltpu.VMEM))
 
     def body(*refs: Any) -> None:
         left = list(refs)
