@@ -57,7 +57,8 @@ def call_figures(gen: str, program: Program, geo: Geometry, step: Sequences) -> 
     query = 2 * step.q_len * geo.q_words * 512  # q and out
     new = step.q_len * token * (2 if geo.fresh_tokens else 3)  # K and V are read, merged rows written
     moved = query + new + pages * geo.page_size * token
-    must = query + 2 * step.q_len * token + step.kv_len * token
+    seen = min(step.kv_len, (geo.window or step.kv_len) + step.q_len - 1)
+    must = query + (2 * step.q_len + seen) * token
     total = bundles * step.count
     return {
         "call bundles": total,

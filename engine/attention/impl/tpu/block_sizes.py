@@ -148,9 +148,9 @@ def choose_blocks(
         return unit * max(1, min(tokens, -(-most // unit_tokens) * unit_tokens) // unit_tokens)
 
     rows = PREFILL_ROWS
-    while rows > 128 and _prefill_bytes(heads, rows, lanes) > 0.6 * budget:
+    while rows > 128 and _prefill_bytes(heads, group, rows, lanes) > 0.6 * budget:
         rows //= 2
-    room = max(budget - _prefill_bytes(heads, rows, lanes), budget // 4) // (2 * bytes_per_token)
+    room = max(budget - _prefill_bytes(heads, group, rows, lanes), budget // 4) // (2 * bytes_per_token)
     # A chunk is computed whole, so one far longer than a usual row would be mostly masked.
     queries = max(8, rows // group // 8 * 8)
     seen, seen_by_block = (min(longest, (window or longest) + others) for others in (0, queries))
@@ -166,9 +166,9 @@ def choose_blocks(
     )
 
 
-def _prefill_bytes(heads: int, rows: int, lanes: int) -> int:
-    """Bytes of the softmax state in float32, and of q and out twice each."""
-    return heads * rows * (4 * (2 * LANES + lanes) + 4 * 4 * lanes)
+def _prefill_bytes(heads: int, group: int, rows: int, lanes: int) -> int:
+    """Bytes of the softmax state in float32, and of q and out twice each, with a dead word for each query."""
+    return heads * rows * (4 * (2 * LANES + lanes) + 4 * 4 * lanes) + rows // group * 4 * 4 * LANES
 
 
 def _multiple(value: int, unit: int) -> int:
