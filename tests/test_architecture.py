@@ -63,7 +63,7 @@ RUN_WITHOUT_JAX = [
 ]
 # Lines of Python in all files of a room: to grow beyond it is a decision, and is made here.
 MOST_LINES = {
-    "attention": 4400,
+    "attention": 4800,
     "bench": 8100,
     "distributed": 750,
     "kv": 2150,
@@ -80,7 +80,10 @@ LONGEST_FUNCTION = 50
 NAMED_BY_PYTHON = ("__init__.py", "__main__.py")
 KERNELS = {name: ENGINE / "attention" / "impl" / name / "kernel" for name in ("tpu", "gpu")}
 # What a kernel may import of the project.
-AROUND_KERNEL = {"tpu": ("engine.kv.",), "gpu": ("engine.attention.impl.gpu.work",)}
+AROUND_KERNEL = {
+    "tpu": ("engine.kv.", "engine.attention.impl.tpu.contract."),
+    "gpu": ("engine.attention.impl.gpu.work",),
+}
 LONGEST_KERNEL = 900  # lines, all files together, docstrings and blanks too: what one can read in one sitting
 
 

@@ -141,7 +141,8 @@ def attend(
         page_size=options.page_size, sliding_window=options.sliding_window,
     )  # fmt: skip
     check_token_arrays(q.shape[0], out_cache_loc=loc, positions=positions)
-    metadata = AttentionMetadata(page_table, cu_q_lens, kv_lens, _owned(loc), _owned(positions))
+    located = _owned(loc), _owned(positions), metadata.by_table
+    metadata = AttentionMetadata(page_table, cu_q_lens, kv_lens, *located)
     result: AttentionResult = _run(q, k, v, fused_kv, metadata, heads, options=options, impl=_known(impl))
     return result
 
@@ -194,7 +195,7 @@ def _locate(
     positions, out_cache_loc = locate_new_tokens(
         page_table, cu_q_lens, kv_lens, num_tokens=num_tokens, page_size=page_size, xp=jnp
     )
-    return AttentionMetadata(page_table, cu_q_lens, kv_lens, out_cache_loc, positions)
+    return AttentionMetadata(page_table, cu_q_lens, kv_lens, out_cache_loc, positions, by_table=True)
 
 
 @functools.partial(jax.jit, static_argnames=("options", "impl"))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from jax import lax
 
 from engine.attention.checks import check_lengths, check_metadata_shapes
 from engine.errors import ShapeError
@@ -28,6 +28,8 @@ class AttentionMetadata:
         kv_lens: ``[B]`` cached plus new tokens.
         out_cache_loc: ``[T]`` slot to which each new token's K and V go; -1 writes nothing.
         positions: ``[T]`` position of each new token in its sequence; 0 in padding.
+        by_table: whether ``out_cache_loc`` is what the page table says of each new token, so that an implementation may
+            look there itself; static.
     """
 
     page_table: Int32Array
@@ -35,6 +37,7 @@ class AttentionMetadata:
     kv_lens: Int32Array
     out_cache_loc: Int32Array
     positions: Int32Array
+    by_table: bool = field(default=False, metadata={"static": True})
 
     @classmethod
     def build(
@@ -146,8 +149,9 @@ def slots_of_tokens(page_table: Any, rows: Any, live: Any, positions: Any, page_
 def sequence_of_tokens(cu_q_lens: Any, *, num_tokens: int, xp: ModuleType = np) -> Any:
     """Which sequence of the step each new token belongs to; int32 ``[num_tokens]``, 0 in padding."""
     tokens = xp.arange(num_tokens, dtype=xp.int32)
-    # jax's default is a loop of tiny programs, one after the other, before the first layer of each step.
-    options: dict[str, Any] = {} if xp is np else {"method": "scan_unrolled"}
+    # jax's default is a loop of tiny programs, one after the other, before the first layer of each step; to compare
+    # every pair is one program.
+    options: dict[str, Any] = {} if xp is np else {"method": "compare_all"}
     # side="right" steps over sequences without new tokens, wherever they stand.
     rows = xp.searchsorted(cu_q_lens, tokens, side="right", **options) - 1
     return xp.where(is_live(cu_q_lens, num_tokens=num_tokens, xp=xp), rows, 0)
@@ -166,7 +170,9 @@ def running_sum(cu_q_lens: Any) -> Any:
     values may be unknown, a sequence at which the sum falls counts as one without new tokens.
     """
     if isinstance(cu_q_lens, jax.Array):
-        return lax.cummax(cu_q_lens)
+        # Every pair is compared: on a TPU lax.cummax is a chain of five programs.
+        index = jnp.arange(cu_q_lens.shape[0])
+        return jnp.where(index[:, None] >= index, cu_q_lens, jnp.iinfo(cu_q_lens.dtype).min).max(1)
     ends = np.flatnonzero(cu_q_lens)
     last = ends[-1] if ends.size else 0
     padded = np.array(cu_q_lens)

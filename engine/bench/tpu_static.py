@@ -93,13 +93,14 @@ def run(args: argparse.Namespace) -> None:
         f"{args.dtype}; jax {jax.__version__}, libtpu {version}, {datetime.date.today()}"
     )
     _print(title, {name: ours[name] for name in ours if _wanted(name, args.mode)}, theirs)
-    for move in ours["moves"]:
-        print(f"moves the cache: {move}")
+    for what in ("moves", "query moves"):
+        for move in ours[what]:
+            print(f"{what}: {move}")
 
 
 def _wanted(name: str, mode: str) -> bool:
     other = {"decode": "prefill", "prefill": "decode"}.get(mode, "nothing")
-    return name != "moves" and not name.startswith(other)
+    return not name.endswith("moves") and not name.startswith(other)
 
 
 def _print(title: str, ours: dict[str, float], theirs: dict[str, Any]) -> None:

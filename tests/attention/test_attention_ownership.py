@@ -27,7 +27,8 @@ def step():
     q, k, v = (aligned(rng.normal(size=(TOKENS, HEADS, DIM)).astype(np.float32)) for _ in range(3))
     table = aligned(np.arange(1, 1 + TOKENS // PAGE, dtype=np.int32)[None])
     metadata = AttentionMetadata.build(table, [0, TOKENS], [TOKENS], num_tokens=TOKENS, page_size=PAGE)
-    fields = {name: aligned(np.asarray(value)) for name, value in vars(metadata).items()}
+    arrays = {name: value for name, value in vars(metadata).items() if name != "by_table"}
+    fields = {name: aligned(np.asarray(value)) for name, value in arrays.items()}
     return (q, k, v), fields
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,8 @@ from engine.attention.impl.tpu.block_sizes import (
     make_tiles,
     run_pages,
 )
-from engine.attention.impl.tpu.kernel.geometry import Geometry
+from engine.attention.impl.tpu.contract.geometry import Geometry
+from engine.attention.impl.tpu.contract.step_plan import Schedule, plan_parts
 from engine.attention.impl.tpu.schedule import make_schedule
 from engine.attention.impl.tpu.tpu_step import make_geometry, ragged_paged_attention_tpu, scratch_bytes
 from engine.attention.options import AttentionOptions, HeadArrays
@@ -49,9 +51,10 @@ def test_scratch_fits_vmem_and_blocks_nest(generation: str, page_size: int, head
     assert blocks.decode_fetch_pages % runs == 0 == blocks.prefill_fetch_pages % runs
     io = jnp.dtype(jnp.float32 if group % 2 else jnp.bfloat16)
     geo = Geometry(
-        heads=heads, group=group, lanes=lanes, words=words, page_size=page_size, run_pages=runs, table_pages=2048,
+        heads=heads, group=group, lanes=lanes, words=words, q_words=heads * group * lanes // 128 * io.itemsize // 4,
+        page_size=page_size, run_pages=runs, table_pages=2048, plan_rows=8, q_scale=1.0, fresh_tokens=0,
         kv_dtype=jnp.dtype(jnp.bfloat16), compute_dtype=jnp.dtype(jnp.bfloat16), io_dtype=io, soft_cap=None,
-        window=None, has_lse=False, interpret=False, tiles=make_tiles(blocks, group),
+        window=None, has_lse=False, interpret=False, tiles=make_tiles(blocks, group, page_size),
     )  # fmt: skip
     used = scratch_bytes(geo)
     assert used < 0.9 * VMEM_BYTES[generation], f"{used >> 20} MiB"
@@ -73,7 +76,7 @@ def test_blocks_shrink_for_wide_tokens_and_are_refused_where_even_the_smallest_d
     like = jax.ShapeDtypeStruct
     q, kv = like((256, heads, lanes), jnp.bfloat16), like((64 * page_size, 2 * heads, lanes), jnp.dtype(dtype))
     call = functools.partial(
-        make_geometry, q, heads, kv, AttentionOptions(page_size, 1.0), 32_768 // page_size, generation="v7x"
+        make_geometry, q, heads, kv, AttentionOptions(page_size, 1.0), (1, 32_768 // page_size), generation="v7x"
     )
     if fits:
         used = scratch_bytes(call())
@@ -88,7 +91,7 @@ def test_blocks_of_queries_shrink_where_log_sum_exp_would_leave_the_compiler_too
     like = jax.ShapeDtypeStruct
     q, kv = like((1024, 32, 128), jnp.dtype(dtype)), like((8192, 16, 128), jnp.dtype(dtype))
     plain, lse = (
-        make_geometry(q, 8, kv, AttentionOptions(128, 1.0, return_lse=wanted), 32, generation="v7x")
+        make_geometry(q, 8, kv, AttentionOptions(128, 1.0, return_lse=wanted), (1, 32), generation="v7x")
         for wanted in (False, True)
     )
     assert (plain.tiles[-1].rows, lse.tiles[-1].rows) == (1024, rows)
@@ -98,7 +101,14 @@ def test_blocks_of_queries_shrink_where_log_sum_exp_would_leave_the_compiler_too
 def geometry(blocks: BlockSizes, group: int, tokens: int = 1024) -> Geometry:
     q = jax.ShapeDtypeStruct((tokens, group, 128), jnp.bfloat16)
     kv = jax.ShapeDtypeStruct((1024, 2, 128), jnp.bfloat16)
-    return make_geometry(q, 1, kv, AttentionOptions(16, 1.0), 10, generation="v6e", blocks=blocks)
+    return make_geometry(q, 1, kv, AttentionOptions(16, 1.0), (6, 10), generation="v6e", blocks=blocks)
+
+
+def parts_of(geo: Geometry, schedule: Schedule) -> SimpleNamespace:
+    """The parts of a schedule's plan, as arrays of their own."""
+    plan = np.asarray(schedule.plan)
+    parts = plan_parts(geo.plan_rows, plan.size)
+    return SimpleNamespace(**{name: plan[part.start : part.stop] for name, part in parts.items()})
 
 
 @pytest.mark.parametrize("group", [1, 16])
@@ -113,9 +123,10 @@ def test_items_cover_every_new_token_once_each_in_the_smallest_kind_that_holds_i
         cu = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
         table = rng.permutation(60).reshape(6, 10).astype(np.int32)
         slots = np.zeros(6 * 70, np.int32)
-        plan = make_schedule(geo, AttentionMetadata(table, cu, kv_lens, slots, slots), cache_pages=64)
+        plan = parts_of(geo, make_schedule(geo, AttentionMetadata(table, cu, kv_lens, slots, slots), cache_pages=64))
         tokens: list[int] = []
-        kinds = np.repeat(np.arange(len(sizes)), plan.counts)
+        assert not plan.counts[len(sizes) :].any()
+        kinds = np.repeat(np.arange(len(sizes)), plan.counts[: len(sizes)])
         for kind, seq, first in zip(kinds, plan.item_seq, plan.item_token, strict=False):
             assert kind == next(at for at, size in enumerate(sizes) if q_lens[seq] <= size or size == sizes[-1])
             tokens += range(int(first), min(int(first) + sizes[kind], int(cu[seq + 1])))
@@ -131,10 +142,11 @@ def test_a_schedule_names_nothing_outside_its_arrays_whatever_the_step_holds() -
     rng = np.random.default_rng(1)
     for _ in range(20):
         arrays = (rng.integers(-(2**31), 2**31, shape, np.int32) for shape in ((6, 10), 7, 6, 40, 40))
-        plan = make_schedule(geo, AttentionMetadata(*arrays), cache_pages=64)
-        assert 0 <= int(plan.table.min()) <= int(plan.table.max()) < 64
+        schedule = make_schedule(geo, AttentionMetadata(*arrays), cache_pages=64)
+        plan = parts_of(geo, schedule)
+        assert 0 <= int(schedule.table.min()) <= int(schedule.table.max()) < 64
         assert 0 <= int(plan.kv_lens.min()) <= int(plan.kv_lens.max()) <= 10 * 16
-        assert int(plan.slots.max()) < 64 * 16
+        assert int(schedule.slots.max()) < 64 * 16
         assert 0 <= int(plan.cu_q_lens[0]) <= int(plan.cu_q_lens[-1]) <= 40
         items = int(plan.counts.sum())
         assert items <= plan.item_seq.shape[0]
@@ -146,7 +158,7 @@ def test_a_schedule_names_nothing_outside_its_arrays_whatever_the_step_holds() -
 def test_a_shorter_usual_context_takes_smaller_decode_chunks() -> None:
     shape = {"generation": "v6e", "heads": 8, "group": 4, "lanes": 128, "dtype": "bfloat16", "page_size": 16}
     chunks = [choose_blocks(**shape, longest=32_768, mean=mean).decode_chunk_pages * 16 for mean in (100, 300, 16_384)]
-    assert chunks == [128, 256, 1024]
+    assert chunks == [128, 256, 2048]
     assert choose_blocks(**shape, longest=32_768) == choose_blocks(**shape, longest=32_768, mean=16_384)
 
 

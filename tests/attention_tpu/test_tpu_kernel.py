@@ -10,14 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tpu_cases import SMALL, check, make_step, oracle, run
 
+from engine.attention.impl.tpu import tpu_step
 from engine.attention.impl.tpu.block_sizes import BlockSizes
 from engine.layer_groups import first_kept_page
 
 MIXED = [(1, 5), (0, 40), (1, 300), (40, 170), (3, 3), (1, 129)]
 
 
-def test_mixed_step_equals_the_oracle_without_a_race_and_leaves_the_pool_bit_for_bit() -> None:
-    check(make_step(0, MIXED), races=True)
+@pytest.mark.parametrize("by_table", [True, False])
+def test_mixed_step_equals_the_oracle_without_a_race_and_leaves_the_pool_bit_for_bit(by_table: bool) -> None:
+    check(make_step(0, MIXED), races=True, by_table=by_table)
+
+
+def test_new_rows_of_several_groups_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More groups than buffers; the groups end within pages and within sequences."""
+    monkeypatch.setattr(tpu_step, "FRESH_ROWS", 32)
+    check(make_step(16, [(20, 90), (1, 5), (0, 40), (50, 50), (1, 17), (25, 40)]), races=True)
 
 
 def test_contiguous_runs_read_the_same_as_scattered_pages() -> None:
@@ -160,6 +168,7 @@ def test_any_step_equals_the_oracle(data: st.DataObject) -> None:
         soft_cap=data.draw(st.sampled_from([None, 3.0])),
         sinks=rng.standard_normal(heads * group).astype(np.float32) if data.draw(st.booleans()) else None,
         return_lse=data.draw(st.booleans()),
+        by_table=data.draw(st.booleans()),
         **scales if jnp.dtype(dtype).itemsize == 1 else {},
     )
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from tpu_cases import check, make_step
 
-from engine.attention.impl.tpu.kernel import flash, loops, packed_rows, transfer
+from engine.attention.impl.tpu.kernel import flash, loops, new_rows, packed_rows, transfer
 
 STEP = [(1, 5), (1, 300), (20, 170)]
 
@@ -37,7 +37,7 @@ def test_results_not_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_cache_write_not_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "wait_new_rows", lambda *args: None)
+    monkeypatch.setattr(new_rows, "wait_rows", lambda *args: None)
     expect_caught()
 
 
@@ -63,9 +63,9 @@ def test_window_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_row_sum_not_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = flash.reset
 
-    def forgetful(state: flash.State, *args: Any) -> None:
+    def forgetful(geo: Any, tile: Any, state: Any, *args: Any) -> None:
         total = state.total[...]
-        plain(state, *args)
+        plain(geo, tile, state, *args)
         state.total[...] = total
 
     monkeypatch.setattr(flash, "reset", forgetful)

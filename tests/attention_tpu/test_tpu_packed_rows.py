@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from tpu_cases import SMALL
 
 from engine.attention.impl.tpu.block_sizes import make_tiles
-from engine.attention.impl.tpu.kernel.geometry import Geometry
+from engine.attention.impl.tpu.contract.geometry import Geometry
 from engine.attention.impl.tpu.kernel.packed_rows import load_kv
 from engine.kv.layout import padded_rows
 from engine.kv.tpu_view import view_words
@@ -37,9 +37,10 @@ def test_words_and_indices_load_the_same_rows(dtype: jnp.dtype, heads: int, lane
     stored = np.random.default_rng(0).standard_normal((64, padded_rows(heads, dtype), lanes)).astype(dtype)
     words = np.asarray(view_words(jnp.asarray(stored)))
     geo = Geometry(
-        heads=heads, group=4, lanes=lanes, words=words.shape[1], page_size=16, run_pages=1, table_pages=8,
+        heads=heads, group=4, lanes=lanes, words=words.shape[1], q_words=4 * heads, page_size=16, run_pages=1,
+        table_pages=8, plan_rows=8,
         kv_dtype=dtype, compute_dtype=jnp.dtype(jnp.float32), io_dtype=jnp.dtype(jnp.float32), soft_cap=None,
-        window=None, has_lse=False, interpret=False, tiles=make_tiles(SMALL, 4),
+        window=None, has_lse=False, q_scale=1.0, fresh_tokens=0, interpret=False, tiles=make_tiles(SMALL, 4, 16),
     )  # fmt: skip
     cached = np.zeros((4, 16, geo.stride, geo.pack, 128), dtype)
     cached[:, :, : geo.words] = words.reshape(4, 16, *words.shape[1:])

@@ -154,12 +154,14 @@ def run(
     v_scale: Any = None,
     page_table: np.ndarray | None = None,
     slots: np.ndarray | None = None,
+    by_table: bool = True,
     **options: Any,
 ) -> tuple[np.ndarray, ...]:
     """Runs the kernel in the interpreter, all memory NaN at first; a surplus semaphore or a race fails.
 
     A copy runs when it is waited for, which finds a missing wait; with ``eager`` it runs at once, which finds a start
-    that no code waits for. ``page_table`` and ``slots`` replace the step's.
+    that no code waits for. ``page_table`` and ``slots`` replace the step's; without ``by_table``, or where they are
+    replaced, the kernel reads slots.
     """
     mode: Any = "eager" if eager else "on_wait"
     params = pltpu.InterpretParams(detect_races=races, dma_execution_mode=mode)
@@ -167,7 +169,8 @@ def run(
     layer = AttentionOptions(step.page_size, step.q.shape[2] ** -0.5, **options)
     described = (step.page_table, step.cu_q_lens, step.kv_lens)
     positions, located = locate_new_tokens(*described, num_tokens=step.q.shape[0], page_size=step.page_size, xp=np)
-    metadata = AttentionMetadata(*described, located if slots is None else slots, positions)
+    by_table = by_table and slots is None
+    metadata = AttentionMetadata(*described, located if slots is None else slots, positions, by_table)
     metadata = dataclasses.replace(metadata, **{} if page_table is None else {"page_table": page_table})
     heads = HeadArrays(*(None if x is None else jnp.asarray(x) for x in (sinks, k_scale, v_scale)))
     try:
@@ -188,8 +191,8 @@ def run(
 
 def check(step: Step, *, races: bool = False, eager: bool = False, blocks: BlockSizes = SMALL, **options: Any) -> None:
     """Runs a step and compares output, log-sum-exp and every byte of the pool with the oracle."""
-    wants_lse = options.pop("return_lse", False)
-    results = run(step, races=races, eager=eager, blocks=blocks, return_lse=wants_lse, **options)
+    wants_lse, by_table = options.pop("return_lse", False), options.pop("by_table", True)
+    results = run(step, races=races, eager=eager, blocks=blocks, return_lse=wants_lse, by_table=by_table, **options)
     numpy_options = {name: value for name, value in options.items() if value is not None}
     out, lse, pool = oracle(step, **numpy_options)
     live = int(step.cu_q_lens[-1])

@@ -14,7 +14,7 @@ from engine.bench.tpu.bundles import Loop, Program
 from engine.errors import BackendUnsupported
 
 if TYPE_CHECKING:
-    from engine.attention.impl.tpu.kernel.geometry import Geometry
+    from engine.attention.impl.tpu.contract.geometry import Geometry
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Lane:
 def find_lanes(program: Program, kinds: int) -> list[Lane]:
     """The loops of this package's kernel, one lane per kind of item: decode first, whole blocks of queries last.
 
-    A loop over blocks contains a loop that issues DMAs and loops with matrix work, first for the chunks that need no
-    mask and then for the edges.
+    A loop over blocks contains a loop that issues DMAs and loops with matrix work: first for the chunks that need no
+    mask, perhaps for smaller steps, and then for the edges.
 
     Args:
         program: the kernel's program.
@@ -67,7 +67,7 @@ def find_lanes(program: Program, kinds: int) -> list[Lane]:
     for block in program.root.walk():
         compute = [loop for loop in block.children if loop.has_matrix_work]
         fetch = [loop for loop in block.children if not loop.has_matrix_work]
-        if len(compute) == 2 and fetch and block.depth:
+        if len(compute) in (2, 3) and fetch and block.depth:
             chunk = compute[0]
             inner = [loop for loop in chunk.walk() if loop.has_matrix_work]
             lanes.append(Lane(block, fetch[0], chunk, inner[-1]))
@@ -81,9 +81,12 @@ def find_lanes(program: Program, kinds: int) -> list[Lane]:
 
 def our_figures(program: Program, geo: Geometry) -> dict[str, float]:
     """Figures of this package's kernel, one program for decode and prefill."""
+    # Only here: Pallas takes long to import.
+    from engine.attention.impl.tpu.kernel.transfer import group_pages
+
     decode, *shorter, prefill = find_lanes(program, len(geo.tiles))
     tile, size = geo.tiles[0], geo.page_size
-    chunks, groups = tile.fetch_pages // tile.chunk_pages, tile.fetch_pages // geo.run_pages
+    chunks, groups = tile.fetch_pages // tile.chunk_pages, tile.fetch_pages // group_pages(geo)
     tokens = tile.fetch_pages * size
     found = {
         f"decode bundles per token{name}": decode.bundles(chunks, groups, 1, scattered=scattered) / tokens
@@ -93,7 +96,7 @@ def our_figures(program: Program, geo: Geometry) -> dict[str, float]:
     found["decode bundles per token, compute alone"] = decode.chunk.bundles / (tile.chunk_pages * size)
     found |= _hot_loop("decode", program, decode.hot)
     tile = geo.tiles[-1]
-    chunks, groups = tile.fetch_pages // tile.chunk_pages, tile.fetch_pages // geo.run_pages
+    chunks, groups = tile.fetch_pages // tile.chunk_pages, tile.fetch_pages // group_pages(geo)
     turns = 1 if prefill.hot is prefill.chunk else geo.heads
     flops = 4 * geo.lanes * tile.rows * tile.chunk_pages * size  # of one head and chunk
     block = prefill.bundles(chunks, groups, turns, scattered=False)

@@ -74,7 +74,7 @@ def moves_of_at_least(text: str, size: int) -> list[str]:
 
 
 def launches(text: str) -> int:
-    """How many kernels and copies one run of a GPU's program launches, one after the other.
+    """How many kernels and copies one run of a program launches, one after the other.
 
     A loop counts as its known number of turns, else as one; of several branches the longest counts; a library call
     counts as one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from engine.attention.options import AttentionOptions
 from engine.bench.tpu.aot import TOPOLOGIES, fresh_dumps
 from engine.bench.tpu.bundles import read_program
 from engine.bench.tpu.figures import our_figures
-from engine.bench.tpu.hlo import kernel_vmem_bytes, moves_of_at_least
+from engine.bench.tpu.hlo import kernel_vmem_bytes, launches, moves_of_at_least
+from engine.bench.tpu.whole_call import Sequences, call_figures
 from engine.kv.layout import KVLayout
 from engine.kv.scatter import set_kv_buffer
 
@@ -60,8 +62,9 @@ def compile_attention(
         folder: directory where libtpu dumps bundles, to count them; None: no count.
 
     Returns:
-        Bytes of cache, temporaries, alias and VMEM; instructions that move an array of the cache's size; and the counts
-        of ``our_figures``.
+        Bytes of cache, queries, temporaries, alias and VMEM; instructions that move an array of the cache's size, or
+        make one of at least a quarter of the queries; how many programs run around the kernel; and the counts of
+        ``our_figures``, and of ``call_figures`` for a step of the whole batch.
     """
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[gen]).devices[0]
     layout = KVLayout.create(head_num=kv_heads, head_dim=head_dim, dtype=dtype, page_size=page_size, platform="tpu")
@@ -93,11 +96,18 @@ def compile_attention(
         lowered = jax.jit(step, donate_argnums=0).lower(cache, queries, new, new, rest)
     compiled = lowered.compile()
     found = _footprint(compiled, layout.bytes_per_token * slots)
-    found["VMEM bytes"] = max(kernel_vmem_bytes(compiled.as_text() or "").values())
+    text = compiled.as_text() or ""
+    found["VMEM bytes"] = max(kernel_vmem_bytes(text).values())
+    found["query bytes"] = math.prod(queries.shape) * queries.dtype.itemsize
+    found["query moves"] = moves_of_at_least(text, found["query bytes"] // 4)
+    found["programs around the kernel"] = launches(text) - 1
     if folder:
         (dump,) = fresh_dumps(Path(folder), "ragged_paged_attention", _seen)
         layer = AttentionOptions(page_size, head_dim**-0.5, window)
-        found |= our_figures(read_program(dump), make_geometry(queries, kv_heads, cache, layer, pages, generation=gen))
+        geo = make_geometry(queries, kv_heads, cache, layer, (batch, pages), generation=gen)
+        program = read_program(dump)
+        found |= our_figures(program, geo)
+        found |= call_figures(gen, program, geo, Sequences(min(batch, tokens), max(tokens // batch, 1), context))
     return found
 
 

@@ -134,7 +134,7 @@ def scratch_bytes(target: Target, blocks: BlockSizes) -> int:
         target.heads,
         cache,
         AttentionOptions(target.page_size, 1.0),
-        CONTEXT // target.page_size,
+        (1, CONTEXT // target.page_size),
         generation=target.generation,
         blocks=blocks,
     )

@@ -313,7 +313,7 @@ def read_parcel(
             lens = kv_lens - first * table.page_size
             places = jnp.where(live, positions - first[sequences] * table.page_size, 0)
         slots = slots_of_tokens(pages, sequences, live, places, table.page_size, jnp)
-        metadata.append(AttentionMetadata(pages, bounds, lens, slots, places))
+        metadata.append(AttentionMetadata(pages, bounds, lens, slots, places, by_table=True))
     token_ids = rows.known_tokens(parts["token_ids"], row_ids[sequences])
     return rows, token_ids, positions, row_ids, metadata, packed[: shape.sampling_size]
 

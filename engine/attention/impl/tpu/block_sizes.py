@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
 
-from engine.attention.impl.tpu.kernel.geometry import Tile
+from engine.attention.impl.tpu.contract.geometry import Tile
 from engine.errors import ConfigError
 from engine.kv.layout import LANES, SUBLANES, packing, padded_rows
 
@@ -22,8 +22,9 @@ SMEM_BYTES = (1 << 20) - (8 << 10)
 VMEM_SHARE = 0.75
 RUN_TOKENS = 512  # tokens of one coalesced DMA: 2 MiB at 8 heads of 128 in bf16
 LARGE_PAGE = 128  # tokens; for pages of this size or more one DMA per page costs less than looking for runs
-DECODE_FETCH_TOKENS = 2048
-DECODE_HEAD_TOKENS = 8192  # tokens times unrolled heads of one decode chunk: code size against start-up latency
+DECODE_FETCH_TOKENS = 4096
+DECODE_EDGE_TOKENS = 512  # tokens of the steps in which a decode row ends: what it computes of a context in vain
+DECODE_HEAD_TOKENS = 16384  # tokens times unrolled heads of one decode chunk: code size against start-up latency
 PREFILL_ROWS = 1024  # rows of q per matrix operand: 2 x 4 tiles of the matrix unit, measured best
 SHORT_ROWS = 128  # rows of q of a short extend: one tile of the matrix unit
 PREFILL_FETCH_TOKENS = 1024
@@ -76,15 +77,18 @@ def load_overrides(path: Path = OVERRIDES) -> dict[tuple[str | int, ...], BlockS
     return table
 
 
-def make_tiles(blocks: BlockSizes, group: int) -> tuple[Tile, ...]:
+def make_tiles(blocks: BlockSizes, group: int, page_size: int) -> tuple[Tile, ...]:
     """The kinds of item: decode rows, short extends where a whole block would be far too large, and whole blocks."""
     whole = blocks.prefill_queries
     short = max(SUBLANES, SHORT_ROWS // group // SUBLANES * SUBLANES)
     decode_rows = -(-group // SUBLANES) * SUBLANES
+    chunk = edge = blocks.decode_chunk_pages
+    while edge % 2 == 0 and edge * page_size > DECODE_EDGE_TOKENS and edge // 2 * page_size % LANES == 0:
+        edge //= 2
     return (
-        Tile(1, decode_rows, blocks.decode_fetch_pages, blocks.decode_chunk_pages),
+        Tile(1, decode_rows, blocks.decode_fetch_pages, chunk, edge),
         *(
-            Tile(queries, queries * group, blocks.prefill_fetch_pages, blocks.prefill_chunk_pages)
+            Tile(queries, queries * group, blocks.prefill_fetch_pages, *[blocks.prefill_chunk_pages] * 2)
             for queries in ((short, whole) if 4 * short <= whole else (whole,))
         ),
     )
@@ -144,9 +148,9 @@ def choose_blocks(
         return unit * max(1, min(tokens, -(-most // unit_tokens) * unit_tokens) // unit_tokens)
 
     rows = PREFILL_ROWS
-    while rows > 128 and _prefill_bytes(heads, rows, lanes) > 0.6 * budget:
+    while rows > 128 and _prefill_bytes(heads, group, rows, lanes) > 0.6 * budget:
         rows //= 2
-    room = max(budget - _prefill_bytes(heads, rows, lanes), budget // 4) // (2 * bytes_per_token)
+    room = max(budget - _prefill_bytes(heads, group, rows, lanes), budget // 4) // (2 * bytes_per_token)
     # A chunk is computed whole, so one far longer than a usual row would be mostly masked.
     queries = max(8, rows // group // 8 * 8)
     seen, seen_by_block = (min(longest, (window or longest) + others) for others in (0, queries))
@@ -162,9 +166,9 @@ def choose_blocks(
     )
 
 
-def _prefill_bytes(heads: int, rows: int, lanes: int) -> int:
-    """Bytes of the softmax state in float32, and of q and out twice each."""
-    return heads * rows * (4 * (2 * LANES + lanes) + 4 * 4 * lanes)
+def _prefill_bytes(heads: int, group: int, rows: int, lanes: int) -> int:
+    """Bytes of the softmax state in float32, and of q and out twice each, with a dead word for each query."""
+    return heads * rows * (4 * (2 * LANES + lanes) + 4 * 4 * lanes) + rows // group * 4 * 4 * LANES
 
 
 def _multiple(value: int, unit: int) -> int:

@@ -6,12 +6,15 @@ The arrays depend on the step alone, so that XLA computes them once for all laye
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from engine.attention.impl.tpu.kernel.geometry import Geometry
-from engine.attention.impl.tpu.kernel.items import Schedule
-from engine.attention.metadata import AttentionMetadata, running_sum
+from engine.attention.impl.tpu.contract.geometry import Geometry
+from engine.attention.impl.tpu.contract.step_plan import KINDS, Schedule, plan_parts
+from engine.attention.metadata import AttentionMetadata
 
 
 def make_schedule(geo: Geometry, metadata: AttentionMetadata, *, cache_pages: int) -> Schedule:
@@ -32,40 +35,69 @@ def make_schedule(geo: Geometry, metadata: AttentionMetadata, *, cache_pages: in
         jnp.asarray(array, jnp.int32)
         for array in (metadata.page_table, metadata.cu_q_lens, metadata.kv_lens, metadata.out_cache_loc)
     )
-    batch, pages = page_table.shape
     num_tokens = slots.shape[0]
-    cu_q_lens = running_sum(jnp.clip(cu_q_lens, 0, num_tokens))
-    q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
-    most_queries = jnp.array([tile.queries for tile in geo.tiles], jnp.int32)
-    # Every pair is compared: a binary search is a loop of tiny programs, before the first layer of each step.
-    kind = jnp.searchsorted(most_queries[:-1], q_lens, method="compare_all").astype(jnp.int32)
-    items = jnp.where(q_lens > 0, -(-q_lens // most_queries[kind]), 0)
-    # A stable sort puts the sequences of one kind together, in order.
-    order = jnp.argsort(kind, stable=True).astype(jnp.int32)
-    ends = jnp.cumsum(items[order])
-    index = jnp.arange(max(1, num_tokens // geo.tiles[-1].queries + min(batch, num_tokens)), dtype=jnp.int32)
-    place = jnp.minimum(jnp.searchsorted(ends, index, side="right", method="compare_all"), batch - 1)
-    seq = order[place]
-    skipped = (index - (ends[place] - items[seq])) * most_queries[kind[seq]]
-    table, runs = _find_runs(jnp.clip(page_table, 0, cache_pages - 1), geo.run_pages)
+    # Ids outside the cache name the null page.
+    table = jnp.where(page_table.astype(jnp.uint32) < cache_pages, page_table, 0)
+    if metadata.by_table:
+        slots = jnp.zeros(1, jnp.int32)
     return Schedule(
-        table=table,
-        runs=runs,
-        cu_q_lens=cu_q_lens,
-        kv_lens=jnp.clip(kv_lens, 0, pages * geo.page_size),
+        *_find_runs(table, geo.run_pages),
         slots=jnp.where(slots < cache_pages * geo.page_size, slots, -1),
-        counts=jnp.where(kind == jnp.arange(len(geo.tiles))[:, None], items, 0).sum(1).astype(jnp.int32),
-        item_seq=seq,
-        item_token=(cu_q_lens[seq] + skipped).astype(jnp.int32),
+        plan=_plan(geo, cu_q_lens, kv_lens, num_tokens, page_table.shape[1] * geo.page_size),
     )
 
 
-def _find_runs(page_table: jax.Array, run_pages: int) -> tuple[jax.Array, jax.Array]:
+def _plan(geo: Geometry, cu_q_lens: jax.Array, kv_lens: jax.Array, num_tokens: int, row_tokens: int) -> jax.Array:
+    """The parts of ``plan_parts`` as one sum over the sequences, of what each contributes to each number.
+
+    Sorts, running sums and searches would be chains of tiny programs, before the first layer of each step.
+    """
+    batch = geo.plan_rows
+    most_items = max(1, num_tokens // geo.tiles[-1].queries + min(batch, num_tokens))
+    parts = plan_parts(batch, 2 * (batch + most_items) + 1 + KINDS)
+    least = jnp.iinfo(jnp.int32).min
+    later = np.arange(batch + 1)[:, None] >= np.arange(cu_q_lens.shape[0])
+    bounds = jnp.where(later, jnp.clip(cu_q_lens, 0, num_tokens), least).max(1)
+    start, q_lens = bounds[:-1], bounds[1:] - bounds[:-1]
+    kv_lens = jnp.pad(kv_lens, (0, batch - kv_lens.shape[0]))
+    kind, items, most_queries = _split(geo, q_lens)
+    row = np.arange(batch, dtype=np.int32)
+    before = (kind[:, None] < kind) | ((kind[:, None] == kind) & (row[:, None] < row))
+    first = jnp.where(before, items[:, None], 0).sum(0, dtype=jnp.int32)
+    shares = {
+        "cu_q_lens": lambda at: jnp.where(row < at, q_lens, 0) + jnp.where(row == 0, start, 0),
+        "kv_lens": lambda at: jnp.where(row == at, jnp.clip(kv_lens, 0, row_tokens), 0),
+        "counts": lambda at: jnp.where(kind == at, items, 0),
+        "item_seq": lambda at: jnp.where((at >= first) & (at - first < items), row, 0),
+        "item_token": lambda at: jnp.where(
+            (at >= first) & (at - first < items), start + (at - first) * most_queries, 0
+        ),
+    }
+    index = np.arange(parts["item_token"].stop, dtype=np.int32)[:, None]
+    plan = jnp.zeros((), jnp.int32)
+    for name, share in shares.items():
+        here = (index >= parts[name].start) & (index < parts[name].stop)
+        plan = jnp.where(here, share(index - parts[name].start), plan)
+    return plan.sum(1, dtype=jnp.int32)
+
+
+def _split(geo: Geometry, q_lens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of each sequence the kind of its items, their number, and the most queries that one has."""
+    kind, items = jnp.zeros_like(q_lens), q_lens  # a decode row is one item
+    most_queries = jnp.ones_like(q_lens)
+    for number, (smaller, tile) in enumerate(itertools.pairwise(geo.tiles), 1):
+        larger = q_lens > smaller.queries
+        kind = jnp.where(larger, number, kind)
+        items = jnp.where(larger, jax.lax.div(q_lens + (tile.queries - 1), tile.queries), items)
+        most_queries = jnp.where(larger, tile.queries, most_queries)
+    return kind, items, most_queries
+
+
+def _find_runs(table: jax.Array, run_pages: int) -> tuple[jax.Array, jax.Array]:
     """Pads the table to whole groups of pages, and tells whether each group is contiguous; both flat."""
-    batch, pages = page_table.shape
     if run_pages == 1:
-        return page_table.reshape(-1), jnp.ones(1, jnp.int32)
-    table = jnp.pad(page_table, [(0, 0), (0, -pages % run_pages)])
-    groups = table.reshape(batch, -1, run_pages)
-    runs = (groups[:, :, 1:] - groups[:, :, :-1] == 1).all(-1)
-    return table.reshape(-1), runs.reshape(-1).astype(jnp.int32)
+        return table.reshape(-1), jnp.ones(1, jnp.int32)
+    table = jnp.pad(table, [(0, 0), (0, -table.shape[1] % run_pages)])
+    groups = table.reshape(table.shape[0], -1, run_pages)
+    runs = (groups[:, :, 1:] - groups[:, :, :-1] == 1).astype(jnp.int32).min(-1)
+    return table.reshape(-1), runs.reshape(-1)

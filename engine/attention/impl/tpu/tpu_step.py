@@ -21,17 +21,19 @@ from engine.attention.impl.tpu.block_sizes import (
     run_pages,
     vmem_limit,
 )
+from engine.attention.impl.tpu.contract.geometry import Geometry
+from engine.attention.impl.tpu.contract.scratch import fresh_shapes, scratch_shapes
+from engine.attention.impl.tpu.contract.step_plan import Schedule
 from engine.attention.impl.tpu.kernel.flash import LOG2_E
-from engine.attention.impl.tpu.kernel.geometry import Geometry
-from engine.attention.impl.tpu.kernel.items import Schedule
-from engine.attention.impl.tpu.kernel.pallas_call import call_kernel, scratch_shapes
+from engine.attention.impl.tpu.kernel.pallas_call import call_kernel
 from engine.attention.impl.tpu.schedule import make_schedule
 from engine.attention.metadata import AttentionMetadata, is_live
 from engine.attention.options import AttentionOptions, HeadArrays
 from engine.errors import BackendUnsupported
-from engine.kv.layout import LANES, SUBLANES, merge_kv, packing, pad_fused, to_stored
+from engine.kv.layout import LANES, SUBLANES, merge_kv, packing, pad_fused, padded_rows, to_stored
 from engine.kv.tpu_view import unview_words, view_is_free, view_words
 
+FRESH_ROWS = 4096  # new K (and V) rows that are merged at once: 1 MiB of bfloat16
 KV_DTYPES = ("bfloat16", "float32", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -71,29 +73,34 @@ def ragged_paged_attention_tpu(
         BackendUnsupported: the storage has a dtype or padding that this kernel cannot take, or the step is too large
             for scalar memory or the smallest blocks for VMEM.
     """
+    batch, columns = metadata.page_table.shape
     geo = make_geometry(
-        q, k.shape[1], fused_kv, options, metadata.page_table.shape[1], generation=generation, blocks=blocks,
-        interpret=bool(interpret),
+        q, k.shape[1], fused_kv, options, (batch, columns), generation=generation, blocks=blocks,
+        has_scales=not (heads.k_scale is None and heads.v_scale is None), interpret=bool(interpret),
     )  # fmt: skip
     schedule = make_schedule(geo, metadata, cache_pages=fused_kv.shape[0] // geo.page_size)
-    _check_scalars(schedule, page_size=geo.page_size, table=metadata.page_table.shape)
-    queries = _queries_by_head(geo, heads.scale_queries(q.astype(jnp.float32)), options.sm_scale)
-    k, v = (to_stored(half, geo.kv_dtype) for half in heads.scale_kv(k, v))
-    new = view_words(pad_fused(merge_kv(k, v), *fused_kv.shape[1:]))
+    _check_scalars(schedule, page_size=geo.page_size, table=(batch, columns))
+    rows = geo.q_words // geo.folds * geo.io_pack
+    queries = view_words(pad_fused(heads.scale_queries(q).astype(geo.io_dtype), rows, geo.lanes))
+    if geo.fresh_tokens:
+        fresh = tuple(half.reshape(-1, geo.pack, LANES) for half in (k, v))
+    else:
+        k, v = (to_stored(half, geo.kv_dtype) for half in heads.scale_kv(k, v))
+        fresh = (view_words(pad_fused(merge_kv(k, v), *fused_kv.shape[1:])),)
     sinks = None if heads.sinks is None else _sink_rows(geo, heads.sinks)
     pages = view_words(fused_kv).reshape(-1, geo.page_size, geo.words, geo.pack, LANES)
     with jax.enable_x64(False):  # the kernel counts in 32 bits, whatever the program around it does
         out, *lse, cache = call_kernel(
-            geo, schedule, queries, new, sinks, pages, vmem_limit_bytes=vmem_limit(generation), interpret=interpret
+            geo, schedule, queries, fresh, sinks, pages, vmem_limit_bytes=vmem_limit(generation), interpret=interpret
         )
-    live = is_live(schedule.cu_q_lens, num_tokens=q.shape[0], xp=jnp)[:, None, None]
-    by_head = out.reshape(geo.heads, -1, geo.group, geo.lanes)[..., : q.shape[2]]
-    out = heads.unscale(jnp.where(live, by_head.swapaxes(0, 1).reshape(q.shape), 0)).astype(q.dtype)
+    out = unview_words(out, rows, geo.lanes)[:, : q.shape[1], : q.shape[2]]
+    out = heads.unscale(out).astype(q.dtype)
     buffer = unview_words(cache.reshape(fused_kv.shape[0], *cache.shape[2:]), *fused_kv.shape[1:])
     if not options.return_lse:
         return AttentionResult(out, buffer)
-    by_token = lse[0][..., 0, 0].swapaxes(0, 1).reshape(q.shape[:2])
-    return AttentionResult(out, buffer, jnp.where(live[:, 0], by_token, -jnp.inf))
+    by_word = lse[0][..., 0, 0].reshape(geo.heads, geo.group_words, -1, geo.io_pack)
+    live = is_live(metadata.cu_q_lens, num_tokens=q.shape[0], xp=jnp)[:, None]
+    return AttentionResult(out, buffer, jnp.where(live, jnp.moveaxis(by_word, 2, 0).reshape(q.shape[:2]), -jnp.inf))
 
 
 def make_geometry(
@@ -101,13 +108,17 @@ def make_geometry(
     kv_heads: int,
     fused_kv: jax.ShapeDtypeStruct | jax.Array,
     options: AttentionOptions,
-    table_pages: int,
+    table: tuple[int, int],
     *,
     generation: str,
     blocks: BlockSizes | None = None,
+    has_scales: bool = False,
     interpret: bool = False,
 ) -> Geometry:
     """The static sizes of a call; arguments as in ``ragged_paged_attention_tpu``; only their shapes are read.
+
+    The page table has the shape ``table``; K and V have q's dtype; ``has_scales`` tells whether they are divided by a
+    scale before they are written.
 
     Raises:
         BackendUnsupported: the storage has a dtype or padding that the kernel cannot take, or VMEM cannot hold the
@@ -124,12 +135,14 @@ def make_geometry(
         lanes=lanes,
         dtype=kv_dtype.name,
         page_size=options.page_size,
-        longest=table_pages * options.page_size,
+        longest=table[1] * options.page_size,
         window=options.sliding_window,
     )
     # No item has more queries than the step.
     most_queries = -(-q.shape[0] // SUBLANES) * SUBLANES
     chosen = dataclasses.replace(chosen, prefill_queries=min(chosen.prefill_queries, most_queries))
+    io_dtype = jnp.dtype(jnp.float32 if wide or group % 2 else jnp.bfloat16)
+    merges = kv_dtype == q.dtype and not has_scales
     pages_in_run = run_pages(options.page_size, chosen)
     geo = Geometry(
         heads=kv_heads,
@@ -138,14 +151,19 @@ def make_geometry(
         words=rows // packing(kv_dtype) * lanes // LANES,
         page_size=options.page_size,
         run_pages=pages_in_run,
-        table_pages=-(-table_pages // pages_in_run) * pages_in_run,
+        table_pages=-(-table[1] // pages_in_run) * pages_in_run,
+        # XLA makes a program of each operation on arrays of one number.
+        plan_rows=max(table[0], SUBLANES),
         kv_dtype=kv_dtype,
         compute_dtype=jnp.dtype(jnp.float32 if wide else jnp.bfloat16),
-        io_dtype=jnp.dtype(jnp.float32 if wide or group % 2 else jnp.bfloat16),
+        io_dtype=io_dtype,
+        q_words=padded_rows(-(-q.shape[1] // 2), io_dtype) // packing(io_dtype) * lanes // LANES,
+        q_scale=options.sm_scale * LOG2_E if options.soft_cap is None else options.sm_scale / options.soft_cap,
+        fresh_tokens=_fresh_tokens(q, kv_heads, fused_kv) if merges else 0,
         soft_cap=options.soft_cap,
         window=options.sliding_window,
         has_lse=options.return_lse,
-        tiles=make_tiles(chosen, group),
+        tiles=make_tiles(chosen, group, options.page_size),
         interpret=interpret,
     )
     if blocks is None:
@@ -171,10 +189,20 @@ def _check(heads: int, fused_kv: jax.ShapeDtypeStruct | jax.Array, page_size: in
         )
 
 
+def _fresh_tokens(q: jax.ShapeDtypeStruct | jax.Array, heads: int, fused_kv: jax.ShapeDtypeStruct | jax.Array) -> int:
+    """How many new tokens the kernel merges at once; 0 where words of k and of v are not those of the cache's rows."""
+    tokens, _, head_dim = q.shape
+    rows = fused_kv.shape[1]
+    if packing(fused_kv.dtype) != 2 or head_dim != LANES or rows != 2 * heads or tokens * heads % 2:
+        return 0
+    return min(max(FRESH_ROWS // heads, 2 * SUBLANES), -(-tokens // (2 * SUBLANES)) * 2 * SUBLANES)
+
+
 def scratch_bytes(geo: Geometry) -> int:
     """Bytes of VMEM that the kernel's buffers take."""
-    buffers = jax.tree.leaves(scratch_shapes(geo))
-    return sum(math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize for buffer in buffers)
+    scopes: list[Any] = [jax.tree.leaves(scratch_shapes(geo)), fresh_shapes(geo)[0][:2]]
+    sizes = [[math.prod(buffer.shape) * jnp.dtype(buffer.dtype).itemsize for buffer in scope] for scope in scopes]
+    return max(map(sum, sizes))
 
 
 def _fit_queries(geo: Geometry, blocks: BlockSizes, generation: str) -> Geometry:
@@ -186,7 +214,7 @@ def _fit_queries(geo: Geometry, blocks: BlockSizes, generation: str) -> Geometry
     while scratch_bytes(geo) > VMEM_BYTES[generation] * VMEM_SHARE and blocks.prefill_queries >= 2 * smallest:
         halved = blocks.prefill_queries // 2 // SUBLANES * SUBLANES
         blocks = dataclasses.replace(blocks, prefill_queries=halved)
-        geo = dataclasses.replace(geo, tiles=make_tiles(blocks, geo.group))
+        geo = dataclasses.replace(geo, tiles=make_tiles(blocks, geo.group, geo.page_size))
     return geo
 
 
@@ -212,16 +240,8 @@ def _check_scalars(schedule: Schedule, *, page_size: int, table: tuple[int, ...]
         )
 
 
-def _queries_by_head(geo: Geometry, q: jax.Array, sm_scale: float) -> jax.Array:
-    """``[T, Hq, D]`` float32 to ``[H, T, G / p, p, D']``, times every factor on the logits: the kernel has none."""
-    scale = sm_scale * LOG2_E if geo.soft_cap is None else sm_scale / geo.soft_cap
-    padded = jnp.pad(q * scale, [(0, 0), (0, 0), (0, geo.lanes - q.shape[2])]).astype(geo.io_dtype)
-    grouped = padded.reshape(q.shape[0], geo.heads, geo.group // geo.io_pack, geo.io_pack, geo.lanes)
-    return grouped.swapaxes(0, 1)
-
-
 def _sink_rows(geo: Geometry, sinks: jax.Array) -> jax.Array:
-    """Sinks in the log2 domain, repeated to rows that fill whole groups and sublanes: ``[H, R, 128]`` float32."""
-    logits = sinks.astype(jnp.float32).reshape(geo.heads, geo.group) * LOG2_E
-    tiled = jnp.tile(logits, (1, math.lcm(geo.group, SUBLANES) // geo.group))
+    """Sinks in the log2 domain, those of a word of q repeated to 8 rows: ``[H, G / p, 8, 128]`` float32."""
+    logits = sinks.astype(jnp.float32).reshape(geo.heads, geo.group_words, geo.io_pack) * LOG2_E
+    tiled = jnp.tile(logits, (1, 1, SUBLANES // geo.io_pack))
     return jnp.broadcast_to(tiled[..., None], (*tiled.shape, LANES))

@@ -1,40 +1,14 @@
-"""The step as the kernel reads it from scalar memory, and the blocks and pages of an item."""
+"""Items as the kernel reads them from scalar memory, and the blocks and pages of an item."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from engine.attention.impl.tpu.kernel.geometry import Geometry
-
-Scalar = Any  # an int32 scalar, traced or not
-
-
-class Schedule(NamedTuple):
-    """The items of one step, int32, scalar-prefetched into SMEM.
-
-    Attributes:
-        table: ``[B * P']`` page ids.
-        runs: ``[B * P' / run_pages]``, 1 where the pages of a group are contiguous; ``[1]`` where a group is a page.
-        cu_q_lens: ``[B + 1]`` running sum of new tokens per sequence.
-        kv_lens: ``[B]`` cached plus new tokens.
-        slots: ``[T]`` slot of each new token; -1 writes nothing.
-        counts: ``[kinds]`` items of each kind, in the order of ``Geometry.tiles``.
-        item_seq: ``[N]`` sequence of each item, one kind after the other.
-        item_token: ``[N]`` index of its first query among the step's tokens.
-    """
-
-    table: jax.Array
-    runs: jax.Array
-    cu_q_lens: jax.Array
-    kv_lens: jax.Array
-    slots: jax.Array
-    counts: jax.Array
-    item_seq: jax.Array
-    item_token: jax.Array
+from engine.attention.impl.tpu.contract.geometry import Geometry
+from engine.attention.impl.tpu.contract.step_plan import Scalar, Schedule
 
 
 class Item(NamedTuple):
@@ -59,9 +33,9 @@ class Item(NamedTuple):
 
 def make_item(geo: Geometry, schedule: Schedule, index: Scalar, most_queries: int) -> Item:
     """The ``index``-th item of the step, of at most ``most_queries`` queries."""
-    seq, token = schedule.item_seq[index], schedule.item_token[index]
-    left = schedule.cu_q_lens[seq + 1] - token
-    queries, position = jnp.minimum(left, most_queries), schedule.kv_lens[seq] - left
+    seq, token = schedule.at(geo, "item_seq", index), schedule.at(geo, "item_token", index)
+    left = schedule.at(geo, "cu_q_lens", seq + 1) - token
+    queries, position = jnp.minimum(left, most_queries), schedule.at(geo, "kv_lens", seq) - left
     low = position * 0 if geo.window is None else jnp.maximum(position - geo.window + 1, 0)
     return Item(seq, token, queries, position, low, jnp.maximum(position + queries, 0))
 

@@ -7,6 +7,7 @@ truncation separate them. The interpreter has no ref bitcast or reshape; there p
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Any
 
 import jax
@@ -14,25 +15,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from engine.attention.impl.tpu.kernel.geometry import Geometry
+from engine.attention.impl.tpu.contract.geometry import Geometry
+from engine.attention.impl.tpu.contract.scratch import Ref
 from engine.kv.layout import LANES
 
-Ref = Any  # a Pallas memory reference; jax has no public type for it
+MERGED_WORDS = 64  # words of k that are merged at once: 8 registers of k, and 8 of v
 
 _UINT = {1: jnp.uint32, 2: jnp.uint16, 4: jnp.uint8}
 
 
 def load_kv(geo: Geometry, pages: Ref, head: Any, keep: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Takes K and V of one head out of fetched pages.
+    """Takes K and V of one head out of fetched pages ``[pages, page_size, stride, p, 128]``.
 
-    Args:
-        geo: the kernel's sizes.
-        pages: ``[pages, page_size, stride, p, 128]`` of the cache's dtype in VMEM.
-        head: index of the KV head.
-        keep: ``[tokens, D']`` bool, or None to keep all; what is not kept becomes zero, even NaN.
-
-    Returns:
-        (k, v), each ``[tokens, D']`` in the compute dtype.
+    ``keep``, ``[tokens, D']`` bool, tells what does not become zero, even where it is NaN; None keeps all. Returns
+    (k, v), each ``[tokens, D']`` in the compute dtype.
     """
     load = _load_kv_by_index if geo.interpret else _load_kv_by_word
     k, v = load(geo, pages, head, keep)
@@ -74,25 +70,24 @@ def _zeroed(rows: jax.Array, keep: jax.Array | None) -> jax.Array:
     return rows if keep is None else jnp.where(keep, rows, jnp.zeros_like(rows))
 
 
-def load_queries(geo: Geometry, ref: Ref, rows: int) -> jax.Array:
-    """Reads the first ``rows`` of ``[queries, G / p, p, D']`` as a matrix ``[rows, D']`` of the compute dtype."""
-    total = ref.shape[0] * geo.group
-    if geo.interpret:
-        plain: jax.Array = ref[...].reshape(total, geo.lanes)[:rows]
-        return plain.astype(geo.compute_dtype)
-    flat = ref.bitcast(jnp.uint32).reshape(total // geo.io_pack * geo.folds, LANES)
-    words = [flat[pl.ds(i, rows // geo.io_pack, geo.folds), :] for i in range(geo.folds)]
-    return pltpu.bitcast(jnp.concatenate(words, axis=1), geo.io_dtype).astype(geo.compute_dtype)
+def merge_kv_words(geo: Geometry, k: Ref, v: Ref, merged: Ref, tokens: int) -> None:
+    """Interleaves new ``k, v[N, p, 128]`` in row order into ``merged[tokens, H, p, 128]``.
 
-
-def store_rows(geo: Geometry, ref: Ref, rows: jax.Array) -> None:
-    """Writes ``[rows, D']`` float32 as the first rows of ``[queries, G / p, p, D']``."""
-    rows = rows.astype(ref.dtype)
-    total = ref.shape[0] * geo.group
+    A word of k holds two rows, of two heads or tokens; a word of the cache K and V of one.
+    """
+    count = tokens * geo.heads // geo.pack
     if geo.interpret:
-        ref[...] = jnp.pad(rows, [(0, total - rows.shape[0]), (0, 0)]).reshape(ref.shape)
+        rows = (ref[:count].reshape(tokens, geo.heads, LANES) for ref in (k, v))
+        merged[...] = jnp.stack([*rows], axis=2)
         return
-    folds, packed = rows.shape[1] // LANES, pltpu.bitcast(rows, jnp.uint32)
-    flat = ref.bitcast(jnp.uint32).reshape(total * ref.dtype.itemsize // 4 * folds, LANES)
-    for i in range(folds):
-        flat[pl.ds(i, packed.shape[0], folds), :] = packed[:, i * LANES : (i + 1) * LANES]
+    k, v = (ref.bitcast(jnp.uint32).reshape(count, LANES) for ref in (k, v))
+    words = merged.bitcast(jnp.uint32).reshape(tokens * geo.words, LANES)
+    size = gcd(count, MERGED_WORDS)
+
+    def merge(index: Any, _: None) -> None:
+        some = pl.ds(index * size, size)
+        k_words, v_words = k[some], v[some]
+        words[pl.ds(2 * index * size, size, 2)] = (k_words & 0xFFFF) | (v_words << 16)
+        words[pl.ds(2 * index * size + 1, size, 2)] = (k_words >> 16) | (v_words >> 16 << 16)
+
+    jax.lax.fori_loop(0, count // size, merge, None)

@@ -1,11 +1,11 @@
-"""The Pallas call: one step of one layer in one launch.
+"""The Pallas call: one step of one layer in one launch, the writes of the new rows first, then the items.
 
-It writes the new rows into their pages, then walks the items, one kind after the other. The online softmax is that of
-FlashAttention-2, the cache layout that of tpu_commons' kernel v3.
+The online softmax is that of FlashAttention-2, the cache layout that of tpu_commons' kernel v3.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -13,33 +13,19 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from engine.attention.impl.tpu.kernel import flash, transfer
-from engine.attention.impl.tpu.kernel.geometry import Geometry
-from engine.attention.impl.tpu.kernel.items import Schedule
-from engine.attention.impl.tpu.kernel.loops import Lane, Operands, Scratch, Semaphores, run_lane
-from engine.kv.layout import LANES, SUBLANES
-
-
-def scratch_shapes(geo: Geometry) -> Scratch:
-    """Shapes and dtypes of the kernel's VMEM scratch."""
-    rows, fetch_pages = (max(tile[at] for tile in geo.tiles) for at in (1, 2))
-    queries = -(-rows // geo.group)
-    q = pltpu.VMEM((2, geo.heads, queries, geo.group // geo.io_pack, geo.io_pack, geo.lanes), geo.io_dtype)
-    lse = (2, geo.heads, queries, geo.group, 1, LANES) if geo.has_lse else (SUBLANES, LANES)
-    return Scratch(
-        pages=pltpu.VMEM((2, fetch_pages, geo.page_size, geo.stride, geo.pack, LANES), geo.kv_dtype),
-        q=q,
-        out=q,
-        lse=pltpu.VMEM(lse, jnp.float32),
-        state=flash.State(*(pltpu.VMEM((geo.heads, rows, width), jnp.float32) for width in (LANES, LANES, geo.lanes))),
-    )
+from engine.attention.impl.tpu.contract.geometry import Geometry
+from engine.attention.impl.tpu.contract.scratch import Operands, Semaphores, fresh_shapes, scratch_shapes
+from engine.attention.impl.tpu.contract.step_plan import Schedule
+from engine.attention.impl.tpu.kernel import new_rows
+from engine.attention.impl.tpu.kernel.loops import run_lanes
+from engine.kv.layout import LANES
 
 
 def call_kernel(
     geo: Geometry,
     schedule: Schedule,
     q: jax.Array,
-    new: jax.Array,
+    new: tuple[jax.Array, ...],
     sinks: jax.Array | None,
     cache: jax.Array,
     *,
@@ -51,39 +37,36 @@ def call_kernel(
     Args:
         geo: static sizes.
         schedule: the step's items.
-        q: ``[H, T, G / p, p, D']`` queries in the io dtype, scaled into the log2 domain.
-        new: ``[T, words, p, 128]`` the merged new rows, in the cache's dtype.
-        sinks: ``[H, R, 128]`` float32 in the log2 domain, rows that repeat (``flash.reset``), or None.
+        q: ``[T, words, p, 128]`` queries in the io dtype.
+        new: the new rows in the cache's dtype, ``[T, words, p, 128]`` or K and V apart (``new_rows.write``).
+        sinks: as ``flash.reset`` takes them, or None.
         cache: ``[pages, page_size, words, p, 128]``, aliased to the last result.
         vmem_limit_bytes: bytes of VMEM that the compiler may use.
         interpret: False, or ``pltpu.InterpretParams``.
 
     Returns:
-        out shaped as ``q``; where the sizes ask for it lse ``[H, T, G, 1, 128]`` float32; the cache. In out and lse the
-        tokens of no item hold anything.
+        out like ``q``, zero for tokens of no item; where it is wanted lse ``[H, G / p, T * p, 1, 128]`` float32, where
+        those hold anything; the cache.
     """
     scalars, has_sinks = len(schedule), sinks is not None
-    lse_shape = [jax.ShapeDtypeStruct((*q.shape[:2], geo.group, 1, LANES), jnp.float32)] * geo.has_lse
+    lse = (geo.heads, geo.group_words, len(q) * geo.io_pack, 1, LANES)
+    lse_shape = [jax.ShapeDtypeStruct(lse, jnp.float32)] * geo.has_lse
     out_shape = [
         jax.ShapeDtypeStruct(q.shape, q.dtype), *lse_shape, jax.ShapeDtypeStruct(cache.shape, cache.dtype)
     ]  # fmt: skip
-    shapes, pair = scratch_shapes(geo), pltpu.SemaphoreType.DMA((2,))
-    hbm, vmem = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.VMEM)
+    pair = pltpu.SemaphoreType.DMA((2,))
+    hbm, vmem = (pl.BlockSpec(memory_space=space) for space in (pltpu.HBM, pltpu.VMEM))
 
     def body(*refs: Any) -> None:
         left = list(refs)
         steps = Schedule(*(left.pop(0) for _ in range(scalars)))
-        q_ref, new_ref, _ = (left.pop(0) for _ in range(3))
+        q_ref, new_refs, _ = left.pop(0), tuple(left.pop(0) for _ in new), left.pop(0)
         sinks_ref = left.pop(0) if has_sinks else None
         out_ref, lse_ref = left.pop(0), left.pop(0) if geo.has_lse else None
-        ops = Operands(q_ref, new_ref, sinks_ref, out_ref, lse_ref, left.pop(0))
-        scratch, sems = left
-        transfer.write_new_rows(geo, steps, ops.new, ops.cache, sems.write)
-        first = steps.counts[0] * 0
-        for kind, tile in enumerate(geo.tiles):
-            lane = Lane(geo, tile, steps, ops, scratch, sems, first, steps.counts[kind])
-            run_lane(lane)
-            first += lane.count
+        ops = Operands(q_ref, new_refs, sinks_ref, out_ref, lse_ref, left.pop(0))
+        # One scope after the other, in the same memory.
+        pl.run_scoped(functools.partial(new_rows.write, geo, steps, ops), *fresh_shapes(geo))
+        pl.run_scoped(functools.partial(run_lanes, geo, steps, ops), scratch_shapes(geo), Semaphores(pair, pair, pair))
 
     call = pl.pallas_call(
         body,
@@ -91,15 +74,18 @@ def call_kernel(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=scalars,
             grid=(1,),
-            in_specs=[hbm] * 3 + [vmem] * has_sinks,
+            in_specs=[hbm] * (2 + len(new)) + [vmem] * has_sinks,
             out_specs=[hbm] * len(out_shape),
-            scratch_shapes=[shapes, Semaphores(pair, pair, pair, pltpu.SemaphoreType.DMA)],
         ),
-        input_output_aliases={scalars + 2: len(out_shape) - 1},
+        input_output_aliases={scalars + 1 + len(new): len(out_shape) - 1},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_limit_bytes, disable_bounds_checks=True
         ),
         interpret=interpret,
         name="ragged_paged_attention",
     )
-    return tuple(call(*schedule, q, new, cache, *([sinks] if has_sinks else [])))
+    operands = q, *new, cache
+    if not interpret:
+        # Else XLA copies small ones into VMEM, before and beside the kernel.
+        operands = tuple(pltpu.with_memory_space_constraint(operand, pltpu.HBM) for operand in operands)
+    return tuple(call(*schedule, *operands, *([sinks] if has_sinks else [])))
