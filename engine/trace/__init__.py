@@ -13,6 +13,10 @@ it never pays for this room where it is not. Nothing here touches a buffer or im
     replay          plays a whole trace and checks it
     shrink          makes a failing trace small
     trace_stats     counts what is in a trace
+    page_code       what a picture shows of each page
+    event_text      what happened, in the words of a person
+    page_history    every page of a trace at every step
+    page_html       the page that shows them, made of page/
     trace_commands  ``python -m engine trace``
 """
 

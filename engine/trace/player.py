@@ -93,6 +93,10 @@ class Player:
         """The row here that a recorded row stands for."""
         return self._rows[replica].get(recorded)
 
+    def tenant(self, scope: int) -> int | None:
+        """The tenant of a recorded scope."""
+        return self.tenants[self._scopes[scope]]
+
     def check(self) -> None:
         """Proves that all books are sound; else IntegrityError."""
         for cache in self.books:

@@ -5,6 +5,7 @@ Only these are slower: an engine that does not record has a ``CacheManager`` and
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -105,27 +106,32 @@ class RecordedCacheManager(CacheManager):
         """As there; a step that repeats the one before it is a line that was made already."""
         if self._is_inside:
             return super().grow(rows, counts)
-        evicted = self.prefix.evicted_pages
         if type(counts) is int and counts == 1 and isinstance(rows, np.ndarray) and rows.dtype == np.int32:
             key = rows.tobytes()
             if key == self._grown:
-                super_grow = super().grow
-                try:
-                    super_grow(rows, counts)
-                except BaseException as error:
-                    self._note_growth({}, evicted, error)
-                    raise
-                if self._taken or self.prefix.evicted_pages != evicted:
-                    self._note_growth({}, evicted, None)
-                else:
-                    self.recorder.write(self._repeated)
-                return None
+                return self._grow_again(rows)
             self._grown = key
         else:
             self._grown = b""
         with self._noted("grow", lambda: {"rows": pack(rows), "counts": _counts(counts)}):
             super().grow(rows, counts)
         return None
+
+    def _grow_again(self, rows: Int32) -> None:
+        """The rows of the last growth grow by one token each: this is done at every step."""
+        evicted = self.prefix.evicted_pages
+        try:
+            super().grow(rows, 1)
+        except BaseException as error:
+            self._note("grow", dict, {}, evicted, error)
+            raise
+        if self.prefix.evicted_pages != evicted:
+            self._note("grow", dict, {}, evicted, None)
+        elif self._taken:
+            pages, self._taken = pack(self._taken[0]), []
+            self.recorder.write(self._repeated[:-3] + f'{{"pages":{json.dumps(pages)}}}]')
+        else:
+            self.recorder.write(self._repeated)
 
     def truncate(self, row: int, tokens: int) -> None:
         """As there."""
@@ -227,10 +233,6 @@ class RecordedCacheManager(CacheManager):
         except Exception as fault:  # what was asked was no request at all, and was refused
             if error is None:
                 self.recorder.stop(f"a {what} cannot be written: {fault!r}")
-
-    def _note_growth(self, asked: Asked, evicted: int, error: BaseException | None) -> None:
-        """Notes that the rows of the last growth have grown by one token each."""
-        self._note("grow", lambda: asked, {}, evicted, error)
 
     def _of_row(self, row: int, scope: CacheScope, token_ids: Int32) -> Asked:
         return {"row": int(row)} | self._sequence(int(row), scope, token_ids)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from engine.errors import ConfigError, IntegrityError
 from engine.trace.player import Player
@@ -65,28 +66,32 @@ class Replay:
     lines: list[str]
 
 
-def replay(
-    events: Iterable[TraceEvent],
-    *,
-    is_whole: bool = True,
-    on_step: Callable[[Player, TraceEvent | None], None] | None = None,
-) -> Replay:
-    """Plays a trace and checks it.
+class Watcher(Protocol):
+    """Looks on while a trace is played."""
+
+    def note(self, player: Player, event: TraceEvent) -> None:
+        """An event has been played."""
+
+    def end_step(self, player: Player) -> None:
+        """All events of a step have been, or those before the first step; the books are sound."""
+
+
+def replay(events: Iterable[TraceEvent], watcher: Watcher | None = None) -> Replay:
+    """Plays a whole trace and checks it.
 
     Args:
         events: the events, as they were read.
-        is_whole: whether nothing was left out of it; else decisions are not compared, and see ``Player``.
-        on_step: called before each step, and at the end with None, while the books are as the step before left them.
+        watcher: looks on.
 
     Raises:
         ConfigError: the trace is wrong.
     """
-    return _Run(Player(is_whole=is_whole), on_step).play(resolved(events))
+    return _Run(Player(), watcher).play(resolved(events))
 
 
 class _Run:
-    def __init__(self, player: Player, on_step: Callable[[Player, TraceEvent | None], None] | None) -> None:
-        self.player, self.on_step = player, on_step
+    def __init__(self, player: Player, watcher: Watcher | None) -> None:
+        self.player, self.watcher = player, watcher
         self.last: TraceEvent | None = None
         self.events = self.steps = self.step = 0
 
@@ -95,12 +100,12 @@ class _Run:
         failure = None
         for event in events:
             if event.what == "step":
-                failure = self._end_step(event)
+                failure = self._end_step()
                 self.steps, self.step = self.steps + 1, event.asked["step"]
             failure = failure or self._play(event)
             if failure:
                 break
-        failure = failure or self._end_step(None)
+        failure = failure or self._end_step()
         player = self.player
         return Replay(self.events, self.steps, player.skipped, player.is_exact, failure, player.lines)
 
@@ -113,6 +118,8 @@ class _Run:
             raise
         except Exception as error:  # whatever is wrong with the books
             return self._failure(RAISED, f"{type(error).__name__}: {error}")
+        if self.watcher is not None:
+            self.watcher.note(self.player, event)
         if not self.player.is_exact or event.what == "cut":
             return None
         if played is None or played.outcome != event.outcome:
@@ -120,15 +127,15 @@ class _Run:
             return self._failure(DIFFERS, f"the trace has {event.outcome} and the books say {here}")
         return None
 
-    def _end_step(self, next_step: TraceEvent | None) -> Failure | None:
+    def _end_step(self) -> Failure | None:
         try:
             self.player.check()
         except IntegrityError as error:
             return self._failure(BROKEN, str(error))
         except Exception as error:  # books so broken that they cannot be checked
             return self._failure(BROKEN, f"{type(error).__name__}: {error}")
-        if self.on_step is not None and self.last is not None:
-            self.on_step(self.player, next_step)
+        if self.watcher is not None:
+            self.watcher.end_step(self.player)
         return None
 
     def _failure(self, kind: str, message: str) -> Failure:

@@ -47,7 +47,7 @@ class TraceStats:
         """Some lines for a person."""
         rows = {
             "steps": f"{self.steps:,} in {self.seconds:,.2f} s, by {len(self.pages)} replicas",
-            "requests": f"{self.requests:,}, {self.calls['retract']:,} retractions, {self.most_waiting:,} waiting at most",
+            "requests": f"{self.requests:,}, {self.calls['retract']:,} retractions, up to {self.most_waiting:,} waited",
             "admissions": f"{self.calls['admit'] - self.refused:,}, {self.refused:,} times there was no room",
             "prefix cache": f"{self.cached_tokens:,} of {self.asked_tokens:,} admitted tokens found, "
             f"{self.evicted_pages:,} pages evicted",
