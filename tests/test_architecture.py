@@ -72,7 +72,7 @@ MOST_LINES = {
     "models": 3150,
     "native": 270,
     "planning": 460,
-    "server": 2100,
+    "server": 2250,
     "serving": 7000,
     "trace": 2100,
 }

@@ -59,6 +59,7 @@ def _filled(how: dict[str, Any], data: str) -> str:
     parts = {
         "/*CSS*/": (FOLDER / "view.css").read_text(encoding="utf-8"),
         "/*JS*/": "\n".join((FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS),
+        "/*CONNECT*/": "'self'" if how["live"] else "'none'",
         "/*HOW*/": json.dumps(how),
         "/*DATA*/": data,
     }

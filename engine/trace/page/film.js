@@ -45,7 +45,7 @@ class Film {
   }
   get length() { return this.steps.length; }
   seek(moment) {
-    const to = Math.max(0, Math.min(moment, this.length - 1));
+    const to = Math.min(Math.max(0, moment), this.length - 1);
     for (; this.at < to; this.at++) for (const pages of this.replicas) pages.step(this.at + 1, "fresh");
     for (; this.at > to; this.at--) for (const pages of this.replicas) pages.step(this.at, "old");
   }
