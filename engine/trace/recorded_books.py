@@ -5,7 +5,6 @@ Only these are slower: an engine that does not record has a ``CacheManager`` and
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -128,8 +127,8 @@ class RecordedCacheManager(CacheManager):
         if self.prefix.evicted_pages != evicted:
             self._note("grow", dict, {}, evicted, None)
         elif self._taken:
-            pages, self._taken = pack(self._taken[0]), []
-            self.recorder.write(self._repeated[:-3] + f'{{"pages":{json.dumps(pages)}}}]')
+            self.recorder.note_growth(self._index, self._taken[0])
+            self._taken = []
         else:
             self.recorder.write(self._repeated)
 

@@ -22,13 +22,20 @@ from typing import Any, TextIO
 from engine.errors import ConfigError
 from engine.memory.integers import Int32
 from engine.memory.manager import CacheManager
+from engine.memory.pages import PageIds
 from engine.memory.scope import CacheScope
+from engine.trace.integer_lists import pack
 from engine.trace.page_digests import PageDigests, Written
 from engine.version import package_version
 
 FORMAT, VERSION = "fused-kv-engine trace", 1
 MOST_BYTES = 2**28
-BUFFERED_LINES, BUFFERED_SECONDS = 2048, 1.0
+BUFFERED_LINES, BUFFERED_NANOSECONDS = 4096, 10**9
+
+# Lines of which there are many are written out when the file is written.
+_StepLine = tuple[int, int, int, list[int], list[int]]  # step, time, waiting requests, free and evictable pages
+_GrowthLine = tuple[int, PageIds]
+_Line = str | _StepLine | _GrowthLine
 
 _logger = logging.getLogger(__name__)
 
@@ -39,28 +46,27 @@ class Recorder:
     One for all replicas of an engine, called by the thread that drives it.
 
     Args:
-        file: where lines go; None keeps them in ``lines``, for ``take_lines``.
+        file: where lines go; None keeps them for ``take_lines``.
         most_bytes: bytes after which the trace is cut.
 
     Attributes:
-        lines: what is not in the file yet.
         books: the cache managers that it records, replica by replica.
         steps: steps that have begun.
     """
 
     def __init__(self, file: TextIO | None = None, *, most_bytes: int = MOST_BYTES) -> None:
-        self.lines: list[str] = []
         self.books: list[CacheManager] = []
         self.steps = 0
-        self._file, self._left, self._is_on = file, most_bytes, True
+        self._file, self._left, self._limit, self._is_on = file, most_bytes, most_bytes, True
+        self._lines: list[_Line] = []
         self._digests: PageDigests | None = None
         self._names: dict[tuple[str, Hashable], int] = {}
-        self._begun, self._flushed = time.perf_counter_ns(), time.monotonic()
+        self._begun = self._flushed = time.perf_counter_ns()
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         header = {"format": FORMAT, "version": VERSION, "engine": package_version(), "started": started}
-        self.lines.append(json.dumps(header))
+        self._lines.append(json.dumps(header))
         if file is not None:
-            weakref.finalize(self, _close, file, self.lines)
+            weakref.finalize(self, _close, file, self._lines, self._begun)
 
     @classmethod
     def to_path(cls, path: str | os.PathLike[str]) -> Recorder:
@@ -91,16 +97,20 @@ class Recorder:
         Args:
             waiting: requests that wait for pages.
         """
+        if not self._is_on:
+            return
         self.steps += 1
-        micros = (time.perf_counter_ns() - self._begun) // 1000
+        now = time.perf_counter_ns()
         free = [cache.allocator.pages.available for cache in self.books]
         evictable = [cache.prefix.evictable_pages for cache in self.books]
-        self.write(
-            f'["step",0,{{"step":{self.steps},"us":{micros},"waiting":{waiting}}},'
-            f'{{"free":{free},"evictable":{evictable}}}]'
-        )
-        if len(self.lines) >= BUFFERED_LINES or time.monotonic() - self._flushed > BUFFERED_SECONDS:
+        self._lines.append((self.steps, now, waiting, free, evictable))
+        if len(self._lines) >= BUFFERED_LINES or now - self._flushed > BUFFERED_NANOSECONDS:
             self.flush()
+
+    def note_growth(self, replica: int, pages: PageIds) -> None:
+        """Notes that the rows of the last growth have grown by one token each, and the pages taken for that."""
+        if self._is_on:
+            self._lines.append((replica, pages.copy()))
 
     def note_run(self, replica: int, request_id: int, row: int, scope: CacheScope) -> None:
         """Notes which request has got a row."""
@@ -154,38 +164,37 @@ class Recorder:
 
     def write(self, line: str) -> None:
         """Writes a line that was made already."""
-        if not self._is_on:
-            return
-        self._left -= len(line) + 1
-        if self._left < 0:
-            self.stop("the trace has reached its limit")
-        else:
-            self.lines.append(line)
+        if self._is_on:
+            self._lines.append(line)
 
     def stop(self, why: str) -> None:
         """Ends the trace; the engine goes on."""
-        _logger.error("recording has ended: %s", why)
-        self.lines.append(json.dumps(("cut", 0, {"why": why}, {}), separators=(",", ":")))
+        self.add("cut", 0, {"why": why}, {})
         self.flush()
         self._is_on = False
+        _logger.error("recording has ended: %s", why)
 
     def flush(self) -> None:
         """Brings what is not in the file yet there."""
-        self._flushed = time.monotonic()
+        self._flushed = time.perf_counter_ns()
         if self._file is None or not self._is_on:
             return
+        text = "".join(_made(self._lines, self._begun))
+        if self._left < len(text):
+            self._is_on, why = False, f"the trace has reached its limit of {self._limit:,} bytes"
+            text = text[: text.rfind("\n", 0, max(self._left, 0)) + 1] + json.dumps(("cut", 0, {"why": why}, {})) + "\n"
+            _logger.error("recording has ended: %s", why)
+        self._left -= len(text)
         try:
-            _write(self._file, self.lines)
+            self._file.write(text)
+            self._file.flush()
         except OSError as error:
             self._is_on = False
-            self.lines.clear()
             _logger.error("recording has ended: the trace cannot be written: %s", error)
 
     def take_lines(self) -> list[str]:
         """The lines since the last call, of a recorder without a file."""
-        lines = self.lines[:]
-        self.lines.clear()
-        return lines
+        return [line[:-1] for line in _made(self._lines, self._begun)]
 
     def _number(self, kind: str, value: Hashable) -> int:
         key = (kind, value)
@@ -194,16 +203,25 @@ class Recorder:
         return self._names[key]
 
 
-def _write(file: TextIO, lines: list[str]) -> None:
-    text = "".join(f"{line}\n" for line in lines)
-    lines.clear()
-    file.write(text)
-    file.flush()
+def _made(lines: list[_Line], begun: int) -> list[str]:
+    """Takes lines out and writes out those of which there are many; so that steps do not wait for that."""
+    made, lines[:] = [f"{line if isinstance(line, str) else _written(line, begun)}\n" for line in lines], []
+    return made
 
 
-def _close(file: TextIO, lines: list[str]) -> None:
+def _written(line: _StepLine | _GrowthLine, begun: int) -> str:
+    if len(line) == 2:
+        replica, pages = line
+        return f'["grow",{replica},{{}},{{"pages":{json.dumps(pack(pages))}}}]'
+    step, now, waiting, free, evictable = line
+    micros = (now - begun) // 1000
+    counts = f'{{"free":{free},"evictable":{evictable}}}'
+    return f'["step",0,{{"step":{step},"us":{micros},"waiting":{waiting}}},{counts}]'
+
+
+def _close(file: TextIO, lines: list[_Line], begun: int) -> None:
     try:
         with file:
-            _write(file, lines)
+            file.write("".join(_made(lines, begun)))
     except (OSError, ValueError) as error:  # the disk is full, or the file was closed
         _logger.error("the end of the trace cannot be written: %s", error)

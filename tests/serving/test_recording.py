@@ -41,7 +41,10 @@ def busy_run(llm, seed=3):
     [
         {"max_total_tokens": 48, "context_length": 40},
         {"max_total_tokens": 64, "context_length": 40, "host_tier_bytes": 2**16},
-        {"max_total_tokens": 64, "context_length": 40, "disable_radix_cache": True, "overlap_steps": False},
+        pytest.param(
+            {"max_total_tokens": 64, "context_length": 40, "disable_radix_cache": True, "overlap_steps": False},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["tight", "host tier", "no prefix cache"],
 )

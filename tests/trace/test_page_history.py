@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import re
 import struct
 from base64 import b64decode
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from engine.trace.page_code import code_pages
 from engine.trace.page_history import PageHistory
 from engine.trace.page_html import live_page, trace_page
 from engine.trace.resolver import resolved
-from engine.trace.trace_file import Trace
+from engine.trace.trace_file import Trace, parse_events
 
 
 def some_trace(windows=(None,), prompts=12):
@@ -156,3 +158,13 @@ def test_every_event_has_words():
     assert "the prefix cache is reset" in texts
     assert "the weights are replaced: epoch 1" in texts
     assert PAGE == 4
+
+
+def test_the_example_of_the_page_runs_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "pages.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(block, {})
+    gc.collect()
+    (lines,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    assert len(parse_events(lines.splitlines())) == 4

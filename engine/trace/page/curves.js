@@ -28,7 +28,7 @@ class CurvesView {
     context.fillStyle = theme.ground; context.fillRect(0, height - lower, width, lower);
     this.line(context, running, y, theme.text, []);
     this.line(context, waiting, y, theme.mark, [4, 3]);
-    this.words(context, `pages of ${total.toLocaleString("en")}`, 6, 4);
+    this.words(context, `of ${total.toLocaleString("en")} pages, from below: held, locked, cached`, 6, 4);
     this.words(context, `running —   waiting - -   up to ${most}`, 6, height - lower + 2);
     const x = Math.round(at / span * width);
     context.fillStyle = theme.focus; context.fillRect(Math.min(width - 2, Math.max(0, x - 1)), 0, 2, height);

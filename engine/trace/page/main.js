@@ -227,7 +227,7 @@ async function showTrace() {
   const film = await filmOf(byId("data").textContent.trim());
   show(film);
   if (!film.length) { tell("this trace has no step", true); return; }
-  tell(film.failure ? film.failure : `recorded ${film.started}`, Boolean(film.failure));
+  tell(film.failure ? film.failure : `recorded ${film.started.replace("T", " ").replace("Z", " UTC")}`, Boolean(film.failure));
   const asked = new URLSearchParams(location.hash.slice(1));  // for pictures: #step=12&mode=request&page=7
   const wanted = asked.has("step") ? film.steps.findIndex((step) => step >= Number(asked.get("step"))) : film.length - 1;
   film.seek(wanted < 0 ? film.length - 1 : wanted);
