@@ -20,7 +20,7 @@ PROMPTS := --prompt "A" \
 having tea at it: a Dormouse was sitting between them, fast asleep, and the other two were using it as a cushion, \
 resting their elbows on it, and talking over its head."
 
-.PHONY: run test test-all test-hf test-gpu test-gpu-here lint docs-options train bench clean
+.PHONY: run test test-all test-hf test-gpu test-gpu-here lint docs-options docs-pages train bench clean
 
 run: $(VENV)/.run
 	$(BIN)/python -m engine generate $(PROMPTS) --max-new-tokens 96 --chunked-prefill-size 128 --check
@@ -59,6 +59,10 @@ lint: $(VENV)/.lint
 # Generates the reference of options from the code; a test compares the two.
 docs-options: $(VENV)/.run
 	$(BIN)/python docs/make_options.py
+
+# Makes the pictures of docs/pages.md; needs Chromium (Debian: apt-get install chromium).
+docs-pages: $(VENV)/.run
+	$(BIN)/python docs/make_pages.py
 
 # Trains the small Llama that ships with the package again from its text; takes minutes on two cores.
 train: $(VENV)/.test

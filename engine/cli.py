@@ -1,4 +1,4 @@
-"""The commands people type: ``python -m engine generate | serve | launch | plan | train``."""
+"""The commands people type: ``python -m engine generate | serve | launch | plan | train | trace``."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from engine.serving.request import RequestOutput
 from engine.serving.sampling_params import SamplingParams
 from engine.serving.watch.exporter import serve_metrics
 from engine.terminal import FAILED, INTERRUPTED, keep_stdout_for_answers, plain_console, run_command
+from engine.trace import trace_commands
 from engine.version import NAME, package_version
 
 DEFAULT_PROMPT = "Alice was beginning to"
@@ -91,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     training = commands.add_parser("train", help="train the small Llama that ships with the package")
     train.add_arguments(training)
     training.set_defaults(run=train.run)
+    traces = commands.add_parser("trace", help="play, shrink, count or show what --record has written")
+    trace_commands.add_arguments(traces)
     return parser
 
 
@@ -129,6 +132,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--eviction-policy", choices=EVICTION_POLICIES, help="which cached prefixes are evicted first")
     group.add_argument("--host-tier-bytes", type=int, metavar="N", help="host memory for evicted pages")
     group.add_argument("--prefix-cache-dir", metavar="DIR", help="load cached prefixes from here, save them at the end")
+    group.add_argument("--record", metavar="FILE", help="write every decision about pages here; see trace")
 
 
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:

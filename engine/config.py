@@ -79,6 +79,8 @@ class EngineConfig:
             discards them. Needs the prefix cache.
         prefix_cache_dir: directory that cached prefixes are loaded from, and saved to by ``LLM.save_prefix_cache``;
             needs ``host_tier_bytes``. Several engines may share one; see docs/serving-memory.md.
+        record: file to which every decision about pages is written, for ``python -m engine trace``; it is made anew,
+            has no text and no token ids, and ends at 256 MiB. See docs/pages.md.
         tp: devices that divide the heads and the weights among them (tensor parallel).
         dp: replicas of attention (data parallel), each with an equal part of the pool, the rows and a step's tokens; a
             divisor of all three.
@@ -102,6 +104,7 @@ class EngineConfig:
     eviction_policy: str = "lru"
     host_tier_bytes: int = 0
     prefix_cache_dir: str | None = None
+    record: str | None = None
     tp: int = 1
     dp: int = 1
     cp: int = 1
@@ -125,6 +128,8 @@ class EngineConfig:
             raise ConfigError(f"prefix_cache_dir={shown(self.prefix_cache_dir)} must be the path of a directory")
         if self.prefix_cache_dir is not None and not self.host_tier_bytes:
             raise ConfigError("prefix_cache_dir needs a host tier to load into; set host_tier_bytes")
+        if not isinstance(self.record, str | os.PathLike | None):
+            raise ConfigError(f"record={shown(self.record)} must be the path of a file")
         if self.max_total_tokens is not None and self.max_total_tokens % self.page_size:
             below = self.max_total_tokens // self.page_size * self.page_size
             raise ConfigError(

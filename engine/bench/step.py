@@ -4,14 +4,17 @@ Every sequence decodes one token per step, with a model so small that the device
 benchmark waits for each step before its tokens are read, so that no phase contains time of the device, which has a
 column of its own. The rival is the plain way to feed a step, on the same sequences: a loop over requests, whole
 page-table rows and slots per token, one transfer per array. For overlap, two engines take turns and whole steps are
-timed. Two layers of which one has a window are two groups: their host time is compared with that of one group.
+timed. Two layers of which one has a window are two groups: their host time is compared with that of one group; and that
+of an engine that records its decisions with that of one that does not.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -59,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{most / least:.0f} times the batch costs the host {totals[most] / totals[least]:.1f} times as much")
     _compare(model, most, args.rounds)
     _compare_groups(args.hidden, args.batch, args.rounds)
+    _compare_recording(model, args.batch, args.rounds)
 
 
 def make_model(hidden: int, windows: tuple[int | None, ...] = (None,)) -> Decoder:
@@ -86,9 +90,10 @@ class DecodingEngine:
         model: the weights.
         batch: sequences.
         overlap: see ``EngineConfig.overlap_steps``.
+        record: see ``EngineConfig.record``.
     """
 
-    def __init__(self, model: Decoder, batch: int, *, overlap: bool) -> None:
+    def __init__(self, model: Decoder, batch: int, *, overlap: bool, record: Path | None = None) -> None:
         self.llm = LLM(
             model,
             page_size=PAGE_SIZE,
@@ -96,6 +101,7 @@ class DecodingEngine:
             chunked_prefill_size=batch,
             max_total_tokens=batch * CONTEXT // 2,
             overlap_steps=overlap,
+            record=record,
         )
         params = SamplingParams(max_new_tokens=CONTEXT // 2 - PAGE_SIZE)
         for index in range(batch):
@@ -194,13 +200,29 @@ def _compare_groups(hidden: int, batches: list[int], rounds: int) -> None:
     kinds = {"one group": (None, None), "two groups": (None, WINDOW)}
     for batch in batches:
         engines = {name: DecodingEngine(make_model(hidden, each), batch, overlap=False) for name, each in kinds.items()}
-        host: dict[str, list[float]] = {name: [] for name in engines}
-        for _ in range(rounds):
-            for name, engine in engines.items():
-                host[name].append(sum(engine.measure(2 * PAGE_SIZE)[0].values()))
-        ratio = median(two / one for one, two in zip(*host.values(), strict=True))
-        each = ", ".join(f"{name} {median(times):.0f}" for name, times in host.items())
-        print(f"host microseconds per step, {batch} sequences: {each}; two groups cost {ratio:.2f} times as much")
+        _compare_host(engines, batch, rounds)
+
+
+def _compare_recording(model: Decoder, batches: list[int], rounds: int) -> None:
+    """Host time of an engine that records over that of one that does not."""
+    with tempfile.TemporaryDirectory() as folder:
+        for batch in batches:
+            silent = DecodingEngine(model, batch, overlap=False)
+            path = Path(folder) / str(batch)
+            recorded = DecodingEngine(model, batch, overlap=False, record=path)
+            _compare_host({"silent": silent, "recorded": recorded}, batch, rounds)
+            print(f"{path.stat().st_size / max(recorded.llm.stats.steps, 1):.0f} bytes a step are recorded")
+
+
+def _compare_host(engines: dict[str, DecodingEngine], batch: int, rounds: int) -> None:
+    """Prints the host time of two engines, side by side, and how many times the first's the second's is."""
+    host: dict[str, list[float]] = {name: [] for name in engines}
+    for _ in range(rounds):
+        for name, engine in engines.items():
+            host[name].append(sum(engine.measure(2 * PAGE_SIZE)[0].values()))
+    ratio = median(two / one for one, two in zip(*host.values(), strict=True))
+    each = ", ".join(f"{name} {median(times):.0f}" for name, times in host.items())
+    print(f"host microseconds per step, {batch} sequences: {each}; {list(host)[1]} costs {ratio:.2f} times as much")
 
 
 def _counting(program: Callable[..., Any] | None, sent: list[int]) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ buffer, and never waits for a device: integers go out, and whoever runs steps ma
     pages/          the pool of pages: holders and free runs; the slot-level contract over it
     prefix/         the prefix cache: tree, eviction
     offload/        pages outside of the device: host tier, saved prefixes
+    page_map        the same page by page, for pictures
     pool_snapshot   what every page of a pool is at one moment, for metrics
     saved_segments  what a save of the prefix cache writes
     one_caller      refuses two threads at once, and forks of the process

@@ -503,6 +503,10 @@ class CacheManager:
             self._forget()  # finish the change: half of it would cache again what was to be forgotten
             raise
 
+    def raise_weights_epoch(self, model: str, epoch: int) -> None:
+        """Invalidates at once all that is cached of a model's weights before ``epoch``; see ``RadixCache``."""
+        self.prefix.raise_weights_epoch(model, epoch)
+
     def clear(self) -> None:
         """Takes every row and every page back and forgets every prefix, in any state of the books.
 

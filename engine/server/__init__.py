@@ -8,6 +8,7 @@ and never logs what a client has sent, was answered, or proves itself by.
     connection      what one client's connection may cost: its time, its bytes, its number
     front           what holds for every request: its id, its key, its line in the log, its error's body
     endpoints       what the server answers at each path
+    live_view       every page of the pool, live
     service         what all requests share: the engine, its name, its template, whether it is stopping
     api_keys        who may call, and whose cached prefixes they share
     bodies          the bodies of requests, checked, as sampling parameters

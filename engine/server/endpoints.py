@@ -21,6 +21,7 @@ from engine.server.bodies import Body, ChatBody, CompletionBody, SamplingBody, p
 from engine.server.choices import Choices
 from engine.server.event_stream import EventStream, while_connected
 from engine.server.front import Front
+from engine.server.live_view import PAGES, STATE, LivePageEndpoints
 from engine.server.logprob_json import ChatLogprobs, CompletionLogprobs
 from engine.server.safe_log import log_failure
 from engine.server.service import Service
@@ -36,7 +37,7 @@ LARGE_BODY = 2**16  # bytes, beyond which a body is left to a thread, and takes 
 
 def make_app(service: Service) -> ASGIApp:
     """The application of a server."""
-    endpoints = Endpoints(service)
+    endpoints, pages = Endpoints(service), LivePageEndpoints(service.llm)
     routes = [
         Route("/v1/completions", endpoints.complete, methods=["POST"]),
         Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
@@ -44,6 +45,8 @@ def make_app(service: Service) -> ASGIApp:
         Route("/v1/models/{model:path}", endpoints.show_model),
         Route("/health", endpoints.show_health),
         Route("/metrics", endpoints.show_metrics),
+        Route(PAGES, pages.show_page),
+        Route(STATE, pages.show_state),
         Route("/version", endpoints.show_version),
     ]
     router = Router(routes, redirect_slashes=False)

@@ -14,12 +14,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.server.api_error import ApiError, engine_failed, stopping
+from engine.server.live_view import PAGES, STATE, ask_for_key
 from engine.server.safe_log import log_access, log_failure
 from engine.server.service import Service
 
 CLIENT_GONE = 499  # in the log, of a client that left before it was answered
 FOR_ALL = ("/health",)  # answered without a key
-WHILE_STOPPING = ("/health", "/metrics")
+WHILE_STOPPING = ("/health", "/metrics", PAGES, STATE)
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
@@ -76,7 +77,9 @@ class Front:
         except Exception as error:
             told = _told(error)
             if not seen.status:
-                await told.to_response()(scope, receive, send)
+                is_shown = scope["path"] == PAGES and "text/html" in Headers(scope=scope).get("accept", "")
+                response = ask_for_key() if is_shown and told.status == 401 else told.to_response()
+                await response(scope, receive, send)
 
     def _let_in(self, scope: Scope) -> None:
         """Finds the caller's key; raises ApiError where there is none, or no request is taken any more."""

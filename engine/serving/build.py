@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from engine.config import MAX_SLOTS, EngineConfig
 from engine.distributed.mesh import make_mesh
+from engine.distributed.processes import is_first
 from engine.errors import ConfigError
 from engine.kv.layout import KVLayout
 from engine.kv.pool import TokenToKVPool
@@ -39,6 +40,8 @@ from engine.serving.device.layer_attention import LayerAttention, layer_backends
 from engine.serving.plan.queue import RequestQueue
 from engine.serving.plan.replica import Replica
 from engine.serving.plan.scheduler import Scheduler
+from engine.trace.recorded_books import RecordedCacheManager, RecordedHostTier
+from engine.trace.recorder import Recorder
 
 
 def model_directory(model: object) -> Path:
@@ -144,9 +147,11 @@ def make_pool(config: EngineConfig, model: Decoder, mesh: Mesh | None) -> tuple[
 
 
 def make_caches(
-    config: EngineConfig, model: ModelConfig, pool: TokenToKVPool
+    config: EngineConfig, model: ModelConfig, pool: TokenToKVPool, recorder: Recorder | None = None
 ) -> tuple[list[CacheManager], PrefixStore | None]:
     """A cache manager for each replica of ``pool``, and one host tier for all, filled from ``prefix_cache_dir``.
+
+    Where there is a recorder, they tell it of every call.
 
     Returns:
         The cache managers, and the store to save their prefixes to, None without a directory.
@@ -155,8 +160,9 @@ def make_caches(
     longest, rows = context_length(config, model), config.max_running_requests // config.dp
     windows = LayerGroups.of(model.layer_windows).windows
     ahead = ahead_tokens(config)
-    caches = [
-        CacheManager(pool.size, pool.page_size, rows, longest, policy=policy, windows=windows, ahead_tokens=ahead)
+    manager = CacheManager if recorder is None else partial(RecordedCacheManager, recorder)
+    caches: list[CacheManager] = [
+        manager(pool.size, pool.page_size, rows, longest, policy=policy, windows=windows, ahead_tokens=ahead)
         for _ in range(config.dp)
     ]
     if not config.host_tier_bytes:
@@ -164,7 +170,8 @@ def make_caches(
     page_format = PageFormat(
         pool.layer_num, dtype=pool.layout.page_dtype, layout=pool.layout.to_dict(), windows=windows
     )
-    tier = HostTier(config.host_tier_bytes, page_format)
+    make_tier = HostTier if recorder is None else partial(RecordedHostTier, recorder)
+    tier = make_tier(config.host_tier_bytes, page_format)
     for cache in caches:
         cache.attach_host_tier(tier)
     if config.prefix_cache_dir is None:
@@ -185,7 +192,14 @@ def ahead_tokens(config: EngineConfig) -> int:
     return step_tokens(config) * (2 if config.overlap_steps else 1)
 
 
-def make_scheduler(config: EngineConfig, caches: list[CacheManager], clock: Callable[[], float]) -> Scheduler:
+def make_recorder(config: EngineConfig) -> Recorder | None:
+    """What records the decisions, where the configuration asks for it; of several processes in the first."""
+    return Recorder.to_path(config.record) if config.record is not None and is_first() else None
+
+
+def make_scheduler(
+    config: EngineConfig, caches: list[CacheManager], clock: Callable[[], float], recorder: Recorder | None = None
+) -> Scheduler:
     """What decides which requests run, over a replica for each of ``caches``."""
     queue = RequestQueue()
     replicas = [
@@ -196,10 +210,11 @@ def make_scheduler(config: EngineConfig, caches: list[CacheManager], clock: Call
             max_step_tokens=step_tokens(config),
             index=index,
             pool_name="the pool" if config.dp == 1 else "the pool of a replica",
+            recorder=recorder,
         )
         for index, cache in enumerate(caches)
     ]
-    return Scheduler(replicas, queue, clock)
+    return Scheduler(replicas, queue, clock, recorder)
 
 
 def weights_identity(config: EngineConfig, model: Decoder) -> str:

@@ -24,6 +24,7 @@ from engine.serving.build import (
     make_attention,
     make_caches,
     make_pool,
+    make_recorder,
     make_scheduler,
     step_tokens,
     weights_identity,
@@ -90,12 +91,13 @@ class LLM:
             max_pages=-(-self.plan.context_length // pool.page_size),
             moves_pages=self.config.host_tier_bytes > 0,
         )
-        self.caches, self._store = make_caches(self.config, self.model.config, pool)
+        recorder = make_recorder(self.config)
+        self.caches, self._store = make_caches(self.config, self.model.config, pool, recorder)
         self._agreement = Agreement(SharedPlan())
         if self._store is not None:
             where = f"saved prefixes from prefix_cache_dir={self.config.prefix_cache_dir}"
             self._agreement.require_same(self._store.loaded, f"{where}; let it be one directory that all can read")
-        self.scheduler = make_scheduler(self.config, self.caches, self._agreement.plan.clock)
+        self.scheduler = make_scheduler(self.config, self.caches, self._agreement.plan.clock, recorder)
         self.stats = EngineStats()
         self._identity = self._identity_of(self.model)
         self._weights_epoch = 0
@@ -332,6 +334,8 @@ class LLM:
             self._start_siblings()
         else:
             self._stepper.finish()
+        if self.scheduler.recorder is not None and not self.scheduler.has_work:
+            self.scheduler.recorder.flush()
 
     def abort(self, request_id: int) -> None:
         """Ends a request, with its siblings, and gives back every page; does nothing if it has ended.
@@ -396,7 +400,7 @@ class LLM:
         with self._gate.entered():
             self._weights_epoch += 1  # first: an engine that got no further serves the old weights, from an empty cache
             for cache in self.caches:
-                cache.prefix.raise_weights_epoch(self._identity, self._weights_epoch)
+                cache.raise_weights_epoch(self._identity, self._weights_epoch)
             self._runner.replace_weights(weights)
             self._identity, self.model = identity, model
 

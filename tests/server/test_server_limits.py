@@ -56,7 +56,7 @@ def ends(connection):
     "header",
     [None, "Bearer", "Bearer wrong", "Bearer ", "Basic first", "Bearer first2", "Bearer fir", "first", "Bearer é"],
 )
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/completions", "/metrics", "/nothing"])
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/completions", "/metrics", "/pages", "/pages/state", "/nothing"])
 def test_without_a_known_key_nothing_is_answered(keyed, header, path):
     server, engine = keyed
     headers = [] if header is None else [f"Authorization: {header}"]

@@ -217,6 +217,23 @@ class RadixCache:
                 for start, stop in runs_of(pages):
                     yield scope, tokens[: (before + stop) * self.page_size], pages[start:stop], group
 
+    def nodes(self) -> Iterator[tuple[CacheScope, Int32, Int32, bool]]:
+        """Every node of the trees, reachable or not, for a picture of them; nothing may change in the meantime.
+
+        Yields:
+            Its scope; its pages by group, int32 ``[groups, n]``, 0 where a group with a window has none; the last pages
+            of the node before it, ``[groups]``, 0 at a root; whether it is locked.
+        """
+        groups = self._groups
+        for tree in self._forest.trees():
+            for node in tree.nodes():
+                ends = NO_PAGES if node.parent is None else node.parent.pages[-1:]
+                ends = ends if ends.size else np.zeros(1, np.int32)
+                if groups is None:
+                    yield tree.scope, node.pages[None], ends, node.locks > 0
+                else:
+                    yield tree.scope, groups.of(node.pages), groups.of(ends)[:, 0], node.locks > 0
+
     def match(self, scope: CacheScope, token_ids: npt.ArrayLike, *, whole: bool = False) -> PrefixMatch:
         """Finds the longest cached prefix in whole pages, after which a request can go on.
 

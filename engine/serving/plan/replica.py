@@ -21,7 +21,8 @@ from engine.serving.plan.prefix_waits import PrefixWaits
 from engine.serving.plan.queue import RequestQueue
 from engine.serving.plan.step import ReplicaStep, SamplingColumns, StepPlan
 from engine.serving.plan.token_times import TokenTimes
-from engine.serving.request import NEVER, Request
+from engine.serving.request import NEVER, Request, RequestState
+from engine.trace.recorder import Recorder
 
 NO_TOKENS = np.empty(0, np.int32)
 
@@ -38,6 +39,7 @@ class Replica:
         max_step_tokens: most new tokens in a step; at least ``max_running_requests``, so that each request can decode.
         index: which of the replicas this is.
         pool_name: name of the pool in messages.
+        recorder: is told which request has which row; None where nothing is recorded.
 
     Attributes:
         running: the requests that have a row, in order of admission.
@@ -55,6 +57,7 @@ class Replica:
         max_step_tokens: int,
         index: int = 0,
         pool_name: str = "the pool",
+        recorder: Recorder | None = None,
     ) -> None:
         self.cache = cache
         self.max_running_requests = max_running_requests
@@ -67,6 +70,7 @@ class Replica:
         self.token_times = TokenTimes(rows)
         self._queue = queue
         self._pool_name = pool_name
+        self._recorder = recorder
         self._sampling = SamplingColumns.of_rows(rows)
         self._requests: list[Request | None] = [None] * rows  # by row
         self._entered: dict[int, Request] = {}  # by row: those that adjust their logits, until a step tells the device
@@ -249,7 +253,7 @@ class Replica:
             return None
         self._mark_run()
         live = self._still_run(step)
-        table.mark_computed(rows[live], (step.starts + step.counts)[live])
+        self.cache.mark_computed(rows[live], (step.starts + step.counts)[live])
         sampled = live & step.samples
         if not all_chosen:
             self._end_unchosen(step, sampled & ~is_chosen, finished)
@@ -296,6 +300,8 @@ class Replica:
         request.req_pool_idx = None
         self.running.remove(request)
         self._forget_row(row)
+        if self._recorder is not None and request.state is RequestState.ENDED:
+            self._recorder.note_request("end", self.index, request.request_id, request.finish_reason)
         try:
             self.cache.release(row, request.scope, tokens)
         except Exception as error:  # the row has been given back
@@ -347,6 +353,8 @@ class Replica:
             self._entered[row] = request
         request.run(row)
         self.running.append(request)
+        if self._recorder is not None:
+            self._recorder.note_run(self.index, request.request_id, row, request.scope)
 
     def _take_entered(self) -> Sequence[Request]:
         """The requests that adjust their logits and got their row since this was last called."""
@@ -459,6 +467,8 @@ class Replica:
         """Sends a running request back to wait with the tokens it has; what it computed may stay cached."""
         if (row := request.req_pool_idx) is not None:
             self.token_times.leave(row, request.times)
+        if self._recorder is not None:
+            self._recorder.note_request("retract", self.index, request.request_id)
         self.release(request)
         self._queue.wait(request)
         request.retractions += 1

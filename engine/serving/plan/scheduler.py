@@ -28,6 +28,7 @@ from engine.serving.plan.queue import RequestQueue
 from engine.serving.plan.replica import Replica
 from engine.serving.plan.step import ScheduledStep, StepPlan
 from engine.serving.request import FinishReason, Request, RequestState
+from engine.trace.recorder import Recorder
 
 # A replica's pool divided by this: with so many tokens more than the emptiest replica it counts as much fuller.
 MUCH_FULLER_DIVISOR = 4
@@ -40,15 +41,21 @@ class Scheduler:
         replicas: at least one, equal in their sizes; each admits from ``queue``.
         queue: where requests wait.
         clock: seconds, for arrival and timeouts.
+        recorder: is told when a step begins, and what becomes of requests; None where nothing is recorded.
     """
 
     def __init__(
-        self, replicas: Sequence[Replica], queue: RequestQueue, clock: Callable[[], float] = time.monotonic
+        self,
+        replicas: Sequence[Replica],
+        queue: RequestQueue,
+        clock: Callable[[], float] = time.monotonic,
+        recorder: Recorder | None = None,
     ) -> None:
         self.replicas = replicas
         self.queue = queue
         self.waiting = queue.waiting  # in order of rank
         self.clock = clock
+        self.recorder = recorder
         self._much_fuller = replicas[0].cache.size // MUCH_FULLER_DIVISOR
 
     @property
@@ -97,6 +104,8 @@ class Scheduler:
             The step; None if a pool is short while a step is under way: commit that first, since the choice of the
             request to retract needs its results.
         """
+        if self.recorder is not None:
+            self.recorder.begin_step(len(self.waiting))
         plans: list[StepPlan] = []
         for replica in self.replicas:
             plan = replica.plan_running(settled=settled)
@@ -160,6 +169,8 @@ class Scheduler:
         request.end(reason, error)
         if state is RequestState.WAITING:
             self.waiting.remove(request)
+            if self.recorder is not None:
+                self.recorder.note_request("end", request.replica, request.request_id, reason)
         elif state is RequestState.RUNNING:
             self.replicas[request.replica].release(request)
 
@@ -180,6 +191,8 @@ class Scheduler:
             keeps_pages: whether the pool's contents are valid, so that computed pages may stay cached.
         """
         members = list(requests)
+        if self.recorder is not None:
+            self.recorder.note_restart()
         for replica in self.replicas:
             replica.give_back_rows(keeps_pages=keeps_pages)
         for request in members:

@@ -6,6 +6,7 @@ This room reads every other one and changes none.
     histogram        counts of values by fixed bounds
     latency          how long requests and steps take: LatencyMetrics, and the Latencies that measure it
     metrics          EngineMetrics: what the engine does and holds at one moment
+    live_pages       every page of the pool at one moment, for the page that shows them
     board            the last snapshot, for readers in other threads
     exporter         metrics over HTTP for Prometheus
     bounded_server   the HTTP server under it: no client can hold it up
