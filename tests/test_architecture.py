@@ -67,7 +67,7 @@ MOST_LINES = {
     "bench": 8000,
     "distributed": 750,
     "kv": 1650,
-    "memory": 6700,
+    "memory": 6900,
     "models": 3150,
     "native": 270,
     "planning": 460,

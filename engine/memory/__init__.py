@@ -9,6 +9,7 @@ buffer, and never waits for a device: integers go out, and whoever runs steps ma
     prefix_search   what there is of a request's tokens on the device and on the host
     page_moves      PageCopy, PageLoad, EvictedPages: what the device must copy before the next step
     scope           CacheScope: what must be equal, beside the tokens, for cached pages to be the right ones
+    media_tokens    ids by which prompts with images are told apart
     pages/          the pool of pages: holders and free runs; the slot-level contract over it
     prefix/         the prefix cache: tree, eviction
     offload/        pages outside of the device: host tier, saved prefixes
@@ -20,10 +21,11 @@ buffer, and never waits for a device: integers go out, and whoever runs steps ma
 
 from engine.memory.admission import Admission
 from engine.memory.manager import CacheManager
+from engine.memory.media_tokens import media_tokens
 from engine.memory.offload import HostTier, PageFormat, PrefixSegment
 from engine.memory.page_moves import PageCopy, PageLoad, PageMove
 from engine.memory.pages import PagedTokenToKVPoolAllocator, PageIds, PagePool, Slots
-from engine.memory.prefix import EvictedPages, RadixCache
+from engine.memory.prefix import EventsMissed, EvictedPages, PagesCached, PagesLost, PrefixesForgotten, RadixCache
 from engine.memory.rows import ReqToTokenPool
 from engine.memory.scope import Adapter, CacheScope, LayoutKey
 
@@ -32,6 +34,7 @@ __all__ = [
     "Admission",
     "CacheManager",
     "CacheScope",
+    "EventsMissed",
     "EvictedPages",
     "HostTier",
     "LayoutKey",
@@ -42,8 +45,12 @@ __all__ = [
     "PageMove",
     "PagePool",
     "PagedTokenToKVPoolAllocator",
+    "PagesCached",
+    "PagesLost",
     "PrefixSegment",
+    "PrefixesForgotten",
     "RadixCache",
     "ReqToTokenPool",
     "Slots",
+    "media_tokens",
 ]

@@ -83,6 +83,7 @@ class CacheManager:
         windows: of each group of layers, the tokens that a query sees, itself included; None is all before it.
         ahead_tokens: the most tokens of a row that are granted and not computed, which bounds what it holds of a
             window; None is as many as a row can have.
+        max_events: how many events ``take_events`` of the prefix cache may have to return; 0 keeps none.
 
     Attributes:
         page_table: the row table.
@@ -102,6 +103,7 @@ class CacheManager:
         policy: EvictionPolicyName | None = "lru",
         windows: Sequence[int | None] = (None,),
         ahead_tokens: int | None = None,
+        max_events: int = 0,
     ) -> None:
         self.size = size
         self.page_size = page_size
@@ -115,7 +117,12 @@ class CacheManager:
             NullPrefixCache(self.allocator, self.page_table.windows)
             if policy is None
             else RadixCache(
-                self.allocator, page_size, policy=policy, windows=self.page_table.windows, on_evict=self._plan_saves
+                self.allocator,
+                page_size,
+                policy=policy,
+                windows=self.page_table.windows,
+                on_evict=self._plan_saves,
+                max_events=max_events,
             )
         )
         self.host_tier: HostTier | None = None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from cache_mirror import CacheMirror
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -59,7 +60,9 @@ class ManagerMachine(RuleBasedStateMachine):
     def build(self, pages, host_pages, policy, ahead):
         windows = self.windows
         pages *= len(windows)
-        self.cache = CacheManager(pages * PAGE, PAGE, ROWS, CONTEXT, policy=policy, windows=windows, ahead_tokens=ahead)
+        told = {"ahead_tokens": ahead, "max_events": 0 if windows[0] else 30}
+        self.cache = CacheManager(pages * PAGE, PAGE, ROWS, CONTEXT, policy=policy, windows=windows, **told)
+        self.mirror = CacheMirror(self.cache.prefix)
         page_format = PageFormat(1, np.dtype(np.float32), DESCRIPTOR, windows)
         if host_pages:
             self.cache.attach_host_tier(HostTier(host_pages * page_format.page_bytes, page_format))
@@ -328,6 +331,12 @@ class ManagerMachine(RuleBasedStateMachine):
             assert locked <= table.kv_len(sequence.row) // PAGE * len(self.windows), "a row locks more than it holds"
             assert len(self.windows) > full or prefix.is_cached(mine[:, : locked // full].reshape(-1)).all()
         assert prefix.hit_tokens <= prefix.query_tokens
+
+    @invariant()
+    def who_follows_the_events_knows_all_that_is_found(self):
+        if hasattr(self, "cache") and self.windows[0] is None:
+            self.mirror.follow()
+            assert self.mirror.prefixes == self.mirror.found()
 
     @invariant()
     def only_right_contents_are_cached(self):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from cache_mirror import CacheMirror
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -41,7 +42,8 @@ class PrefixCacheMachine(RuleBasedStateMachine):
     def start(self, page_size, policy):
         self.page_size = page_size
         self.allocator = PagedTokenToKVPoolAllocator(TOTAL_PAGES * page_size, page_size)
-        self.cache = RadixCache(self.allocator, page_size, policy=policy, on_evict=self.forget)
+        self.cache = RadixCache(self.allocator, page_size, policy=policy, on_evict=self.forget, max_events=50)
+        self.mirror = CacheMirror(self.cache)
         self.epoch = 0
         self.live = {}  # scope -> {prefix: Entry}
         self.lost = []  # entries that cannot be reached any more but were not seen to leave
@@ -259,6 +261,14 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         assert (self.cache.query_tokens, self.cache.hit_tokens) == (self.queries, self.hits)
         self.cache.check_integrity()
         self.allocator.check_integrity(holders=[entry.page for entry in entries])
+
+    @invariant()
+    def who_follows_the_events_knows_all_that_is_found(self):
+        self.mirror.follow()
+        live = {
+            entry.page: (scope, prefix) for scope, entries in self.live.items() for prefix, entry in entries.items()
+        }
+        assert self.mirror.prefixes == live
 
     @invariant()
     def every_prefix_is_found_in_its_scope_alone(self):

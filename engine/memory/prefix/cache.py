@@ -25,6 +25,7 @@ from engine.errors import ConfigError, DoubleFreeError, IntegrityError, ShapeErr
 from engine.memory.integers import Bool, Int32, priority_level, read_only, whole_number
 from engine.memory.pages import NO_PAGES, PagedTokenToKVPoolAllocator, PageIds
 from engine.memory.prefix.entry_pages import EntryPages, IdlePages, runs_of
+from engine.memory.prefix.events import CacheEvent, CacheEvents, PrefixesForgotten
 from engine.memory.prefix.match import (
     EvictedPages,
     PrefixMatch,
@@ -99,6 +100,7 @@ class RadixCache:
         on_evict: called with pages just before they are released, so that their contents can be saved; not with pages
             that have become unreachable, and not with cold ones. An error in it comes out of ``evict``, which is
             complete by then.
+        max_events: how many events ``take_events`` may have to return; 0 keeps none.
 
     Attributes:
         query_tokens, hit_tokens: tokens that recorded matches asked for and found.
@@ -106,7 +108,7 @@ class RadixCache:
 
     Raises:
         ConfigError: an argument is of a wrong type, ``page_size`` is not the allocator's, the policy is unknown, or a
-            group with full attention follows one with a window.
+            group with full attention follows one with a window, or events are wanted where all groups have windows.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class RadixCache:
         policy: EvictionPolicyName = "lru",
         windows: Sequence[int | None] = (None,),
         on_evict: Callable[[list[EvictedPages]], None] | None = None,
+        max_events: int = 0,
     ) -> None:
         if policy not in get_args(EvictionPolicyName):
             raise ConfigError(f"eviction policy {policy!r} is unknown; use one of {get_args(EvictionPolicyName)}")
@@ -136,6 +139,11 @@ class RadixCache:
                 f"windows={list(windows)} has full attention after a window: the pages of the first group tell entries "
                 "apart, so it must keep them all; put full attention first, as LayerGroups.of does"
             )
+        if whole_number("max_events", max_events) and windows[0] is not None:
+            raise ConfigError(
+                f"max_events={max_events} with windows={list(windows)}: events name the pages of full attention, and "
+                "there is none; leave max_events at 0"
+            )
         self.allocator = allocator
         self.caller = allocator.caller
         self.page_size = page_size
@@ -146,6 +154,7 @@ class RadixCache:
         self.windows = tuple(windows)
         self._pool = allocator.pages
         self._on_evict = on_evict
+        self._events = CacheEvents(max_events) if max_events else None
         self._start_with(PrefixForest(page_size))
 
     def _start_with(self, forest: PrefixForest) -> None:
@@ -526,10 +535,12 @@ class RadixCache:
         before = self.cached_pages
         try:
             self._drop(trees)
+            self._forgotten(PrefixesForgotten(wanted))
             return before - self.cached_pages
         except BaseException:  # completes the change
             self._mend()
             self._drop(trees)
+            self._forgotten(PrefixesForgotten(wanted))
             raise
 
     def raise_weights_epoch(self, model: str, epoch: int) -> None:
@@ -545,6 +556,7 @@ class RadixCache:
         self._forest.check_epoch(model, epoch)
         try:
             self._forest.raise_epoch(model, epoch)
+            self._forgotten(PrefixesForgotten(None, model, epoch))
         except BaseException:
             self._mend()
             raise
@@ -556,6 +568,19 @@ class RadixCache:
         """
         self.caller.enter()
         self._start_with(self._forest.empty())
+        self._forgotten(PrefixesForgotten())
+
+    def take_events(self) -> list[CacheEvent]:
+        """What was cached and lost since the last call, in order; nothing where ``max_events`` is 0.
+
+        Pages that went to a host tier count as lost.
+        """
+        self.caller.enter()
+        return [] if self._events is None else self._events.take()
+
+    def _forgotten(self, event: PrefixesForgotten) -> None:
+        if self._events is not None:
+            self._events.forgotten(event)
 
     def check_integrity(self) -> None:
         """Proves that trees, locks, eviction order, counters and the allocator agree; visits every node.
@@ -631,6 +656,9 @@ class RadixCache:
                 parts = known > 0 and len(end.children) > 0
                 done.nodes.append((end, end.tokens, end.pages, rest))
                 end = forest.attach(end, rest, fresh, level)
+            if self._events is not None:
+                before = self._first_pages(joined(runs)[-1:]) if known else NO_PAGES
+                self._events.cached(scope, before.item() if known else 0, rest, pages[0, known:])
             runs = [*runs, fresh]
         else:
             end = forest.ending_at(end, known)  # what lies beyond was not used
@@ -643,6 +671,10 @@ class RadixCache:
         if start is None or walk.node is not start or self.policy == "priority":
             forest.use(end, least_level=level)
         return entries, known, end
+
+    def _first_pages(self, entries: Int32) -> Int32:
+        """The pages of entries in the first group."""
+        return entries if self._groups is None else self._groups.of(entries)[0]
 
     def _fresh_entries(self, pages: Int32) -> Int32:
         """Entries for pages, ``[groups, n]``, that are not cached."""
@@ -777,6 +809,11 @@ class RadixCache:
         if not runs:
             return
         pages = runs[0] if len(runs) == 1 else np.concatenate(runs)
+        self._release_kept(pages)
+        if self._events is not None:
+            self._events.lost(pages)
+
+    def _release_kept(self, pages: Int32) -> None:
         is_released = False
         try:
             if pages.size == 1:  # at a fifth of the cost
