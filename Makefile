@@ -62,7 +62,7 @@ docs: $(VENV)/.docs
 	@echo "open build/site/index.html, or: $(BIN)/python -m http.server -d build/site"
 
 # Draws the pictures of the documentation again; a test compares them.
-docs-pictures: $(VENV)/.docs
+docs-pictures: $(VENV)/.run
 	$(BIN)/python docs/make_pictures.py
 
 # Generates the reference of options from the code; a test compares the two.
@@ -96,7 +96,7 @@ $(VENV)/.lint: pyproject.toml | $(VENV)/.made
 	touch $@
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/.made
-	$(PIP) -e ".[docs,plot]"
+	$(PIP) -e ".[docs]"
 	touch $@
 
 clean:
