@@ -20,7 +20,7 @@ PROMPTS := --prompt "A" \
 having tea at it: a Dormouse was sitting between them, fast asleep, and the other two were using it as a cushion, \
 resting their elbows on it, and talking over its head."
 
-.PHONY: run test test-all test-hf test-gpu test-gpu-here lint docs-options docs-pages train bench clean
+.PHONY: run test test-all test-hf test-gpu test-gpu-here lint docs docs-options docs-pages docs-pictures train bench clean
 
 run: $(VENV)/.run
 	$(BIN)/python -m engine generate $(PROMPTS) --max-new-tokens 96 --chunked-prefill-size 128 --check
@@ -56,6 +56,15 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Builds the documentation as a site in build/site; a link or a docstring that is wrong fails it.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet -f docs/site/mkdocs.yml
+	@echo "open build/site/index.html, or: $(BIN)/python -m http.server -d build/site"
+
+# Draws the pictures of the documentation again; a test compares them.
+docs-pictures: $(VENV)/.run
+	$(BIN)/python docs/make_pictures.py
+
 # Generates the reference of options from the code; a test compares the two.
 docs-options: $(VENV)/.run
 	$(BIN)/python docs/make_options.py
@@ -88,6 +97,10 @@ $(VENV)/.test: pyproject.toml | $(VENV)/.made
 
 $(VENV)/.lint: pyproject.toml | $(VENV)/.made
 	$(PIP) -e ".[test,lint]"
+	touch $@
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/.made
+	$(PIP) -e ".[docs]"
 	touch $@
 
 clean:

@@ -6,10 +6,14 @@ import dataclasses
 import importlib
 import importlib.util
 import re
+import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+import yaml
 
+import engine
 from engine.cli import add_engine_options
 from engine.config import EngineConfig
 
@@ -29,6 +33,7 @@ def relative(path):
 def load(name):
     spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where its dataclasses look for their annotations
     spec.loader.exec_module(module)
     return module
 
@@ -36,6 +41,32 @@ def load(name):
 def test_the_reference_of_options_is_that_of_the_code():
     pages = load("make_options")
     assert pages.PAGE.read_text(encoding="utf-8") == pages.make_page(), "run: make docs-options"
+
+
+def test_the_pictures_are_those_that_the_command_draws():
+    pictures = load("make_pictures")
+    drawn = pictures.make_all()
+    for name, text in drawn.items():
+        ElementTree.fromstring(text)
+        assert (pictures.FOLDER / name).read_text(encoding="utf-8") == text, "run: make docs-pictures"
+    shown = {name for page in PAGES for name in re.findall(r"[(/]([\w-]+\.svg)\)", page.read_text(encoding="utf-8"))}
+    assert shown == drawn.keys()
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    config = yaml.safe_load((DOCS / "site" / "mkdocs.yml").read_text(encoding="utf-8"))
+    listed = set(re.findall(r"[\w/.-]+\.md", str(config["nav"])))
+    pages = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+    assert listed == pages | {"changelog.md", "contributing.md"}
+
+
+def test_the_reference_has_every_public_name_and_each_can_be_had():
+    pages = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
+    names = re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE)
+    for name in names:
+        module, attribute = longest_module(name)
+        assert hasattr(module, attribute), name
+    assert {name.rpartition(".")[2] for name in names} == set(engine.__all__)
 
 
 def test_every_option_has_a_flag():

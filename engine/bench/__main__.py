@@ -32,14 +32,22 @@ MODULES = {"gpu": "gpu_device.command"}  # where the module's name is not the be
 def main() -> None:
     """Parses the command line and runs one benchmark."""
     with loading():
-        benchmarks = {name: _benchmark(name) for name in NAMES}
+        parser = make_parser()
+    args = parser.parse_args()
+    leave(run_command(lambda: args.run(args)))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line, with a command for each benchmark."""
     parser = argparse.ArgumentParser(prog="python -m engine.bench", description=__doc__)
     names = parser.add_subparsers(dest="name", required=True)
-    for name, module in benchmarks.items():
+    for name in NAMES:
+        module = _benchmark(name)
         summary = (module.__doc__ or "").splitlines()[0]
-        module.add_arguments(names.add_parser(name, help=summary, description=module.__doc__))
-    args = parser.parse_args()
-    leave(run_command(lambda: benchmarks[args.name].run(args)))
+        command = names.add_parser(name, help=summary, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
 
 
 def _benchmark(name: str) -> ModuleType:
