@@ -25,11 +25,14 @@ resting their elbows on it, and talking over its head."
 run: $(VENV)/.run
 	$(BIN)/python -m engine generate $(PROMPTS) --max-new-tokens 96 --chunked-prefill-size 128 --check
 
+# Files of tests are divided among so many processes; XLA uses the other cores.
+JOBS ?= 2
+
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m ""
 
 # Tests of the GPU kernels, which need no GPU: interpreted, and compiled ahead of time. The kernels need a jax that Python
 # 3.11 does not have, so if $(PYTHON) is that old, another Python is searched for and gets a separate environment.

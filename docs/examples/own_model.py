@@ -68,6 +68,7 @@ def paged_step(
     buffers = list(pool.buffers)
 
     def attend(layer_id: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        out: jax.Array
         out, buffers[layer_id] = backend(q, k, v, buffers[layer_id], metadata)
         return out
 
