@@ -1,7 +1,7 @@
 """The blocks of code of the pages, and what a page says about each.
 
-A block is fenced and names its language: ``python``, ``shell``, or data (``toml``, ``yaml``, ``json``). What cannot be
-run is ``text``, and the comment in the line above it says why: ``<!-- not run: a diagram -->``. The comment
+A block is fenced and names its language: ``python``, ``shell``, or data (``toml``, ``yaml``, ``json``, ``jsonl``). What
+cannot be run is ``text``, and the comment in the line above it says why: ``<!-- not run: a diagram -->``. The comment
 ``<!-- prints -->`` says that the block before prints exactly this text.
 """
 

@@ -11,9 +11,7 @@ import yaml
 from jax.experimental.compilation_cache import compilation_cache
 from page_blocks import PAGES, blocks, blocks_of, name_of, pages_of, run_page
 
-LANGUAGES = ("python", "shell", "text", "toml", "yaml", "json")
-# Pages that are edited elsewhere at this time, whose diagrams are still indented.
-INDENTED = ("docs/tpu-kernel.md",)
+LANGUAGES = ("python", "shell", "text", "toml", "yaml", "json", "jsonl")
 MEMORIES = ("cache", "books")
 
 
@@ -59,8 +57,6 @@ def test_blocks_are_found():
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_block_says_what_it_is_and_why_it_is_not_run(page):
     for block in blocks_of(page):
-        if not block.language and name_of(page) in INDENTED:
-            continue
         assert block.language in LANGUAGES, f"{block}: fence it and name its language"
         if block.language == "text":
             assert block.note, f"{block}: say why nothing runs it: <!-- not run: … -->, or <!-- prints -->"
@@ -69,6 +65,14 @@ def test_every_block_says_what_it_is_and_why_it_is_not_run(page):
             assert block.note is None, f"{block}: only text has a reason not to be run"
 
 
-@pytest.mark.parametrize("block", blocks("toml", "yaml", "json"), ids=str)
+PARSERS = {
+    "toml": tomllib.loads,
+    "yaml": yaml.safe_load,
+    "json": json.loads,
+    "jsonl": lambda text: [json.loads(line) for line in text.splitlines()],
+}
+
+
+@pytest.mark.parametrize("block", blocks(*PARSERS), ids=str)
 def test_data_can_be_parsed(block):
-    assert {"toml": tomllib.loads, "yaml": yaml.safe_load, "json": json.loads}[block.language](block.text)
+    assert PARSERS[block.language](block.text)

@@ -6,5 +6,6 @@ Nothing here allocates a page or chooses another implementation: what the kernel
     tpu_step      lays a step out for the kernel, calls it, gathers its results
     schedule      the work of a step, made in XLA
     block_sizes   from the overrides that a tuner wrote, else by a formula over the target's VMEM
+    contract/     what the kernel and the code around it agree on
     kernel/       what Pallas compiles
 """
