@@ -36,7 +36,8 @@ def set_all(settings):
 
 
 @pytest.mark.parametrize("page", pages_of(clients=False), ids=name_of)
-def test_the_python_of_a_page_runs_as_printed(page, capsys):
+def test_the_python_of_a_page_runs_as_printed(page, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for what a page writes
     names = run_page(page, capsys)
     for memory in (names[name] for name in MEMORIES if name in names):
         memory.check_integrity()

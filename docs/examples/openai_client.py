@@ -6,8 +6,13 @@ import openai
 
 
 def main(base_url: str) -> None:
+    """Connects to the server, and asks."""
+    with openai.OpenAI(base_url=base_url, api_key="none") as client:
+        ask(client)
+
+
+def ask(client: openai.OpenAI) -> None:
     """Asks for a model's name, a whole answer, two answers as a stream, log-probabilities, and what is refused."""
-    client = openai.OpenAI(base_url=base_url, api_key="none")
     model = client.models.list().data[0].id
 
     whole = client.completions.create(model=model, prompt="Alice was beginning to", max_tokens=24, temperature=0)

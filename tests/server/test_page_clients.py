@@ -19,7 +19,8 @@ def server(llm):
 
 @pytest.mark.parametrize("page", pages_of(clients=True), ids=name_of)
 def test_the_clients_of_a_page_get_answers(page, server, capsys):
-    run_page(page, capsys, change=lambda text: text.replace(SERVER, server.url))
+    names = run_page(page, capsys, change=lambda text: text.replace(SERVER, server.url))
+    names["client"].close()
 
 
 CURLS = [
