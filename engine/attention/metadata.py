@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from jax import lax
 
 from engine.attention.checks import check_lengths, check_metadata_shapes
 from engine.errors import ShapeError
@@ -171,8 +172,8 @@ def running_sum(cu_q_lens: Any) -> Any:
     """
     if isinstance(cu_q_lens, jax.Array):
         # Every pair is compared: on a TPU lax.cummax is a chain of five programs.
-        index = jnp.arange(cu_q_lens.shape[0])
-        return jnp.where(index[:, None] >= index, cu_q_lens, jnp.iinfo(cu_q_lens.dtype).min).max(1)
+        later, earlier = (lax.broadcasted_iota(np.int32, (cu_q_lens.shape[0],) * 2, axis) for axis in (0, 1))
+        return jnp.where(later >= earlier, cu_q_lens[None], jnp.iinfo(cu_q_lens.dtype).min).max(1)
     ends = np.flatnonzero(cu_q_lens)
     last = ends[-1] if ends.size else 0
     padded = np.array(cu_q_lens)

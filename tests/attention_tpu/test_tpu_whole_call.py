@@ -13,8 +13,8 @@ ONE_SHARD_OF_EIGHT = {"q_heads": 8, "kv_heads": 1}
 
 
 def call(gen, tokens, *, decode, **heads):
-    """``tokens`` sequences that decode, or four that share as many new tokens."""
-    batch = tokens if decode else 4
+    """Up to 256 sequences that decode, the other tokens dead, or four that share as many new tokens."""
+    batch = min(tokens, 256) if decode else 4
     return shape(gen, **heads) | {"tokens": tokens, "batch": batch, "context": 2048 if decode else 8192}
 
 

@@ -94,9 +94,15 @@ def make_tiles(blocks: BlockSizes, group: int, page_size: int) -> tuple[Tile, ..
     )
 
 
-def vmem_limit(generation: str) -> int:
-    """Bytes of VMEM that the compiler may use for the kernel."""
-    return int(VMEM_BYTES[generation] * 0.9)
+def vmem_limit(generation: str, needed: int | None = None) -> int:
+    """Bytes of VMEM that the compiler may use: the most of any kernel, or of one whose buffers take ``needed``.
+
+    No more than it needs, so that XLA keeps the small arrays of the step in VMEM: on v7x it did not, beside all of it.
+    """
+    most = int(VMEM_BYTES[generation] * 0.9)
+    if needed is None:
+        return most
+    return min(most, max(int(VMEM_BYTES[generation] * 0.7), needed + VMEM_BYTES[generation] // 12))
 
 
 def run_pages(page_size: int, blocks: BlockSizes) -> int:

@@ -56,14 +56,16 @@ def _plan(geo: Geometry, cu_q_lens: jax.Array, kv_lens: jax.Array, num_tokens: i
     most_items = max(1, num_tokens // geo.tiles[-1].queries + min(batch, num_tokens))
     parts = plan_parts(batch, 2 * (batch + most_items) + 1 + KINDS)
     least = jnp.iinfo(jnp.int32).min
-    later = np.arange(batch + 1)[:, None] >= np.arange(cu_q_lens.shape[0])
-    bounds = jnp.where(later, jnp.clip(cu_q_lens, 0, num_tokens), least).max(1)
+    later, earlier = _pairs(batch + 1, cu_q_lens.shape[0])
+    bounds = jnp.where(later >= earlier, jnp.clip(cu_q_lens, 0, num_tokens)[None], least).max(1)
     start, q_lens = bounds[:-1], bounds[1:] - bounds[:-1]
     kv_lens = jnp.pad(kv_lens, (0, batch - kv_lens.shape[0]))
     kind, items, most_queries = _split(geo, q_lens)
-    row = np.arange(batch, dtype=np.int32)
-    before = (kind[:, None] < kind) | ((kind[:, None] == kind) & (row[:, None] < row))
+    later, earlier = _pairs(batch, batch)
+    before = (kind[:, None] < kind[None]) | ((kind[:, None] == kind[None]) & (later < earlier))
     first = jnp.where(before, items[:, None], 0).sum(0, dtype=jnp.int32)
+    # These are constants of the program, because XLA would make each of them by a program of its own.
+    row = np.arange(batch, dtype=np.int32)
     shares = {
         "cu_q_lens": lambda at: jnp.where(row < at, q_lens, 0) + jnp.where(row == 0, start, 0),
         "kv_lens": lambda at: jnp.where(row == at, jnp.clip(kv_lens, 0, row_tokens), 0),
@@ -79,6 +81,10 @@ def _plan(geo: Geometry, cu_q_lens: jax.Array, kv_lens: jax.Array, num_tokens: i
         here = (index >= parts[name].start) & (index < parts[name].stop)
         plan = jnp.where(here, share(index - parts[name].start), plan)
     return plan.sum(1, dtype=jnp.int32)
+
+
+def _pairs(rows: int, columns: int) -> list[jax.Array]:
+    return [jax.lax.broadcasted_iota(jnp.int32, (rows, columns), axis) for axis in (0, 1)]
 
 
 def _split(geo: Geometry, q_lens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -91,7 +91,14 @@ def ragged_paged_attention_tpu(
     pages = view_words(fused_kv).reshape(-1, geo.page_size, geo.words, geo.pack, LANES)
     with jax.enable_x64(False):  # the kernel counts in 32 bits, whatever the program around it does
         out, *lse, cache = call_kernel(
-            geo, schedule, queries, fresh, sinks, pages, vmem_limit_bytes=vmem_limit(generation), interpret=interpret
+            geo,
+            schedule,
+            queries,
+            fresh,
+            sinks,
+            pages,
+            vmem_limit_bytes=vmem_limit(generation, scratch_bytes(geo)),
+            interpret=interpret,
         )
     out = unview_words(out, rows, geo.lanes)[:, : q.shape[1], : q.shape[2]]
     out = heads.unscale(out).astype(q.dtype)
