@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import marshal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,8 +50,9 @@ class Exploration:
         transitions: moves made.
         depth: most moves from the start to a state.
         is_complete: whether every reachable state was visited.
-        seconds: time it took.
-        edges: of each state, the states that its moves lead to, by move; only where they were asked for.
+        seconds: processor time it took.
+        edges: of each state, the states that its moves lead to, by move; only where notes were asked for.
+        notes: of each state what was asked for.
         ways: of each state but the first, the state and the move that led to it first.
     """
 
@@ -61,6 +62,7 @@ class Exploration:
     is_complete: bool
     seconds: float
     edges: list[dict[Move, int]]
+    notes: list[Any]
     ways: list[tuple[int, Move]]
 
     def way_to(self, state: int) -> list[Move]:
@@ -85,18 +87,28 @@ def digest(form: tuple[Any, ...]) -> bytes:
 
 
 def explore(
-    start: World, *, most_depth: int | None = None, most_states: int | None = None, keeps_edges: bool = False
+    start: World,
+    *,
+    most_depth: int | None = None,
+    most_states: int | None = None,
+    note: Callable[[Any], Any] | None = None,
 ) -> Exploration:
     """Visits what ``start`` can reach.
+
+    Args:
+        start: where to begin.
+        most_depth: moves from there that it goes at most.
+        most_states: states after which it ends.
+        note: is asked once of each state, and its answers are kept with the edges between states.
 
     Raises:
         Violation: the first wrong state or answer.
     """
-    began = time.perf_counter()
-    found = Exploration(1, 0, 0, True, 0.0, [{}], [(0, ())])
+    began = time.process_time()
+    found = Exploration(1, 0, 0, True, 0.0, [{}], [note(start)] if note else [], [(0, ())])
     known = {digest(start.form()): 0}
     level = [(0, saved(start))]
-    _checked(start, found, 0, None)
+    _checked(start, found, 0)
     while level:
         if most_depth is not None and found.depth >= most_depth:
             found.is_complete = False
@@ -105,7 +117,7 @@ def explore(
         for state, snapshot in level:
             if most_states is not None and found.states >= most_states:
                 found.is_complete = False
-                found.seconds = time.perf_counter() - began
+                found.seconds = time.process_time() - began
                 return found
             for move, key, world in _successors(snapshot, found, state):
                 found.transitions += 1
@@ -114,21 +126,23 @@ def explore(
                     target = known[key] = found.states
                     found.states += 1
                     found.ways.append((state, move))
-                    found.edges.append({})
-                    _checked(world, found, target, move)
+                    _checked(world, found, target)
+                    if note:
+                        found.edges.append({})
+                        found.notes.append(note(world))
                     following.append((target, saved(world)))
-                if keeps_edges:
+                if note:
                     found.edges[state][move] = target
         level = following
         found.depth += bool(level)
-    found.seconds = time.perf_counter() - began
+    found.seconds = time.process_time() - began
     return found
 
 
 def forms_by_depth(start: World, depth: int, *, merges: bool) -> list[set[bytes]]:
     """The forms that each number of moves leads to, up to ``depth``; with all worlds of a form kept, or one of them."""
     level, forms = [saved(start)], [{digest(start.form())}]
-    nothing = Exploration(0, 0, 0, True, 0.0, [], [(0, ())])
+    nothing = Exploration(0, 0, 0, True, 0.0, [], [], [(0, ())])
     for _ in range(depth):
         reached: dict[bytes, list[bytes]] = {}
         for snapshot in level:
@@ -153,14 +167,12 @@ def _successors(snapshot: bytes, found: Exploration, state: int) -> Iterator[tup
             if is_refused:
                 before = before or restored(snapshot).form()[:-1]
                 assert form[:-1] == before, "a refused call has changed something"
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
+        except Exception as error:
             raise Violation([*found.way_to(state), move], error) from error
         yield move, key, world
 
 
-def _checked(world: World, found: Exploration, state: int, move: Move | None) -> None:
+def _checked(world: World, found: Exploration, state: int) -> None:
     try:
         world.check()
     except Exception as error:

@@ -52,8 +52,9 @@ class ManagerScope:
         policy: as of the manager.
         host_pages: pages of the host tier; 0 is none.
         epochs: how often the weights are replaced.
-        late: whether steps are committed later than they are dispatched.
+        late: whether steps are committed later than they are dispatched, one of all requests at most.
         split: whether steps are dispatched later than they get their slots.
+        pending: most page moves, and most saves, that are put off; beyond that they are made.
         without: moves that are left out, by name.
         tokens: tokens that a request may go on with.
     """
@@ -69,6 +70,7 @@ class ManagerScope:
     epochs: int = 0
     late: bool = False
     split: bool = False
+    pending: int = 1
     without: tuple[str, ...] = ()
     tokens: tuple[int, ...] = (0, 1)
 
@@ -133,14 +135,15 @@ class ManagerWorld:
         found: list[tuple[Any, ...]] = []
         if table.available_rows:
             found += [("admit", prompt) for prompt in scope.prompts]
+        may_run = not any(each.flights for each in self.sequences)
         for index, each in enumerate(self.sequences):
             granted, computed = table.kv_len(each.row), table.computed_len(each.row)
-            if not scope.split or granted == each.written:
+            if granted == each.written and (scope.split or may_run):
                 if granted < len(each.tokens):
                     found.append(("grow", index, None))
                 elif granted < scope.context:
                     found += [("grow", index, token) for token in scope.tokens]
-            if scope.split and granted > each.written and not (each.flights and not scope.late):
+            if granted > each.written and may_run:
                 found.append(("run", index))
             if each.flights:
                 found.append(("commit", index))
@@ -169,6 +172,10 @@ class ManagerWorld:
 
     def play(self, move: tuple[Any, ...]) -> bool:
         is_refused: bool = getattr(self, "_" + move[0])(*move[1:])
+        if len(self.cache._moves) > self.scope.pending:
+            self._make_moves()
+        if len(self.saves) > self.scope.pending:
+            self._land()
         self._poison()
         return is_refused
 

@@ -191,7 +191,7 @@ def waits_for_nobody(patch: MonkeyPatch) -> None:
 IN_THE_MANAGER: dict[str, list[Plant]] = {
     "rows": [forgotten_unlock, released_twice, last_token_counts_as_cached, device_is_not_told, stale_mark],
     "pages of two": [partial_page_counts_as_full, cut_shares_its_last_page, sibling_does_not_lock, cut_keeps_its_lock],
-    "late steps": [granted_counts_as_computed],
+    "planned steps": [granted_counts_as_computed],
     "windows": [window_one_token_short],
     "host tier": [tier_brings_the_last_token],
     "resets and new weights": [reset_forgets_running_rows, old_weights_are_accepted],

@@ -120,24 +120,29 @@ class SchedulerWorld:
         self.scheduler.end(self.requests[number], FinishReason.ABORT)
 
     def _step(self, token: int) -> None:
-        scheduler, is_settled = self.scheduler, not self.flights
-        step = scheduler.next_step(settled=is_settled)
-        if step is None:
-            assert not is_settled, "a step waits for one that is not there"
-            return
+        """Plans and dispatches a step as ``Stepper.advance`` does: where none can be planned, one is committed first."""
+        scheduler = self.scheduler
+        while (step := scheduler.next_step(settled=not self.flights)) is None:
+            assert self.flights, "a step waits for one that is not there"
+            self._commit()
         assert not scheduler.queue.faults
-        for _, move in step.moves:
+        self._make_moves(step.moves)
+        if not self.flights:
+            assert scheduler.running or not scheduler.has_work, "requests wait, none runs, and none is admitted"
+            assert step.num_tokens or not scheduler.has_work, "requests run, and no step is to feed them anything"
+        assert step.num_tokens <= max(self.scope.budget, self.scope.rows)
+        if step.num_tokens:
+            self._dispatch(step.parts[0], token)
+            self.flights.append((step, [token] * len(step.parts[0].requests)))
+        elif self.flights:
+            self._commit()
+
+    def _make_moves(self, moves: Any) -> None:
+        for _, move in moves:
             if isinstance(move, PageCopy):
                 data = [list(self.content[page]) for page in move.sources.tolist()]
                 for page, each in zip(move.targets.tolist(), data, strict=True):
                     self.content[page] = each
-        if is_settled:
-            assert scheduler.running, "requests wait, none runs, and none is admitted"
-            assert step.num_tokens > 0, "requests run, no step is under way, and none is to feed anything"
-        if step.num_tokens:
-            self._dispatch(step.parts[0], token)
-            self.flights.append((step, [token] * len(step.parts[0].requests)))
-        assert step.num_tokens <= max(self.scope.budget, self.scope.rows)
 
     def _dispatch(self, part: Any, token: int) -> None:
         size, windows = self.scope.page_size, self.scope.windows
