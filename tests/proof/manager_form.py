@@ -50,7 +50,7 @@ def manager_form(world: ManagerWorld) -> tuple[Any, ...]:
     forest, nodes = forest_form(cache, names)
     handles: dict[int, int] = {}
     leases = [lease_form(cache, row, nodes, handles, names) for row in order]
-    entries = _entries_form(cache, nodes, names)
+    entries = entries_form(cache, nodes, names)
     moves = [_move_form(move, names) for move in cache._moves]
     saves = [(s.epoch, s.tokens, s.first_page, s.group, tuple(map(tuple, s.data))) for s in world.saves]
     return (
@@ -151,7 +151,8 @@ def _idle_form(order: Any, rank: dict[int, int], groups: Any, names: Names) -> t
     )
 
 
-def _entries_form(cache: CacheManager, nodes: dict[int, int], names: Names) -> tuple[Any, ...] | None:
+def entries_form(cache: CacheManager, nodes: dict[int, int], names: Names) -> tuple[Any, ...] | None:
+    """Where there are windows, what the prefix cache knows of each page of tokens."""
     groups = cache.prefix._groups
     if groups is None:
         return None

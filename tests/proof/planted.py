@@ -125,7 +125,7 @@ def tier_brings_the_last_token(patch: MonkeyPatch) -> None:
     find = prefix_search.find_prefix
 
     def whole(prefix: Any, tier: Any, scope: Any, tokens: Any) -> Any:
-        return find(prefix, tier, scope, np.append(tokens, np.int32(0)) if tier is not None else tokens)
+        return find(prefix, tier, scope, np.append(tokens, np.int32(0)) if tier is not None and tier.holds(scope) else tokens)
 
     patch.setattr("engine.memory.manager.find_prefix", whole)
 
@@ -198,5 +198,6 @@ IN_THE_MANAGER: dict[str, list[Plant]] = {
 }
 IN_THE_SCHEDULER: dict[str, list[Plant]] = {
     "two alike": [late_token_is_booked, waits_for_nobody],
-    "short of pages": [retracted_goes_to_the_end, giant_blocks_itself],
+    "short of pages": [retracted_goes_to_the_end],
+    "chunks": [giant_blocks_itself],
 }

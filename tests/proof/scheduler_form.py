@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from manager_form import Names, forest_form, lease_form, marks, pages_form, row_form
+from manager_form import Names, entries_form, forest_form, lease_form, marks, pages_form, row_form
 
 from engine.serving.request import RequestState
 
@@ -64,7 +64,7 @@ def scheduler_form(world: SchedulerWorld) -> tuple[Any, ...]:
     )  # fmt: skip
     return (
         tuple(requests), tuple(live), tuple([r.request_id for r in queue.waiting]), suspects, plan, flights, device,
-        tuple(pages), tuple(leases), forest, pages_form(world.cache, world.content, names),
+        tuple(pages), tuple(leases), forest, entries_form(world.cache, nodes, names), pages_form(world.cache, world.content, names),
         _wrong_rows(world, rows), marks(world.cache, rows),
     )  # fmt: skip
 
