@@ -5,6 +5,18 @@ from __future__ import annotations
 from explorer import Exploration, Move, Violation
 
 
+def visited_to_the_end(found: Exploration) -> int:
+    """The most moves from a state to the end, of an engine whose steps overlap and of one whose steps do not.
+
+    Args:
+        found: every reachable state, with the notes of ``ways_on``.
+
+    Raises:
+        Violation: see ``require_ends``.
+    """
+    return max(require_ends(found, [each[overlaps] for each in found.notes]) for overlaps in (False, True))
+
+
 def require_ends(found: Exploration, ways_on: list[Move | None]) -> int:
     """Follows from each state the moves of an engine that is left alone; they must not come back to a state.
 

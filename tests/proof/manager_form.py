@@ -133,7 +133,11 @@ def forest_form(cache: CacheManager, names: Names) -> tuple[Any, dict[int, int]]
     retired = tuple([nodes[id(node)] for node in forest._retired])
     counts = forest.evictable, forest.protected, tuple(sorted(forest._epochs.items()))
     generations = tuple(sorted((key[1], count) for key, count in forest._tree_counts.items()))
-    warm = () if groups is None else (_idle_form(groups._cold, rank, groups, names), _idle_form(groups._warm, rank, groups, names))
+    warm = (
+        ()
+        if groups is None
+        else (_idle_form(groups._cold, rank, groups, names), _idle_form(groups._warm, rank, groups, names))
+    )
     return (trees, orders, retired, counts, generations, warm), nodes
 
 

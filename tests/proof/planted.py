@@ -1,4 +1,4 @@
-"""Bugs as they are made, each planted into the shipped code by replacing a function; the small scopes must find each."""
+"""Bugs as they are made, each planted into the shipped code by replacing a function; the small scopes find each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from pytest import MonkeyPatch
+import pytest
 
 from engine.memory import prefix_search
 from engine.memory.manager import CacheManager
@@ -18,6 +18,7 @@ from engine.serving.plan.prefix_waits import PrefixWaits
 from engine.serving.plan.queue import RequestQueue
 from engine.serving.plan.replica import Replica
 
+MonkeyPatch = pytest.MonkeyPatch
 Plant = Callable[[MonkeyPatch], None]
 
 
@@ -125,7 +126,9 @@ def tier_brings_the_last_token(patch: MonkeyPatch) -> None:
     find = prefix_search.find_prefix
 
     def whole(prefix: Any, tier: Any, scope: Any, tokens: Any) -> Any:
-        return find(prefix, tier, scope, np.append(tokens, np.int32(0)) if tier is not None and tier.holds(scope) else tokens)
+        return find(
+            prefix, tier, scope, np.append(tokens, np.int32(0)) if tier is not None and tier.holds(scope) else tokens
+        )
 
     patch.setattr("engine.memory.manager.find_prefix", whole)
 
@@ -174,7 +177,9 @@ def retracted_goes_to_the_end(patch: MonkeyPatch) -> None:
 def giant_blocks_itself(patch: MonkeyPatch) -> None:
     """What a request may still add is counted without end, so that one which fits alone is never admitted."""
     has_room = CacheManager._has_room
-    patch.setattr(CacheManager, "_has_room", lambda self, known, most, shared: has_room(self, known + 1, most + 1, shared))
+    patch.setattr(
+        CacheManager, "_has_room", lambda self, known, most, shared: has_room(self, known + 1, most + 1, shared)
+    )
 
 
 def waits_for_nobody(patch: MonkeyPatch) -> None:

@@ -21,7 +21,9 @@ def row(room: str, name: str, named: NamedScope) -> str:
     found = named.explore()
     to_the_end = ""
     if room == "scheduler":
-        to_the_end = str(max(require_ends(found, [each[overlaps] for each in found.notes]) for overlaps in (False, True)))
+        to_the_end = str(
+            max(require_ends(found, [each[overlaps] for each in found.notes]) for overlaps in (False, True))
+        )
     depth = f"{found.depth}, {'all' if found.is_complete else 'cut there'}"
     line = (
         f"| {room} | {name}: {named.about} | {found.states:,} | {found.transitions:,} | {depth} | {to_the_end} | "
@@ -39,7 +41,9 @@ def table(*, is_slow: bool) -> str:
         for name, named in scopes.items()
         if named.is_slow == is_slow
     ]
-    head = "| of | scope | states | transitions | depth | moves to the end | processor s |\n|---|---|---|---|---|---|---|"
+    head = (
+        "| of | scope | states | transitions | depth | moves to the end | processor s |\n|---|---|---|---|---|---|---|"
+    )
     date, machine = datetime.date.today().isoformat(), f"{os.cpu_count()} cores {platform.machine()}"
     return f"{head}\n" + "\n".join(rows) + f"\n\n{date}, {machine}, Python {platform.python_version()}."
 

@@ -41,7 +41,9 @@ def scheduler_form(world: SchedulerWorld) -> tuple[Any, ...]:
         if step is None:
             return None
         good = table.generations(step.req_pool_idx) == step.generations
-        whose = [owner.get(row, -1) if is_good else -1 for row, is_good in zip(step.req_pool_idx.tolist(), good, strict=True)]
+        whose = [
+            owner.get(row, -1) if is_good else -1 for row, is_good in zip(step.req_pool_idx.tolist(), good, strict=True)
+        ]
         columns = (step.starts, step.counts, step.on_device, step.samples, step.ends)
         rest = step.repeats, step.membership == table.membership
         return tuple(whose), tuple(tuple(column.tolist()) for column in columns), rest
@@ -52,7 +54,8 @@ def scheduler_form(world: SchedulerWorld) -> tuple[Any, ...]:
         for row, wait in waits._waits.items()
     )  # fmt: skip
     computing = sorted(
-        (place[1], owner.get(each.row, -1), each.tokens.tobytes(), each.length) for place, each in waits._computing.items()
+        (place[1], owner.get(each.row, -1), each.tokens.tobytes(), each.length)
+        for place, each in waits._computing.items()
     )
     places = sorted((owner.get(row, -1), place[1]) for row, place in waits._places.items())
     last = replica._last if replica._last and replica._last.membership == table.membership else None
@@ -64,8 +67,8 @@ def scheduler_form(world: SchedulerWorld) -> tuple[Any, ...]:
     )  # fmt: skip
     return (
         tuple(requests), tuple(live), tuple([r.request_id for r in queue.waiting]), suspects, plan, flights, device,
-        tuple(pages), tuple(leases), forest, entries_form(world.cache, nodes, names), pages_form(world.cache, world.content, names),
-        _wrong_rows(world, rows), marks(world.cache, rows),
+        tuple(pages), tuple(leases), forest, entries_form(world.cache, nodes, names),
+        pages_form(world.cache, world.content, names), _wrong_rows(world, rows), marks(world.cache, rows),
     )  # fmt: skip
 
 

@@ -120,7 +120,7 @@ class SchedulerWorld:
         self.scheduler.end(self.requests[number], FinishReason.ABORT)
 
     def _step(self, token: int) -> None:
-        """Plans and dispatches a step as ``Stepper.advance`` does: where none can be planned, one is committed first."""
+        """Plans and dispatches a step as ``Stepper.advance`` does: where none can be planned, one is booked first."""
         scheduler = self.scheduler
         while (step := scheduler.next_step(settled=not self.flights)) is None:
             assert self.flights, "a step waits for one that is not there"

@@ -72,8 +72,8 @@ MANAGER = {
         ManagerScope(3, 1, 2, 2, ONE, epochs=1, tokens=(0,), without=("fork", "truncate")),
     ),
     "rows and forks": NamedScope(
-        "two requests, pages of one token, forks",
-        ManagerScope(3, 1, 2, 2, TWO, tokens=(0,), without=("reset",)),
+        "two requests, pages of one token, forks, resets",
+        ManagerScope(3, 1, 2, 2, TWO, tokens=(0,)),
         is_slow=True,
     ),
     "resets, new weights and cuts": NamedScope(
