@@ -11,7 +11,7 @@ import platform
 import sys
 from pathlib import Path
 
-from liveness import require_ends
+from liveness import visited_to_the_end
 from scopes import MANAGER, SCHEDULER, NamedScope
 
 PAGE = Path(__file__).parents[2] / "docs" / "proof.md"
@@ -21,9 +21,7 @@ def row(room: str, name: str, named: NamedScope) -> str:
     found = named.explore()
     to_the_end = ""
     if room == "scheduler":
-        to_the_end = str(
-            max(require_ends(found, [each[overlaps] for each in found.notes]) for overlaps in (False, True))
-        )
+        to_the_end = str(visited_to_the_end(found))
     depth = f"{found.depth}, {'all' if found.is_complete else 'cut there'}"
     line = (
         f"| {room} | {name}: {named.about} | {found.states:,} | {found.transitions:,} | {depth} | {to_the_end} | "
@@ -50,9 +48,9 @@ def table(*, is_slow: bool) -> str:
 
 def written(page: str, name: str, text: str) -> str:
     """The page with ``text`` between the two marks of ``name``."""
-    begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
     before, rest = page.split(begin)
-    return before + begin + text + end + rest.split(end)[1]
+    return f"{before}{begin}{text}\n{end}{rest.split(end)[1]}"
 
 
 def main() -> None:

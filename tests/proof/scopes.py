@@ -90,19 +90,19 @@ MANAGER = {
     "two requests with windows": NamedScope(
         "two requests, a window of two tokens beside full attention, rows are not cut or forked",
         ManagerScope(6, 1, 2, 3, LONGER, windows=(None, 2), tokens=(0,), without=("reset", "fork", "truncate")),
-        most_depth=18,
+        most_depth=14,
         is_slow=True,
     ),
     "windows, pages of two": NamedScope(
         "a window of two tokens beside full attention, pages of two tokens",
         ManagerScope(6, 2, 1, 5, ((0, 0, 0, 0, 0),), windows=(None, 2), tokens=(0,), without=("reset",)),
-        most_depth=9,
+        most_depth=7,
         is_slow=True,
     ),
     "host tier, two requests": NamedScope(
         "as host tier, rows are not cut",
         ManagerScope(3, 1, 2, 2, ONE, host_pages=2, tokens=(0,), without=("reset", "fork", "truncate")),
-        most_depth=16,
+        most_depth=12,
         is_slow=True,
     ),
     "three rows": NamedScope(
@@ -113,7 +113,7 @@ MANAGER = {
     "two tokens": NamedScope(
         "every prompt of one or two tokens of two, rows of up to three",
         ManagerScope(4, 1, 2, 3, ((0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)), without=("reset", "fork", "truncate")),
-        most_depth=7,
+        most_depth=5,
         is_slow=True,
     ),
 }
