@@ -39,4 +39,4 @@ def test_every_split_of_the_tokens():
 def test_two_models_of_different_tp_in_one_process():
     (result,) = run_on_devices("two_models_program.py", [{"tp": 2}, {"tp": 4}])
     assert result["unlike"] == [0, 0]
-    assert result["compiles"] == [0, 0]
+    assert result["compiles"] == 0
