@@ -20,7 +20,7 @@ PROMPTS := --prompt "A" \
 having tea at it: a Dormouse was sitting between them, fast asleep, and the other two were using it as a cushion, \
 resting their elbows on it, and talking over its head."
 
-.PHONY: run test test-all test-hf test-gpu test-gpu-here lint docs docs-options docs-pages docs-pictures train bench clean
+.PHONY: run test test-all proof test-hf test-gpu test-gpu-here lint docs docs-options docs-pages docs-pictures train bench clean
 
 run: $(VENV)/.run
 	$(BIN)/python -m engine generate $(PROMPTS) --max-new-tokens 96 --chunked-prefill-size 128 --check
@@ -33,6 +33,10 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m ""
+
+# Visits every state of the small scopes and writes docs/proof.md; SLOW=--slow visits the larger ones too.
+proof: $(VENV)/.test
+	$(BIN)/python tests/proof/report.py $(SLOW)
 
 # Tests of the GPU kernels, which need no GPU: interpreted, and compiled ahead of time. The kernels need a jax that Python
 # 3.11 does not have, so if $(PYTHON) is that old, another Python is searched for and gets a separate environment.

@@ -155,3 +155,12 @@ def names_defined_in(tree, prefix=""):
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         names |= {prefix + target.id for target in targets if isinstance(target, ast.Name)}
     return names
+
+
+def test_every_test_that_the_documents_name_is_there():
+    root, named = DOCS.parent, set()
+    for page in DOCS.glob("*.md"):
+        for path, names in re.findall(r"`(tests/[\w/]+\.py)::(\w+`(?:, `::\w+`)*)", page.read_text()):
+            named |= {(path, name) for name in re.findall(r"\w+", names)}
+    assert named
+    assert not [(path, name) for path, name in named if f"def {name}(" not in (root / path).read_text()]

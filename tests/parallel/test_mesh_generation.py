@@ -33,3 +33,10 @@ def test_every_split_of_the_heads(kv_heads):
 @pytest.mark.slow
 def test_every_split_of_the_tokens():
     check(4, [{"cp": 2}, {"cp": 4}, {"cp": 8}, {"cp": 2, "tp": 4}])
+
+
+@pytest.mark.slow
+def test_two_models_of_different_tp_in_one_process():
+    (result,) = run_on_devices("two_models_program.py", [{"tp": 2}, {"tp": 4}])
+    assert result["unlike"] == [0, 0]
+    assert result["compiles"] == 0

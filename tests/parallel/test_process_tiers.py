@@ -55,3 +55,13 @@ def test_a_process_that_reads_other_saved_prefixes_than_the_first_is_refused(sav
     assert ended[1].code == 2, ended[1].errors[-3000:]
     message = ended[1].printed[-1]["refused"]
     assert f"process 1 does not have what process 0 has: saved prefixes from prefix_cache_dir={tmp_path};" in message
+
+
+@pytest.mark.slow
+def test_a_copy_that_is_late_on_one_of_two_processes_changes_no_answer():
+    prompts = [np.random.default_rng().integers(0, 256, size=40).tolist() for _ in range(3)]
+    options = OPTIONS | {"tp": 2}
+    plain = reports_of(run_processes(2, "keep", options, prompts))
+    late = reports_of(run_processes(2, "keep_with_late_copies", options, prompts))
+    assert late == plain
+    assert late["loaded"] > 0
