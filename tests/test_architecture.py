@@ -65,14 +65,14 @@ RUN_WITHOUT_JAX = [
 # Lines of Python in all files of a room: to grow beyond it is a decision, and is made here.
 MOST_LINES = {
     "attention": 4800,
-    "bench": 8100,
+    "bench": 8300,
     "distributed": 750,
     "kv": 2150,
-    "memory": 6900,
+    "memory": 6950,
     "models": 3150,
     "native": 270,
     "planning": 460,
-    "server": 2250,
+    "server": 2300,
     "serving": 7000,
     "trace": 2100,
 }
