@@ -64,8 +64,7 @@ def _plan(geo: Geometry, cu_q_lens: jax.Array, kv_lens: jax.Array, num_tokens: i
     later, earlier = _pairs(batch, batch)
     before = (kind[:, None] < kind[None]) | ((kind[:, None] == kind[None]) & (later < earlier))
     first = jnp.where(before, items[:, None], 0).sum(0, dtype=jnp.int32)
-    # These are constants of the program, because XLA would make each of them by a program of its own.
-    row = np.arange(batch, dtype=np.int32)
+    row = jnp.asarray(np.arange(batch, dtype=np.int32))
     shares = {
         "cu_q_lens": lambda at: jnp.where(row < at, q_lens, 0) + jnp.where(row == 0, start, 0),
         "kv_lens": lambda at: jnp.where(row == at, jnp.clip(kv_lens, 0, row_tokens), 0),
@@ -75,6 +74,7 @@ def _plan(geo: Geometry, cu_q_lens: jax.Array, kv_lens: jax.Array, num_tokens: i
             (at >= first) & (at - first < items), start + (at - first) * most_queries, 0
         ),
     }
+    # Constants of the program: XLA would make what follows from a counted index by a program for each.
     index = np.arange(parts["item_token"].stop, dtype=np.int32)[:, None]
     plan = jnp.zeros((), jnp.int32)
     for name, share in shares.items():
