@@ -90,6 +90,7 @@ class SchedulerWorld:
         self.device_table = np.zeros((scope.rows, table.num_groups, table.max_pages), np.int32)
         self.fed: list[list[int]] = [[] for _ in range(scope.rows)]  # the tokens of each row's slots
         self.last: list[int] = [0] * scope.rows
+        self.generations: list[int] = [0] * scope.rows
 
     def moves(self) -> list[tuple[Any, ...]]:
         found: list[tuple[Any, ...]] = []
@@ -110,6 +111,7 @@ class SchedulerWorld:
 
     def play(self, move: tuple[Any, ...]) -> bool:
         getattr(self, "_" + move[0])(*move[1:])
+        self._forget_rows()
         self._poison()
         return False
 
@@ -145,6 +147,7 @@ class SchedulerWorld:
                     self.content[page] = each
 
     def _dispatch(self, part: Any, token: int) -> None:
+        self._forget_rows()
         size, windows = self.scope.page_size, self.scope.windows
         places, pages = part.new_pages
         self.device_table.reshape(-1)[places] = pages
@@ -174,6 +177,14 @@ class SchedulerWorld:
                     self.content[page][position % size] = number_of(0, group, tuple(fed[: position + 1]))
             if plan.samples:
                 self.last[row] = token
+
+    def _forget_rows(self) -> None:
+        """Forgets what the device has of rows that were given back: another request begins them anew."""
+        now = self.cache.page_table._generation.tolist()
+        for row, (before, after) in enumerate(zip(self.generations, now, strict=True)):
+            if before != after:
+                self.fed[row], self.last[row] = [], 0
+        self.generations = now
 
     def _commit(self) -> None:
         step, tokens = self.flights.popleft()

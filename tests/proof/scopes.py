@@ -90,19 +90,19 @@ MANAGER = {
     "two requests with windows": NamedScope(
         "two requests, a window of two tokens beside full attention, rows are not cut or forked",
         ManagerScope(6, 1, 2, 3, LONGER, windows=(None, 2), tokens=(0,), without=("reset", "fork", "truncate")),
-        most_depth=14,
+        most_depth=20,
         is_slow=True,
     ),
     "windows, pages of two": NamedScope(
         "a window of two tokens beside full attention, pages of two tokens",
         ManagerScope(6, 2, 1, 5, ((0, 0, 0, 0, 0),), windows=(None, 2), tokens=(0,), without=("reset",)),
-        most_depth=7,
+        most_depth=9,
         is_slow=True,
     ),
     "host tier, two requests": NamedScope(
         "as host tier, rows are not cut",
         ManagerScope(3, 1, 2, 2, ONE, host_pages=2, tokens=(0,), without=("reset", "fork", "truncate")),
-        most_depth=12,
+        most_depth=18,
         is_slow=True,
     ),
     "three rows": NamedScope(
@@ -113,7 +113,7 @@ MANAGER = {
     "two tokens": NamedScope(
         "every prompt of one or two tokens of two, rows of up to three",
         ManagerScope(4, 1, 2, 3, ((0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)), without=("reset", "fork", "truncate")),
-        most_depth=5,
+        most_depth=7,
         is_slow=True,
     ),
 }
@@ -160,9 +160,13 @@ SCHEDULER = {
         is_slow=True,
     ),
 }
-# Scopes without what is known to be merged though page numbers decide (see manager_form), each with a depth.
+# Scopes that are visited with all worlds of a form as well as with one, each with the moves from the start.
 MERGING = {
-    "rows": (MANAGER["rows"], 4),
-    "pages of two": (MANAGER["pages of two"], 4),
+    "rows": (MANAGER["rows"], 5),
+    "pages of two": (MANAGER["pages of two"], 5),
+    "planned steps": (MANAGER["planned steps"], 6),
+    "windows": (MANAGER["windows"], 6),
+    "host tier": (MANAGER["host tier"], 7),
+    "resets and new weights": (MANAGER["resets and new weights"], 6),
     "two alike": (SCHEDULER["two alike"], 5),
 }
