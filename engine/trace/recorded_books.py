@@ -49,9 +49,10 @@ class RecordedCacheManager(CacheManager):
         policy: EvictionPolicyName | None = "lru",
         windows: Sequence[int | None] = (None,),
         ahead_tokens: int | None = None,
+        max_events: int = 0,
     ) -> None:
         options: dict[str, Any] = {"policy": policy, "windows": list(windows), "ahead_tokens": ahead_tokens}
-        super().__init__(size, page_size, max_requests, max_context_tokens, **options)
+        super().__init__(size, page_size, max_requests, max_context_tokens, **options, max_events=max_events)
         self.recorder = recorder
         sizes = {"size": size, "page_size": page_size, "max_requests": max_requests}
         self._index = recorder.add_books(self, {**sizes, "max_context_tokens": max_context_tokens, **options})

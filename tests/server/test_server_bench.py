@@ -48,6 +48,7 @@ def test_a_crowd_is_answered_and_leaves_nothing(llm, rate):
         for kind in MISDEEDS[:1] + MISDEEDS[3:]:
             for _ in range(6):
                 await clients._misdeeds[kind](np.random.default_rng(), jobs[0])
+        await clients.close()
         async with asyncio.timeout(10):
             while running.held_pages():
                 await asyncio.sleep(0.01)

@@ -166,5 +166,5 @@ def test_the_example_of_the_page_runs_as_printed(tmp_path, monkeypatch):
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(block, {})
     gc.collect()
-    (lines,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    (lines,) = re.findall(r"```jsonl\n(.*?)```", page, re.DOTALL)
     assert len(parse_events(lines.splitlines())) == 4
