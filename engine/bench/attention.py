@@ -13,15 +13,14 @@ import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from engine.attention import AttentionMetadata, FlashAttentionBackend
+from engine.bench.plot_option import add_plot_option, require_matplotlib
 from engine.bench.timing import Timings, median_ratio, print_table, time_in_turn
-from engine.errors import ConfigError
 from engine.kv.layout import KVLayout, extract_k_from_fused_kv, extract_v_from_fused_kv
 from engine.kv.narrow import Buffer, codes_of
 from engine.kv.pool import TokenToKVPool
@@ -97,14 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--impl", default="auto", help="this package's: auto, xla, cpu, tpu or gpu")
     parser.add_argument("--rounds", type=count, default=9)
-    parser.add_argument(
-        "--plot",
-        type=Path,
-        nargs="?",
-        const=Path("docs/img"),
-        metavar="DIR",
-        help="also measure decode by context and by batch size and plot bandwidths (the extra plot); default: docs/img",
-    )
+    add_plot_option(parser, "measure decode by context and by batch size and plot bandwidths")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -113,8 +105,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: ``--plot`` is given and matplotlib is not installed.
     """
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib; install it, or this package with [plot]")
+    require_matplotlib(args)
     batch, context = DEFAULT_SIZES[args.mode]
     batch, context = args.batch or batch, args.context or context
     sizes = (args.q_heads, args.kv_heads, args.head_dim, args.page_size, args.dtype)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +16,7 @@ import numpy.typing as npt
 from flax import nnx
 
 from engine.attention import AttentionMetadata
+from engine.bench.plot_option import add_plot_option, require_matplotlib
 from engine.bench.timing import print_table
 from engine.config import KV_DTYPES
 from engine.errors import ConfigError
@@ -56,20 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="checkpoint directory (default: the Llama that ships)")
     parser.add_argument("--windows", type=count, default=8, help="windows of text (default: %(default)s)")
     parser.add_argument("--length", type=count, default=1008, help="tokens per window (default: %(default)s)")
-    parser.add_argument(
-        "--plot",
-        type=Path,
-        nargs="?",
-        const=Path("docs/img"),
-        metavar="DIR",
-        help="also plot error against bytes (the extra plot); default: docs/img",
-    )
+    add_plot_option(parser, "plot error against bytes")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures every dtype of the pool and prints one table; fails where the shipped model misses a bar."""
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib; install it, or this package with [plot]")
+    require_matplotlib(args)
     directory = model_directory(args.model)
     model = load_model(directory, dtype=jnp.float32)
     windows, byte_count = _windows(load_tokenizer(directory), args.windows, args.length)

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from engine.distributed.mesh import explicit_sharding
 from engine.errors import ConfigError, ShapeError
-from engine.kv.narrow import KINDS, SCALE_DTYPE, Buffer, NarrowKind, NarrowKV, codes_of, kind_of
+from engine.kv.narrow import KINDS, SCALE_DTYPE, Buffer, NarrowKind, NarrowKV, codes_of, kind_in, row_width
 
 LAYOUT_VERSION = 2
 ORDER = "interleaved"
@@ -200,12 +200,11 @@ def check_storage(fused: Buffer, head_num: int, head_dim: int) -> None:
         ShapeError: the buffer is not 3-D, its rows are neither 2H of D nor a padding of them, or the scales of a narrow
             buffer are not one for each row and token.
     """
-    codes, width = codes_of(fused), head_dim
+    codes, width = codes_of(fused), row_width(head_dim, kind_in(fused))
     if codes.ndim != 3:
         raise ShapeError(f"the fused buffer must be [slots, 2 * heads, head_dim]; got {codes.dtype}{list(codes.shape)}")
     rows, lanes = codes.shape[1:]
     if isinstance(fused, NarrowKV):
-        width = code_width(head_dim, kind_of(codes.dtype))
         check_scales_shape(fused, 2 * rows if stores_pairs(rows, lanes, head_num, width) else rows)
     if (rows, lanes) == (2 * head_num, width) or stores_pairs(rows, lanes, head_num, width):
         return
@@ -226,15 +225,6 @@ def check_scales_shape(fused: NarrowKV, rows: int) -> None:
             f"scales {scales.dtype}{list(scales.shape)} are not one float32 for each of {rows} rows of {slots} slots, "
             "[slots / page_size, rows * page_size]; pass the buffer as the pool made it"
         )
-
-
-def code_width(head_dim: int, kind: NarrowKind) -> int:
-    """Elements of a row of codes; raises ShapeError where head_dim is not whole elements."""
-    if head_dim % kind.per_element:
-        raise ShapeError(
-            f"head_dim={head_dim} is odd, and int4 stores two elements of a row in a byte; use int8 or another dtype"
-        )
-    return head_dim // kind.per_element
 
 
 def refuse_donated(name: str, array: Any) -> None:
@@ -324,11 +314,10 @@ class KVLayout:
             require_count(name, value)
         dtype = _storable(dtype)
         kind = KINDS.get(dtype.name)
-        if kind is not None and head_dim % kind.per_element:
-            raise ConfigError(
-                f"a KV pool of int4 stores two elements of a row in a byte, and head_dim={head_dim} is odd"
-            )
-        width = head_dim // kind.per_element if kind else head_dim
+        try:
+            width = row_width(head_dim, kind)
+        except ShapeError as error:
+            raise ConfigError(f"cannot make a KV pool of {dtype}: {error}") from error
         rows, lanes = _stored_sizes(head_num, width, kind, dtype) if platform == "tpu" else (2 * head_num, width)
         return cls(head_num, head_dim, rows, lanes, dtype, page_size, SCALE_DTYPE.itemsize if kind else 0)
 
@@ -345,7 +334,7 @@ class KVLayout:
     @property
     def width(self) -> int:
         """Stored elements of a row of K or V, without padding."""
-        return self.head_dim if self.kind is None else self.head_dim // self.kind.per_element
+        return row_width(self.head_dim, self.kind)
 
     @property
     def scale_rows(self) -> int:

@@ -20,9 +20,8 @@ from jax.typing import DTypeLike
 from engine.errors import ShapeError
 
 LARGEST = 2.0**112  # what is stored saturates here, so that sums of 2**15 elements stay finite
-SMALLEST = (
-    2.0**-119
-)  # of a row's largest magnitude: below it the scale, or its reciprocal, would not be a normal number
+# Of a row's largest magnitude: below it the scale, or its reciprocal, would not be a normal number.
+SMALLEST = 2.0**-119
 SCALE_DTYPE = np.dtype(np.float32)
 
 
@@ -86,6 +85,26 @@ def kind_of(code_dtype: DTypeLike) -> NarrowKind:
     raise ShapeError(f"the codes of a NarrowKV are {jnp.dtype(code_dtype)}; they must be int8, or uint8 for int4")
 
 
+def row_width(head_dim: int, kind: NarrowKind | None) -> int:
+    """Stored elements of a row of K or V, without padding: head_dim where ``kind`` is None.
+
+    Raises:
+        ShapeError: head_dim is not whole elements.
+    """
+    if kind is None:
+        return head_dim
+    if head_dim % kind.per_element:
+        raise ShapeError(
+            f"head_dim={head_dim} is odd, and int4 stores two elements of a row in a byte; use int8 or another dtype"
+        )
+    return head_dim // kind.per_element
+
+
+def kind_in(buffer: Buffer) -> NarrowKind | None:
+    """The kind of a buffer's codes; None where it has none."""
+    return kind_of(buffer.codes.dtype) if isinstance(buffer, NarrowKV) else None
+
+
 def codes_of(buffer: Buffer) -> jax.Array:
     """The array ``[S, rows, lanes]`` of a buffer: itself, or its codes."""
     return buffer.codes if isinstance(buffer, NarrowKV) else buffer
@@ -93,7 +112,8 @@ def codes_of(buffer: Buffer) -> jax.Array:
 
 def is_rotated(buffer: Buffer) -> bool:
     """Whether a buffer holds rotated keys, so that queries must be rotated too."""
-    return isinstance(buffer, NarrowKV) and kind_of(buffer.codes.dtype).rotated
+    kind = kind_in(buffer)
+    return kind is not None and kind.rotated
 
 
 def quantise(rows: jax.Array, kind: NarrowKind) -> tuple[jax.Array, jax.Array]:

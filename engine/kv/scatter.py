@@ -22,7 +22,7 @@ from engine.distributed.mesh import explicit_sharding, shard_over, varying_axes
 from engine.errors import ShapeError
 from engine.kv.gpu_target import may_be_split, not_hopper
 from engine.kv.layout import bits_of, check_storage, merge_kv, pad_fused, refuse_donated, stores_pairs, to_stored
-from engine.kv.narrow import AnyBuffer, Buffer, NarrowKV, codes_of, kind_of, quantise, rotate
+from engine.kv.narrow import AnyBuffer, Buffer, NarrowKV, codes_of, kind_in, kind_of, quantise, rotate, row_width
 from engine.kv.split import split_of_heads
 from engine.kv.tpu_view import view_is_free
 from engine.native import library
@@ -208,7 +208,7 @@ def _scatter_distinct(
 def quantise_native(fused: NarrowKV, loc: jax.Array, k: jax.Array, v: jax.Array) -> NarrowKV:
     """Calls the native kernel that quantises and writes in one pass; the bits of ``quantise_xla``, CPU only."""
     slots, rows, lanes = fused.codes.shape
-    width = k.shape[2] // kind_of(fused.codes.dtype).per_element
+    width = row_width(k.shape[2], kind_in(fused))
     if stores_pairs(rows, lanes, k.shape[1], width):
         rows, lanes = 2 * rows, lanes // 2
     codes = fused.codes.reshape(slots, rows, lanes)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from engine.kv.layout import code_width, to_stored, unpad_fused
-from engine.kv.narrow import KINDS, Buffer, NarrowKV, dequantise, kind_of, quantise, rotate, rows_by_token
+from engine.kv.layout import to_stored, unpad_fused
+from engine.kv.narrow import KINDS, Buffer, NarrowKV, dequantise, kind_in, quantise, rotate, row_width, rows_by_token
 
 
 def take_slots(buffer: Buffer, slots: jax.Array, head_num: int, head_dim: int) -> jax.Array:
@@ -27,7 +27,7 @@ def take_slots(buffer: Buffer, slots: jax.Array, head_num: int, head_dim: int) -
     page_size = buffer.page_size
     by_row = buffer.scales.reshape(buffer.scales.shape[0], -1, page_size)
     scales = by_row[slots // page_size, : 2 * head_num, slots % page_size]
-    width = code_width(head_dim, kind_of(buffer.codes.dtype))
+    width = row_width(head_dim, kind_in(buffer))
     return dequantise(unpad_fused(buffer.codes[slots], head_num, width), scales)
 
 
@@ -46,7 +46,7 @@ def take_pages(buffer: Buffer, pages: jax.Array, page_size: int, head_num: int, 
     """
     if not isinstance(buffer, NarrowKV):
         return unpad_fused(_pages_of(buffer, pages, page_size), head_num, head_dim).astype(jnp.float32)
-    width = code_width(head_dim, kind_of(buffer.codes.dtype))
+    width = row_width(head_dim, kind_in(buffer))
     codes = unpad_fused(_pages_of(buffer.codes, pages, page_size), head_num, width)
     scales = rows_by_token(buffer.scales.at[pages].get(mode="clip"), page_size)
     return dequantise(codes, scales[..., : 2 * head_num])

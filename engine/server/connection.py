@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import httptools
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from engine.server.api_error import ApiError, invalid
@@ -127,6 +127,14 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             raise _HeadTooLarge
         super().on_headers_complete()
+        if not self.pipeline:
+            self._running = self.cycle
+
+    def on_response_complete(self) -> None:
+        """An answer is complete; the next request that waits begins."""
+        if self.pipeline:
+            self._running = self.pipeline[-1][0]
+        super().on_response_complete()
 
     def on_message_complete(self) -> None:
         """The request is complete; what comes now is the next one's head."""
@@ -137,10 +145,6 @@ class Connection(HttpToolsProtocol):
         self._head_bytes += count
         if self._head_bytes > MAX_HEAD_BYTES:
             raise _HeadTooLarge
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
-        self._running = cycle
-        super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
 
     @property
     def _is_answering(self) -> bool:

@@ -6,8 +6,9 @@ Only these are slower: an engine that does not record has a ``CacheManager`` and
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from engine.memory.manager import CacheManager
 from engine.memory.offload import HostTier, PageFormat, Pages
 from engine.memory.page_moves import PageLoad, PageMove
 from engine.memory.pages import PageIds
-from engine.memory.prefix import EvictedPages, EvictionPolicyName, token_vector
+from engine.memory.prefix import EvictedPages, token_vector
 from engine.memory.rows import RowGrowth
 from engine.memory.scope import CacheScope
 from engine.trace.integer_lists import pack
@@ -35,27 +36,16 @@ class RecordedCacheManager(CacheManager):
 
     Args:
         recorder: is told.
-        size, page_size, max_requests, max_context_tokens, policy, windows, ahead_tokens: as for ``CacheManager``.
+        arguments, options: as for ``CacheManager``.
     """
 
-    def __init__(
-        self,
-        recorder: Recorder,
-        size: int,
-        page_size: int,
-        max_requests: int,
-        max_context_tokens: int,
-        *,
-        policy: EvictionPolicyName | None = "lru",
-        windows: Sequence[int | None] = (None,),
-        ahead_tokens: int | None = None,
-        max_events: int = 0,
-    ) -> None:
-        options: dict[str, Any] = {"policy": policy, "windows": list(windows), "ahead_tokens": ahead_tokens}
-        super().__init__(size, page_size, max_requests, max_context_tokens, **options, max_events=max_events)
+    def __init__(self, recorder: Recorder, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self.recorder = recorder
-        sizes = {"size": size, "page_size": page_size, "max_requests": max_requests}
-        self._index = recorder.add_books(self, {**sizes, "max_context_tokens": max_context_tokens, **options})
+        settings = signature(CacheManager).bind(*arguments, **options)
+        settings.apply_defaults()
+        del settings.arguments["max_events"]  # which changes no decision
+        self._index = recorder.add_books(self, settings.arguments)
         self._is_inside = False  # a call that was recorded makes this one
         self._taken: list[PageIds] = []
         self._grown = b""  # the rows of the last growth
@@ -211,6 +201,9 @@ class RecordedCacheManager(CacheManager):
         """Records the call that is made within, with what it puts into the dict that it gets."""
         outcome: dict[str, Any] = {}
         evicted, self._taken = self.prefix.evicted_pages, []
+        if not self.recorder.is_on:
+            yield outcome
+            return
         try:
             yield outcome
         except BaseException as error:
@@ -261,6 +254,8 @@ class RecordedHostTier(HostTier):
     def put(self, scope: CacheScope, token_ids: npt.ArrayLike, first_page: int, data: Pages, group: int = 0) -> int:
         """As there."""
         stored = super().put(scope, token_ids, first_page, data, group)
+        if not self._recorder.is_on:
+            return stored
         tokens = self._recorder.tokens("tier", token_vector(token_ids))
         asked = {"scope": self._recorder.scope(scope), "tokens": tokens, "first": int(first_page), "group": int(group)}
         self._recorder.add("store", 0, asked, {"stored": stored})

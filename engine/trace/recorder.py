@@ -51,16 +51,17 @@ class Recorder:
 
     Attributes:
         books: the cache managers that it records, replica by replica.
+        is_on: whether it writes; not any more once the trace was cut.
         steps: steps that have begun.
     """
 
     def __init__(self, file: TextIO | None = None, *, most_bytes: int = MOST_BYTES) -> None:
         self.books: list[CacheManager] = []
         self.steps = 0
-        self._file, self._left, self._limit, self._is_on = file, most_bytes, most_bytes, True
+        self._file, self._left, self._limit, self.is_on = file, most_bytes, most_bytes, True
         self._lines: list[_Line] = []
         self._digests: PageDigests | None = None
-        self._names: dict[tuple[str, Hashable], int] = {}
+        self._names: dict[str, dict[Hashable, int]] = {}
         self._begun = self._flushed = time.perf_counter_ns()
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         header = {"format": FORMAT, "version": VERSION, "engine": package_version(), "started": started}
@@ -97,7 +98,7 @@ class Recorder:
         Args:
             waiting: requests that wait for pages.
         """
-        if not self._is_on:
+        if not self.is_on:
             return
         self.steps += 1
         now = time.perf_counter_ns()
@@ -109,12 +110,13 @@ class Recorder:
 
     def note_growth(self, replica: int, pages: PageIds) -> None:
         """Notes that the rows of the last growth have grown by one token each, and the pages taken for that."""
-        if self._is_on:
+        if self.is_on:
             self._lines.append((replica, pages.copy()))
 
     def note_run(self, replica: int, request_id: int, row: int, scope: CacheScope) -> None:
         """Notes which request has got a row."""
-        self.add("run", replica, {"request": request_id, "row": row, "scope": self.scope(scope)}, {})
+        if self.is_on:
+            self.add("run", replica, {"request": request_id, "row": row, "scope": self.scope(scope)}, {})
 
     def note_request(self, what: str, replica: int, request_id: int, reason: str | None = None) -> None:
         """Notes that a request was retracted (``retract``) or has ended (``end``), and why."""
@@ -129,9 +131,9 @@ class Recorder:
 
     def scope(self, scope: CacheScope) -> int:
         """The number of a scope; written before it is first used."""
-        known = len(self._names)
+        is_known = scope in self._names.get("scope", ())
         number = self._number("scope", scope)
-        if len(self._names) > known:
+        if not is_known:
             parts = {
                 "model": self._number("model", scope.model),
                 "epoch": scope.weights_epoch,
@@ -159,29 +161,29 @@ class Recorder:
 
     def add(self, what: str, replica: int, asked: Mapping[str, Any], outcome: Mapping[str, Any]) -> None:
         """Writes a line."""
-        if self._is_on:
+        if self.is_on:
             self.write(json.dumps((what, replica, asked, outcome), separators=(",", ":")))
 
     def write(self, line: str) -> None:
         """Writes a line that was made already."""
-        if self._is_on:
+        if self.is_on:
             self._lines.append(line)
 
     def stop(self, why: str) -> None:
         """Ends the trace; the engine goes on."""
         self.add("cut", 0, {"why": why}, {})
         self.flush()
-        self._is_on = False
+        self.is_on = False
         _logger.error("recording has ended: %s", why)
 
     def flush(self) -> None:
         """Brings what is not in the file yet there."""
         self._flushed = time.perf_counter_ns()
-        if self._file is None or not self._is_on:
+        if self._file is None or not self.is_on:
             return
         text = "".join(_made(self._lines, self._begun))
         if self._left < len(text):
-            self._is_on, why = False, f"the trace has reached its limit of {self._limit:,} bytes"
+            self.is_on, why = False, f"the trace has reached its limit of {self._limit:,} bytes"
             text = text[: text.rfind("\n", 0, max(self._left, 0)) + 1] + json.dumps(("cut", 0, {"why": why}, {})) + "\n"
             _logger.error("recording has ended: %s", why)
         self._left -= len(text)
@@ -189,7 +191,7 @@ class Recorder:
             self._file.write(text)
             self._file.flush()
         except OSError as error:
-            self._is_on = False
+            self.is_on = False
             _logger.error("recording has ended: the trace cannot be written: %s", error)
 
     def take_lines(self) -> list[str]:
@@ -197,10 +199,8 @@ class Recorder:
         return [line[:-1] for line in _made(self._lines, self._begun)]
 
     def _number(self, kind: str, value: Hashable) -> int:
-        key = (kind, value)
-        if key not in self._names:
-            self._names[key] = sum(each == kind for each, _ in self._names)
-        return self._names[key]
+        numbers = self._names.setdefault(kind, {})
+        return numbers.setdefault(value, len(numbers))
 
 
 def _made(lines: list[_Line], begun: int) -> list[str]:

@@ -110,6 +110,19 @@ def test_a_trace_that_reaches_its_limit_ends_and_stays_playable(tmp_path, caplog
     assert replay(trace.events).failure is None
 
 
+def test_behind_its_end_a_trace_costs_neither_digests_nor_memory(monkeypatch):
+    recorder, cache = make()
+    recorder.stop("a test")
+
+    def forbidden(*arguments):
+        raise AssertionError("nothing is written any more")
+
+    for name in ("scope", "tokens"):
+        monkeypatch.setattr(recorder, name, forbidden)
+    serve(recorder, cache, [list(range(9)), list(range(9))])
+    assert len(recorder.take_lines()) == 3  # the head, the books, and why it ended
+
+
 def test_a_file_is_the_users_own_and_has_all_once_its_recorder_is_gone(tmp_path):
     path = tmp_path / "trace"
     recorder = Recorder.to_path(path)

@@ -20,7 +20,7 @@ from engine.attention.options import AttentionOptions, HeadArrays
 from engine.distributed.mesh import varying_axes
 from engine.errors import BackendUnsupported
 from engine.kv.layout import stores_pairs
-from engine.kv.narrow import Buffer, NarrowKV, codes_of, kind_of
+from engine.kv.narrow import Buffer, NarrowKV, codes_of, kind_in, row_width
 from engine.native import library
 
 TOKEN_DTYPES = ("float32", "bfloat16", "float16")
@@ -82,7 +82,7 @@ def _attend_native(
 ) -> AttentionResult:
     codes = codes_of(fused_kv)
     slots, rows, lanes = codes.shape
-    width = k.shape[2] // (kind_of(codes.dtype).per_element if isinstance(fused_kv, NarrowKV) else 1)
+    width = row_width(k.shape[2], kind_in(fused_kv))
     if stores_pairs(rows, lanes, k.shape[1], width):
         codes = codes.reshape(slots, 2 * rows, lanes // 2)
     operands = (
