@@ -211,6 +211,9 @@ def _compare_recording(model: Decoder, batches: list[int], rounds: int) -> None:
             path = Path(folder) / str(batch)
             recorded = DecodingEngine(model, batch, overlap=False, record=path)
             _compare_host({"silent": silent, "recorded": recorded}, batch, rounds)
+            recorder = recorded.llm.scheduler.recorder
+            if recorder is not None:
+                recorder.flush()
             print(f"{path.stat().st_size / max(recorded.llm.stats.steps, 1):.0f} bytes a step are recorded")
 
 
